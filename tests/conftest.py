@@ -1,0 +1,44 @@
+"""Settings that every test runs under. Fixtures with models live beside the tests that use them.
+
+The environment is set here, before JAX is imported, and not through `jax.config`: processes that a test starts
+inherit it.
+"""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache"
+
+ENVIRONMENT = {
+    # One device unless asked: JAX_NUM_CPU_DEVICES=8 splits the CPU into eight for the sharding tests.
+    "JAX_PLATFORMS": "cpu",
+    # A forgotten axis is an error, not a silent outer product.
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    # Compiled programs outlive the run. With a bound on its size JAX locks the folder, which the parallel workers need.
+    "JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax"),
+    "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 * 1024**3),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    # torch, the oracle: one thread in each worker, and sums in the same order on every machine.
+    "OMP_NUM_THREADS": "1",
+    # No test reaches the network or the user's own caches.
+    "HF_HUB_OFFLINE": "1",
+    "HF_HOME": str(CACHE / "huggingface"),
+}
+
+for name, value in ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Global generators start every test in the same state, in whatever order and process it runs."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
