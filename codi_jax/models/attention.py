@@ -1,0 +1,154 @@
+"""Scaled dot-product attention, and the choice of the kernel that computes it.
+
+Every attention layer of the package calls `dot_product_attention`; no other file knows about kernels.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Implementation = Literal["auto", "xla", "chunked", "cudnn", "pallas"]
+
+# Below this many keys the scores are small (77 text tokens: 1/50 of a 64 x 64 self-attention), and
+# a fused kernel has nothing to save.
+_MIN_FLASH_KEYS = 256
+# Scores of one batch of attention beyond which the plain formula would fill an accelerator's memory (1 GiB in float32),
+# as the VAE's would at 1024 pixels.
+_MAX_SCORES = 2**28
+# Queries in a chunk: 512 x 4096 float32 scores stay in a CPU's cache.
+_CHUNK = 512
+# The Pallas kernel walks the sequence in blocks; the last dimension of a TPU register is 128 lanes.
+_PALLAS_BLOCK = 512
+_LANES = 128
+
+
+def dot_product_attention(
+    query: Float[Array, "b t n h"],
+    key: Float[Array, "b s n h"],
+    value: Float[Array, "b s n h"],
+    *,
+    implementation: Implementation = "auto",
+    is_causal: bool = False,
+) -> Float[Array, "b t n h"]:
+    """Multi-head attention, softmax(q kᵀ / √h) v, with the softmax in float32 (Vaswani et al., 2017, equation 1).
+
+    Args:
+      query: queries; b batch, t positions, n heads, h features a head.
+      key: keys; s positions.
+      value: values.
+      implementation: ``"cudnn"`` is the flash kernel of cuDNN (NVIDIA, 16-bit), ``"pallas"`` the flash kernel for TPU,
+        ``"xla"`` the plain formula, ``"chunked"`` that formula for one head and a few hundred queries at a time,
+        ``"auto"`` the best of them for the default backend, the dtype and the shapes.
+      is_causal: whether position i sees only positions up to i (CLIP's text encoders).
+
+    Returns:
+      The attended values, in the dtype of ``query``.
+    """
+    if implementation == "auto":
+        implementation = choose_implementation(jax.default_backend(), query.dtype, query.shape, key.shape)
+    match implementation:
+        case "pallas":
+            return _pallas_attention(query, key, value, is_causal)
+        case "chunked":
+            return _chunked_attention(query, key, value, is_causal)
+        case "cudnn":
+            return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation="cudnn")
+        case _:
+            return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation="xla")
+
+
+def choose_implementation(
+    backend: str, dtype: jnp.dtype, query_shape: tuple[int, ...], key_shape: tuple[int, ...]
+) -> Implementation:
+    """The kernel that ``"auto"`` stands for.
+
+    Args:
+      backend: ``"cpu"``, ``"gpu"``, ``"cuda"``, ``"rocm"`` or ``"tpu"``, as ``jax.default_backend()`` has it.
+      dtype: of the queries.
+      query_shape: ``[b, t, n, h]``.
+      key_shape: ``[b, s, n, h]``.
+
+    Returns:
+      ``"xla"``, ``"chunked"``, ``"cudnn"`` or ``"pallas"``.
+    """
+    (b, t, n, head_dim), s = query_shape, key_shape[1]
+    if s < _MIN_FLASH_KEYS:
+        return "xla"
+    # cuDNN takes heads of up to 128 features everywhere, of up to 256 only on Hopper and later. SD 1.x has 160 where
+    # there are at most 256 tokens, so that nothing is lost by staying with what works on every card.
+    if backend in ("gpu", "cuda") and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
+        return "cudnn"
+    # The kernel's blocks must divide both sequences; shapes that they do not divide go to XLA.
+    if backend == "tpu" and t % _PALLAS_BLOCK == 0 and s % _PALLAS_BLOCK == 0:
+        return "pallas"
+    # On a CPU the plain formula writes all scores to memory and reads them three times: 3 x slower at 4096 tokens.
+    return "chunked" if backend == "cpu" or b * n * t * s > _MAX_SCORES else "xla"
+
+
+def _chunked_attention(
+    query: Float[Array, "b t n h"], key: Float[Array, "b s n h"], value: Float[Array, "b s n h"], is_causal: bool
+) -> Float[Array, "b t n h"]:
+    b, t, n, h = query.shape
+    s = key.shape[1]
+    chunk = max(size for size in range(1, min(t, _CHUNK) + 1) if t % size == 0)
+    queries = (query * h**-0.5).transpose(0, 2, 1, 3).reshape(b * n, t // chunk, chunk, h)
+    keys = key.transpose(0, 2, 3, 1).reshape(b * n, h, s)
+    values = value.transpose(0, 2, 1, 3).reshape(b * n, s, h)
+
+    @jax.checkpoint  # else the backward pass would keep all the scores after all
+    def attend(q: Array, k: Array, v: Array, first: Array) -> Array:
+        scores = jnp.matmul(q, k, preferred_element_type=jnp.float32)
+        if is_causal:
+            positions = first + jnp.arange(chunk)[:, None]
+            scores = jnp.where(jnp.arange(s)[None, :] <= positions, scores, -jnp.inf)
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (out / weights.sum(axis=-1, keepdims=True)).astype(q.dtype)
+
+    def head(qkv: tuple[Array, Array, Array]) -> Array:
+        q, k, v = qkv
+        return jax.lax.map(lambda x: attend(x[0], k, v, x[1]), (q, jnp.arange(0, t, chunk)))
+
+    out = jax.lax.map(head, (queries, keys, values))
+    return out.reshape(b, n, t, h).transpose(0, 2, 1, 3)
+
+
+def _pallas_attention(
+    query: Float[Array, "b t n h"], key: Float[Array, "b s n h"], value: Float[Array, "b s n h"], is_causal: bool
+) -> Float[Array, "b t n h"]:
+    # Imported here: the module registers TPU lowerings, which CPU and GPU users need not pay for.
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    head_dim = query.shape[-1]
+    t, s = query.shape[1], key.shape[1]
+    padding = -head_dim % _LANES
+
+    def to_kernel(x: Array) -> Array:
+        # Zero features add nothing to q·k, and the zero columns that they make in the output are cut off below.
+        return jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, 0), (0, padding)))
+
+    block_q, block_k = min(_PALLAS_BLOCK, t), min(_PALLAS_BLOCK, s)
+    blocks = flash.BlockSizes(
+        block_q=block_q,
+        block_k_major=block_k,
+        block_k=block_k,
+        block_b=1,
+        block_q_major_dkv=block_q,
+        block_k_major_dkv=block_k,
+        block_k_dkv=block_k,
+        block_q_dkv=block_q,
+        block_k_major_dq=block_k,
+        block_k_dq=block_k,
+        block_q_dq=block_q,
+    )
+    out = flash.flash_attention(
+        to_kernel(query),
+        to_kernel(key),
+        to_kernel(value),
+        causal=is_causal,
+        sm_scale=head_dim**-0.5,
+        block_sizes=blocks,
+    )
+    return out[..., :head_dim].transpose(0, 2, 1, 3)

@@ -1,0 +1,252 @@
+"""CLIP's text encoders (Radford et al., 2021) as Stable Diffusion uses them, with and without the final projection."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from codi_jax.models.attention import dot_product_attention
+from codi_jax.models.config import ConfigError, ModelConfig, Params
+
+_PLAIN, _PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CLIPTextConfig(ModelConfig):
+    """The ``config.json`` of a ``CLIPTextModel`` or ``CLIPTextModelWithProjection``."""
+
+    class_names: ClassVar[tuple[str, ...]] = (
+        _PLAIN,
+        _PROJECTED,
+        "FlaxCLIPTextModel",
+        "FlaxCLIPTextModelWithProjection",
+    )
+    # How a transformers model was made, named, returned or generated from: nothing that a forward pass depends on.
+    ignored_keys: ClassVar[frozenset[str]] = frozenset({
+        "model_type", "transformers_version", "torch_dtype", "dtype", "initializer_factor", "initializer_range",
+        "attention_dropout", "dropout", "use_cache", "return_dict", "output_hidden_states", "output_attentions",
+        "tie_word_embeddings", "torchscript", "is_encoder_decoder", "is_decoder", "gradient_checkpointing",
+        "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "add_cross_attention", "pruned_heads",
+    })  # fmt: skip
+
+    architectures: tuple[str, ...] = (_PLAIN,)
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 49406
+    eos_token_id: int = 49407
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size = {self.hidden_size} is not divisible by "
+                f"num_attention_heads = {self.num_attention_heads}."
+            )
+
+    @property
+    def with_projection(self) -> bool:
+        """Whether the pooled output goes through ``text_projection`` (SDXL's second encoder)."""
+        return self.architectures[0].endswith("WithProjection")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The complete ``config.json``, as transformers writes it."""
+        values = super().to_dict()
+        del values["_class_name"]
+        values["architectures"] = [_PROJECTED if self.with_projection else _PLAIN]
+        return {**values, "model_type": "clip_text_model"}
+
+    @classmethod
+    def _check_class(cls, mapping: Mapping[str, Any], where: str) -> None:
+        architectures = mapping.get("architectures") or [_PLAIN]
+        if mapping.get("model_type", "clip_text_model") != "clip_text_model" or architectures[0] not in cls.class_names:
+            name = mapping.get("architectures") or mapping.get("model_type")
+            raise ConfigError(f"{where}: this is the configuration of {name}, not of a CLIP text encoder.")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CLIPTextOutput:
+    """What a text encoder returns.
+
+    Attributes:
+      last_hidden_state: ``[b, s, d]``, after the final layer norm. SD 1.x and 2.x condition on it.
+      hidden_states: the embeddings and every layer's output, without the final norm. SDXL conditions on ``[-2]``.
+      pooled: ``[b, d]``, the state at the end-of-text token, projected where the model has a projection.
+    """
+
+    last_hidden_state: Float[Array, "b s d"]
+    hidden_states: tuple[Float[Array, "b s d"], ...]
+    pooled: Float[Array, "b p"]
+
+
+class CLIPAttention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    config: CLIPTextConfig
+    dtype: Any
+
+    def setup(self) -> None:
+        d = self.config.hidden_size
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Dense(d, dtype=self.dtype) for _ in range(4))
+
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        heads = (*x.shape[:2], self.config.num_attention_heads, -1)
+        query, key, value = (project(x).reshape(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        # 77 tokens: no flash kernel is worth its launch here.
+        out = dot_product_attention(query, key, value, implementation="xla", is_causal=True)
+        return self.out_proj(out.reshape(x.shape))
+
+
+class CLIPMLP(nn.Module):
+    """Two dense layers with CLIP's sigmoid approximation of GELU, or the exact one (OpenCLIP)."""
+
+    config: CLIPTextConfig
+    dtype: Any
+
+    def setup(self) -> None:
+        self.fc1 = nn.Dense(self.config.intermediate_size, dtype=self.dtype)
+        self.fc2 = nn.Dense(self.config.hidden_size, dtype=self.dtype)
+
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        x = self.fc1(x)
+        if self.config.hidden_act == "quick_gelu":
+            x = x * jax.nn.sigmoid(1.702 * x)
+        else:
+            x = jax.nn.gelu(x, approximate=False)
+        return self.fc2(x)
+
+
+class CLIPEncoderLayer(nn.Module):
+    """A pre-norm transformer layer."""
+
+    config: CLIPTextConfig
+    dtype: Any
+
+    def setup(self) -> None:
+        self.self_attn = CLIPAttention(self.config, self.dtype)
+        self.layer_norm1 = _layer_norm(self.config, self.dtype)
+        self.mlp = CLIPMLP(self.config, self.dtype)
+        self.layer_norm2 = _layer_norm(self.config, self.dtype)
+
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoder(nn.Module):
+    """The stack of layers; returns its input and the output of every layer."""
+
+    config: CLIPTextConfig
+    remat: bool
+    dtype: Any
+
+    def setup(self) -> None:
+        layer = nn.remat(CLIPEncoderLayer) if self.remat else CLIPEncoderLayer
+        self.layers = [layer(self.config, self.dtype) for _ in range(self.config.num_hidden_layers)]
+
+    def __call__(self, x: Float[Array, "b s d"]) -> tuple[Float[Array, "b s d"], ...]:
+        states = (x,)
+        for layer in self.layers:
+            x = layer(x)
+            states += (x,)
+        return states
+
+
+class CLIPTextEmbeddings(nn.Module):
+    """Token embeddings plus learned positions."""
+
+    config: CLIPTextConfig
+    dtype: Any
+
+    def setup(self) -> None:
+        config = self.config
+        self.token_embedding = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype)
+        self.position_embedding = nn.Embed(config.max_position_embeddings, config.hidden_size, dtype=self.dtype)
+
+    def __call__(self, input_ids: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+        return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(input_ids.shape[1]))[None]
+
+
+class CLIPTextTransformer(nn.Module):
+    """Embeddings, layers and the final norm: the ``text_model`` of published state dicts."""
+
+    config: CLIPTextConfig
+    remat: bool
+    dtype: Any
+
+    def setup(self) -> None:
+        self.embeddings = CLIPTextEmbeddings(self.config, self.dtype)
+        self.encoder = CLIPEncoder(self.config, self.remat, self.dtype)
+        self.final_layer_norm = _layer_norm(self.config, self.dtype)
+
+    def __call__(self, input_ids: Int[Array, "b s"]) -> CLIPTextOutput:
+        states = self.encoder(self.embeddings(input_ids))
+        last = self.final_layer_norm(states[-1])
+        # pad_token_id may equal eos_token_id: the first occurrence ends the text. Files written before transformers
+        # 4.31 say eos_token_id = 2, which no tokenizer has: there the end of text is the highest id.
+        is_eos = input_ids == self.config.eos_token_id
+        positions = jnp.argmax(input_ids if self.config.eos_token_id == 2 else is_eos, axis=-1)
+        pooled = jnp.take_along_axis(last, positions[:, None, None], axis=1)[:, 0]
+        return CLIPTextOutput(last, states, pooled)
+
+
+class CLIPTextModel(nn.Module):
+    """The text encoder.
+
+    Attributes:
+      config: a `CLIPTextConfig`.
+      dtype: of the computation.
+      attention: accepted for symmetry with the other models; 77 tokens always take the plain kernel.
+      remat: recompute layers in the backward pass.
+    """
+
+    config: CLIPTextConfig
+    dtype: Any = jnp.float32
+    attention: str = "auto"
+    remat: bool = False
+
+    def setup(self) -> None:
+        self.text_model = CLIPTextTransformer(self.config, self.remat, self.dtype)
+        if self.config.with_projection:
+            self.text_projection = nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype)
+
+    def __call__(self, input_ids: Int[Array, "b s"]) -> CLIPTextOutput:
+        """Encodes token ids.
+
+        Args:
+          input_ids: from the model's own tokenizer, padded; at most ``max_position_embeddings`` long.
+
+        Returns:
+          Hidden states and the pooled output.
+
+        Raises:
+          ValueError: for sequences that are too long.
+        """
+        if input_ids.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{input_ids.shape[1]} tokens, but the text encoder has positions for "
+                f"{self.config.max_position_embeddings}."
+            )
+        out = self.text_model(input_ids)
+        if self.config.with_projection:
+            out = dataclasses.replace(out, pooled=self.text_projection(out.pooled))
+        return out
+
+    def abstract_params(self) -> Params:
+        """The parameter tree as `jax.ShapeDtypeStruct`s, without memory or computation."""
+        return jax.eval_shape(self.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def _layer_norm(config: CLIPTextConfig, dtype: Any) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False)

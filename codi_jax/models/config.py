@@ -1,0 +1,137 @@
+"""Model configurations: the ``config.json`` of diffusers and transformers, read strictly.
+
+A configuration is a frozen dataclass with one field for each key of the file. The annotation of a field says what this
+package can compute: ``Literal[False]`` or ``None`` marks a feature that the file may name but that is not implemented,
+so that a model which uses it is refused by name instead of giving wrong images.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypeVar
+
+Config = TypeVar("Config", bound="ModelConfig")
+
+Params = dict[str, Any]
+"""A tree of parameters: nested dicts, module names above, arrays (or their shapes) at the leaves."""
+
+
+class ConfigError(ValueError):
+    """A configuration that this package cannot build exactly; the message names the file, the key and the value."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Base of all model configurations: strict reading from, and complete writing to, a ``config.json`` mapping."""
+
+    class_names: ClassVar[tuple[str, ...]] = ()
+    """Values of ``_class_name`` that this configuration reads; the first is the one that it writes."""
+
+    ignored_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys that are known to change nothing in what the network computes."""
+
+    fixed_numbers: ClassVar[Mapping[str, float]] = {}
+    """Numbers that the network is built for: ``Literal`` does not take floats."""
+
+    @classmethod
+    def from_dict(cls: type[Config], mapping: Mapping[str, Any], where: str = "config.json") -> Config:
+        """Reads a configuration.
+
+        Args:
+          mapping: the parsed ``config.json``.
+          where: the name of the file, for messages.
+
+        Returns:
+          The configuration, with the defaults of diffusers or transformers for keys that are absent.
+
+        Raises:
+          ConfigError: for another class of model, an unknown key or an unsupported value.
+        """
+        cls._check_class(mapping, where)
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        values = {}
+        for key, value in mapping.items():
+            if key.startswith("_") or key in cls.ignored_keys:
+                continue
+            if key not in fields:
+                raise ConfigError(
+                    f"{where}: the key {key!r} (value {value!r}) is not one that {cls.class_names[0]} is known to "
+                    "have; remove it if it has no effect on the model."
+                )
+            value = _freeze(value)
+            if not _matches(value, fields[key].type):
+                raise ConfigError(
+                    f"{where}: {key} = {value!r} is not supported; codi_jax can build {_describe(fields[key].type)}."
+                )
+            if key in cls.fixed_numbers and value != cls.fixed_numbers[key]:
+                raise ConfigError(
+                    f"{where}: {key} = {value!r} is not supported; codi_jax can build only {cls.fixed_numbers[key]}."
+                )
+            values[key] = float(value) if fields[key].type is float else value
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the complete ``config.json`` mapping: every key, defaults included, plain JSON values."""
+        values = {field.name: _thaw(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {"_class_name": self.class_names[0], **values}
+
+    @classmethod
+    def _check_class(cls, mapping: Mapping[str, Any], where: str) -> None:
+        name = mapping.get("_class_name")
+        if name is not None and name not in cls.class_names:
+            raise ConfigError(f"{where}: this is the configuration of a {name}, not of a {cls.class_names[0]}.")
+
+
+def per_block(value: Any, num_blocks: int, key: str) -> tuple:
+    """Spreads a scalar over the blocks, or checks that a sequence has one entry for each block.
+
+    Raises:
+      ConfigError: if a sequence has another length than ``num_blocks``; ``key`` is named.
+    """
+    if not isinstance(value, tuple):
+        return (value,) * num_blocks
+    if len(value) != num_blocks:
+        raise ConfigError(f"{key} has {len(value)} entries, but the model has {num_blocks} blocks.")
+    return value
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(_freeze(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _thaw(value: Any) -> Any:
+    return [_thaw(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _matches(value: Any, annotation: Any) -> bool:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, arg) for arg in args)
+    if origin is Literal:
+        return any(value == arg and type(value) is type(arg) for arg in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_matches(item, args[0]) for item in value)
+    if annotation is None or annotation is types.NoneType:
+        return value is None
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, annotation)
+
+
+def _describe(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(arg) for arg in args)
+    if origin is Literal:
+        return "only " + " or ".join(repr(arg) for arg in args)
+    if origin is tuple:
+        return f"a list of ({_describe(args[0])})"
+    if annotation is None or annotation is types.NoneType:
+        return "null"
+    return {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[annotation]
