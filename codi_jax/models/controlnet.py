@@ -18,8 +18,8 @@ from codi_jax.models.unet_config import EncoderConfig
 class ControlNetConfig(EncoderConfig):
     """The ``config.json`` of a ``ControlNetModel``.
 
-    Beyond diffusers, ``mid_block_type`` may be null and ``layers_per_block`` a list, so that a ControlNet can be the copy
-    of a pruned UNet's encoder.
+    Beyond diffusers, ``mid_block_type`` may be null and ``layers_per_block`` a list, so that a ControlNet can be the
+    copy of a pruned UNet's encoder.
     """
 
     class_names: ClassVar[tuple[str, ...]] = ("ControlNetModel", "FlaxControlNetModel")

@@ -121,7 +121,7 @@ class UNetEncoder(nn.Module):
         if sample.shape[-1] != config.in_channels:
             raise ValueError(
                 f"sample has {sample.shape[-1]} channels (shape {sample.shape}, NHWC), but the model takes "
-                f"in_channels = {config.in_channels}: 4 for text-to-image, 8 for InstructPix2Pix, 9 for inpainting models."
+                f"in_channels = {config.in_channels}: 4 for text-to-image, 8 for InstructPix2Pix, 9 for inpainting."
             )
         for dim in config.context_dims:
             if encoder_hidden_states.shape[-1] != dim:
