@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 LOWEST    := .venv-lowest
 # -qq: errors only. Without it pip prints a line for each of some 100 packages.
 PIP       := -m pip --disable-pip-version-check install -qq
-PYTEST    := -m pytest -n $(JOBS) --dist loadfile
+PYTEST    := -m pytest -n $(JOBS) --dist worksteal
 COMPILE   := uv pip compile -q pyproject.toml --extra test --no-annotate
 # torch is named in TORCH. The CUDA packages that it asks for on Linux stay out: the tests run on the CPU.
 NOT_TORCH := grep -vE '^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)=='

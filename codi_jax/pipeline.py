@@ -1,0 +1,458 @@
+"""A whole Stable Diffusion model: load it, generate with it, save it.
+
+Reads and writes diffusers folders. The task follows from the model: text-to-image (4 input channels), InstructPix2Pix
+editing (8) or inpainting (9), each with or without a ControlNet; SD 1.x, 2.x and SDXL.
+"""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt8
+from transformers import CLIPTokenizer
+
+from codi_jax.generation import Program, choose_guidance, generate
+from codi_jax.hub import ModelFolder
+from codi_jax.images import Picture, to_mask, to_pixels
+from codi_jax.lora import merge_lora
+from codi_jax.lora_files import load_lora
+from codi_jax.models.attention import Implementation
+from codi_jax.models.config import ConfigError, Params
+from codi_jax.models.controlnet import ControlNet
+from codi_jax.sampling import Sampler, default_sampler, is_stochastic, timesteps_for
+from codi_jax.schedule import CONFIG_NAME, NoiseSchedule
+from codi_jax.text import tokenize
+from codi_jax.weights import Model, WeightsError, load_model, save_model
+
+TEXT_TO_IMAGE, EDIT, INPAINT = 4, 8, 9  # input channels of the UNet
+# Steps that a sampler is made for: the few of a distilled student, or those of diffusers' pipelines.
+_FEW_STEPS, _MANY_STEPS = 4, 50
+
+_TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_jitted_generate = jax.jit(generate, static_argnames="program")
+
+
+@dataclasses.dataclass(eq=False)
+class DiffusionPipeline:
+    """A model in all its parts.
+
+    Attributes:
+      modules: ``unet``, ``vae``, ``text_encoder``, and where there are, ``text_encoder_2`` and ``controlnet``.
+      params: their parameters, under the same names.
+      tokenizers: ``tokenizer`` and, for SDXL, ``tokenizer_2``.
+      schedule: the noise schedule.
+      tokenizer_files: the files of each tokenizer, which `save_pretrained` copies.
+      zeros_for_empty_prompt: whether the null text is zeros, SDXL's ``force_zeros_for_empty_prompt``.
+      compile_seconds: what compiling took in the last call; 0 if the program was there already.
+      seconds: what the last call took without compilation.
+    """
+
+    modules: dict[str, Any]
+    params: dict[str, Params]
+    tokenizers: dict[str, Any]
+    schedule: NoiseSchedule
+    tokenizer_files: dict[str, tuple[Path, ...]] = dataclasses.field(default_factory=dict)
+    zeros_for_empty_prompt: bool = False
+    compile_seconds: float = 0.0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._compiled: dict[Any, Any] = {}
+        self._on_step: Callable[[int], None] | None = None
+        channels, task = self.modules["unet"].config.in_channels, self.task
+        if task is None:
+            raise ConfigError(
+                f"the UNet has in_channels = {channels}; codi_jax can sample models with {TEXT_TO_IMAGE} "
+                f"(text-to-image), {EDIT} (InstructPix2Pix) and {INPAINT} (inpainting)."
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        controlnet: str | Path | None = None,
+        lora: str | Path | Sequence[str | Path] | None = None,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        lora_scale: float = 1.0,
+        attention: Implementation = "auto",
+        revision: str | None = None,
+        variant: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> "DiffusionPipeline":
+        """Loads a model.
+
+        Args:
+          source: a diffusers folder, or a repository on the Hugging Face Hub.
+          controlnet: a ControlNet's folder or repository; the one in ``source`` if that has one.
+          lora: LoRA files, folders or repositories, merged into the weights one after the other.
+          dtype: of the parameters and of the computation; float16 leaves a VAE that asks for it in float32.
+          lora_scale: a factor on every LoRA.
+          attention: the attention kernel.
+          revision: branch, tag or commit of ``source``.
+          variant: of the weight files, such as ``"fp16"``.
+          cache_dir: of the hub's files.
+          local_files_only: never ask the hub.
+
+        Raises:
+          WeightsError: if something is missing, or of another family, or does not fit.
+          ConfigError: if a configuration cannot be built.
+        """
+        hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = ModelFolder(str(Path(source).expanduser()), **hub)
+        index = folder.read_json("model_index.json")
+        if "unet" not in index:
+            raise WeightsError(f"{folder}/model_index.json describes a {index.get('_class_name')}, which has no UNet.")
+        names = [name for name in ("unet", "vae", "text_encoder", "text_encoder_2") if _is_present(index, name)]
+        if controlnet is None and _is_present(index, "controlnet"):
+            names.append("controlnet")
+        upcast = jnp.dtype(dtype) == jnp.float16 and folder.part("vae").read_json("config.json").get(
+            "force_upcast", True
+        )
+        models = {}
+        for name in names:
+            of_part = jnp.float32 if name == "vae" and upcast else dtype
+            models[name] = load_model(source, name, of_part, variant=variant, attention=attention, **hub)
+        if controlnet is not None:
+            models["controlnet"] = _load_controlnet(controlnet, dtype, attention, cache_dir, local_files_only)
+        tokenizers, files = {}, {}
+        for name in ("tokenizer", "tokenizer_2"):
+            if _is_present(index, name):
+                files[name] = _find_tokenizer(folder.part(name))
+                tokenizers[name] = CLIPTokenizer.from_pretrained(files[name][0].parent)
+        scheduler = folder.part("scheduler")
+        pipeline = cls(
+            modules={name: module for name, (module, _) in models.items()},
+            params={name: params for name, (_, params) in models.items()},
+            tokenizers=tokenizers,
+            schedule=NoiseSchedule.from_config(scheduler.read_json(CONFIG_NAME), f"{scheduler}/{CONFIG_NAME}"),
+            tokenizer_files=files,
+            zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", "text_encoder_2" in models)),
+        )
+        for file in [lora] if isinstance(lora, str | Path) else lora or ():
+            pipeline.merge_lora(file, lora_scale, cache_dir=cache_dir, local_files_only=local_files_only)
+        return pipeline
+
+    @property
+    def task(self) -> str | None:
+        """``"text-to-image"``, ``"edit"`` or ``"inpaint"``; ``None`` for a UNet that is for none of them."""
+        tasks = {TEXT_TO_IMAGE: "text-to-image", EDIT: "edit", INPAINT: "inpaint"}
+        return tasks.get(self.modules["unet"].config.in_channels)
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether this is an SDXL model."""
+        return self.modules["unet"].config.addition_embed_type == "text_time"
+
+    def merge_lora(self, source: str | Path, scale: float = 1.0, **hub: Any) -> None:
+        """Merges a LoRA into the weights; raises `WeightsError` if it is not one for this model."""
+        parts = {name: self.params.get(name) for name in ("unet", "text_encoder", "text_encoder_2")}
+        for part, lora in load_lora(source, {k: v for k, v in parts.items() if v is not None}, **hub).items():
+            self.params[part] = merge_lora(self.params[part], lora, scale)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        image: Picture | Sequence[Picture] | None = None,
+        control_image: Picture | Sequence[Picture] | None = None,
+        *,
+        mask_image: Picture | Sequence[Picture] | None = None,
+        negative_prompt: str | None = None,
+        steps: int | None = None,
+        guidance_scale: float = 7.5,
+        image_guidance_scale: float = 1.5,
+        controlnet_conditioning_scale: float = 1.0,
+        sampler: Sampler | None = None,
+        timesteps: Sequence[int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+        latents: Float[np.ndarray, "b h w c"] | Float[Array, "b h w c"] | None = None,
+        noise: Float[np.ndarray, "m b h w c"] | Float[Array, "m b h w c"] | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> UInt8[np.ndarray, "b height width 3"]:
+        """Generates one image for each prompt.
+
+        Args:
+          prompt: one text, or several.
+          image: what to edit or to paint into, one for all prompts or one for each; for models that take it.
+          control_image: the ControlNet's condition, likewise.
+          mask_image: white where an inpainting model shall paint.
+          negative_prompt: the text that guidance leads away from; ``None`` is the model's null text.
+          steps: network evaluations of the sampler; ``None`` is 4 for the samplers of few-step students, else 50.
+          guidance_scale: of the text; 1 is none. A model with a guidance embedding takes it as an input.
+          image_guidance_scale: of the image, for InstructPix2Pix; 1 needs two passes a step instead of three.
+          controlnet_conditioning_scale: a factor on the ControlNet's outputs.
+          sampler: ``None`` is what the folder's scheduler says.
+          timesteps: descending times of one's own instead of ``steps``, such as ``[399]`` of a one-step generator.
+          height: in pixels; ``None`` is the given image's, or the model's own.
+          width: likewise.
+          seed: image i is that of seed + i, whatever the size of the batch.
+          latents: noise to start from instead, N(0, I), [b, h, w, c].
+          noise: what a stochastic sampler adds instead, [steps - 1, b, h, w, c].
+          on_step: called with the index of every step that is done.
+
+        Returns:
+          The images.
+
+        Raises:
+          ValueError: if arguments do not fit the model or each other.
+          FloatingPointError: if the model gave NaN or infinity.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        sampler = sampler or default_sampler(self.schedule)
+        if timesteps is None:
+            few = sampler in ("lcm", "codi")
+            times = timesteps_for(sampler, self.schedule, steps or (_FEW_STEPS if few else _MANY_STEPS))
+        else:
+            times = np.asarray(timesteps, np.int32)
+        size = self._size(height, width, image if image is not None else control_image)
+        inputs = {
+            **self._text_inputs(prompts, negative_prompt),
+            **self._image_inputs(len(prompts), size, image, mask_image, control_image),
+            **self._noise_inputs(len(prompts), size, sampler, len(times), seed, latents, noise),
+            "timesteps": times,
+            "guidance_scale": np.float32(guidance_scale),
+            "image_guidance_scale": np.float32(image_guidance_scale),
+            "control_scale": np.float32(controlnet_conditioning_scale),
+        }
+        config = self.modules["unet"].config
+        program = Program(
+            modules=tuple(sorted(self.modules.items())),
+            sampler=sampler,
+            guidance=choose_guidance(
+                guidance_scale,
+                image_guidance_scale,
+                embeds_guidance=config.time_cond_proj_dim is not None,
+                edits=self.task == "edit",
+            ),
+            zero_null_text=negative_prompt is None and self.zeros_for_empty_prompt,
+            on_step=self._step_done if on_step else None,
+        )
+        self._on_step = on_step
+        images, finite = self._run(program, inputs)
+        if not finite.all():
+            raise FloatingPointError(
+                f"image {int(np.argmin(finite))} has NaN or infinite values: with float16 try bfloat16 or float32; "
+                "else the weights are broken."
+            )
+        return images
+
+    def save_pretrained(self, folder: str | Path, *, dtype: DTypeLike | None = None) -> None:
+        """Writes the model as a diffusers folder, which diffusers loads with the class that fits the task.
+
+        Args:
+          folder: new, or one whose parts are replaced.
+          dtype: of the weight files; ``None`` keeps each parameter's own.
+
+        Raises:
+          WeightsError: if something cannot be written. Every part is written whole or not at all, ``model_index.json``
+            last.
+        """
+        folder = Path(folder).expanduser()
+        for name, module in self.modules.items():
+            save_model(folder, name, module, self.params[name], dtype=dtype)
+        if jax.process_index() != 0:
+            return
+        try:
+            for name, files in self.tokenizer_files.items():
+                (folder / name).mkdir(parents=True, exist_ok=True)
+                for file in files:
+                    if file.parent.resolve() != (folder / name).resolve():
+                        shutil.copyfile(file, folder / name / file.name)
+            self.schedule.save_pretrained(folder)
+            unfinished = folder / ".model_index.json"
+            unfinished.write_text(json.dumps(self._index(), indent=2) + "\n", encoding="utf-8")
+            unfinished.replace(folder / "model_index.json")
+        except OSError as error:
+            raise WeightsError(f"Could not save {folder}: {error.strerror or error}.") from error
+
+    def _index(self) -> dict[str, Any]:
+        encoders = {
+            name: ["transformers", "CLIPTextModelWithProjection" if module.config.with_projection else "CLIPTextModel"]
+            for name, module in self.modules.items()
+            if name.startswith("text_encoder")
+        }
+        index: dict[str, Any] = {
+            "_class_name": self._diffusers_class(),
+            "scheduler": ["diffusers", self.schedule.scheduler],
+            **{name: ["transformers", "CLIPTokenizer"] for name in self.tokenizers},
+            **encoders,
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        }
+        if "controlnet" in self.modules:
+            index["controlnet"] = ["diffusers", "ControlNetModel"]
+        if self.is_xl:
+            return {**index, "force_zeros_for_empty_prompt": self.zeros_for_empty_prompt}
+        absent = {"feature_extractor": [None, None], "safety_checker": [None, None]}
+        return {**index, **absent, "requires_safety_checker": False}
+
+    def _diffusers_class(self) -> str:
+        family = "StableDiffusionXL" if self.is_xl else "StableDiffusion"
+        control = "ControlNet" if "controlnet" in self.modules else ""
+        task = {"text-to-image": "", "edit": "InstructPix2Pix", "inpaint": "Inpaint"}[self.task or ""]
+        embeds_guidance = self.modules["unet"].config.time_cond_proj_dim is not None
+        if embeds_guidance and not (self.is_xl or control or task):
+            return "LatentConsistencyModelPipeline"
+        return f"{family}{control}{task}Pipeline"
+
+    def _step_done(self, step: Any) -> None:
+        if self._on_step is not None:
+            self._on_step(int(step))
+
+    def _run(self, program: Program, inputs: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Runs the program, compiled once for each kind of input; measures both apart."""
+        inputs = jax.tree.map(jnp.asarray, inputs)
+        params = {name: self.params[name] for name in self.modules}
+        key = (program, jax.tree.structure(inputs), *(leaf.shape for leaf in jax.tree.leaves(inputs)))
+        start = time.perf_counter()
+        if key not in self._compiled:
+            lowered = _jitted_generate.lower(params, self.schedule, inputs, program)
+            self._compiled[key] = lowered.compile()
+        compiled = time.perf_counter()
+        images, finite = jax.device_get(self._compiled[key](params, self.schedule, inputs))
+        jax.effects_barrier()
+        self.compile_seconds, self.seconds = compiled - start, time.perf_counter() - compiled
+        return images, finite
+
+    def _size(self, height: int | None, width: int | None, picture: Any) -> tuple[int, int]:
+        """The size of the images, in pixels, checked against what the VAE can halve."""
+        downscale = self.modules["vae"].config.downscale
+        if picture is not None and (height is None or width is None):
+            picture = picture[0] if isinstance(picture, list | tuple) else picture
+            own = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
+            default = tuple(side - side % downscale for side in own)
+        else:
+            sample_size = self.modules["unet"].config.sample_size or 64
+            sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+            default = tuple(side * downscale for side in sides)
+        size = (default[0] if height is None else height, default[1] if width is None else width)
+        if size[0] % downscale or size[1] % downscale or min(size) <= 0:
+            raise ValueError(
+                f"height = {size[0]}, width = {size[1]}: this model makes images whose sides are multiples of "
+                f"{downscale} pixels."
+            )
+        return size
+
+    def _text_inputs(self, prompts: Sequence[str], negative_prompt: str | None) -> dict[str, Any]:
+        ids, null_ids = {}, {}
+        for name, tokenizer in self.tokenizers.items():
+            encoder = name.replace("tokenizer", "text_encoder")
+            ids[encoder] = tokenize(tokenizer, prompts, self.modules[encoder])
+            null = tokenize(tokenizer, [negative_prompt or ""], self.modules[encoder])
+            null_ids[encoder] = null.repeat(len(prompts), axis=0)
+        return {"ids": ids, "null_ids": null_ids}
+
+    def _image_inputs(
+        self, batch: int, size: tuple[int, int], image: Any, mask_image: Any, control_image: Any
+    ) -> dict[str, Any]:
+        self._check_given(image, mask_image, control_image)
+        inputs: dict[str, Any] = {}
+        if image is not None:
+            inputs["image"] = 2 * _stack(image, batch, lambda picture: to_pixels(picture, size), "image") - 1
+        if mask_image is not None:
+            inputs["mask"] = _stack(mask_image, batch, lambda picture: to_mask(picture, size), "mask_image")
+        if control_image is not None:
+            inputs["control"] = _stack(control_image, batch, lambda picture: to_pixels(picture, size), "control_image")
+        if self.is_xl:
+            # Original size, crop corner, target size: what SDXL was told of its training images.
+            inputs["time_ids"] = np.asarray([[*size, 0, 0, *size]] * batch, np.float32)
+        return inputs
+
+    def _check_given(self, image: Any, mask_image: Any, control_image: Any) -> None:
+        task, takes_control = self.task, "controlnet" in self.modules
+        if image is None and task != "text-to-image":
+            raise ValueError(f"this model is for the task {task!r}: give it an image.")
+        if image is not None and task == "text-to-image":
+            raise ValueError(
+                "this model has 4 input channels and takes no image: use an InstructPix2Pix model (8 channels) to "
+                "edit, an inpainting model (9 channels) to fill in, or a ControlNet with control_image."
+            )
+        if (mask_image is not None) != (task == "inpaint"):
+            raise ValueError(
+                "an inpainting model needs mask_image, white where it shall paint."
+                if task == "inpaint"
+                else f"mask_image is for inpainting models (9 channels), and this one is for the task {task!r}."
+            )
+        if (control_image is not None) != takes_control:
+            raise ValueError(
+                "the pipeline has a ControlNet: give it a control_image."
+                if takes_control
+                else "control_image needs a ControlNet: load one with controlnet=."
+            )
+
+    def _noise_inputs(
+        self,
+        batch: int,
+        size: tuple[int, int],
+        sampler: Sampler,
+        steps: int,
+        seed: int,
+        latents: Any,
+        noise: Any,
+    ) -> dict[str, Any]:
+        vae = self.modules["vae"].config
+        shape = (size[0] // vae.downscale, size[1] // vae.downscale, vae.latent_channels)
+        keys = [jax.random.key(seed + i) for i in range(batch)]
+        if latents is None:
+            latents = jnp.stack([jax.random.normal(jax.random.fold_in(key, 0), shape) for key in keys])
+        if latents.shape != (batch, *shape):
+            raise ValueError(f"latents have shape {list(latents.shape)}, but {[batch, *shape]} is needed.")
+        if not is_stochastic(sampler):
+            noise = None
+        elif noise is None:
+            more = (steps - 1, *shape)
+            noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, 1), more) for key in keys], axis=1)
+        elif noise.shape != (steps - 1, batch, *shape):
+            raise ValueError(f"noise has shape {list(noise.shape)}, but {[steps - 1, batch, *shape]} is needed.")
+        return {"z": latents, "noise": noise}
+
+
+def _is_present(index: Mapping[str, Any], name: str) -> bool:
+    return bool(index.get(name)) and index[name][0] is not None
+
+
+def _load_controlnet(source: str | Path, dtype: DTypeLike, *options: Any) -> tuple[Model, Params]:
+    attention, cache_dir, local_files_only = options
+    folder = ModelFolder(str(Path(source).expanduser()), None, None, cache_dir, local_files_only)
+    # A ControlNet is published on its own; a training run's output folder has it among the other parts.
+    subfolder = "controlnet" if folder.find("config.json") is None else None
+    hub = {"cache_dir": cache_dir, "local_files_only": local_files_only}
+    module, params = load_model(source, subfolder, dtype, attention=attention, **hub)
+    if not isinstance(module, ControlNet):
+        raise WeightsError(f"{source} is a {type(module).__name__}, not a ControlNet.")
+    return module, params
+
+
+def _find_tokenizer(folder: ModelFolder) -> tuple[Path, ...]:
+    files = tuple(path for path in map(folder.find, _TOKENIZER_FILES) if path is not None)
+    names = {path.name for path in files}
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        raise WeightsError(f"There is no vocab.json with merges.txt in {folder}: {folder.describe_contents()}.")
+    return files
+
+
+def _stack(
+    pictures: Picture | Sequence[Picture], batch: int, convert: Callable[[Picture], np.ndarray], name: str
+) -> Float[np.ndarray, "b h w c"]:
+    each = list(pictures) if isinstance(pictures, Sequence) else [pictures] * batch
+    if len(each) != batch:
+        raise ValueError(f"{name} has {len(each)} images for {batch} prompts: give one, or one for each.")
+    return np.stack([convert(picture) for picture in each])
