@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from oracle import assert_close, make_pair, torch_shapes
-from published import TEXT_ENCODERS, TINY_TEXT
+from published import TINY_TEXT
 from transformers import CLIPTextConfig as TorchConfig
 from transformers import CLIPTextModel as TorchCLIP
 from transformers import CLIPTextModelWithProjection as TorchCLIPProjected
 
 from codi_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from codi_jax.models.config import ConfigError
+from codi_jax.models.published import TEXT_ENCODERS
 
 PROJECTED = {"architectures": ["CLIPTextModelWithProjection"]}
 VARIANTS = {

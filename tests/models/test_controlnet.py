@@ -7,10 +7,11 @@ import pytest
 import torch
 from diffusers import ControlNetModel as TorchControlNet
 from oracle import assert_close, make_pair, nchw, nhwc, torch_shapes
-from published import CONTROLNETS, TINY_CONTROLNETS, TINY_SD15, TINY_UNETS
+from published import TINY_CONTROLNETS, TINY_SD15, TINY_UNETS
 
 from codi_jax.models.config import ConfigError
 from codi_jax.models.controlnet import ControlNet, ControlNetConfig, controlnet_from_unet
+from codi_jax.models.published import CONTROLNETS
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.unet_config import UNetConfig
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel as TorchUNet
 from oracle import assert_close, make_pair, nchw, nhwc, torch_shapes
-from published import SD15_UNET, TINY_SD15, TINY_SD21, TINY_SDXL, TINY_UNETS, UNETS
+from published import TINY_SD15, TINY_SD21, TINY_SDXL, TINY_UNETS
 
 from codi_jax import weights
 from codi_jax.models.config import ConfigError
+from codi_jax.models.published import SD15_UNET, UNETS
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.unet_config import UNetConfig
 

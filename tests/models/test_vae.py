@@ -9,9 +9,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL as TorchVAE
 from oracle import assert_close, make_pair, nchw, nhwc, torch_shapes
-from published import TINY_VAE, VAE
+from published import TINY_VAE
 
 from codi_jax.models.config import ConfigError
+from codi_jax.models.published import VAE
 from codi_jax.models.vae import AutoencoderKL, VAEConfig
 
 VARIANTS = {
