@@ -93,16 +93,17 @@ def _chunked_attention(
     b, t, n, h = query.shape
     s = key.shape[1]
     chunk = max(size for size in range(1, min(t, _CHUNK) + 1) if t % size == 0)
-    queries = (query * h**-0.5).transpose(0, 2, 1, 3).reshape(b * n, t // chunk, chunk, h)
-    keys = key.transpose(0, 2, 3, 1).reshape(b * n, h, s)
-    values = value.transpose(0, 2, 1, 3).reshape(b * n, s, h)
+    # The loops run over heads and chunks, never over the batch: that may be spread over devices.
+    queries = (query * h**-0.5).reshape(b, t // chunk, chunk, n, h).transpose(3, 1, 0, 2, 4)
+    keys = key.transpose(2, 0, 3, 1)
+    values = value.transpose(2, 0, 1, 3)
 
     @jax.checkpoint  # else the backward pass would keep all the scores after all
     def attend(q: Array, k: Array, v: Array, first: Array) -> Array:
-        scores = jnp.matmul(q, k, preferred_element_type=jnp.float32)
+        scores = jnp.matmul(q, k, preferred_element_type=jnp.float32)  # [b, chunk, s]
         if is_causal:
             positions = first + jnp.arange(chunk)[:, None]
-            scores = jnp.where(jnp.arange(s)[None, :] <= positions, scores, -jnp.inf)
+            scores = jnp.where((jnp.arange(s)[None, :] <= positions)[None], scores, -jnp.inf)
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
         out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return (out / weights.sum(axis=-1, keepdims=True)).astype(q.dtype)
@@ -111,8 +112,8 @@ def _chunked_attention(
         q, k, v = qkv
         return jax.lax.map(lambda x: attend(x[0], k, v, x[1]), (q, jnp.arange(0, t, chunk)))
 
-    out = jax.lax.map(head, (queries, keys, values))
-    return out.reshape(b, n, t, h).transpose(0, 2, 1, 3)
+    out = jax.lax.map(head, (queries, keys, values))  # [n, t // chunk, b, chunk, h]
+    return out.transpose(2, 1, 3, 0, 4).reshape(b, t, n, h)
 
 
 def _pallas_attention(

@@ -1,0 +1,45 @@
+"""One device and eight give the same: batch spread over the devices, parameters on all of them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent.parent
+
+SCRIPT = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from published import TINY_SD15
+from codi_jax.models.unet import UNet2DCondition
+from codi_jax.models.unet_config import UNetConfig
+
+assert jax.device_count() == 8
+module = UNet2DCondition(UNetConfig.from_dict(TINY_SD15))
+rng = np.random.default_rng(0)
+params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype("f4") * 0.1, module.abstract_params())
+# 18 x 18: enough keys for the chunked attention, and odd halves.
+batch = (rng.standard_normal((8, 18, 18, 4)), np.arange(8) * 100.0, rng.standard_normal((8, 5, 24)))
+batch = tuple(x.astype("f4") for x in batch)
+
+@jax.jit
+def step(params, sample, t, text):
+    def loss(params):
+        prediction, _ = module.apply({"params": params}, sample, t, text)
+        return jnp.mean(prediction**2), prediction
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+mesh = Mesh(np.asarray(jax.devices()), ("data",))
+spread, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+one = step(jax.device_put(params, jax.devices()[0]), *jax.device_put(batch, jax.devices()[0]))
+eight = step(jax.device_put(params, everywhere), *jax.device_put(batch, spread))
+assert not eight[0][1].sharding.is_fully_replicated
+for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(a).max())
+"""
+
+
+def test_one_device_and_eight_agree() -> None:
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
