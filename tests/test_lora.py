@@ -17,6 +17,8 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders import lora_conversion_utils
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_kohya
+from oracle import assert_close, make_pair, make_torch, nchw, nhwc, to_params
+from published import TINY_CONTROLNETS, TINY_SD15, TINY_SDXL, TINY_TEXT
 
 from codi_jax.hub import ModelFolder
 from codi_jax.lora import (
@@ -32,10 +34,10 @@ from codi_jax.lora_files import load_lora, save_lora
 from codi_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from codi_jax.models.controlnet import ControlNet, ControlNetConfig
 from codi_jax.models.layers import ResnetBlock2D
-from codi_jax.models.unet import UNet2DCondition, UNetConfig
+from codi_jax.models.published import SDXL_UNET
+from codi_jax.models.unet import UNet2DCondition
+from codi_jax.models.unet_config import UNetConfig
 from codi_jax.weights import WeightsError
-from tests.oracle import assert_close, make_pair, make_torch, nchw, nhwc, to_params
-from tests.published import SDXL_UNET, TINY_CONTROLNETS, TINY_SD15, TINY_SDXL, TINY_TEXT
 
 # Few layers, but every kind that can be adapted: strided convolutions, enlargements, shortcuts, 1 × 1 projections.
 SD15 = {**TINY_SD15, "layers_per_block": 1, "block_out_channels": [16, 32], "norm_num_groups": 8}
