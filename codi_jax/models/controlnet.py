@@ -23,6 +23,8 @@ class ControlNetConfig(EncoderConfig):
     """
 
     class_names: ClassVar[tuple[str, ...]] = ("ControlNetModel", "FlaxControlNetModel")
+    # diffusers' former Flax ControlNet wrote them; neither enters a forward pass.
+    ignored_keys: ClassVar[frozenset[str]] = EncoderConfig.ignored_keys | {"dropout", "sample_size"}
 
     conditioning_channels: int = 3
     controlnet_conditioning_channel_order: Literal["rgb", "bgr"] = "rgb"

@@ -127,3 +127,14 @@ def test_a_controlnet_of_another_architecture_is_refused_by_the_unet() -> None:
 
     with pytest.raises(ValueError, match="6 residuals, but the UNet has 4"):
         jax.eval_shape(both, unet.abstract_params(), controlnet.abstract_params())
+
+
+def test_the_config_of_diffusers_former_flax_class_is_read() -> None:
+    """Its keys, as diffusers 0.38 wrote them: two more than the PyTorch class has."""
+    former = {"_class_name": "FlaxControlNetModel", "_diffusers_version": "0.38.0", "sample_size": 32, "dropout": 0.0}
+    kept = (
+        "attention_head_dim", "block_out_channels", "conditioning_embedding_out_channels", "cross_attention_dim",
+        "down_block_types", "layers_per_block",
+    )  # fmt: skip
+    config = {key: TINY_CONTROLNETS["sd-1.x"][key] for key in kept}
+    assert ControlNetConfig.from_dict({**config, **former}) == ControlNetConfig.from_dict(config)
