@@ -3,7 +3,6 @@
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jaxtyping import UInt8
 from tqdm import tqdm
 
 from codi_jax.images import check_output, open_image, save_images
@@ -25,28 +25,31 @@ _LONG_RUN = 10  # steps from which a progress bar is worth its line
 
 @dataclass(frozen=True)
 class Args:
-    """Generates images. The task follows from the model: text to image, edit (InstructPix2Pix) or inpaint."""
+    """Generates images. The task follows from the model: text to image, edit (InstructPix2Pix) or inpaint.
+
+    Only --model and --prompt are needed; --image, --mask_image and --control_image where the model takes them.
+    """
 
     model: str
-    """Folder of the model in diffusers' layout, or its id on the Hugging Face Hub."""
+    """Folder of the model in diffusers' layout, or its id (owner/name) on the Hugging Face Hub."""
     prompt: str
     """What to show; for an InstructPix2Pix model, what to change."""
     output: Path = Path("out.png")
-    """File to write. Several images make a grid there, and single files out_0.png, out_1.png, ... beside it."""
+    """Image file to write. Several images make a grid there, and single files out_0.png, out_1.png, ... beside it."""
     negative_prompt: str | None = None
     """What to lead away from."""
     image: str | None = None
     """File or URL of the image to edit or to paint into."""
     mask_image: str | None = None
-    """Where an inpainting model paints: white."""
+    """File or URL of the mask for an inpainting model, white where it shall paint."""
     control_image: str | None = None
-    """The ControlNet's condition, such as an image of edges."""
+    """File or URL of the ControlNet's condition, such as an image of edges."""
     controlnet: str | None = None
-    """Folder or id of a ControlNet."""
+    """Folder or id of a ControlNet. If left out: the one in the model's folder, where there is one."""
     lora: tuple[str, ...] = ()
     """LoRA files, folders or ids to merge into the model."""
     lora_scale: float = 1.0
-    """A factor on every LoRA."""
+    """Strength of every LoRA."""
     steps: int | None = None
     """Steps of the sampler. If left out: 4 for students (samplers lcm and codi), 50 for the others."""
     guidance_scale: float = 7.5
@@ -56,29 +59,29 @@ class Args:
     controlnet_conditioning_scale: float = 1.0
     """How strongly to follow the control image."""
     sampler: Sampler | None = None
-    """If left out, what the model's folder says."""
+    """How to sample. If left out: as the model's folder says."""
     timesteps: tuple[int, ...] = ()
-    """Descending training times to sample at, instead of --steps."""
+    """Descending training timesteps to sample at instead of --steps, such as 399 for a one-step generator."""
     seed: int = 0
-    """Of the first image; the next ones have the next seeds."""
+    """Seed of the first image; the next images have the next seeds, whatever the batch size."""
     num_images: int = 1
     """How many images to make."""
     batch_size: int | None = None
-    """How many of them at a time; all if left out."""
+    """How many of them at a time. If left out: all."""
     height: int | None = None
-    """In pixels; if left out, that of the given image or the model's own."""
+    """In pixels. If left out: that of the given image, or the model's own."""
     width: int | None = None
-    """In pixels; if left out, that of the given image or the model's own."""
+    """In pixels. If left out: that of the given image, or the model's own."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and computation. auto: bfloat16 on GPU and TPU, float32 on CPU."""
+    """Precision of weights and computation. auto: bfloat16 on GPU and TPU, float32 on CPU."""
     attention: Implementation = "auto"
-    """The attention kernel."""
+    """Attention kernel. auto: the fastest that the device has."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
+    """Branch, tag or commit of the model on the hub."""
     variant: str | None = None
-    """Variant of the weight files, such as fp16."""
-    ccache: Path | None = Path("~/.cache/codi_jax/xla")
-    """Folder for compiled programs, which makes the next start faster; None to keep none."""
+    """Variant of the model's weight files, such as fp16."""
+    ccache: Path = Path("~/.cache/codi_jax/xla")
+    """Folder that keeps compiled programs, so that the next start is faster."""
 
 
 def run(args: Args) -> list[Path]:
@@ -89,38 +92,28 @@ def run(args: Args) -> list[Path]:
 
     Raises:
       ValueError: if arguments do not fit each other or the model; also its kinds `WeightsError` and `ConfigError`.
-      FileNotFoundError: if an image is not there.
+      OSError: if an image is not there, or the output cannot be written.
       FloatingPointError: if the model gives NaN.
     """
     check_output(args.output)
     if args.num_images < 1 or (args.batch_size is not None and args.batch_size < 1):
         raise ValueError("--num_images and --batch_size must be at least 1.")
-    if args.controlnet is None and args.control_image is not None:
-        print("No --controlnet is given: the one in the model's folder is used.", file=sys.stderr)
     given = {"image": args.image, "mask_image": args.mask_image, "control_image": args.control_image}
     pictures = {name: open_image(source) for name, source in given.items() if source is not None}
     keep_compiled_programs(args.ccache)
-    pipeline = _load(args)
-    images, compile_seconds, seconds = [], 0.0, 0.0
-    batch_size = min(args.batch_size or args.num_images, args.num_images)
-    for start in range(0, args.num_images, batch_size):
-        images.append(_generate_batch(pipeline, args, pictures, args.seed + start, batch_size))
-        compile_seconds += pipeline.compile_seconds
-        seconds += pipeline.seconds
-    made = np.concatenate(images)
+    made, compile_seconds, seconds = _generate(_load(args), args, pictures)
     files = save_images(args.output, made[: args.num_images])
-    device = jax.devices()[0]
     print(
-        f"{seconds / len(made):.2f} seconds per image ({len(made)} in {seconds:.1f} s on {device.device_kind}), "
-        f"compilation {compile_seconds:.1f} s apart"
+        f"{seconds / len(made):.2f} seconds per image ({len(made)} in {seconds:.1f} s on "
+        f"{jax.devices()[0].device_kind}), after {compile_seconds:.1f} s of compilation"
     )
     print("wrote " + ", ".join(map(str, files)))
     return files
 
 
-def keep_compiled_programs(folder: Path | None) -> None:
+def keep_compiled_programs(folder: Path) -> None:
     """Makes JAX keep compiled programs in ``folder``; an environment variable of JAX's own goes first."""
-    if folder is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(folder.expanduser()))
 
 
@@ -138,38 +131,55 @@ def _load(args: Args) -> DiffusionPipeline:
     )
 
 
-def _generate_batch(
-    pipeline: DiffusionPipeline, args: Args, pictures: dict[str, Any], seed: int, batch_size: int
-) -> np.ndarray:
-    # The last batch is as large as the others: a smaller one would be compiled anew.
-    steps = len(args.timesteps) or args.steps
-    with tqdm(total=steps, unit="step", disable=steps is not None and steps < _LONG_RUN, leave=False) as bar:
-        on_step: Callable[[int], None] = lambda step: bar.update(step + 1 - bar.n)  # noqa: E731
-        return pipeline(
-            [args.prompt] * batch_size,
-            **pictures,
-            negative_prompt=args.negative_prompt,
-            steps=args.steps,
-            guidance_scale=args.guidance_scale,
-            image_guidance_scale=args.image_guidance_scale,
-            controlnet_conditioning_scale=args.controlnet_conditioning_scale,
-            sampler=args.sampler,
-            timesteps=args.timesteps or None,
-            height=args.height,
-            width=args.width,
-            seed=seed,
-            on_step=on_step,
-        )
+def _generate(
+    pipeline: DiffusionPipeline, args: Args, pictures: dict[str, Any]
+) -> tuple[UInt8[np.ndarray, "n h w 3"], float, float]:
+    """The images, the seconds that it took to compile, and the others. The last batch may have too many images."""
+    timesteps = args.timesteps or None
+    steps = len(pipeline.times(args.steps, args.sampler, timesteps))
+    # As large as the others even if fewer images are left: another size would be compiled anew.
+    batch_size = min(args.batch_size or args.num_images, args.num_images)
+    starts = range(0, args.num_images, batch_size)
+    images, compile_seconds, seconds = [], 0.0, 0.0
+    # JAX cannot keep a program that reports its steps: it pays where steps are slow.
+    reports = jax.default_backend() == "cpu" and steps >= _LONG_RUN and sys.stderr.isatty()
+    hidden = not sys.stderr.isatty() or not (reports or len(starts) > 1)
+    with tqdm(total=len(starts) * steps, unit="step", leave=False, disable=hidden) as bar:
+        for start in starts:
+            made = pipeline(
+                [args.prompt] * batch_size,
+                **pictures,
+                negative_prompt=args.negative_prompt,
+                steps=args.steps,
+                guidance_scale=args.guidance_scale,
+                image_guidance_scale=args.image_guidance_scale,
+                controlnet_conditioning_scale=args.controlnet_conditioning_scale,
+                sampler=args.sampler,
+                timesteps=timesteps,
+                height=args.height,
+                width=args.width,
+                seed=args.seed + start,
+                on_step=(lambda _: bar.update()) if reports else None,
+            )
+            bar.update((len(images) + 1) * steps - bar.n)
+            images.append(made)
+            compile_seconds += pipeline.compile_seconds
+            seconds += pipeline.seconds
+    return np.concatenate(images), compile_seconds, seconds
 
 
 def main() -> None:
     """The command line."""
-    args = tyro.cli(Args, use_underscores=True)
+    args = tyro.cli(Args, prog="python3 -m codi_jax.generate", use_underscores=True, config=(tyro.conf.DisallowNone,))
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         run(args)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit("error: the device has not enough memory: try a smaller --batch_size, --height and --width.")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class Program:
 
 
 def choose_guidance(
-    guidance_scale: float, image_guidance_scale: float, *, embeds_guidance: bool, edits: bool
+    guidance_scale: float | int, image_guidance_scale: float | int, *, embeds_guidance: bool, edits: bool
 ) -> Guidance:
     """The cheapest guidance that computes what the scales ask for.
 
@@ -143,13 +143,15 @@ def _denoiser(params: Mapping[str, Params], inputs: Mapping[str, Any], program: 
 def _guided(
     prediction: Float[Array, "nb h w c"], inputs: Mapping[str, Any], guidance: Guidance
 ) -> Float[Array, "b h w c"]:
+    s_T, s_I = inputs["guidance_scale"], inputs["image_guidance_scale"]
     branches = split_branches(prediction, len(_BRANCHES[guidance]))
-    if guidance in ("none", "embedded"):
+    if len(branches) == 1:
         return branches[0]
     if guidance == "instruct_pix2pix":
-        scales = inputs["guidance_scale"], inputs["image_guidance_scale"]
-        return sampling.instruct_pix2pix_guidance(*branches, *scales)
-    return sampling.classifier_free_guidance(*branches, inputs["guidance_scale"])
+        uncond, image_only, full = branches
+        return sampling.instruct_pix2pix_guidance(uncond, image_only, full, s_T, s_I)
+    uncond, cond = branches
+    return sampling.classifier_free_guidance(uncond, cond, s_T)
 
 
 def _text_conditions(

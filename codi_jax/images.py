@@ -3,16 +3,19 @@
 import math
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from diffusers.utils import load_image, make_image_grid
+from diffusers.utils.loading_utils import load_image
+from diffusers.utils.pil_utils import make_image_grid
 from jaxtyping import Float, UInt8
 from PIL import Image, UnidentifiedImageError
 
 Picture = Image.Image | np.ndarray
 """A PIL image, or an array [H, W, 3], uint8 or float in [0, 1]."""
+
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def open_image(source: str | Path) -> Image.Image:
@@ -27,8 +30,8 @@ def open_image(source: str | Path) -> Image.Image:
     if not is_url and not Path(source).expanduser().is_file():
         raise FileNotFoundError(f"There is no image {source}.")
     try:
-        return load_image(source if is_url else str(Path(source).expanduser()))
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+        return load_image(source if is_url else str(Path(source).expanduser()), _to_rgb)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{source} could not be read as an image: {error}") from error
 
 
@@ -44,9 +47,9 @@ def to_pixels(picture: Picture, size: tuple[int, int] | None = None) -> Float[np
         if picture.dtype != np.uint8:
             picture = np.clip(picture * 255, 0, 255).round().astype(np.uint8)
         picture = Image.fromarray(picture)
-    picture = picture.convert("RGB")
-    if size is not None and picture.size != size[::-1]:
-        picture = picture.resize(size[::-1], Image.Resampling.LANCZOS)
+    picture = _to_rgb(picture)
+    if size is not None and (picture.height, picture.width) != size:
+        picture = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)
     return np.asarray(picture, np.float32) / 255
 
 
@@ -54,6 +57,44 @@ def to_mask(picture: Picture, size: tuple[int, int]) -> Float[np.ndarray, "h w 1
     """A picture as a mask: 1 where it is bright and is to be painted anew, 0 elsewhere."""
     pixels = to_pixels(picture, size)
     return (pixels.mean(axis=-1, keepdims=True) >= 0.5).astype(np.float32)
+
+
+def as_list(pictures: Picture | Sequence[Picture]) -> list[Picture]:
+    """One picture, several, or an array [n, H, W, 3] of them, as a list.
+
+    Raises:
+      ValueError: if there is none, or it is a file name.
+    """
+    if isinstance(pictures, str | Path):
+        raise ValueError(f"{pictures} is a file name: open the image first, with codi_jax.images.open_image.")
+    if isinstance(pictures, np.ndarray):
+        each: list[Picture] = list(pictures) if pictures.ndim == 4 else [pictures]
+    else:
+        each = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    if not each:
+        raise ValueError("the list of images is empty.")
+    return each
+
+
+def stack_pictures(
+    pictures: Picture | Sequence[Picture], batch: int, convert: Callable[[Picture], np.ndarray], name: str
+) -> Float[np.ndarray, "b h w c"]:
+    """One picture for the whole batch, or one for each of its members, as one array.
+
+    Args:
+      pictures: see `as_list`.
+      batch: the size of the batch.
+      convert: `to_pixels` or `to_mask`, to one size.
+      name: of the argument, for messages.
+
+    Raises:
+      ValueError: if there are neither one nor ``batch``.
+    """
+    each = as_list(pictures)
+    each = each * batch if len(each) == 1 else each
+    if len(each) != batch:
+        raise ValueError(f"{name} has {len(each)} images for {batch} prompts: give one, or one for each.")
+    return np.stack([convert(picture) for picture in each])
 
 
 def grid(images: UInt8[np.ndarray, "n h w 3"]) -> Image.Image:
@@ -68,16 +109,26 @@ def grid(images: UInt8[np.ndarray, "n h w 3"]) -> Image.Image:
 def save_images(path: str | Path, images: UInt8[np.ndarray, "n h w 3"]) -> list[Path]:
     """Writes one image to ``path``; several as a grid to ``path`` and as ``<stem>_0``, ``<stem>_1``, … beside it.
 
+    After an error none of them is left, and what was there before is unchanged.
+
     Returns:
       The files written, ``path`` first.
     """
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    if len(images) == 1:
-        return [_save(path, Image.fromarray(images[0]))]
-    single: Sequence[Path] = [path.with_stem(f"{path.stem}_{i}") for i in range(len(images))]
-    written = [_save(path, grid(images))]
-    return written + [_save(name, Image.fromarray(image)) for name, image in zip(single, images, strict=True)]
+    single = [Image.fromarray(image) for image in images]
+    names = [path.with_stem(f"{path.stem}_{i}") for i in range(len(images))]
+    pictures = {path: single[0]} if len(single) == 1 else {path: grid(images), **dict(zip(names, single, strict=True))}
+    unfinished = {name: name.with_stem(f".{name.stem}-{secrets.token_hex(4)}") for name in pictures}
+    try:
+        for name, picture in pictures.items():
+            picture.save(unfinished[name])
+        for name, file in unfinished.items():
+            file.replace(name)
+    finally:
+        for file in unfinished.values():
+            file.unlink(missing_ok=True)
+    return list(pictures)
 
 
 def check_output(path: str | Path) -> None:
@@ -87,17 +138,18 @@ def check_output(path: str | Path) -> None:
       ValueError: if the ending is not that of an image format, or the folder cannot be written.
     """
     path = Path(path).expanduser()
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{path} has no ending that is an image format: use .png, .jpg or .webp.")
+    if path.suffix.lower() not in _ENDINGS:
+        raise ValueError(f"{path} must end like an image file: use one of {', '.join(_ENDINGS)}.")
+    if path.is_dir():
+        raise ValueError(f"{path} cannot be written: it is a folder.")
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"{path} cannot be written: {parent} is not a folder that you may write to.")
 
 
-def _save(path: Path, image: Image.Image) -> Path:
-    unfinished = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
-    try:
-        image.save(unfinished)
-        return unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would turn all above 255 white
+        image = Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of Pillow's mode {image.mode}, 32 bits: convert it to 8 or 16 bits.")
+    return image.convert("RGB")

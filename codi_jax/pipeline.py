@@ -5,6 +5,7 @@ editing (8) or inpainting (9), each with or without a ControlNet; SD 1.x, 2.x an
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import shutil
 import time
@@ -16,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Num, UInt8
 from transformers import CLIPTokenizer
 
 from codi_jax.generation import Program, choose_guidance, generate
 from codi_jax.hub import ModelFolder
-from codi_jax.images import Picture, to_mask, to_pixels
+from codi_jax.images import Picture, as_list, stack_pictures, to_mask, to_pixels
 from codi_jax.lora import merge_lora
 from codi_jax.lora_files import load_lora
 from codi_jax.models.attention import Implementation
@@ -29,21 +30,14 @@ from codi_jax.models.config import ConfigError, Params
 from codi_jax.models.controlnet import ControlNet
 from codi_jax.sampling import Sampler, default_sampler, is_stochastic, timesteps_for
 from codi_jax.schedule import CONFIG_NAME, NoiseSchedule
-from codi_jax.text import tokenize
+from codi_jax.text import find_tokenizer, tokenize
 from codi_jax.weights import Model, WeightsError, load_model, save_model
 
 TEXT_TO_IMAGE, EDIT, INPAINT = 4, 8, 9  # input channels of the UNet
 # Steps that a sampler is made for: the few of a distilled student, or those of diffusers' pipelines.
 _FEW_STEPS, _MANY_STEPS = 4, 50
 
-_TOKENIZER_FILES = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+_REQUIRED = ("unet", "vae", "text_encoder", "tokenizer")
 _jitted_generate = jax.jit(generate, static_argnames="program")
 
 
@@ -73,13 +67,15 @@ class DiffusionPipeline:
 
     def __post_init__(self) -> None:
         self._compiled: dict[Any, Any] = {}
-        self._on_step: Callable[[int], None] | None = None
+        self._reporter = _StepReporter()
         channels, task = self.modules["unet"].config.in_channels, self.task
         if task is None:
             raise ConfigError(
                 f"the UNet has in_channels = {channels}; codi_jax can sample models with {TEXT_TO_IMAGE} "
                 f"(text-to-image), {EDIT} (InstructPix2Pix) and {INPAINT} (inpainting)."
             )
+        if "controlnet" in self.modules:
+            _check_controlnet(self.modules)
 
     @classmethod
     def from_pretrained(
@@ -89,7 +85,7 @@ class DiffusionPipeline:
         lora: str | Path | Sequence[str | Path] | None = None,
         *,
         dtype: DTypeLike = jnp.float32,
-        lora_scale: float = 1.0,
+        lora_scale: float | int = 1.0,
         attention: Implementation = "auto",
         revision: str | None = None,
         variant: str | None = None,
@@ -117,8 +113,18 @@ class DiffusionPipeline:
         hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = ModelFolder(str(Path(source).expanduser()), **hub)
         index = folder.read_json("model_index.json")
-        if "unet" not in index:
-            raise WeightsError(f"{folder}/model_index.json describes a {index.get('_class_name')}, which has no UNet.")
+        if absent := [name for name in _REQUIRED if not _is_present(index, name)]:
+            raise WeightsError(
+                f"{folder}/model_index.json describes a {index.get('_class_name')} without {' and '.join(absent)}: it "
+                "is no Stable Diffusion 1.x, 2.x or XL model."
+            )
+        tokenizers, files = {}, {}
+        for name in ("tokenizer", "tokenizer_2"):
+            if _is_present(index, name):
+                files[name] = find_tokenizer(folder.part(name))
+                tokenizers[name] = CLIPTokenizer.from_pretrained(files[name][0].parent)
+        scheduler = folder.part("scheduler")
+        schedule = NoiseSchedule.from_config(scheduler.read_json(CONFIG_NAME), f"{scheduler}/{CONFIG_NAME}")
         names = [name for name in ("unet", "vae", "text_encoder", "text_encoder_2") if _is_present(index, name)]
         if controlnet is None and _is_present(index, "controlnet"):
             names.append("controlnet")
@@ -131,17 +137,11 @@ class DiffusionPipeline:
             models[name] = load_model(source, name, of_part, variant=variant, attention=attention, **hub)
         if controlnet is not None:
             models["controlnet"] = _load_controlnet(controlnet, dtype, attention, cache_dir, local_files_only)
-        tokenizers, files = {}, {}
-        for name in ("tokenizer", "tokenizer_2"):
-            if _is_present(index, name):
-                files[name] = _find_tokenizer(folder.part(name))
-                tokenizers[name] = CLIPTokenizer.from_pretrained(files[name][0].parent)
-        scheduler = folder.part("scheduler")
         pipeline = cls(
             modules={name: module for name, (module, _) in models.items()},
             params={name: params for name, (_, params) in models.items()},
             tokenizers=tokenizers,
-            schedule=NoiseSchedule.from_config(scheduler.read_json(CONFIG_NAME), f"{scheduler}/{CONFIG_NAME}"),
+            schedule=schedule,
             tokenizer_files=files,
             zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", "text_encoder_2" in models)),
         )
@@ -160,11 +160,11 @@ class DiffusionPipeline:
         """Whether this is an SDXL model."""
         return self.modules["unet"].config.addition_embed_type == "text_time"
 
-    def merge_lora(self, source: str | Path, scale: float = 1.0, **hub: Any) -> None:
+    def merge_lora(self, source: str | Path, scale: float | int = 1.0, **hub: Any) -> None:
         """Merges a LoRA into the weights; raises `WeightsError` if it is not one for this model."""
         parts = {name: self.params.get(name) for name in ("unet", "text_encoder", "text_encoder_2")}
         for part, lora in load_lora(source, {k: v for k, v in parts.items() if v is not None}, **hub).items():
-            self.params[part] = merge_lora(self.params[part], lora, scale)
+            self.params[part] = merge_lora(self.params[part], lora, float(scale))
 
     def __call__(
         self,
@@ -175,9 +175,9 @@ class DiffusionPipeline:
         mask_image: Picture | Sequence[Picture] | None = None,
         negative_prompt: str | None = None,
         steps: int | None = None,
-        guidance_scale: float = 7.5,
-        image_guidance_scale: float = 1.5,
-        controlnet_conditioning_scale: float = 1.0,
+        guidance_scale: float | int = 7.5,
+        image_guidance_scale: float | int = 1.5,
+        controlnet_conditioning_scale: float | int = 1.0,
         sampler: Sampler | None = None,
         timesteps: Sequence[int] | None = None,
         height: int | None = None,
@@ -185,13 +185,14 @@ class DiffusionPipeline:
         seed: int = 0,
         latents: Float[np.ndarray, "b h w c"] | Float[Array, "b h w c"] | None = None,
         noise: Float[np.ndarray, "m b h w c"] | Float[Array, "m b h w c"] | None = None,
-        on_step: Callable[[int], None] | None = None,
+        on_step: Callable[[int], Any] | None = None,
     ) -> UInt8[np.ndarray, "b height width 3"]:
         """Generates one image for each prompt.
 
         Args:
           prompt: one text, or several.
-          image: what to edit or to paint into, one for all prompts or one for each; for models that take it.
+          image: what to edit or to paint into, one for all prompts or one for each (a list, or an array with four
+            axes); for models that take it.
           control_image: the ControlNet's condition, likewise.
           mask_image: white where an inpainting model shall paint.
           negative_prompt: the text that guidance leads away from; ``None`` is the model's null text.
@@ -200,7 +201,7 @@ class DiffusionPipeline:
           image_guidance_scale: of the image, for InstructPix2Pix; 1 needs two passes a step instead of three.
           controlnet_conditioning_scale: a factor on the ControlNet's outputs.
           sampler: ``None`` is what the folder's scheduler says.
-          timesteps: descending times of one's own instead of ``steps``, such as ``[399]`` of a one-step generator.
+          timesteps: times of one's own instead of ``steps``, see `times`.
           height: in pixels; ``None`` is the given image's, or the model's own.
           width: likewise.
           seed: image i is that of seed + i, whatever the size of the batch.
@@ -216,12 +217,10 @@ class DiffusionPipeline:
           FloatingPointError: if the model gave NaN or infinity.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise ValueError("there is no prompt: give at least one.")
         sampler = sampler or default_sampler(self.schedule)
-        if timesteps is None:
-            few = sampler in ("lcm", "codi")
-            times = timesteps_for(sampler, self.schedule, steps or (_FEW_STEPS if few else _MANY_STEPS))
-        else:
-            times = np.asarray(timesteps, np.int32)
+        times = self.times(steps, sampler, timesteps)
         size = self._size(height, width, image if image is not None else control_image)
         inputs = {
             **self._text_inputs(prompts, negative_prompt),
@@ -243,16 +242,46 @@ class DiffusionPipeline:
                 edits=self.task == "edit",
             ),
             zero_null_text=negative_prompt is None and self.zeros_for_empty_prompt,
-            on_step=self._step_done if on_step else None,
+            on_step=self._reporter if on_step else None,
         )
-        self._on_step = on_step
-        images, finite = self._run(program, inputs)
+        self._reporter.listener = on_step
+        try:
+            images, finite = self._run(program, inputs)
+        finally:
+            self._reporter.listener = None
         if not finite.all():
             raise FloatingPointError(
                 f"image {int(np.argmin(finite))} has NaN or infinite values: with float16 try bfloat16 or float32; "
                 "else the weights are broken."
             )
         return images
+
+    def times(
+        self, steps: int | None = None, sampler: Sampler | None = None, timesteps: Sequence[int] | None = None
+    ) -> Num[np.ndarray, " n"]:
+        """The training times at which a call with these arguments evaluates the network.
+
+        Args:
+          steps: see `__call__`.
+          sampler: likewise.
+          timesteps: descending times of one's own, such as ``[399]`` of a one-step generator.
+
+        Raises:
+          ValueError: if the sampler has not so many times, or cannot visit those given.
+        """
+        sampler = sampler or default_sampler(self.schedule)
+        if timesteps is None:
+            few = {"lcm": self.schedule.original_inference_steps, "codi": self.schedule.distill_learning_steps}
+            default = min(_FEW_STEPS, few[sampler] or _FEW_STEPS) if sampler in few else _MANY_STEPS
+            return timesteps_for(sampler, self.schedule, default if steps is None else steps)
+        times, T = np.asarray(timesteps, np.int32), self.schedule.num_train_timesteps
+        if steps not in (None, len(times)):
+            raise ValueError(f"steps = {steps}, but timesteps has {len(times)} times: leave out one of the two.")
+        if not len(times) or np.any(np.diff(times) >= 0) or times[0] >= T or times[-1] < 0:
+            raise ValueError(f"timesteps = {times.tolist()}: they must descend, and lie in 0 to {T - 1}.")
+        if sampler == "pndm" or (sampler == "ddim" and len(times) > 1):
+            raise ValueError(f"the sampler {sampler} takes even steps only: with timesteps use another, such as lcm.")
+        return times
 
     def save_pretrained(self, folder: str | Path, *, dtype: DTypeLike | None = None) -> None:
         """Writes the model as a diffusers folder, which diffusers loads with the class that fits the task.
@@ -291,6 +320,7 @@ class DiffusionPipeline:
         }
         index: dict[str, Any] = {
             "_class_name": self._diffusers_class(),
+            "_diffusers_version": importlib.metadata.version("diffusers"),  # without it inpainting models fail to load
             "scheduler": ["diffusers", self.schedule.scheduler],
             **{name: ["transformers", "CLIPTokenizer"] for name in self.tokenizers},
             **encoders,
@@ -306,28 +336,25 @@ class DiffusionPipeline:
 
     def _diffusers_class(self) -> str:
         family = "StableDiffusionXL" if self.is_xl else "StableDiffusion"
-        control = "ControlNet" if "controlnet" in self.modules else ""
         task = {"text-to-image": "", "edit": "InstructPix2Pix", "inpaint": "Inpaint"}[self.task or ""]
+        # diffusers has no InstructPix2Pix with a ControlNet: it then loads the model without.
+        control = "ControlNet" if "controlnet" in self.modules and self.task != "edit" else ""
         embeds_guidance = self.modules["unet"].config.time_cond_proj_dim is not None
         if embeds_guidance and not (self.is_xl or control or task):
             return "LatentConsistencyModelPipeline"
         return f"{family}{control}{task}Pipeline"
 
-    def _step_done(self, step: Any) -> None:
-        if self._on_step is not None:
-            self._on_step(int(step))
-
     def _run(self, program: Program, inputs: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """Runs the program, compiled once for each kind of input; measures both apart."""
         inputs = jax.tree.map(jnp.asarray, inputs)
-        params = {name: self.params[name] for name in self.modules}
-        key = (program, jax.tree.structure(inputs), *(leaf.shape for leaf in jax.tree.leaves(inputs)))
+        arguments = {name: self.params[name] for name in self.modules}, self.schedule, inputs
+        leaves, tree = jax.tree.flatten(arguments)
+        key = (program, tree, *map(jax.typeof, leaves))
         start = time.perf_counter()
         if key not in self._compiled:
-            lowered = _jitted_generate.lower(params, self.schedule, inputs, program)
-            self._compiled[key] = lowered.compile()
+            self._compiled[key] = _jitted_generate.lower(*arguments, program).compile()
         compiled = time.perf_counter()
-        images, finite = jax.device_get(self._compiled[key](params, self.schedule, inputs))
+        images, finite = jax.device_get(self._compiled[key](*arguments))
         jax.effects_barrier()
         self.compile_seconds, self.seconds = compiled - start, time.perf_counter() - compiled
         return images, finite
@@ -336,7 +363,7 @@ class DiffusionPipeline:
         """The size of the images, in pixels, checked against what the VAE can halve."""
         downscale = self.modules["vae"].config.downscale
         if picture is not None and (height is None or width is None):
-            picture = picture[0] if isinstance(picture, list | tuple) else picture
+            picture = as_list(picture)[0]
             own = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
             default = tuple(side - side % downscale for side in own)
         else:
@@ -366,11 +393,13 @@ class DiffusionPipeline:
         self._check_given(image, mask_image, control_image)
         inputs: dict[str, Any] = {}
         if image is not None:
-            inputs["image"] = 2 * _stack(image, batch, lambda picture: to_pixels(picture, size), "image") - 1
+            inputs["image"] = 2 * stack_pictures(image, batch, lambda each: to_pixels(each, size), "image") - 1
         if mask_image is not None:
-            inputs["mask"] = _stack(mask_image, batch, lambda picture: to_mask(picture, size), "mask_image")
+            inputs["mask"] = stack_pictures(mask_image, batch, lambda each: to_mask(each, size), "mask_image")
         if control_image is not None:
-            inputs["control"] = _stack(control_image, batch, lambda picture: to_pixels(picture, size), "control_image")
+            inputs["control"] = stack_pictures(
+                control_image, batch, lambda each: to_pixels(each, size), "control_image"
+            )
         if self.is_xl:
             # Original size, crop corner, target size: what SDXL was told of its training images.
             inputs["time_ids"] = np.asarray([[*size, 0, 0, *size]] * batch, np.float32)
@@ -425,6 +454,32 @@ class DiffusionPipeline:
         return {"z": latents, "noise": noise}
 
 
+class _StepReporter:
+    """Tells the caller about steps. JAX keeps it with the compiled program, so it must not hold the pipeline."""
+
+    listener: Callable[[int], Any] | None = None
+
+    def __call__(self, step: Any) -> None:
+        if self.listener is not None:
+            self.listener(int(step))
+
+
+def _check_controlnet(modules: Mapping[str, Any]) -> None:
+    unet, controlnet = modules["unet"].config, modules["controlnet"].config
+    if controlnet.in_channels != modules["vae"].config.latent_channels:
+        raise ConfigError(
+            f"the ControlNet has in_channels = {controlnet.in_channels}, but it gets the noisy latents alone, "
+            f"{modules['vae'].config.latent_channels} channels."
+        )
+    for key in ("block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type"):
+        values = [getattr(config, key) for config in (controlnet, unet)]
+        if len({value if isinstance(value, tuple) else (value,) * unet.num_blocks for value in values}) > 1:
+            raise ConfigError(
+                f"the ControlNet has {key} = {values[0]} and the UNet {values[1]}: take a ControlNet that was made for "
+                "this model's family."
+            )
+
+
 def _is_present(index: Mapping[str, Any], name: str) -> bool:
     return bool(index.get(name)) and index[name][0] is not None
 
@@ -439,20 +494,3 @@ def _load_controlnet(source: str | Path, dtype: DTypeLike, *options: Any) -> tup
     if not isinstance(module, ControlNet):
         raise WeightsError(f"{source} is a {type(module).__name__}, not a ControlNet.")
     return module, params
-
-
-def _find_tokenizer(folder: ModelFolder) -> tuple[Path, ...]:
-    files = tuple(path for path in map(folder.find, _TOKENIZER_FILES) if path is not None)
-    names = {path.name for path in files}
-    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
-        raise WeightsError(f"There is no vocab.json with merges.txt in {folder}: {folder.describe_contents()}.")
-    return files
-
-
-def _stack(
-    pictures: Picture | Sequence[Picture], batch: int, convert: Callable[[Picture], np.ndarray], name: str
-) -> Float[np.ndarray, "b h w c"]:
-    each = list(pictures) if isinstance(pictures, Sequence) else [pictures] * batch
-    if len(each) != batch:
-        raise ValueError(f"{name} has {len(each)} images for {batch} prompts: give one, or one for each.")
-    return np.stack([convert(picture) for picture in each])

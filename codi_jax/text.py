@@ -2,14 +2,39 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from codi_jax.hub import ModelFolder
 from codi_jax.models.clip_text import CLIPTextModel
 from codi_jax.models.config import Params
+from codi_jax.weight_files import WeightsError
+
+_TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+def find_tokenizer(folder: ModelFolder) -> tuple[Path, ...]:
+    """The files of a CLIP tokenizer, all in one folder on this machine.
+
+    Raises:
+      WeightsError: if there is none.
+    """
+    files = tuple(path for path in map(folder.find, _TOKENIZER_FILES) if path is not None)
+    names = {path.name for path in files}
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        raise WeightsError(f"There is no vocab.json with merges.txt in {folder}: {folder.describe_contents()}.")
+    return files
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], text_encoder: CLIPTextModel) -> Int[np.ndarray, "b s"]:
