@@ -111,7 +111,9 @@ def copy(pipeline: Path, tmp_path: Path) -> Path:
 
 def state_dict(model: torch.nn.Module) -> dict[str, np.ndarray]:
     # transformers 5 has no text_model inside a CLIPTextModel; every earlier version, and the published files, have.
-    prefix = "text_model." if isinstance(model, transformers.CLIPTextModel) else ""
+    # Published files have a text_model level, which newer releases of transformers 5 dropped from the plain encoder.
+    flat = isinstance(model, transformers.CLIPTextModel) and not hasattr(model, "text_model")
+    prefix = "text_model." if flat else ""
     return {prefix + name: tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
 
 
