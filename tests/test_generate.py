@@ -57,6 +57,7 @@ def test_text_to_image(models: Models, tmp_path: Path) -> None:
     assert whole.shape == (2 * SIZE, 2 * SIZE, 3)
     np.testing.assert_array_equal(whole[SIZE:, :SIZE], single[2])
     assert all(image.shape == (SIZE, SIZE, 3) and image.std() > 10 for image in single)
+    assert min(np.abs(single[i] - single[j]).mean() for i, j in [(0, 1), (0, 2), (1, 2)]) > 10
     # The same again is the same, to the byte.
     assert command_line(tmp_path, *flags, "again.png").returncode == 0
     for name in names:

@@ -189,7 +189,8 @@ def test_negative_prompts_and_sizes_of_sdxl_equal_diffusers(pairs: Pairs, negati
 
 
 def test_a_control_image_is_resized_as_diffusers_does(pairs: Pairs) -> None:
-    control = [each.resize((64, 48)) for each in images_for("controlnet")["control_image"]]
+    rng = np.random.default_rng(0)
+    control = [Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)) for _ in PROMPTS]
     options = {"latents": latents(10, 6), "height": 40, "width": 24}
     assert_same_picture(
         *run_both(pairs("controlnet"), {"control_image": control, "image": None}, image=control, **options)
@@ -222,6 +223,18 @@ def test_guidance_takes_the_fewest_passes(scales: tuple[float, float], model: di
     assert choose_guidance(*scales, **{"edits": False, "embeds_guidance": False, **model}) == guidance
 
 
+@pytest.mark.slow
+def test_inpainting_with_a_controlnet_equals_diffusers(pairs: Pairs) -> None:
+    inpainting, controlnet = pairs("inpainting"), pairs("controlnet")
+    parts = {**as_in_folder(inpainting).components, "controlnet": controlnet.theirs.controlnet}
+    theirs = diffusers.StableDiffusionControlNetInpaintPipeline(**parts, requires_safety_checker=False)
+    scales = {"guidance_scale": 3.0, "controlnet_conditioning_scale": 0.7}
+    options = {"control_image": images_for("controlnet")["control_image"], **scales}
+    wanted = run_theirs("inpainting", theirs, latents(), num_inference_steps=2, **options)
+    ours = DiffusionPipeline.from_pretrained(inpainting.folder, controlnet.folder)
+    assert_same_picture(run_ours(ours, **images_for("inpainting"), **options), wanted)
+
+
 def test_timesteps_of_ones_own_equal_diffusers(pairs: Pairs) -> None:
     pair = pairs("text-to-image")
     pair.theirs.scheduler = diffusers.LCMScheduler.from_config(pair.ours.schedule.to_config())
@@ -231,6 +244,7 @@ def test_timesteps_of_ones_own_equal_diffusers(pairs: Pairs) -> None:
 
 def test_another_schedule_is_another_program(pairs: Pairs) -> None:
     pair = pairs("text-to-image")
+    run_ours(pair.ours)
     before = pair.ours.schedule
     pair.ours.schedule = before.with_config(prediction_type="v_prediction")
     try:
@@ -430,7 +444,7 @@ def test_steps_are_reported_and_the_pipeline_is_let_go(pairs: Pairs) -> None:
     ours = DiffusionPipeline.from_pretrained(pairs("text-to-image").folder)
     first, second = [], []
     run_ours(ours, steps=3, on_step=first.append)
-    run_ours(ours, steps=3, on_step=second.append)
+    run_ours(ours, steps=3, on_step=lambda step, pipeline=ours: second.append(step))
     assert first == second == [0, 1, 2]
     assert ours.compile_seconds < 0.1
     # JAX keeps compiled programs for good: they must not hold the parameters.
