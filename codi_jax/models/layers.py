@@ -18,7 +18,15 @@ from codi_jax.models.attention import Implementation, dot_product_attention
 _FEW_PIXELS = 256
 
 
-def conv(features: int, kernel_size: int = 3, *, stride: int = 1, padding: int | None = None, dtype: Any) -> nn.Conv:
+def conv(
+    features: int,
+    kernel_size: int = 3,
+    *,
+    stride: int = 1,
+    padding: int | None = None,
+    kernel_init: Any = nn.Conv.kernel_init,
+    dtype: Any,
+) -> nn.Conv:
     """A square convolution with the symmetric padding of PyTorch (``"SAME"`` pads strided ones differently)."""
     pad = kernel_size // 2 if padding is None else padding
     return nn.Conv(
@@ -26,6 +34,7 @@ def conv(features: int, kernel_size: int = 3, *, stride: int = 1, padding: int |
         (kernel_size, kernel_size),
         strides=(stride, stride),
         padding=((pad, pad), (pad, pad)),
+        kernel_init=kernel_init,
         dtype=dtype,
         conv_general_dilated=convolve,
     )
@@ -33,14 +42,7 @@ def conv(features: int, kernel_size: int = 3, *, stride: int = 1, padding: int |
 
 def zero_conv(features: int, kernel_size: int = 1, *, dtype: Any) -> nn.Conv:
     """A convolution initialised with zeros: ControlNet's output layers (Zhang et al., 2023, section 3.1)."""
-    pad = kernel_size // 2
-    return nn.Conv(
-        features,
-        (kernel_size, kernel_size),
-        padding=((pad, pad), (pad, pad)),
-        kernel_init=nn.initializers.zeros,
-        dtype=dtype,
-    )
+    return conv(features, kernel_size, kernel_init=nn.initializers.zeros, dtype=dtype)
 
 
 def convolve(
