@@ -1,6 +1,5 @@
 """``python3 -m codi_jax.generate``: images from a Stable Diffusion model or a distilled student."""
 
-import os
 import sys
 import warnings
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from codi_jax.images import check_output, open_image, save_images
 from codi_jax.models.attention import Implementation
 from codi_jax.pipeline import DiffusionPipeline
 from codi_jax.sampling import Sampler
+from codi_jax.sharding import keep_compiled_programs
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 _LONG_RUN = 10  # steps from which a progress bar is worth its line
@@ -109,12 +109,6 @@ def run(args: Args) -> list[Path]:
     )
     print("wrote " + ", ".join(map(str, files)))
     return files
-
-
-def keep_compiled_programs(folder: Path) -> None:
-    """Makes JAX keep compiled programs in ``folder``; an environment variable of JAX's own goes first."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(folder.expanduser()))
 
 
 def _load(args: Args) -> DiffusionPipeline:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt8
 
 from codi_jax import sampling
+from codi_jax.models.clip_text import encode_text
 from codi_jax.models.config import Params
 from codi_jax.sampling import OnStep, Sampler, guidance_embedding, split_branches, stack_branches
 from codi_jax.schedule import NoiseSchedule
-from codi_jax.text import encode_text
 
 Guidance = Literal["none", "embedded", "classifier_free", "image", "instruct_pix2pix"]
 """How many predictions a step needs, and of what.

@@ -1,7 +1,7 @@
 """A whole Stable Diffusion model: load it, generate with it, save it.
 
-Reads and writes diffusers folders. The task follows from the model: text-to-image (4 input channels), InstructPix2Pix
-editing (8) or inpainting (9), each with or without a ControlNet; SD 1.x, 2.x and SDXL.
+Reads and writes diffusers folders. The task follows from the model: text-to-image (as many input channels as latents
+have, 4), InstructPix2Pix editing (8) or inpainting (9), each with or without a ControlNet; SD 1.x, 2.x and SDXL.
 """
 
 import dataclasses
@@ -31,9 +31,8 @@ from codi_jax.models.controlnet import ControlNet
 from codi_jax.sampling import Sampler, default_sampler, is_stochastic, timesteps_for
 from codi_jax.schedule import CONFIG_NAME, NoiseSchedule
 from codi_jax.text import find_tokenizer, tokenize
-from codi_jax.weights import Model, WeightsError, load_model, save_model
+from codi_jax.weights import Model, WeightsError, build_module, load_model, save_model
 
-TEXT_TO_IMAGE, EDIT, INPAINT = 4, 8, 9  # input channels of the UNet
 # Steps that a sampler is made for: the few of a distilled student, or those of diffusers' pipelines.
 _FEW_STEPS, _MANY_STEPS = 4, 50
 
@@ -51,6 +50,7 @@ class DiffusionPipeline:
       tokenizers: ``tokenizer`` and, for SDXL, ``tokenizer_2``.
       schedule: the noise schedule.
       tokenizer_files: the files of each tokenizer, which `save_pretrained` copies.
+      sources: folder or repository, and subfolder, that each module was loaded from.
       zeros_for_empty_prompt: whether the null text is zeros, SDXL's ``force_zeros_for_empty_prompt``.
       compile_seconds: what compiling took in the last call; 0 if the program was there already.
       seconds: what the last call took without compilation.
@@ -61,6 +61,7 @@ class DiffusionPipeline:
     tokenizers: dict[str, Any]
     schedule: NoiseSchedule
     tokenizer_files: dict[str, tuple[Path, ...]] = dataclasses.field(default_factory=dict)
+    sources: dict[str, tuple[str, str | None]] = dataclasses.field(default_factory=dict)
     zeros_for_empty_prompt: bool = False
     compile_seconds: float = 0.0
     seconds: float = 0.0
@@ -68,11 +69,12 @@ class DiffusionPipeline:
     def __post_init__(self) -> None:
         self._compiled: dict[Any, Any] = {}
         self._reporter = _StepReporter()
-        channels, task = self.modules["unet"].config.in_channels, self.task
-        if task is None:
+        if self.task is None:
+            latents = self.modules["vae"].config.latent_channels
             raise ConfigError(
-                f"the UNet has in_channels = {channels}; codi_jax can sample models with {TEXT_TO_IMAGE} "
-                f"(text-to-image), {EDIT} (InstructPix2Pix) and {INPAINT} (inpainting)."
+                f"the UNet has in_channels = {self.modules['unet'].config.in_channels}; with this VAE codi_jax can "
+                f"sample models with {latents} (text-to-image), {2 * latents} (InstructPix2Pix) and {2 * latents + 1} "
+                "(inpainting)."
             )
         if "controlnet" in self.modules:
             _check_controlnet(self.modules)
@@ -91,6 +93,8 @@ class DiffusionPipeline:
         variant: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        tokenizer: str | Path | None = None,
+        untrained: Mapping[str, Array] | None = None,
     ) -> "DiffusionPipeline":
         """Loads a model.
 
@@ -105,6 +109,9 @@ class DiffusionPipeline:
           variant: of the weight files, such as ``"fp16"``.
           cache_dir: of the hub's files.
           local_files_only: never ask the hub.
+          tokenizer: folder or repository of another (first) tokenizer than the one in ``source``.
+          untrained: parts that get random parameters instead of the folder's, and a key for each: what is needed of
+            them is ``config.json``.
 
         Raises:
           WeightsError: if something is missing, or of another family, or does not fit.
@@ -121,7 +128,9 @@ class DiffusionPipeline:
         tokenizers, files = {}, {}
         for name in ("tokenizer", "tokenizer_2"):
             if _is_present(index, name):
-                files[name] = find_tokenizer(folder.part(name))
+                own = tokenizer is None or name != "tokenizer"
+                where = folder.part(name) if own else ModelFolder(str(tokenizer), cache_dir=cache_dir)
+                files[name] = find_tokenizer(where)
                 tokenizers[name] = CLIPTokenizer.from_pretrained(files[name][0].parent)
         scheduler = folder.part("scheduler")
         schedule = NoiseSchedule.from_config(scheduler.read_json(CONFIG_NAME), f"{scheduler}/{CONFIG_NAME}")
@@ -134,15 +143,22 @@ class DiffusionPipeline:
         models = {}
         for name in names:
             of_part = jnp.float32 if name == "vae" and upcast else dtype
+            if name in (untrained or {}):
+                module = build_module(folder.part(name), of_part, attention=attention)
+                models[name] = module, module.random_params(untrained[name])
+                continue
             models[name] = load_model(source, name, of_part, variant=variant, attention=attention, **hub)
+        sources = {name: (str(source), name) for name in models}
         if controlnet is not None:
-            models["controlnet"] = _load_controlnet(controlnet, dtype, attention, cache_dir, local_files_only)
+            sources["controlnet"] = _find_controlnet(controlnet, cache_dir, local_files_only)
+            models["controlnet"] = _load_controlnet(sources["controlnet"], dtype, attention, hub)
         pipeline = cls(
             modules={name: module for name, (module, _) in models.items()},
             params={name: params for name, (_, params) in models.items()},
             tokenizers=tokenizers,
             schedule=schedule,
             tokenizer_files=files,
+            sources=sources,
             zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", "text_encoder_2" in models)),
         )
         for file in [lora] if isinstance(lora, str | Path) else lora or ():
@@ -152,7 +168,8 @@ class DiffusionPipeline:
     @property
     def task(self) -> str | None:
         """``"text-to-image"``, ``"edit"`` or ``"inpaint"``; ``None`` for a UNet that is for none of them."""
-        tasks = {TEXT_TO_IMAGE: "text-to-image", EDIT: "edit", INPAINT: "inpaint"}
+        latents = self.modules["vae"].config.latent_channels
+        tasks = {latents: "text-to-image", 2 * latents: "edit", 2 * latents + 1: "inpaint"}
         return tasks.get(self.modules["unet"].config.in_channels)
 
     @property
@@ -484,13 +501,18 @@ def _is_present(index: Mapping[str, Any], name: str) -> bool:
     return bool(index.get(name)) and index[name][0] is not None
 
 
-def _load_controlnet(source: str | Path, dtype: DTypeLike, *options: Any) -> tuple[Model, Params]:
-    attention, cache_dir, local_files_only = options
+def _find_controlnet(
+    source: str | Path, cache_dir: str | Path | None, local_files_only: bool
+) -> tuple[str, str | None]:
+    """Folder and subfolder. A ControlNet is published on its own; a training run's output has it among other parts."""
     folder = ModelFolder(str(Path(source).expanduser()), None, None, cache_dir, local_files_only)
-    # A ControlNet is published on its own; a training run's output folder has it among the other parts.
-    subfolder = "controlnet" if folder.find("config.json") is None else None
-    hub = {"cache_dir": cache_dir, "local_files_only": local_files_only}
-    module, params = load_model(source, subfolder, dtype, attention=attention, **hub)
+    return folder.source, "controlnet" if folder.find("config.json") is None else None
+
+
+def _load_controlnet(
+    source: tuple[str, str | None], dtype: DTypeLike, attention: Implementation, hub: Mapping[str, Any]
+) -> tuple[Model, Params]:
+    module, params = load_model(*source, dtype, attention=attention, **{**hub, "revision": None})
     if not isinstance(module, ControlNet):
-        raise WeightsError(f"{source} is a {type(module).__name__}, not a ControlNet.")
+        raise WeightsError(f"{source[0]} is a {type(module).__name__}, not a ControlNet.")
     return module, params

@@ -1,17 +1,15 @@
-"""Prompts to the features that a UNet attends to."""
+"""Prompts to token ids."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
 from codi_jax.hub import ModelFolder
 from codi_jax.models.clip_text import CLIPTextModel
-from codi_jax.models.config import Params
 from codi_jax.weight_files import WeightsError
 
 _TOKENIZER_FILES = (
@@ -66,33 +64,3 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], text_encoder: CLIPTextModel
                 stacklevel=2,
             )
     return ids
-
-
-def encode_text(
-    text_encoders: Mapping[str, CLIPTextModel],
-    params: Mapping[str, Params],
-    ids: Mapping[str, Int[Array, "b s"]],
-    is_xl: bool,
-) -> tuple[Float[Array, "b s d"], Float[Array, "b p"]]:
-    """Encodes token ids as Stable Diffusion does.
-
-    SD 1.x and 2.x attend to the last hidden state. SDXL attends to the last but one of both encoders, side by side, and
-    adds the pooled output of the second to the time embedding (Podell et al., 2023, section 2.1).
-
-    Args:
-      text_encoders: ``text_encoder``, and for SDXL ``text_encoder_2``.
-      params: their parameters, under the same names.
-      ids: token ids for each, under the same names.
-      is_xl: whether to read them as SDXL does.
-
-    Returns:
-      The features, and the pooled output of the last encoder.
-    """
-    outputs: list[Any] = [
-        text_encoders[name].apply({"params": params[name]}, ids[name]) for name in sorted(text_encoders)
-    ]
-    if is_xl:
-        context = jnp.concatenate([out.hidden_states[-2] for out in outputs], axis=-1)
-    else:
-        context = outputs[0].last_hidden_state
-    return context, outputs[-1].pooled

@@ -47,6 +47,7 @@ __all__ = [
     "Model",
     "ModelFolder",
     "WeightsError",
+    "build_module",
     "from_state_dict",
     "load_model",
     "save_model",
@@ -75,7 +76,7 @@ _LEGACY_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_
 def load_model(
     source: str | Path,
     subfolder: str | None = None,
-    dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike | None = jnp.float32,
     *,
     revision: str | None = None,
     variant: str | None = None,
@@ -92,12 +93,12 @@ def load_model(
       source: a local folder, or a repository on the Hugging Face Hub (``HF_HUB_OFFLINE`` and the cache are respected).
       subfolder: ``unet``, ``controlnet``, ``vae``, ``text_encoder`` or ``text_encoder_2``; ``None`` if ``source``
         itself holds ``config.json``, as it does for a ControlNet or VAE published on its own.
-      dtype: in which the parameters are stored.
+      dtype: in which the parameters are stored; ``None`` keeps that of the file.
       revision: branch, tag or commit on the hub.
       variant: of the weights, such as ``"fp16"`` for ``diffusion_pytorch_model.fp16.safetensors``.
       cache_dir: of the hub's files, if not the usual one.
       local_files_only: never ask the hub.
-      compute_dtype: of the module; ``dtype`` if ``None``.
+      compute_dtype: of the module; if ``None``, ``dtype``, or float32.
       attention: the attention kernel of the module.
       remat: whether the module recomputes activations in the backward pass.
       place: puts each parameter on devices; ``None`` is the default device.
@@ -110,23 +111,40 @@ def load_model(
       ConfigError: for a value in ``config.json`` that codi_jax cannot build.
     """
     folder = ModelFolder(str(Path(source).expanduser()), subfolder, revision, cache_dir, local_files_only)
-    where = folder.require("config.json")
-    folder = folder.pinned(where)
-    mapping = folder.read_json("config.json")
-    config_class, module_class = _model_class(mapping, str(where))
-    config = config_class.from_dict(mapping, where=str(where))
-    compute_dtype = dtype if compute_dtype is None else compute_dtype
-    module = module_class(config, dtype=compute_dtype, attention=attention, remat=remat)
-    weights = open_weights(_choose_file(folder, config, variant))
+    folder = folder.pinned(folder.require("config.json"))
+    compute_dtype = (dtype or jnp.float32) if compute_dtype is None else compute_dtype
+    module = build_module(folder, compute_dtype, attention=attention, remat=remat)
+    weights = open_weights(_choose_file(folder, module.config, variant))
     params = from_state_dict(
         module.abstract_params(),
-        _modern_names(weights, config),
+        _modern_names(weights, module.config),
         dtype,
         place,
         layout=weights.layout,
         where=str(weights.path),
     )
     return module, params
+
+
+def build_module(
+    folder: ModelFolder, dtype: DTypeLike = jnp.float32, *, attention: Implementation = "auto", remat: bool = False
+) -> Model:
+    """The network that a folder's ``config.json`` describes, without its weights.
+
+    Args:
+      folder: of the network.
+      dtype: of the computation.
+      attention: the attention kernel.
+      remat: whether it recomputes activations in the backward pass.
+
+    Raises:
+      WeightsError: if there is no such file, or it is of another family.
+      ConfigError: for a value in it that codi_jax cannot build.
+    """
+    where = str(folder.require("config.json"))
+    mapping = folder.read_json("config.json")
+    config_class, module_class = _model_class(mapping, where)
+    return module_class(config_class.from_dict(mapping, where=where), dtype=dtype, attention=attention, remat=remat)
 
 
 def save_model(
@@ -224,7 +242,7 @@ def to_state_dict(params: Params) -> Iterator[tuple[str, Shaped[np.ndarray, "...
 def from_state_dict(
     abstract_params: Params,
     named_arrays: Mapping[str, Any],
-    dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike | None = jnp.float32,
     place: Place | None = None,
     *,
     layout: Layout = "torch",
@@ -235,7 +253,7 @@ def from_state_dict(
     Args:
       abstract_params: the tree's shapes, as ``module.abstract_params()`` gives them.
       named_arrays: name -> NumPy array, or anything with ``shape`` and ``dtype`` that ``np.asarray`` reads.
-      dtype: of the parameters.
+      dtype: of the parameters; ``None`` keeps that of the arrays.
       place: puts each parameter on devices; ``None`` is the default device.
       layout: of the kernels in ``named_arrays``.
       where: the file, for messages.
@@ -259,8 +277,9 @@ def from_state_dict(
         if not _is_finite(array):
             raise WeightsError(f"{file}: {name} holds NaN or infinity; the file is broken, use another version of it.")
         array = to_flax_layout(path[-1], array) if layout == "torch" else array
+        kept = np.dtype(array.dtype if dtype is None else dtype)
         # Waiting keeps one tensor in flight; a queue of transfers would hold the host copies of all that are in it.
-        placed[name] = jax.block_until_ready(place(path, _converted(array, np.dtype(dtype), name, file)))
+        placed[name] = jax.block_until_ready(place(path, _converted(array, kept, name, file)))
     return jax.tree.unflatten(jax.tree.structure(abstract_params), [placed[name] for name in leaves])
 
 

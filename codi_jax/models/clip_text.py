@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from codi_jax.models.attention import dot_product_attention
 from codi_jax.models.config import ConfigError, ModelConfig, Params
@@ -245,7 +245,41 @@ class CLIPTextModel(nn.Module):
 
     def abstract_params(self) -> Params:
         """The parameter tree as `jax.ShapeDtypeStruct`s, without memory or computation."""
-        return jax.eval_shape(self.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        return jax.eval_shape(self.random_params, jax.random.key(0))
+
+    def random_params(self, key: PRNGKeyArray) -> Params:
+        """Parameters to train from nothing, float32."""
+        return self.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def encode_text(
+    text_encoders: Mapping[str, CLIPTextModel],
+    params: Mapping[str, Params],
+    ids: Mapping[str, Int[Array, "b s"]],
+    is_xl: bool,
+) -> tuple[Float[Array, "b s d"], Float[Array, "b p"]]:
+    """Encodes token ids as Stable Diffusion does.
+
+    SD 1.x and 2.x attend to the last hidden state. SDXL attends to the last but one of both encoders, side by side, and
+    adds the pooled output of the second to the time embedding (Podell et al., 2023, section 2.1).
+
+    Args:
+      text_encoders: ``text_encoder``, and for SDXL ``text_encoder_2``.
+      params: their parameters, under the same names.
+      ids: token ids for each, under the same names.
+      is_xl: whether to read them as SDXL does.
+
+    Returns:
+      The features, and the pooled output of the last encoder.
+    """
+    outputs: list[Any] = [
+        text_encoders[name].apply({"params": params[name]}, ids[name]) for name in sorted(text_encoders)
+    ]
+    if is_xl:
+        context = jnp.concatenate([out.hidden_states[-2] for out in outputs], axis=-1)
+    else:
+        context = outputs[0].last_hidden_state
+    return context, outputs[-1].pooled
 
 
 def _layer_norm(config: CLIPTextConfig, dtype: Any) -> nn.LayerNorm:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from codi_jax.models.config import ConfigError, Params
 from codi_jax.models.layers import conv, zero_conv
@@ -137,12 +137,15 @@ class ControlNet(UNetEncoder):
 
     def abstract_params(self) -> Params:
         """The parameter tree as `jax.ShapeDtypeStruct`s, without memory or computation."""
+        return jax.eval_shape(self.random_params, jax.random.key(0))
+
+    def random_params(self, key: PRNGKeyArray) -> Params:
+        """Parameters to train from nothing, float32."""
         config = self.config
         size = 2**config.num_blocks
         pixels = size * config.conditioning_downscale
-        return jax.eval_shape(
-            self.init,
-            jax.random.key(0),
+        return self.init(
+            key,
             jnp.zeros((1, size, size, config.in_channels)),
             jnp.zeros((1,), jnp.int32),
             jnp.zeros((1, 1, config.context_dims[0])),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from codi_jax.models.attention import Implementation, dot_product_attention
+from codi_jax.models.group_norm import GroupNorm
 
 # Output pixels of a batch up to which `convolve` gathers patches on a CPU.
 _FEW_PIXELS = 256
@@ -64,12 +65,6 @@ def convolve(
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     patches = jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(kh) for j in range(kw)], axis=-1)
     return patches @ kernel.reshape(kh * kw * channels, features)
-
-
-def group_norm(num_groups: int, epsilon: float, dtype: Any) -> nn.GroupNorm:
-    """Group normalisation (Wu & He, 2018) with float32 statistics."""
-    # E[x²] − E[x]², flax's default, cancels where the mean is far from zero, as it is in a VAE's last blocks.
-    return nn.GroupNorm(num_groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False)
 
 
 def timestep_embedding(
@@ -132,11 +127,11 @@ class ResnetBlock2D(nn.Module):
     dtype: Any
 
     def setup(self) -> None:
-        self.norm1 = group_norm(self.num_groups, self.epsilon, self.dtype)
+        self.norm1 = GroupNorm(self.num_groups, self.epsilon, self.dtype)
         self.conv1 = conv(self.features, dtype=self.dtype)
         if self.use_time_embedding:
             self.time_emb_proj = nn.Dense(self.features, dtype=self.dtype)
-        self.norm2 = group_norm(self.num_groups, self.epsilon, self.dtype)
+        self.norm2 = GroupNorm(self.num_groups, self.epsilon, self.dtype)
         self.conv2 = conv(self.features, dtype=self.dtype)
         if self.use_shortcut:
             self.conv_shortcut = conv(self.features, 1, dtype=self.dtype)
@@ -252,7 +247,7 @@ class Transformer2DModel(nn.Module):
             return conv(self.features, 1, dtype=self.dtype)
 
         block = nn.remat(BasicTransformerBlock) if self.remat else BasicTransformerBlock
-        self.norm = group_norm(self.num_groups, 1e-6, self.dtype)
+        self.norm = GroupNorm(self.num_groups, 1e-6, self.dtype)
         self.proj_in = projection()
         self.transformer_blocks = [
             block(self.features, self.num_heads, self.attention, self.dtype) for _ in range(self.num_layers)

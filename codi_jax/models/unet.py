@@ -9,11 +9,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from codi_jax.models.attention import Implementation
 from codi_jax.models.config import Params
-from codi_jax.models.layers import TimestepEmbedding, conv, group_norm, timestep_embedding
+from codi_jax.models.group_norm import GroupNorm
+from codi_jax.models.layers import TimestepEmbedding, conv, timestep_embedding
 from codi_jax.models.unet_blocks import DownBlock2D, MidBlock2D, UpBlock2D
 from codi_jax.models.unet_config import UNetConfig
 
@@ -147,7 +148,7 @@ class UNet2DCondition(UNetEncoder):
         super().setup()
         config = self.config
         self.up_blocks = [self._up_block(i) for i in range(config.num_blocks)]
-        self.conv_norm_out = group_norm(config.norm_num_groups, config.norm_eps, self.dtype)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, config.norm_eps, self.dtype)
         self.conv_out = conv(config.out_channels, dtype=self.dtype)
 
     def _up_block(self, i: int) -> UpBlock2D:
@@ -225,12 +226,15 @@ class UNet2DCondition(UNetEncoder):
 
     def abstract_params(self) -> Params:
         """The parameter tree as `jax.ShapeDtypeStruct`s, without memory or computation."""
+        return jax.eval_shape(self.random_params, jax.random.key(0))
+
+    def random_params(self, key: PRNGKeyArray) -> Params:
+        """Parameters to train from nothing, float32."""
         config = self.config
         size = 2**config.num_blocks  # small, and divisible by every downsampler
         cond = None if config.time_cond_proj_dim is None else jnp.zeros((1, config.time_cond_proj_dim))
-        return jax.eval_shape(
-            self.init,
-            jax.random.key(0),
+        return self.init(
+            key,
             jnp.zeros((1, size, size, config.in_channels)),
             jnp.zeros((1,), jnp.int32),
             jnp.zeros((1, 1, config.context_dims[0])),

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from codi_jax.models.attention import Implementation, dot_product_attention
 from codi_jax.models.config import ConfigError, ModelConfig, Params
-from codi_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv, group_norm
+from codi_jax.models.group_norm import GroupNorm
+from codi_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv
 
 _EPSILON = 1e-6
 
@@ -86,7 +87,7 @@ class AttentionBlock(nn.Module):
     dtype: Any
 
     def setup(self) -> None:
-        self.group_norm = group_norm(self.num_groups, _EPSILON, self.dtype)
+        self.group_norm = GroupNorm(self.num_groups, _EPSILON, self.dtype)
         self.to_q, self.to_k, self.to_v = (nn.Dense(self.features, dtype=self.dtype) for _ in range(3))
         self.to_out = [nn.Dense(self.features, dtype=self.dtype)]
 
@@ -173,7 +174,7 @@ class Encoder(nn.Module):
             for i, features in enumerate(channels)
         ]
         self.mid_block = MidBlock(config, self.attention, self.dtype)
-        self.conv_norm_out = group_norm(config.norm_num_groups, _EPSILON, self.dtype)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, _EPSILON, self.dtype)
         self.conv_out = conv(2 * config.latent_channels, dtype=self.dtype)
 
     def __call__(self, x: Array) -> Array:
@@ -209,7 +210,7 @@ class Decoder(nn.Module):
             )
             for i, features in enumerate(channels)
         ]
-        self.conv_norm_out = group_norm(config.norm_num_groups, _EPSILON, self.dtype)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, _EPSILON, self.dtype)
         self.conv_out = conv(config.out_channels, dtype=self.dtype)
 
     def __call__(self, x: Array) -> Array:
@@ -281,7 +282,9 @@ class AutoencoderKL(nn.Module):
 
     def abstract_params(self) -> Params:
         """The parameter tree as `jax.ShapeDtypeStruct`s, without memory or computation."""
+        return jax.eval_shape(self.random_params, jax.random.key(0))
+
+    def random_params(self, key: PRNGKeyArray) -> Params:
+        """Parameters to train from nothing, float32."""
         size = self.config.downscale
-        return jax.eval_shape(self.init, jax.random.key(0), jnp.zeros((1, size, size, self.config.in_channels)))[
-            "params"
-        ]
+        return self.init(key, jnp.zeros((1, size, size, self.config.in_channels)))["params"]

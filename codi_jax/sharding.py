@@ -1,0 +1,152 @@
+"""The devices as a mesh, what lies where on it, and several hosts as one.
+
+The mesh has two axes: ``"data"`` and ``"fsdp"``. Every device gets its own share of the batch. Parameters, and whatever
+has their shapes, are replicated along ``"data"`` and split along ``"fsdp"``; with ``--fsdp 1`` that is plain data
+parallelism.
+"""
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# A smaller array costs more to gather than it saves: 256 KiB in float32.
+MIN_SHARDED_SIZE = 2**16
+
+
+def initialize() -> None:
+    """Joins the other processes of the run, if it has any; call it before anything touches a device.
+
+    Looks for what the launchers of TPU pods, Slurm, Open MPI and Kubernetes set, and for ``JAX_COORDINATOR_ADDRESS``
+    (with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``). On a single host it does nothing.
+
+    Raises:
+      ValueError: if ``JAX_COORDINATOR_ADDRESS`` is set and another variable that belongs to it is not a number.
+    """
+    if jax.distributed.is_initialized() or not _has_several_processes():
+        return
+    jax.distributed.initialize(**_given_processes())
+
+
+def keep_compiled_programs(folder: Path) -> None:
+    """Makes JAX keep compiled programs in ``folder``; an environment variable of JAX's own goes first."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(folder.expanduser()))
+
+
+def make_mesh(fsdp: int = 1) -> Mesh:
+    """All devices of all hosts as a mesh with axes ``("data", "fsdp")``, the latter of size ``fsdp``.
+
+    Raises:
+      ValueError: if ``fsdp`` does not divide the number of devices.
+    """
+    devices = jax.device_count()
+    if fsdp < 1 or devices % fsdp:
+        divisors = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
+        raise ValueError(f"--fsdp {fsdp} does not divide the {devices} devices there are: choose from {divisors}.")
+    return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def partition_spec(shape: tuple[int, ...], fsdp: int) -> P:
+    """Where an array of this shape is split: the rule for parameters, their averages and the optimiser's moments.
+
+    Along the largest axis that ``fsdp`` divides, the last one of several; not at all if there is none, or if the array
+    is small.
+    """
+    divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
+    if fsdp == 1 or math.prod(shape) < MIN_SHARDED_SIZE or not divisible:
+        return P()
+    axis = max(divisible, key=lambda axis: (shape[axis], axis))
+    return P(*[None] * axis, "fsdp")
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+    """The tree with a `NamedSharding` in place of each array, abstract or not, by the rule of `partition_spec`."""
+    fsdp = mesh.shape["fsdp"]
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, partition_spec(np.shape(leaf), fsdp)), tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Everything everywhere."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis split over all devices."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def to_global(mesh: Mesh, local_batch: Any) -> Any:
+    """Puts this process's share of a batch, a tree of NumPy arrays, on its devices, as a part of the global batch.
+
+    Raises:
+      ValueError: if the examples cannot be shared out evenly among the devices.
+    """
+    sharding = batch_sharding(mesh)
+    local_devices = len(sharding.addressable_devices)
+
+    def put(local: np.ndarray) -> jax.Array:
+        if local.shape[0] % local_devices:
+            raise ValueError(
+                f"A batch of {local.shape[0]} cannot be shared out among {local_devices} devices: it has to be "
+                "--train_batch_size (per device) times --gradient_accumulation_steps times the devices."
+            )
+        return jax.make_array_from_process_local_data(sharding, local)
+
+    return jax.tree.map(put, local_batch)
+
+
+def put(mesh: Mesh, tree: Any) -> Any:
+    """Puts a tree where the rule wants it; what is there already stays. Every process gives the same arrays."""
+    return jax.tree.map(_put, tree, shardings(mesh, tree))
+
+
+def place(mesh: Mesh) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
+    """For `codi_jax.weights.load_model`: puts each parameter where the rule wants it, without a detour."""
+    return lambda _, array: put(mesh, array)
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    is_global = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    if sharding.is_fully_addressable or is_global:
+        return jax.device_put(leaf, sharding)
+    # From here on the devices are those of several processes, and the array is this process's own.
+    if jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
+    array = np.asarray(leaf)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _has_several_processes() -> bool:
+    env = os.environ
+    hosts = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES", ""))
+    return (
+        "JAX_COORDINATOR_ADDRESS" in env
+        or "MEGASCALE_COORDINATOR_ADDRESS" in env
+        or "," in hosts
+        # JAX asks the metadata server which slice the machine belongs to.
+        or (not hosts and _is_tpu_machine())
+        # Not in a job of one task: there JAX would take one device and leave the others.
+        or ("SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1)
+        or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
+        or ("KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env)
+    )
+
+
+def _is_tpu_machine() -> bool:
+    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
+    return importlib.util.find_spec("libtpu") is not None and bool(chips) and os.environ.get("JAX_PLATFORMS") != "cpu"
+
+
+def _given_processes() -> dict[str, Any]:
+    """What the user says in the environment; JAX reads only the coordinator's address there."""
+    names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    return {name: int(os.environ[variable]) for name, variable in names.items() if variable in os.environ}
