@@ -1,0 +1,382 @@
+"""Latents and text features of a whole data set, computed once and kept on disk as memory-mapped arrays.
+
+A cache is a folder named after a fingerprint of all that it depends on, so one that no longer fits is never used, and
+stays. It is built in a folder beside, which is renamed when all is there: an interrupted build goes on where it was.
+
+    moments.npy        float16 [rows, flips, h, w, 2c]  mean and log-variance of the VAE's posterior
+    conditioning.npy   uint8 [rows, H, W, 3]            or pixels.npy, if conditions are random and made when wanted
+    time_ids.npy       float32 [rows, 6]                SDXL's sizes
+    context.npy        float16 [texts, S, D]            the empty text, then every different caption
+    pooled.npy         float16 [texts, P]               of SDXL
+    text.npy           int64 [captions]                 the text of each caption
+    first_caption.npy  int64 [rows + 1]                 where the captions of a row start
+    manifest.json
+"""
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from datasets import Dataset
+from filelock import FileLock
+from jaxtyping import Int, UInt8
+from tqdm import tqdm
+
+from codi_jax.data.images import UnreadableImageError, is_random
+from codi_jax.data.loader import Tokenize, read_ahead, refuse_too_many
+from codi_jax.data.samples import MAX_IN_A_ROW, Batch, Choices, Reader, substitute
+from codi_jax.data.sources import captions_of, describe_row, files_fingerprint
+
+_VERSION = 1
+_MANIFEST = "manifest.json"
+_IDS = "input_ids."  # and the name of the text encoder: the file name of its token ids
+_BATCHES_TO_KEEP = 16  # after so many, what was computed is safe from an interruption
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The frozen networks whose results are kept. Jitted by the caller; every call has the same batch size.
+
+    Attributes:
+      images: pictures to moments of the posterior, unscaled, [n, h, w, 2c].
+      text: token ids, by encoder, to "context" [n, S, D] and for SDXL "pooled" [n, P]; ``None`` keeps the token ids,
+        for when the text encoder is trained.
+      fingerprint: changes when the networks or the tokenizers do.
+      batch_size: of the calls.
+    """
+
+    images: Callable[[UInt8[np.ndarray, "n h w 3"]], Any]
+    text: Callable[[Mapping[str, Int[np.ndarray, "n s"]]], Mapping[str, Any]] | None
+    fingerprint: str
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class CachedReader:
+    """Reads batches from a cache: the choices of `codi_jax.data.samples.Reader`, without its work.
+
+    Attributes:
+      arrays: of the cache, by file name.
+      reasons: why images are missing, by row.
+      reader: of the samples that the cache was made of.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    reasons: Mapping[str, str]
+    reader: Reader
+
+    def batch(self, rows: Int[np.ndarray, "b"], epochs: Int[np.ndarray, "b"]) -> Batch:
+        """Gathers a batch, see `codi_jax.data.samples.Read`."""
+        unreadable: list[tuple[str, str]] = []
+        pairs = list(zip(rows.tolist(), epochs.tolist(), strict=True))
+        if self.reasons:
+            pairs = [(self._readable(row, epoch, unreadable), epoch) for row, epoch in pairs]
+        choices = [Choices(self.reader.seed, row, epoch) for row, epoch in pairs]
+        rows = np.array([row for row, _ in pairs])
+        flips = np.array([choice.flips(self.reader.transform) for choice in choices])
+        texts = self._texts(rows, choices)
+        batch = {"moments": self.arrays["moments"][rows, flips.astype(int)]}
+        batch |= {name: self.arrays[name][texts] for name in ("context", "pooled") if name in self.arrays}
+        ids = {name.removeprefix(_IDS): self.arrays[name][texts] for name in self.arrays if name.startswith(_IDS)}
+        batch |= {"input_ids": ids} if ids else {}
+        batch |= self._conditioning(rows, flips, choices)
+        if self.reader.time_ids:
+            batch["time_ids"] = self.arrays["time_ids"][rows]
+        return {**batch, "unreadable": unreadable}
+
+    def _readable(self, row: int, epoch: int, unreadable: list[tuple[str, str]]) -> int:
+        found = row
+        for attempt in range(1, MAX_IN_A_ROW + 1):
+            if str(found) not in self.reasons:
+                return found
+            unreadable.append((str(found), self.reasons[str(found)]))
+            found = substitute(self.reader.seed, row, epoch, attempt, len(self.reader.source))
+        raise ValueError(f"{MAX_IN_A_ROW} images in a row could not be read; the last was {unreadable[-1][1]}.")
+
+    def _texts(self, rows: Int[np.ndarray, "b"], choices: list[Choices]) -> Int[np.ndarray, "b"]:
+        first = self.arrays["first_caption"][rows].tolist()
+        after = self.arrays["first_caption"][rows + 1].tolist()
+        chosen = [c.caption(b - a, self.reader.transform) for c, a, b in zip(choices, first, after, strict=True)]
+        captions = [start + (index or 0) for start, index in zip(first, chosen, strict=True)]
+        return np.where([index is None for index in chosen], 0, self.arrays["text"][captions])
+
+    def _conditioning(
+        self, rows: Int[np.ndarray, "b"], flips: np.ndarray, choices: list[Choices]
+    ) -> dict[str, UInt8[np.ndarray, "b h w 3"]]:
+        if "pixels" in self.arrays:
+            condition = self.reader.condition
+            assert condition is not None
+            pictures = zip(self.arrays["pixels"][rows], choices, strict=True)
+            pixels = np.stack([condition(pixels, choice.rng) for pixels, choice in pictures])
+        elif "conditioning" in self.arrays:
+            pixels = self.arrays["conditioning"][rows]
+        else:
+            return {}
+        pixels[flips] = pixels[flips, :, ::-1]
+        return {"conditioning": pixels}
+
+
+def open_cache(
+    root: Path,
+    reader: Reader,
+    tokenize: Tokenize,
+    encoders: Encoders,
+    *,
+    workers: int = 0,
+    max_unreadable_share: float | int = 0.01,
+) -> CachedReader:
+    """Opens the cache of a data set, and builds it first if there is none that fits.
+
+    Several processes may do so at once: one builds in a folder, the others wait.
+
+    Args:
+      root: where caches are.
+      reader: of the samples.
+      tokenize: for captions.
+      encoders: what to compute.
+      workers: processes that read images.
+      max_unreadable_share: give up above it.
+
+    Raises:
+      ValueError: if an image is not square and crops are random, if too many images cannot be read, or if the encoders
+        give numbers that are not finite.
+    """
+    description = _describe(reader, encoders)
+    folder = root / hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if (folder / _MANIFEST).is_file():
+            _log.info("Using the latents in %s.", folder)
+        else:
+            _report_stale(root, folder, description)
+            _Builder(folder, reader, tokenize, encoders, workers, max_unreadable_share).build(description)
+    manifest = json.loads((folder / _MANIFEST).read_text())
+    arrays = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
+    return CachedReader(arrays, manifest["unreadable"], reader)
+
+
+def _describe(reader: Reader, encoders: Encoders) -> dict[str, Any]:
+    """All that the contents of a cache depend on."""
+    condition = reader.condition and ("made when wanted" if is_random(reader.condition) else reader.condition.__name__)
+    return {
+        "version": _VERSION,
+        "data": files_fingerprint(reader.source),
+        "data set": reader.source.name,
+        "columns": reader.source.columns.names(),
+        "condition": condition,
+        "resolution": reader.transform.resolution,
+        "center_crop": reader.transform.center_crop,
+        "random_flip": reader.transform.random_flip,
+        "model": encoders.fingerprint,
+        "captions": "token ids" if encoders.text is None else "features",
+    }
+
+
+def _report_stale(root: Path, folder: Path, description: dict[str, Any]) -> None:
+    """Says what differs from other caches of this data set."""
+    for manifest in sorted(root.glob(f"*/{_MANIFEST}")):
+        other = json.loads(manifest.read_text())["description"]
+        if other["data set"] == description["data set"]:
+            differing = ", ".join(key for key in description if other.get(key) != description[key])
+            _log.warning(
+                "The latents in %s are of the same data set but do not fit (other %s): they are left alone, and new "
+                "ones go to %s.",
+                manifest.parent,
+                differing,
+                folder,
+            )
+
+
+class _Table:
+    """Arrays of a known number of rows, written in order; knows after an interruption how many there are."""
+
+    def __init__(self, folder: Path, name: str, length: int) -> None:
+        self._folder = folder
+        self._progress = folder / f"{name}.progress"
+        self._length = length
+        self._arrays: dict[str, np.memmap] = {}
+        kept = json.loads(self._progress.read_text()) if self._progress.is_file() else {"rows": 0, "notes": {}}
+        self.rows: int = kept["rows"]
+        self.notes: dict[str, str] = kept["notes"]
+
+    def append(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes some rows."""
+        for name, array in arrays.items():
+            if name not in self._arrays:
+                self._arrays[name] = self._open(self._folder / f"{name}.npy", array)
+            self._arrays[name][self.rows : self.rows + len(array)] = array
+        self.rows += len(next(iter(arrays.values())))
+
+    def keep(self) -> None:
+        """Makes sure that what was written outlives an interruption."""
+        for array in self._arrays.values():
+            array.flush()
+        unfinished = self._progress.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps({"rows": self.rows, "notes": self.notes}))
+        unfinished.replace(self._progress)
+
+    def _open(self, file: Path, rows: np.ndarray) -> np.memmap:
+        shape, mode = (self._length, *rows.shape[1:]), "r+" if self.rows else "w+"
+        return np.lib.format.open_memmap(file, mode, rows.dtype, shape)
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """Computes a cache."""
+
+    folder: Path
+    reader: Reader
+    tokenize: Tokenize
+    encoders: Encoders
+    workers: int
+    max_unreadable_share: float | int
+
+    def build(self, description: dict[str, Any]) -> None:
+        """Computes what is missing, and makes the folder appear when all is there."""
+        building = self.folder.with_suffix(".building")
+        building.mkdir(exist_ok=True)
+        try:
+            self._texts(building)
+            unreadable = self._images(building)
+        except ValueError:  # other flags or other data will be needed, and then this is of no use
+            shutil.rmtree(building)
+            raise
+        manifest = {"description": description, "unreadable": unreadable}
+        (building / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+        for file in building.glob("*.progress"):
+            file.unlink()
+        building.rename(self.folder)
+
+    def _texts(self, folder: Path) -> None:
+        rows = self.reader.source.rows
+        assert isinstance(rows, Dataset)
+        captions = [captions_of(cell) for cell in rows[self.reader.source.columns.caption]]
+        texts = list(dict.fromkeys(["", *(text for each in captions for text in each)]))
+        number = {text: index for index, text in enumerate(texts)}
+        np.save(folder / "text.npy", np.array([number[text] for each in captions for text in each]))
+        np.save(folder / "first_caption.npy", np.cumsum([0, *map(len, captions)]))
+        table = _Table(folder, "texts", len(texts))
+        size = self.encoders.batch_size
+        starts = range(table.rows, len(texts), size)
+        for step, start in enumerate(tqdm(starts, "encoding captions", disable=None)):
+            some = texts[start : start + size]
+            ids = self.tokenize(some + [""] * (size - len(some)))
+            if self.encoders.text is None:
+                table.append({_IDS + name: array[: len(some)] for name, array in ids.items()})
+            else:
+                table.append(_as_float16(self.encoders.text(ids), len(some), "the text encoder"))
+            if step % _BATCHES_TO_KEEP == 0:
+                table.keep()
+        table.keep()
+
+    def _images(self, folder: Path) -> dict[str, str]:
+        table = _Table(folder, "images", len(self.reader.source))
+        rows = _InOrder(self.reader, table.rows, self.encoders.batch_size)
+        for step, (arrays, reasons) in enumerate(_progress(rows, self.workers)):
+            table.append(self._encoded(arrays))
+            table.notes.update(reasons)
+            last = next(reversed(table.notes.values()), "")
+            refuse_too_many(len(table.notes), table.rows, self.max_unreadable_share, last)
+            if step % _BATCHES_TO_KEEP == 0:
+                table.keep()
+        table.keep()
+        return table.notes
+
+    def _encoded(self, arrays: Batch) -> Batch:
+        pixels, count = arrays["pixels"], len(arrays["pixels"])
+        views = [pixels, pixels[:, :, ::-1]] if self.reader.transform.random_flip else [pixels]
+        padding = [(0, self.encoders.batch_size - count), (0, 0), (0, 0), (0, 0)]
+        moments = [
+            _as_float16({"moments": self.encoders.images(np.pad(view, padding))}, count, "the VAE")["moments"]
+            for view in views
+        ]
+        keeps_pixels = self.reader.condition is not None and is_random(self.reader.condition)
+        kept = {name: array for name, array in arrays.items() if name != "pixels" or keeps_pixels}
+        return {**kept, "moments": np.stack(moments, axis=1)}
+
+
+@dataclass(frozen=True)
+class _InOrder:
+    """The pictures of a data set in its own order, in batches, with the reasons why some are missing."""
+
+    reader: Reader
+    start: int
+    size: int
+
+    def __len__(self) -> int:
+        return math.ceil((len(self.reader.source) - self.start) / self.size)
+
+    def __getitem__(self, index: int) -> tuple[Batch, dict[str, str]]:
+        first = self.start + int(index) * self.size
+        rows = range(first, min(first + self.size, len(self.reader.source)))
+        read, reasons = {}, {}
+        for number in rows:
+            try:
+                read[number] = self._pictures(number)
+            except UnreadableImageError as error:
+                reasons[str(number)] = f"row {number} of {self.reader.source.name}, {error}"
+        blank = self._blank(next(iter(read.values()), None))
+        samples = [read.get(number, blank) for number in rows]
+        return {name: np.stack([sample[name] for sample in samples]) for name in blank}, reasons
+
+    def _blank(self, like: Batch | None) -> Batch:
+        if like is not None:
+            return {name: np.zeros_like(array) for name, array in like.items()}
+        side = self.reader.transform.resolution
+        pixels = np.zeros((side, side, 3), np.uint8)
+        has_condition = self.reader.source.columns.condition is not None or self.reader.condition is not None
+        conditioning = {"conditioning": pixels} if has_condition else {}
+        return {"pixels": pixels, **conditioning, "time_ids": np.zeros(6, np.float32)}
+
+    def _pictures(self, number: int) -> Batch:
+        row = self.reader.source.row(number)
+        arrays, placement = self.reader.pictures(row, number, Choices(self.reader.seed, number, 0))
+        if placement.is_random and not self.reader.transform.center_crop:
+            raise ValueError(
+                f"--cache_latents keeps one crop of each image, and {describe_row(self.reader.source, row, number)} is "
+                "not square: add --center_crop, or leave --cache_latents out."
+            )
+        return {**arrays, "time_ids": placement.time_ids()}
+
+
+def _progress(rows: _InOrder, workers: int) -> Iterator[tuple[Batch, dict[str, str]]]:
+    """Reads ahead, and shows how far it is."""
+    if rows.reader.condition is not None and is_random(rows.reader.condition):
+        rows = replace(rows, reader=replace(rows.reader, condition=None))
+    if not len(rows):
+        return
+    batches = iter(read_ahead(rows, workers))
+    try:
+        yield from tqdm(batches, "encoding images", len(rows), disable=None)
+    finally:
+        batches.close()
+
+
+def _as_float16(arrays: Mapping[str, Any], count: int, network: str) -> dict[str, np.ndarray]:
+    with np.errstate(over="ignore"):  # found below
+        kept = {name: np.asarray(array)[:count].astype(np.float16) for name, array in arrays.items()}
+    for name, array in kept.items():
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"{network} gave {name} that float16 cannot hold: check its weights, or leave --cache_latents out."
+            )
+    return kept
+
+
+def prefetch(batches: Any) -> grain.IterDataset:
+    """Gathers batches in threads, which is all that cached ones need.
+
+    Args:
+      batches: a sequence of them.
+    """
+    return grain.MapDataset.source(batches).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))

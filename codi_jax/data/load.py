@@ -1,0 +1,210 @@
+"""Batches for training: which data, and how it becomes arrays.
+
+`datasets` opens the data (`codi_jax.data.sources`), `codi_jax.data.samples` makes arrays of it, `codi_jax.data.loader`
+puts batches together and reads ahead. Every random choice is a function of (seed, sample, epoch).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import grain
+import tyro
+
+from codi_jax.data.images import Condition, Task, condition_for
+from codi_jax.data.latent_cache import CachedReader, Encoders, open_cache, prefetch
+from codi_jax.data.loader import Batches, Loader, Order, Shard, Tokenize, read_ahead, tokenized
+from codi_jax.data.samples import Reader, Transform
+from codi_jax.data.sources import Source, open_source
+from codi_jax.data.streams import StreamBatches
+
+ConditionOf = Literal["column"] | Task | Condition | None
+"""Where conditions come from: a column, what a task makes from the image (canny: a column if there is one, else edges),
+a function of the image, or nowhere."""
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """Which data, and how it becomes batches."""
+
+    dataset_name: str | None = None
+    """Data set to train on: its id on the Hugging Face Hub (a private one needs `hf auth login`), or a folder."""
+
+    dataset_config_name: str | None = None
+    """Configuration of the data set, if it has several."""
+
+    train_data_dir: str | None = None
+    """Folder with images and a meta.jsonl (or metadata.jsonl), which for each holds an object of image, text and, if
+    the task has conditions, conditioning_image, with paths absolute or relative to the folder; or a folder of parquet
+    files, or anything else that `datasets` loads."""
+
+    load_from_disk: bool = False
+    """The folder was made by save_to_disk of `datasets`. Found out without it, too; ignored for other data."""
+
+    streaming: bool = False
+    """Read sample after sample instead of downloading first; shuffled within 1000 samples."""
+
+    image_column: str = "image"
+    """Column of the images to generate. Where there is no "image", "file_name" is tried."""
+
+    caption_column: str = "text"
+    """Column of the captions, a text or a list to choose from. Where there is no "text", "caption" is tried."""
+
+    conditioning_image_column: Annotated[str, tyro.conf.arg(aliases=["--conditioning_image"])] = "conditioning_image"
+    """Column of the images that the generated ones are conditioned on."""
+
+    max_train_samples: int | None = None
+    """Train on the first so many samples only."""
+
+    proportion_empty_prompts: float | int = 0.0
+    """Probability of replacing a caption by an empty one."""
+
+    resolution: int = 512
+    """Side of the square images to train on: the shorter side is resized to it, the longer one cropped."""
+
+    center_crop: bool = False
+    """Crop from the middle instead of at random."""
+
+    random_flip: bool = False
+    """Mirror half of the samples, an image and its condition alike."""
+
+    dataloader_num_workers: int = 0
+    """Processes that read images; 0 reads in threads of this process."""
+
+    cache_dir: str | None = None
+    """Where downloaded data sets and cached latents are kept."""
+
+    cache_latents: bool = False
+    """Encode all images and captions once, before training, and keep the results on disk."""
+
+    cache_latents_dir: str | None = None
+    """Where, instead of the folder latents in --cache_dir."""
+
+    max_unreadable_share: float | int = 0.01
+    """Give up when more than this share of the images, and more than 10, are missing or broken; others take the place
+    of such images. 0 gives up at the first."""
+
+    def check(self) -> None:
+        """Refuses flags that contradict each other or make no sense, before anything is read.
+
+        Raises:
+          ValueError: naming the flag.
+        """
+        if self.dataset_name and self.train_data_dir:
+            raise ValueError("--dataset_name and --train_data_dir exclude each other: give one of them.")
+        if not self.dataset_name and not self.train_data_dir:
+            raise ValueError("there is no data to train on: give --dataset_name or --train_data_dir.")
+        if self.max_train_samples is not None and self.max_train_samples <= 0:
+            raise ValueError(f"--max_train_samples must be positive, not {self.max_train_samples}.")
+        if self.resolution <= 0:
+            raise ValueError(f"--resolution must be positive, not {self.resolution}.")
+        if self.dataloader_num_workers < 0:
+            raise ValueError(f"--dataloader_num_workers must not be negative, as {self.dataloader_num_workers} is.")
+        for flag in ("proportion_empty_prompts", "max_unreadable_share"):
+            if not 0 <= getattr(self, flag) <= 1:
+                raise ValueError(f"--{flag} must be between 0 and 1, not {getattr(self, flag)}.")
+        if self.streaming and self.cache_latents:
+            raise ValueError("--cache_latents needs the whole data set, which --streaming does not read: drop one.")
+
+
+def load_data(
+    flags: DataFlags,
+    tokenize: Tokenize,
+    *,
+    batch_size: int,
+    seed: int,
+    condition: ConditionOf = None,
+    time_ids: bool = False,
+    encoders: Encoders | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Loader:
+    """Opens the data and makes a loader of its batches.
+
+    Args:
+      flags: the user's.
+      tokenize: for captions; called in this process, with as many texts as a batch has samples.
+      batch_size: samples of one optimiser step, of all processes together.
+      seed: of order, crops, flips, captions and conditions.
+      condition: where "conditioning" comes from.
+      time_ids: give SDXL's sizes, "time_ids".
+      encoders: for --cache_latents. It builds the cache in this call.
+      process_index: of this process, which gets samples ``process_index``, ``process_index + process_count``, … of each
+        batch. Of a stream it gets a part of its own.
+      process_count: how many there are.
+
+    Returns:
+      Batches with "pixels", "conditioning" if there is a condition, "input_ids", and "time_ids" if asked for. With
+      cached latents, "moments" in place of "pixels", and "context" (and "pooled") in place of "input_ids".
+
+    Raises:
+      ValueError: for flags that make no sense, data that is not there, or too little of it.
+    """
+    flags.check()
+    shard = Shard(batch_size, process_index, process_count)
+    source = _open(flags, condition)
+    transform = Transform(flags.resolution, flags.center_crop, flags.random_flip, flags.proportion_empty_prompts)
+    # Generators take no negative seeds.
+    reader = Reader(source, transform, _condition(condition, source), seed % 2**64, time_ids)
+    if source.is_streaming:
+        return _stream(reader, shard, tokenize, flags)
+    if len(source) < batch_size:
+        raise ValueError(
+            f"{source.name} has {len(source)} samples, fewer than one batch of {batch_size} takes: "
+            "lower --train_batch_size or --gradient_accumulation_steps."
+        )
+    order = Order(len(source), reader.seed)
+    cached = _open_cache(flags, reader, tokenize, encoders) if flags.cache_latents else None
+
+    def open_at(cursor: dict[str, Any] | None) -> grain.DatasetIterator:
+        start = cursor["samples"] if cursor else 0
+        if cached is not None:
+            return iter(prefetch(Batches(order, cached.batch, shard, start)))
+        batches = Batches(order, reader.batch, shard, start)
+        return iter(tokenized(read_ahead(batches, flags.dataloader_num_workers), tokenize))
+
+    identity = {"seed": reader.seed, "number_of_samples": len(source)}
+    return Loader(open_at, identity, len(source), flags.max_unreadable_share)
+
+
+def _open_cache(flags: DataFlags, reader: Reader, tokenize: Tokenize, encoders: Encoders | None) -> CachedReader:
+    if encoders is None:
+        raise ValueError("--cache_latents is of no use here: this training works on pixels; leave it out.")
+    root = Path(flags.cache_latents_dir or Path(flags.cache_dir or "~/.cache/codi_jax") / "latents").expanduser()
+    workers, share = flags.dataloader_num_workers, flags.max_unreadable_share
+    return open_cache(root, reader, tokenize, encoders, workers=workers, max_unreadable_share=share)
+
+
+def _stream(reader: Reader, shard: Shard, tokenize: Tokenize, flags: DataFlags) -> Loader:
+    batches = StreamBatches(reader, shard, flags.dataloader_num_workers)
+
+    def open_at(cursor: dict[str, Any] | None) -> grain.DatasetIterator:
+        iterator = iter(tokenized(batches, tokenize))
+        if cursor is not None:
+            iterator.set_state(cursor)
+        return iterator
+
+    identity = {"seed": reader.seed, "process_index": shard.index, "number_of_processes": shard.count}
+    return Loader(open_at, identity, None, flags.max_unreadable_share)
+
+
+def _open(flags: DataFlags, condition: ConditionOf) -> Source:
+    return open_source(
+        dataset_name=flags.dataset_name,
+        dataset_config_name=flags.dataset_config_name,
+        train_data_dir=flags.train_data_dir,
+        load_from_disk=flags.load_from_disk,
+        streaming=flags.streaming,
+        cache_dir=flags.cache_dir,
+        image_column=flags.image_column,
+        caption_column=flags.caption_column,
+        condition_column=flags.conditioning_image_column if condition in ("column", "canny") else None,
+        condition_is_optional=condition == "canny",
+        max_train_samples=flags.max_train_samples,
+    )
+
+
+def _condition(condition: ConditionOf, source: Source) -> Condition | None:
+    if condition is None or condition == "column" or source.columns.condition is not None:
+        return None
+    return condition if callable(condition) else condition_for(condition)

@@ -1,0 +1,265 @@
+"""The iterator that training draws batches from, and what reads ahead for it.
+
+A batch of a data set with random access is a function of its number, which is all the state there is: neither workers
+nor the number of processes nor a resumed run change it. grain reads ahead.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags as absl_flags
+from jaxtyping import Int
+
+from codi_jax.data.samples import Batch, Read
+
+Tokenize = Callable[[list[str]], Mapping[str, Int[np.ndarray, "n s"]]]
+"""Texts to token ids, for each text encoder."""
+
+_MIN_UNREADABLE = 10  # so many are forgiven, however small their share makes the limit
+_MAX_BATCHES = 2**40  # grain wants a length
+_THREADS = 4
+
+_log = logging.getLogger(__name__)
+
+
+class Loader:
+    """Batches without end: epoch after epoch, each in an order of its own.
+
+    Attributes:
+      samples_per_epoch: of all processes together; ``None`` for a stream.
+    """
+
+    def __init__(
+        self,
+        open_at: Callable[[Any], grain.DatasetIterator],
+        identity: Mapping[str, Any],
+        samples_per_epoch: int | None,
+        max_unreadable_share: float | int,
+    ) -> None:
+        """Made by `codi_jax.data.load_data`.
+
+        Args:
+          open_at: an iterator of batches from a cursor on, ``None`` for the start. Beside its arrays each holds JSON of
+            where the next one starts, "cursor", and pairs of a key and a reason for what was replaced, "unreadable".
+          identity: what a state must agree in to be set.
+          samples_per_epoch: the attribute.
+          max_unreadable_share: give up above this, and above 10 images; at 0, at the first.
+        """
+        self.samples_per_epoch = samples_per_epoch
+        self._open_at = open_at
+        self._identity = dict(identity)
+        self._share = max_unreadable_share
+        self._iterator: grain.DatasetIterator | None = None
+        self._cursor: Any = None
+        self._tried = 0
+        self._unreadable: dict[str, None] = {}  # an ordered set
+
+    @property
+    def unreadable(self) -> int:
+        """How many different images could not be read so far."""
+        return len(self._unreadable)
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch of this process.
+
+        Raises:
+          ValueError: if too many images cannot be read, or images of a sample do not fit.
+        """
+        if self._iterator is None:
+            self._iterator = iter(self._open_at(self._cursor))
+        batch = next(self._iterator)
+        self._cursor = json.loads(batch.pop("cursor"))
+        unreadable = batch.pop("unreadable")
+        size = len(next(value for value in batch.values() if isinstance(value, np.ndarray)))
+        self._tried += size + len(unreadable)
+        for key, reason in unreadable:
+            self._count(key, reason)
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """The state after the batches handed out so far, as JSON.
+
+        For a stream each process has its own; else that of any process serves all, in any number.
+        """
+        return {
+            **self._identity,
+            "cursor": self._cursor,
+            "tried": self._tried,
+            "unreadable": list(self._unreadable),
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on where a loader of the same data was when `get_state` was called.
+
+        Raises:
+          ValueError: if it was other data, or another seed.
+        """
+        for name, value in self._identity.items():
+            if state.get(name) != value:
+                raise ValueError(
+                    f"the data is not that of the checkpoint: its {name.replace('_', ' ')} is {value}, "
+                    f"and was {state.get(name)}; restore the flags, or start anew without --resume_from_checkpoint."
+                )
+        self.close()
+        self._cursor = state["cursor"]
+        self._tried = state["tried"]
+        self._unreadable = dict.fromkeys(state["unreadable"])
+
+    def close(self) -> None:
+        """Stops threads and processes. The next batch starts them again."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def _count(self, key: str, reason: str) -> None:
+        if key in self._unreadable:
+            return
+        self._unreadable[key] = None
+        _log.warning("Skipped, another image takes its place: %s", reason)
+        tried = min(self._tried, self.samples_per_epoch or self._tried)
+        refuse_too_many(self.unreadable, tried, self._share, reason)
+
+
+def refuse_too_many(count: int, tried: int, share: float | int, last: str) -> None:
+    """Stops when so many images are unreadable that it is no accident.
+
+    Args:
+      count: of them.
+      tried: images in all.
+      share: that is forgiven, as 10 images always are; at 0 none is.
+      last: what was wrong with the last one.
+
+    Raises:
+      ValueError: if there are too many.
+    """
+    if count > (max(_MIN_UNREADABLE, share * tried) if share else 0):
+        raise ValueError(
+            f"{count} of the first {tried} images could not be read, more than --max_unreadable_share {share} allows; "
+            f"the last was {last}."
+        )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of every batch that one process reads.
+
+    Attributes:
+      batch_size: of all processes together.
+      index: of the process.
+      count: of processes.
+
+    Raises:
+      ValueError: if the batch cannot be divided.
+    """
+
+    batch_size: int
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.count:
+            raise ValueError(f"a batch of {self.batch_size} samples cannot be divided among {self.count} processes.")
+
+    @property
+    def size(self) -> int:
+        """Samples in the part."""
+        return self.batch_size // self.count
+
+    def positions(self, first: int) -> Int[np.ndarray, "b"]:
+        """Where its samples are, in the batch that starts at position ``first``."""
+        return first + np.arange(self.index, self.batch_size, self.count)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which sample is at a position of the endless sequence of epochs; each epoch has all samples, shuffled anew.
+
+    An epoch takes eight bytes for each sample. grain's shuffle takes none, but is slow on small data: its cipher of 16
+    bits is repeated until the result lies within the data.
+
+    Attributes:
+      length: of an epoch.
+      seed: of the order.
+    """
+
+    length: int
+    seed: int
+
+    def __call__(self, positions: Int[np.ndarray, "b"]) -> tuple[Int[np.ndarray, "b"], Int[np.ndarray, "b"]]:
+        """The samples at these positions, and the epochs that the positions lie in."""
+        epochs, places = np.divmod(positions, self.length)
+        rows = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            rows[chosen] = _permutation(self.length, self.seed, epoch)[places[chosen]]
+        return rows, epochs
+
+
+@lru_cache(maxsize=2)  # a batch can lie in two epochs
+def _permutation(length: int, seed: int, epoch: int) -> Int[np.ndarray, "n"]:
+    return np.random.default_rng((seed, epoch)).permutation(length)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """All batches of a run by number, as grain wants them: read in any order, by threads or processes.
+
+    Attributes:
+      order: of samples.
+      read: makes a batch.
+      shard: of this process.
+      start: position of the first sample of the first batch.
+    """
+
+    order: Order
+    read: Read
+    shard: Shard
+    start: int = 0
+
+    def __len__(self) -> int:
+        return _MAX_BATCHES
+
+    def __getitem__(self, index: int) -> Batch:
+        first = self.start + int(index) * self.shard.batch_size
+        batch = self.read(*self.order(self.shard.positions(first)))
+        return {**batch, "cursor": json.dumps({"samples": first + self.shard.batch_size})}
+
+
+def read_ahead(batches: Any, workers: int) -> grain.IterDataset:
+    """Reads batches in their order, in worker processes or, without any, in threads.
+
+    Args:
+      batches: a sequence of them.
+      workers: number of processes.
+    """
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    if not workers:
+        options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
+    elif not absl_flags.FLAGS.is_parsed():
+        absl_flags.FLAGS.mark_as_parsed()  # grain asks absl, which does not answer before a command line was read
+    read = grain.MapDataset.source(batches).to_iter_dataset(options)
+    return read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1))
+
+
+def tokenized(batches: grain.IterDataset, tokenize: Tokenize) -> grain.IterDataset:
+    """Puts token ids in place of captions, in a thread of this process: a tokenizer need not travel to others.
+
+    Args:
+      batches: with "captions".
+      tokenize: texts to ids.
+    """
+
+    def replace(batch: Batch) -> Batch:
+        ids = {name: np.asarray(array, np.int32) for name, array in tokenize(batch["captions"]).items()}
+        return {**{name: value for name, value in batch.items() if name != "captions"}, "input_ids": ids}
+
+    return grain.experimental.ThreadPrefetchIterDataset(batches.map(replace), prefetch_buffer_size=2)

@@ -1,0 +1,159 @@
+"""One sample of a data set: its pictures cropped and flipped alike, one of its captions, and a condition.
+
+Whatever is random about it is a function of (seed, sample, epoch).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image
+
+from codi_jax.data.images import Condition, Placement, UnreadableImageError, crop, place, read_image
+from codi_jax.data.sources import Source, captions_of, describe_row
+
+Batch = dict[str, Any]
+"""Arrays of one size along their first axis, by name; "input_ids" is a dict of them."""
+
+Read = Callable[[Int[np.ndarray, "b"], Int[np.ndarray, "b"]], Batch]
+"""Makes a batch of rows, and of the epochs that they are wanted in; it lists in "unreadable" what it replaced."""
+
+MAX_IN_A_ROW = 20
+"""So many unreadable images, one after the other, are no accident."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What happens to every sample.
+
+    Attributes:
+      resolution: side of the crop that is taken from the resized picture.
+      center_crop: take it from the middle, instead of at random.
+      random_flip: mirror half of the samples.
+      proportion_empty_prompts: probability of replacing a caption by an empty one.
+    """
+
+    resolution: int
+    center_crop: bool = False
+    random_flip: bool = False
+    proportion_empty_prompts: float | int = 0.0
+
+
+class Choices:
+    """What is random about one sample in one epoch, of a run with some seed.
+
+    Attributes:
+      position: of the crop, vertical and horizontal, in [0, 1).
+      rng: for the condition.
+    """
+
+    def __init__(self, seed: int, row: int, epoch: int) -> None:
+        self.rng = np.random.default_rng((seed, row, epoch))
+        top, left, self._flip, self._caption, self._empty = self.rng.random(5).tolist()
+        self.position = (top, left)
+
+    def flips(self, transform: Transform) -> bool:
+        """Whether to mirror the sample."""
+        return transform.random_flip and self._flip < 0.5
+
+    def caption(self, count: int, transform: Transform) -> int | None:
+        """Which of ``count`` captions to take, ``None`` for an empty one."""
+        return None if self._empty < transform.proportion_empty_prompts else int(self._caption * count)
+
+
+def substitute(seed: int, row: int, epoch: int, attempt: int, length: int) -> int:
+    """The row that takes the place of one that cannot be read; the attempts count from 1."""
+    return int(np.random.default_rng((seed, row, epoch, attempt)).integers(length))
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads samples.
+
+    Attributes:
+      source: of the samples.
+      transform: of each.
+      condition: makes conditions from images, if no column holds them.
+      seed: of all random choices.
+      time_ids: whether to give SDXL's sizes.
+    """
+
+    source: Source
+    transform: Transform
+    condition: Condition | None
+    seed: int
+    time_ids: bool = False
+
+    def batch(self, rows: Int[np.ndarray, "b"], epochs: Int[np.ndarray, "b"]) -> Batch:
+        """Reads some rows, see `Read`; those that cannot be read are replaced."""
+        unreadable: list[tuple[str, str]] = []
+        pairs = zip(rows.tolist(), epochs.tolist(), strict=True)
+        samples = [self._sample_or_another(row, epoch, unreadable) for row, epoch in pairs]
+        return {**stack(samples), "unreadable": unreadable}
+
+    def sample(self, row: Mapping[str, Any], number: int, epoch: int) -> Batch:
+        """Makes the arrays of one sample, and its caption under "captions".
+
+        Args:
+          row: of the source.
+          number: of the row.
+          epoch: in which it is wanted.
+
+        Raises:
+          UnreadableImageError: if one of its images is missing or broken.
+          ValueError: if the images do not fit each other.
+        """
+        choices = Choices(self.seed, number, epoch)
+        arrays, placement = self.pictures(row, number, choices)
+        if choices.flips(self.transform):
+            arrays = {name: array[:, ::-1] for name, array in arrays.items()}
+        captions = captions_of(row[self.source.columns.caption])
+        chosen = choices.caption(len(captions), self.transform)
+        sizes = {"time_ids": placement.time_ids()} if self.time_ids else {}
+        return {**arrays, **sizes, "captions": "" if chosen is None else captions[chosen]}
+
+    def pictures(
+        self, row: Mapping[str, Any], number: int, choices: Choices
+    ) -> tuple[dict[str, UInt8[np.ndarray, "r r 3"]], Placement]:
+        """The pictures of a sample, cropped alike and not flipped, and where the crop lies; raises as `sample`."""
+        columns, folder = self.source.columns, self.source.folder
+        image = read_image(row[columns.image], folder)
+        size = (image.height, image.width)
+        placement = place(size, self.transform.resolution, self.transform.center_crop, choices.position)
+        arrays = {"pixels": crop(image, placement)}
+        if columns.condition is not None:
+            condition = read_image(row[columns.condition], folder)
+            arrays["conditioning"] = self._crop_along(condition, placement, row, number)
+        elif self.condition is not None:
+            arrays["conditioning"] = self.condition(arrays["pixels"], choices.rng)
+        return arrays, placement
+
+    def _crop_along(
+        self, image: Image.Image, placement: Placement, row: Mapping[str, Any], number: int
+    ) -> UInt8[np.ndarray, "r r 3"]:
+        try:
+            return crop(image, placement)
+        except ValueError as error:
+            name = describe_row(self.source, row, number)
+            raise ValueError(f"the condition of {name} does not fit: {error}.") from None
+
+    def _sample_or_another(self, number: int, epoch: int, unreadable: list[tuple[str, str]]) -> Batch:
+        """One sample; in place of an unreadable one a random other, so that batches keep their size and number."""
+        wanted, reason = number, ""
+        for attempt in range(MAX_IN_A_ROW):
+            if attempt:
+                number = substitute(self.seed, wanted, epoch, attempt, len(self.source))
+            try:
+                return self.sample(self.source.row(number), number, epoch)
+            except UnreadableImageError as error:
+                reason = f"row {number} of {self.source.name}, {error}"
+                unreadable.append((str(number), reason))
+        raise ValueError(f"{MAX_IN_A_ROW} images in a row could not be read; the last was {reason}.")
+
+
+def stack(samples: Sequence[Batch]) -> Batch:
+    """Samples to a batch: arrays are stacked, captions listed."""
+    arrays = {name: np.stack([sample[name] for sample in samples]) for name in samples[0] if name != "captions"}
+    return {**arrays, "captions": [sample["captions"] for sample in samples]}

@@ -1,0 +1,294 @@
+"""Where samples come from: the hub, folders of images with a meta.jsonl, parquet, data saved by `datasets`.
+
+Images stay encoded here, and are opened by whoever wants the sample: see `codi_jax.data.images`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, IterableDataset
+
+from codi_jax.data.images import describe_cell
+from codi_jax.hub import listed
+
+Rows = Dataset | IterableDataset
+
+METADATA_FILES = ("meta.jsonl", "metadata.jsonl")
+"""The file that lists the samples of a folder."""
+
+_FALLBACKS = {"image": ("file_name",), "text": ("caption",)}
+"""Other names of a column, tried where the column has its default name."""
+
+_SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves in a folder
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The names of the columns that are read.
+
+    Attributes:
+      image: pictures to generate.
+      caption: their texts, one or a list for each.
+      condition: pictures that they are conditioned on, if the data has them.
+    """
+
+    image: str
+    caption: str
+    condition: str | None = None
+
+    def names(self) -> list[str]:
+        """All of them."""
+        return [self.image, self.caption] + ([self.condition] if self.condition else [])
+
+
+@dataclass(frozen=True)
+class Source:
+    """The samples of a data set, not decoded.
+
+    Attributes:
+      rows: of the columns below; images as bytes or paths.
+      columns: their names.
+      folder: what paths are relative to.
+      name: of the data set, for messages.
+      fingerprint: changes when the data does.
+    """
+
+    rows: Rows
+    columns: Columns
+    folder: Path | None
+    name: str
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.rows) if isinstance(self.rows, Dataset) else 0
+
+    def row(self, number: int) -> dict[str, Any]:
+        """One of the rows, of a source that is not a stream."""
+        assert isinstance(self.rows, Dataset)
+        return self.rows[number]
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether rows come one after the other only, and their number is not known."""
+        return isinstance(self.rows, IterableDataset)
+
+
+def open_source(
+    *,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | None = None,
+    load_from_disk: bool = False,
+    streaming: bool = False,
+    cache_dir: str | None = None,
+    image_column: str = "image",
+    caption_column: str = "text",
+    condition_column: str | None = None,
+    condition_is_optional: bool = False,
+    max_train_samples: int | None = None,
+) -> Source:
+    """Opens a data set; see the flags of these names in `codi_jax.data.DataFlags`.
+
+    Args:
+      dataset_name: id on the hub, or a folder.
+      dataset_config_name: its configuration.
+      train_data_dir: a folder.
+      load_from_disk: the folder was made by `datasets`' save_to_disk; which is found out without it, too.
+      streaming: read row after row.
+      cache_dir: of `datasets`.
+      image_column: name of a column.
+      caption_column: name of a column.
+      condition_column: name of a column; ``None`` for a task without conditions.
+      condition_is_optional: do without the condition column where it is missing.
+      max_train_samples: take the first ones only.
+
+    Raises:
+      ValueError: if there is no such data set, a column is missing, or it has no rows.
+    """
+    where = train_data_dir or dataset_name
+    if where is None:
+        raise ValueError("there is no data to train on: give --dataset_name or --train_data_dir.")
+    wanted = Columns(image_column, caption_column, condition_column)
+    folder = Path(where).expanduser()
+    metadata = next((folder / name for name in METADATA_FILES if (folder / name).is_file()), None)
+    if metadata is not None:
+        source = _from_metadata(metadata, wanted, condition_is_optional)
+        rows: Rows = source.rows
+        rows = rows.to_iterable_dataset() if streaming and isinstance(rows, Dataset) else rows
+    else:
+        if train_data_dir is not None and not folder.is_dir():
+            raise ValueError(f"there is no folder {folder}: check --train_data_dir.")
+        rows = _load(where, folder, dataset_config_name, load_from_disk, streaming, cache_dir)
+        source = _from_rows(rows, wanted, condition_is_optional, folder, where)
+        rows = source.rows
+    if max_train_samples is not None:
+        rows = rows.take(min(max_train_samples, len(rows)) if isinstance(rows, Dataset) else max_train_samples)
+    if isinstance(rows, Dataset) and not len(rows):
+        raise ValueError(f"{where} holds no samples.")
+    return Source(rows, source.columns, source.folder, where, f"{source.fingerprint}-{max_train_samples}")
+
+
+def files_fingerprint(source: Source) -> str:
+    """The data set's fingerprint, and the sizes and dates of the image files that it names.
+
+    Args:
+      source: not a stream.
+    """
+    digest = hashlib.sha256(source.fingerprint.encode())
+    assert isinstance(source.rows, Dataset)
+    for name in (source.columns.image, source.columns.condition):
+        for cell in source.rows[name] if name else ():
+            path = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else cell
+            if isinstance(path, str):
+                file = (source.folder or Path()) / path
+                stat = file.stat() if file.is_file() else None
+                digest.update(f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}".encode())
+    return digest.hexdigest()
+
+
+def _load(
+    where: str, folder: Path, config: str | None, load_from_disk: bool, streaming: bool, cache_dir: str | None
+) -> Rows:
+    """Whatever `datasets` can load, its training split."""
+    try:
+        if folder.is_dir() and any((folder / name).is_file() for name in _SAVED):
+            loaded = datasets.load_from_disk(str(folder))
+            loaded = _training_split(loaded, where)
+            return loaded.to_iterable_dataset() if streaming and isinstance(loaded, Dataset) else loaded
+        loaded = datasets.load_dataset(
+            str(folder) if folder.is_dir() else where, config, cache_dir=cache_dir, streaming=streaming
+        )
+    except Exception as error:
+        raise ValueError(_explained(error, where, folder, load_from_disk)) from error
+    return _training_split(loaded, where)
+
+
+def _training_split(loaded: Any, where: str) -> Any:
+    if not isinstance(loaded, dict):
+        return loaded
+    if "train" in loaded:
+        return loaded["train"]
+    if len(loaded) == 1:
+        return next(iter(loaded.values()))
+    raise ValueError(f"{where} has no split named train, but {', '.join(loaded)}.")
+
+
+def _explained(error: Exception, where: str, folder: Path, load_from_disk: bool) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if folder.is_dir():
+        if isinstance(error, ValueError) and reason.startswith(where):
+            return reason
+        made = ", nor what save_to_disk writes" if load_from_disk else ""
+        return (
+            f"{folder} holds no data set: it has no {' or '.join(METADATA_FILES)}{made}, and `datasets` says: {reason} "
+            f"(it holds {listed(sorted(path.name for path in folder.iterdir()))})."
+        )
+    return (
+        f"the data set {where} could not be loaded: {reason} "
+        "(check --dataset_name and --dataset_config_name, or run `hf auth login` if it is private)."
+    )
+
+
+def _from_rows(rows: Rows, wanted: Columns, optional: bool, folder: Path, where: str) -> Source:
+    # select_columns and casts change the fingerprint by hashes of code: that of the data is taken first.
+    fingerprint = f"{where} {rows._fingerprint}" if isinstance(rows, Dataset) else where
+    names = rows.column_names
+    if names is None:
+        first = next(iter(rows), None)
+        names = list(first) if first is not None else []
+    columns = _find_columns(wanted, names, where, optional)
+    rows = rows.select_columns(columns.names())
+    _check_captions(columns.caption, rows.features, where)
+    for name in (columns.image, columns.condition):
+        if name and rows.features is not None and isinstance(rows.features[name], datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return Source(rows, columns, folder if folder.is_dir() else None, where, fingerprint)
+
+
+def _check_captions(name: str, features: datasets.Features | None, where: str) -> None:
+    feature = features[name] if features is not None else None
+    kind = getattr(feature, "feature", feature)  # of a list, that of its elements
+    if kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
+        raise ValueError(
+            f"column {name!r} of {where} holds {feature}, not texts or lists of texts: set --caption_column to another."
+        )
+
+
+def _from_metadata(file: Path, wanted: Columns, optional: bool) -> Source:
+    lines = list(_read_lines(file))
+    if not lines:
+        raise ValueError(f"{file} is empty: it needs one JSON object for each image.")
+    names = list(dict.fromkeys(name for _, row in lines for name in row))
+    columns = _find_columns(wanted, names, str(file), optional)
+    for number, row in lines:
+        for name in columns.names():
+            _check_value(file, number, name, row.get(name), is_caption=name == columns.caption)
+    values: dict[str, list[Any]] = {name: [row.get(name) for _, row in lines] for name in columns.names()}
+    if any(isinstance(caption, list) for caption in values[columns.caption]):
+        values[columns.caption] = [captions_of(caption) for caption in values[columns.caption]]
+    digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    return Source(Dataset.from_dict(values), columns, file.parent, str(file), f"{file.absolute()} {digest}")
+
+
+def _read_lines(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    with file.open("rb") as opened:
+        for number, line in enumerate(opened, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number} is not valid JSON ({error}): mend or delete it.") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{file}, line {number} holds no JSON object but {row!r:.40}: mend or delete it.")
+            yield number, row
+
+
+def _check_value(file: Path, number: int, name: str, value: Any, is_caption: bool) -> None:
+    if isinstance(value, str) or (is_caption and value is None):
+        return
+    if is_caption and isinstance(value, list) and all(isinstance(text, str) for text in value):
+        return
+    kind = "text or list of texts" if is_caption else "path of an image"
+    found = f"{value!r:.40} under {name!r}, which is no {kind}" if value is not None else f"no {name!r}"
+    raise ValueError(f"{file}, line {number} has {found}: mend or delete it.")
+
+
+def captions_of(cell: Any) -> list[str]:
+    """The texts of a sample: those of a list, or the one; an empty one if there is none.
+
+    Raises:
+      ValueError: if it is neither text nor list of texts.
+    """
+    texts = [cell] if isinstance(cell, str) else [] if cell is None else cell
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"a caption must be a text or a list of texts, not {cell!r:.40}: check --caption_column.")
+    return list(texts) or [""]
+
+
+def _find_columns(wanted: Columns, names: Sequence[str], where: str, condition_is_optional: bool) -> Columns:
+    condition = wanted.condition
+    if condition is not None and condition_is_optional and condition not in names:
+        condition = None
+    return Columns(
+        _find_column(wanted.image, names, where, "--image_column"),
+        _find_column(wanted.caption, names, where, "--caption_column"),
+        condition and _find_column(condition, names, where, "--conditioning_image_column"),
+    )
+
+
+def _find_column(name: str, names: Sequence[str], where: str, flag: str) -> str:
+    found = next((column for column in (name, *_FALLBACKS.get(name, ())) if column in names), None)
+    if found is None:
+        raise ValueError(f"{where} has no column {name!r}: set {flag} to one of {listed(list(names))}.")
+    return found
+
+
+def describe_row(source: Source, row: Mapping[str, Any], number: int) -> str:
+    """The name of a sample, for messages."""
+    return f"row {number} of {source.name} ({describe_cell(row[source.columns.image])})"

@@ -1,0 +1,241 @@
+"""Cached latents: equal to what the encoders give, found again, never stale, and as fast as a copy."""
+
+import json
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from picture_folders import count_tokens, write_folder
+from test_load import take
+
+from codi_jax.data import DataFlags, latent_cache, load_data
+from codi_jax.data.latent_cache import Encoders
+from codi_jax.data.loader import Loader
+
+COUNT = 21
+SIDE = 16
+
+
+class Model:
+    """Encoders whose results tell what they were given, and that count their calls."""
+
+    def __init__(self, fingerprint: str = "a model", fail_after: float = float("inf")) -> None:
+        self.images = self.texts = 0
+        self.fail_after = fail_after
+        self.encoders = Encoders(self.encode_images, self.encode_texts, fingerprint, batch_size=4)
+
+    def encode_images(self, pixels: np.ndarray) -> np.ndarray:
+        assert pixels.shape in ((4, SIDE, SIDE, 3), (4, 8, 8, 3))
+        assert pixels.dtype == np.uint8
+        self.images += 1
+        if self.images > self.fail_after:
+            raise KeyboardInterrupt
+        return pixels[:, ::8, ::8].astype(np.float32) / 4
+
+    def encode_texts(self, ids: dict) -> dict[str, np.ndarray]:
+        assert ids["text_encoder"].shape == (4, 1)
+        self.texts += 1
+        numbers = ids["text_encoder"].astype(np.float32)
+        return {"context": numbers[:, :, None] + np.arange(3.0)[None, None], "pooled": numbers}
+
+
+def load(folder: Path, model: Model | None, condition="column", seed: int = 0, **changes) -> Loader:
+    options = {"resolution": SIDE, "center_crop": True, "random_flip": True, "cache_latents": model is not None}
+    flags = DataFlags(**options | {"train_data_dir": str(folder), "cache_dir": str(folder.parent / "cache")} | changes)
+    encoders = model and model.encoders
+    return load_data(flags, count_tokens, batch_size=4, seed=seed, condition=condition, encoders=encoders)
+
+
+def caches(folder: Path) -> set[Path]:
+    return set((folder.parent / "cache" / "latents").glob("*/manifest.json"))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    captions = [[str(i), str(i + 100)] if i % 3 else str(i) for i in range(COUNT)]
+    return write_folder(tmp_path / "data", COUNT, size=(24, 16), condition_size=(24, 16), captions=captions)
+
+
+@pytest.mark.parametrize("condition", ["column", "canny", "super_resolution", "inpainting", None])
+def test_cached_batches_are_those_of_the_data_encoded(folder, condition):
+    """Order, flips, captions, empty prompts and conditions are the same with and without a cache."""
+    plain = take(load(folder, None, condition, proportion_empty_prompts=0.3), 16)
+    cached = take(load(folder, Model(), condition, proportion_empty_prompts=0.3), 16)
+    for batch, expected in zip(cached, plain, strict=True):
+        assert batch.keys() == {"moments", "context", "pooled"} | ({"conditioning"} if condition else set())
+        assert batch["moments"].dtype == batch["context"].dtype == batch["pooled"].dtype == np.float16
+        assert np.array_equal(batch["moments"], expected["pixels"][:, ::8, ::8].astype(np.float16) / 4)
+        numbers = expected["input_ids"]["text_encoder"]
+        assert np.array_equal(batch["context"], numbers[:, :, None] + np.arange(3)[None, None])
+        assert np.array_equal(batch["pooled"], numbers)
+        if condition:
+            assert batch["conditioning"].dtype == np.uint8
+            assert np.array_equal(batch["conditioning"], expected["conditioning"])
+
+
+def test_token_ids_are_kept_where_the_text_encoder_is_trained(folder):
+    model = Model()
+    model.encoders = replace(model.encoders, text=None)
+    plain = take(load(folder, None, None, proportion_empty_prompts=0.3), 16)
+    cached = take(load(folder, model, None, proportion_empty_prompts=0.3), 16)
+    for batch, expected in zip(cached, plain, strict=True):
+        assert batch.keys() == {"moments", "input_ids"}
+        ids = batch["input_ids"]["text_encoder"]
+        assert np.array_equal(ids, expected["input_ids"]["text_encoder"])
+    take(load(folder, Model(), None), 1)
+    assert len(caches(folder)) == 2  # of ids and of features
+
+
+def test_sizes_for_sdxl_are_kept(folder):
+    options = {"batch_size": 4, "seed": 0, "time_ids": True}
+    flags = DataFlags(train_data_dir=str(folder), resolution=SIDE, center_crop=True)
+    plain = take(load_data(flags, count_tokens, **options), 3)
+    flags = replace(flags, cache_latents=True, cache_latents_dir=str(folder.parent / "here"))
+    cached = take(load_data(flags, count_tokens, encoders=Model().encoders, **options), 3)
+    assert all(np.array_equal(a["time_ids"], b["time_ids"]) for a, b in zip(plain, cached, strict=True))
+    assert len(list((folder.parent / "here").glob("*/manifest.json"))) == 1
+
+
+def test_a_resumed_run_is_the_same_run(folder):
+    model = Model()
+    loader = load(folder, model)
+    states, whole = [], []
+    for _ in range(12):
+        states.append(json.loads(json.dumps(loader.get_state())))
+        whole.append(next(loader))
+    loader.close()
+    for stop in (0, 4, 5, 9):
+        fresh = load(folder, model)
+        fresh.set_state(states[stop])
+        for batch, expected in zip(take(fresh, 3), whole[stop:], strict=False):
+            assert all(np.array_equal(batch[name], expected[name]) for name in expected)
+
+
+def test_every_image_and_text_is_encoded_once(folder):
+    model = Model()
+    load(folder, model)
+    assert model.images == 2 * 6  # both orientations of 21 images, in batches of 4
+    assert model.texts == 9  # 21 + 14 captions and the empty one
+    load(folder, model)
+    assert (model.images, model.texts) == (12, 9)
+    assert len(caches(folder)) == 1
+
+
+def test_without_flips_one_orientation_is_encoded(folder):
+    model = Model()
+    load(folder, model, random_flip=False)
+    assert model.images == 6
+
+
+CHANGES = {
+    "model": "other model)",
+    "image": "other data)",
+    "caption": "other data)",
+    "max_train_samples": "other data)",
+    "random_flip": "other random_flip)",
+    "resolution": "other resolution)",
+    "conditions": "other data, columns, condition)",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_stale_cache_is_never_used_and_left_alone(folder, change, caplog):
+    load(folder, Model())
+    (before,) = caches(folder)
+    content = before.read_bytes()
+    model = Model("another" if change == "model" else "a model")
+    other = {"max_train_samples": 20, "random_flip": False, "resolution": 8}
+    changes = {change: other[change]} if change in other else {}
+    if change == "image":
+        os.utime(folder / "images/3.png", ns=(1, 1))
+    elif change == "caption":
+        text = (folder / "meta.jsonl").read_text().replace('"3"', '"33"')
+        (folder / "meta.jsonl").write_text(text)
+    elif change == "conditions":
+        changes = {"condition": "inpainting"}
+    with caplog.at_level(logging.WARNING, "codi_jax"):
+        load(folder, model, **changes)
+    assert model.images > 0
+    assert len(caches(folder)) == 2
+    assert before.read_bytes() == content
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert f"{before.parent} are of the same data set but do not fit ({CHANGES[change]}: they are left alone" in line
+
+
+def test_seed_and_empty_prompts_need_no_other_cache(folder):
+    model = Model()
+    load(folder, model)
+    load(folder, model, seed=1, proportion_empty_prompts=0.5)
+    assert len(caches(folder)) == 1
+
+
+@pytest.mark.parametrize("calls", [0, 5])
+def test_an_interrupted_build_is_not_taken_for_a_finished_one_and_goes_on(folder, monkeypatch, calls):
+    monkeypatch.setattr(latent_cache, "_BATCHES_TO_KEEP", 1)
+    with pytest.raises(KeyboardInterrupt):
+        load(folder, Model(fail_after=calls))
+    assert {path.suffix for path in (folder.parent / "cache" / "latents").iterdir()} == {".building", ".lock"}
+    model = Model()
+    interrupted = take(load(folder, model), 8)
+    assert model.images == 2 * 6 - calls // 2 * 2
+    assert model.texts == 0
+    other = folder.parent / "other"
+    whole = take(load(folder, Model(), cache_latents_dir=str(other)), 8)
+    for batch, expected in zip(interrupted, whole, strict=True):
+        assert all(np.array_equal(batch[name], expected[name]) for name in expected)
+    assert not list((folder.parent / "cache" / "latents").glob("*.building"))
+
+
+def test_unreadable_images_are_those_of_the_plain_loader(folder):
+    (folder / "images/4.png").write_bytes(b"no image")
+    (folder / "processed_images/9.png").unlink()
+    plain, cached = load(folder, None), load(folder, Model())
+    for batch, expected in zip(take(cached, 12), take(plain, 12), strict=True):
+        assert np.array_equal(batch["pooled"], expected["input_ids"]["text_encoder"])
+    assert cached.unreadable == plain.unreadable == 2
+
+
+def test_a_batch_of_unreadable_images_only_does_not_stop_the_build(folder):
+    for i in range(4):
+        (folder / f"images/{i}.png").unlink()
+    loader = load(folder, Model())
+    seen = {int(n) % 100 for batch in take(loader, 12) for n in batch["pooled"][:, 0]}
+    assert seen == set(range(4, COUNT))
+
+
+def test_too_many_unreadable_images_stop_the_build_and_leave_nothing(folder):
+    for i in range(11):
+        (folder / f"images/{i}.png").unlink()
+    with pytest.raises(ValueError, match=r"11 of the first \d+ images could not be read"):
+        load(folder, Model())
+    assert [path.suffix for path in (folder.parent / "cache" / "latents").iterdir()] == [".lock"]
+
+
+def test_random_crops_of_images_that_are_not_square_are_refused(folder):
+    with pytest.raises(ValueError, match=r"row 0 of .*images/0.png.* is not square: add --center_crop"):
+        load(folder, Model(), center_crop=False)
+    assert not caches(folder)
+
+
+def test_random_crops_of_squares_are_no_crops(tmp_path):
+    folder = write_folder(tmp_path / "data", 8, size=(20, 20))
+    assert len(take(load(folder, Model(), None, center_crop=False), 3)) == 3
+
+
+def test_what_float16_cannot_hold_is_refused(folder):
+    model = Model()
+    huge = replace(model.encoders, images=lambda pixels: pixels[:, ::8, ::8] * np.float32(1e6))
+    model.encoders = huge
+    with pytest.raises(ValueError, match="the VAE gave moments that float16 cannot hold"):
+        load(folder, model)
+    assert not caches(folder)
+
+
+def test_workers_build_the_same_cache(folder):
+    whole = take(load(folder, Model()), 6)
+    parallel = load(folder, Model(), dataloader_num_workers=2, cache_latents_dir=str(folder.parent / "other"))
+    for batch, expected in zip(take(parallel, 6), whole, strict=True):
+        assert all(np.array_equal(batch[name], expected[name]) for name in expected)

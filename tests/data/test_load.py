@@ -1,0 +1,385 @@
+"""Batches: order, epochs, processes, workers, resuming, pairs of images, and unreadable files."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+from picture_folders import count_tokens, numbered, write_folder
+from PIL import Image
+
+from codi_jax.data import DataFlags, load_data
+from codi_jax.data.images import canny
+from codi_jax.data.loader import Loader
+
+COUNT = 30
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Non-square pictures with conditions that are the same pictures, so both halves of a pair must always agree."""
+    return write_folder(tmp_path_factory.mktemp("data"), COUNT, size=(48, 32), condition_size=(48, 32))
+
+
+def flags(folder: Path, **changes) -> DataFlags:
+    return replace(DataFlags(train_data_dir=str(folder), resolution=32, random_flip=True), **changes)
+
+
+def load(folder: Path, batch_size: int = 4, seed: int = 0, condition="column", process=(0, 1), **changes) -> Loader:
+    index, count = process
+    options = {"condition": condition, "process_index": index, "process_count": count}
+    return load_data(flags(folder, **changes), count_tokens, batch_size=batch_size, seed=seed, **options)
+
+
+def take(loader: Loader, count: int) -> list[dict]:
+    batches = [next(loader) for _ in range(count)]
+    loader.close()
+    return batches
+
+
+def numbers(batch: dict) -> list[int]:
+    """Which samples a batch holds, by what its captions say."""
+    return batch["input_ids"]["text_encoder"][:, 0].tolist()
+
+
+def contents(batch: dict) -> list[tuple[int, bytes, bytes]]:
+    """The samples of a batch, crops and flips included, as something to sort."""
+    pictures = (map(bytes, batch[name]) for name in ("pixels", "conditioning"))
+    return list(zip(numbers(batch), *pictures, strict=True))
+
+
+def assert_same(batches: list[dict], expected: list[dict]) -> None:
+    assert len(batches) == len(expected)
+    for batch, other in zip(batches, expected, strict=True):
+        assert batch.keys() == other.keys()
+        assert batch["input_ids"].keys() == other["input_ids"].keys()
+        for name in batch.keys() - {"input_ids"}:
+            assert np.array_equal(batch[name], other[name]), name
+        for name, ids in batch["input_ids"].items():
+            assert np.array_equal(ids, other["input_ids"][name])
+
+
+def test_a_batch_is_of_the_contract(folder):
+    (batch,) = take(load(folder), 1)
+    assert batch.keys() == {"pixels", "conditioning", "input_ids"}
+    for name in ("pixels", "conditioning"):
+        assert batch[name].shape == (4, 32, 32, 3)
+        assert batch[name].dtype == np.uint8
+    assert batch["input_ids"]["text_encoder"].shape == (4, 1)
+    assert batch["input_ids"]["text_encoder"].dtype == np.int32
+
+
+def test_captions_belong_to_their_pictures(folder):
+    for batch in take(load(folder), 20):
+        assert batch["pixels"][:, 16, 16, 0].tolist() == numbers(batch)
+
+
+def test_every_sample_comes_once_an_epoch_and_in_another_order_in_the_next(folder):
+    seen = [number for batch in take(load(folder), 45) for number in numbers(batch)]
+    epochs = [seen[start : start + COUNT] for start in range(0, 180, COUNT)]
+    assert all(sorted(epoch) == list(range(COUNT)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert epochs[0] != sorted(epochs[0])
+
+
+def test_seeds_give_other_orders_and_no_shifted_ones(folder):
+    orders = [[n for batch in take(load(folder, seed=seed), 30) for n in numbers(batch)] for seed in (0, 1, -1, 2**63)]
+    epochs = [tuple(order[start : start + COUNT]) for order in orders for start in range(0, 120, COUNT)]
+    assert len(set(epochs)) == len(epochs)
+
+
+def test_both_pictures_of_a_sample_are_cropped_and_flipped_alike(folder):
+    batches = take(load(folder), 20)
+    corners, flips = set(), set()
+    for batch in batches:
+        assert np.array_equal(batch["pixels"], batch["conditioning"])
+        green = batch["pixels"][:, 0, :, 1].astype(int)
+        flips |= set((green[:, 0] > green[:, -1]).tolist())
+        corners |= set(green.min(axis=1).tolist())
+    assert flips == {True, False}
+    assert len(corners) > 8  # of 17 places
+
+
+def test_crop_and_flip_are_pillows(folder):
+    """Each sample is one of the crops that Pillow makes of its picture, or the mirror image of one."""
+    (batch,) = take(load(folder, batch_size=20), 1)
+    for number, pixels in zip(numbers(batch), batch["pixels"], strict=True):
+        crops = [np.asarray(numbered(number, (48, 32)).crop((left, 0, left + 32, 32))) for left in range(17)]
+        assert sum(np.array_equal(pixels, crop) or np.array_equal(pixels, crop[:, ::-1]) for crop in crops) == 1
+
+
+def test_random_choices_differ_between_epochs(folder):
+    batches = take(load(folder), 45)
+    views: dict[int, set[bytes]] = {}
+    for batch in batches:
+        for number, pixels in zip(numbers(batch), batch["pixels"], strict=True):
+            views.setdefault(number, set()).add(pixels.tobytes())
+    assert np.mean([len(view) for view in views.values()]) > 4  # of 6 epochs, of 34 views
+
+
+def test_no_flips_and_centre_crops_unless_asked(folder):
+    for batch in take(load(folder, center_crop=True, random_flip=False), 8):
+        for number, pixels in zip(numbers(batch), batch["pixels"], strict=True):
+            assert np.array_equal(pixels, np.asarray(numbered(number, (48, 32)).crop((8, 0, 40, 32))))
+
+
+# At 8 the next batch lies in two epochs.
+@pytest.mark.parametrize(("workers", "stops"), [(0, (0, 1, 7, 8, 12)), (2, (8,))])
+def test_a_resumed_run_is_the_same_run(folder, workers, stops):
+    loader = load(folder, dataloader_num_workers=workers)
+    states, whole = [], []
+    for _ in range(15):
+        states.append(json.loads(json.dumps(loader.get_state())))
+        whole.append(next(loader))
+    loader.close()
+    for stop in stops:
+        fresh = load(folder, dataloader_num_workers=workers)
+        fresh.set_state(states[stop])
+        assert fresh.get_state() == states[stop]
+        assert_same(take(fresh, 3), whole[stop : stop + 3])
+
+
+def test_a_state_can_be_set_again(folder):
+    loader = load(folder)
+    start = loader.get_state()
+    first = [next(loader), next(loader)]
+    loader.set_state(start)
+    assert_same(take(loader, 2), first)
+
+
+def test_a_loader_that_was_closed_goes_on(folder):
+    whole = take(load(folder), 6)
+    loader = load(folder)
+    assert_same(take(loader, 3) + take(loader, 3), whole)
+
+
+def test_workers_change_nothing(folder):
+    assert_same(take(load(folder, dataloader_num_workers=2), 9), take(load(folder), 9))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_out_the_batches_of_one(folder, count):
+    whole = take(load(folder, batch_size=8), 9)
+    parts = [take(load(folder, batch_size=8, process=(index, count)), 9) for index in range(count)]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert [len(share["pixels"]) for share in shares] == [8 // count] * count
+        assert sorted(contents(batch)) == sorted(each for share in shares for each in contents(share))
+
+
+def test_a_state_serves_another_number_of_processes(folder):
+    whole = take(load(folder, batch_size=4), 6)
+    loader = load(folder, batch_size=4)
+    for _ in range(3):
+        next(loader)
+    parts = [load(folder, batch_size=4, process=(index, 2)) for index in range(2)]
+    for part in parts:
+        part.set_state(loader.get_state())
+    for batch in whole[3:]:
+        assert sorted(numbers(batch)) == sorted(n for part in parts for n in numbers(next(part)))
+    for each in (loader, *parts):
+        each.close()
+
+
+def test_a_state_of_other_data_is_refused(folder, tmp_path):
+    state = load(write_folder(tmp_path / "other", 20), condition=None).get_state()
+    with pytest.raises(ValueError, match="number of samples is 30, and was 20"):
+        load(folder).set_state(state)
+    with pytest.raises(ValueError, match="seed is 1, and was 0"):
+        load(folder, seed=1).set_state(load(folder).get_state())
+
+
+def test_empty_prompts_have_their_proportion(folder):
+    seen = [number for batch in take(load(folder, proportion_empty_prompts=0.3), 150) for number in numbers(batch)]
+    assert 0.22 < seen.count(-1) / len(seen) < 0.38  # 600 draws: ± 4 standard deviations
+    assert all(n == -1 for batch in take(load(folder, proportion_empty_prompts=1), 4) for n in numbers(batch))
+    assert all(n >= 0 for batch in take(load(folder), 20) for n in numbers(batch))
+
+
+def test_one_of_several_captions_is_drawn_in_each_epoch(tmp_path):
+    captions = [[str(10 * i), str(10 * i + 1), str(10 * i + 2)] for i in range(5)] + ["50"]
+    loader = load(write_folder(tmp_path / "data", 6, captions=captions), condition=None, batch_size=6)
+    drawn = [sorted(numbers(batch)) for batch in take(loader, 40)]
+    assert all([n // 10 for n in epoch] == [0, 1, 2, 3, 4, 5] for epoch in drawn)
+    counts = np.bincount([n % 10 for epoch in drawn for n in epoch[:5]], minlength=3)
+    assert len(counts) == 3
+    assert counts.min() > 40  # of 200 draws, 67 are expected of each
+
+
+@pytest.mark.parametrize("task", ["super_resolution", "inpainting", "canny"])
+def test_a_condition_is_made_of_the_picture_and_flipped_with_it(tmp_path, task):
+    folder = write_folder(tmp_path / "data", 8, size=(64, 64))
+    batches = take(load(folder, condition=task, resolution=64), 8)
+    again = take(load(folder, condition=task, resolution=64), 8)
+    assert_same(again, batches)
+    for batch in batches:
+        assert batch["conditioning"].shape == batch["pixels"].shape
+        if task == "super_resolution":
+            assert np.abs(batch["conditioning"].astype(int) - batch["pixels"]).max() < 24
+        if task == "inpainting":
+            hole = (batch["conditioning"] == 128).all(-1)
+            assert hole.any(axis=(1, 2)).all()
+            assert np.array_equal(batch["conditioning"][~hole], batch["pixels"][~hole])
+    if task == "inpainting":
+        assert len({batch["conditioning"].tobytes() for batch in batches}) == 8
+
+
+def test_edges_are_made_only_where_there_is_no_column(folder, tmp_path):
+    (batch,) = take(load(folder, condition="canny"), 1)
+    assert np.array_equal(batch["conditioning"], batch["pixels"])  # the column's
+    (batch,) = take(load(write_folder(tmp_path / "data", 8), condition="canny", random_flip=False), 1)
+    rng = np.random.default_rng(0)
+    assert np.array_equal(batch["conditioning"], np.stack([canny(pixels, rng) for pixels in batch["pixels"]]))
+
+
+def test_a_condition_can_be_any_function(folder):
+    for batch in take(load(folder, condition=lambda pixels, rng: 255 - pixels), 3):
+        assert np.array_equal(batch["conditioning"], 255 - batch["pixels"])
+
+
+def test_a_condition_of_another_size_is_resized_along(tmp_path):
+    folder = write_folder(tmp_path / "data", 8, size=(48, 32), condition_size=(96, 64))
+    for batch in take(load(folder), 6):
+        assert np.abs(batch["pixels"].astype(int) - batch["conditioning"]).max() < 12
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_condition_of_another_shape_names_the_sample(tmp_path, workers):
+    folder = write_folder(tmp_path / "data", 8, size=(48, 32), condition_size=(48, 32))
+    numbered(5, (32, 32)).save(folder / "processed_images/5.png")
+    loader = load(folder, dataloader_num_workers=workers)
+    with pytest.raises(ValueError, match=r"the condition of row 5 of .*images/5.png.* 32×32 and .* 48×32"):
+        take(loader, 2)
+    loader.close()
+
+
+def test_sdxl_gets_sizes(folder):
+    loader = load_data(flags(folder, center_crop=True), count_tokens, batch_size=4, seed=0, time_ids=True)
+    (batch,) = take(loader, 1)
+    assert batch["time_ids"].dtype == np.float32
+    assert batch["time_ids"].tolist() == [[32, 48, 0, 8, 32, 32]] * 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_counted_named_and_replaced(tmp_path, workers, caplog):
+    folder = write_folder(tmp_path / "data", 20)
+    (folder / "images/3.png").write_bytes(b"this is no image")
+    (folder / "images/11.png").unlink()
+    loader = load(folder, condition=None, dataloader_num_workers=workers)
+    with caplog.at_level(logging.WARNING, "codi_jax"):
+        batches = take(loader, 10)
+    for epoch in (batches[:5], batches[5:]):
+        seen = [number for batch in epoch for number in numbers(batch)]
+        assert len(seen) == 20
+        assert set(seen) == set(range(20)) - {3, 11}
+    assert all((batch["pixels"][:, 16, 16, 0] == numbers(batch)).all() for batch in batches)
+    assert loader.unreadable == 2
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2  # one for each, not one for each epoch
+    assert any("row 3 of" in line and "images/3.png" in line and "identify" in line for line in lines)
+    assert any("row 11 of" in line and "images/11.png" in line and "No such file" in line for line in lines)
+    fresh = load(folder, condition=None)
+    fresh.set_state(json.loads(json.dumps(loader.get_state())))
+    assert fresh.unreadable == 2
+
+
+def test_unreadable_images_leave_processes_in_step(tmp_path):
+    folder = write_folder(tmp_path / "data", 20)
+    (folder / "images/3.png").unlink()
+    whole = take(load(folder, condition=None), 10)
+    parts = [take(load(folder, condition=None, process=(index, 2)), 10) for index in range(2)]
+    for batch, first, second in zip(whole, *parts, strict=True):
+        assert sorted(numbers(batch)) == sorted(numbers(first) + numbers(second))
+
+
+def test_too_many_unreadable_images_are_an_error(tmp_path):
+    folder = write_folder(tmp_path / "data", 40)
+    for i in range(15):
+        (folder / f"images/{i}.png").unlink()
+    with pytest.raises(ValueError, match=r"11 of the first \d+ images .* more than --max_unreadable_share 0.01"):
+        take(load(folder, condition=None), 20)
+    assert len(take(load(folder, condition=None, max_unreadable_share=0.5), 5)) == 5
+
+
+def test_not_one_unreadable_image_is_forgiven_if_so_asked(tmp_path):
+    folder = write_folder(tmp_path / "data", 8)
+    (folder / "images/0.png").unlink()
+    with pytest.raises(ValueError, match="1 of the first"):
+        take(load(folder, condition=None, max_unreadable_share=0), 2)
+
+
+def test_no_readable_image_at_all_is_an_error(tmp_path):
+    folder = write_folder(tmp_path / "data", 8)
+    for file in (folder / "images").iterdir():
+        file.unlink()
+    loader = load(folder, condition=None)
+    with pytest.raises(ValueError, match=r"20 images in a row could not be read; the last was row .*No such file"):
+        next(loader)
+    loader.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset_name": "a/b"}, "--dataset_name and --train_data_dir exclude each other"),
+        ({"train_data_dir": None}, "give --dataset_name or --train_data_dir"),
+        ({"max_train_samples": 0}, "--max_train_samples must be positive, not 0"),
+        ({"resolution": 0}, "--resolution must be positive"),
+        ({"dataloader_num_workers": -1}, "--dataloader_num_workers must not be negative"),
+        ({"proportion_empty_prompts": 1.5}, "--proportion_empty_prompts must be between 0 and 1"),
+        ({"max_unreadable_share": -0.1}, "--max_unreadable_share must be between 0 and 1"),
+        ({"streaming": True, "cache_latents": True}, "drop one"),
+        ({"cache_latents": True}, "--cache_latents is of no use here"),
+        ({"max_train_samples": 3}, "has 3 samples, fewer than one batch of 4"),
+        ({"train_data_dir": "/no/such/folder"}, "there is no folder /no/such/folder: check --train_data_dir"),
+        (
+            {"caption_column": "words"},
+            "no column 'words': set --caption_column to one of image, text, conditioning_image",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_sentence(folder, changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load(folder, **changes)
+    assert "\n" not in str(error.value)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(folder):
+    with pytest.raises(ValueError, match="a batch of 4 samples cannot be divided among 3 processes"):
+        load(folder, process=(0, 3))
+
+
+def test_only_the_first_samples_are_used(folder):
+    loader = load(folder, max_train_samples=8)
+    assert loader.samples_per_epoch == 8
+    assert {n for batch in take(loader, 6) for n in numbers(batch)} == set(range(8))
+
+
+def test_flags_are_those_of_the_originals():
+    line = "--dataset_name a --load_from_disk --cache_dir c --resolution=64 --dataloader_num_workers=16 "
+    line += "--image_column original_image --caption_column prompt --conditioning_image transformed_image "
+    line += "--proportion_empty_prompts 0.5 --max_train_samples 7 --center_crop --random_flip --streaming"
+    parsed = tyro.cli(DataFlags, args=line.split(), use_underscores=True)
+    assert parsed == DataFlags(
+        dataset_name="a", load_from_disk=True, cache_dir="c", resolution=64, dataloader_num_workers=16,
+        image_column="original_image", caption_column="prompt", conditioning_image_column="transformed_image",
+        proportion_empty_prompts=0.5, max_train_samples=7, center_crop=True, random_flip=True, streaming=True,
+    )  # fmt: skip
+
+
+def test_a_picture_that_is_a_stranger_to_the_disk_is_not_opened_twice(tmp_path):
+    """Rows that several samples share, as when a file is listed twice, stay two samples."""
+    folder = write_folder(tmp_path / "data", 4)
+    lines = (folder / "meta.jsonl").read_text()
+    (folder / "meta.jsonl").write_text(lines + lines)
+    seen = sorted(n for batch in take(load(folder, condition=None), 2) for n in numbers(batch))
+    assert seen == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_pictures_are_laid_on_white_in_batches(tmp_path):
+    folder = write_folder(tmp_path / "data", 4)
+    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(folder / "images/2.png")
+    (batch,) = take(load(folder, condition=None), 1)
+    assert (batch["pixels"][numbers(batch).index(2)] == 255).all()
