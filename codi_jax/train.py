@@ -1,0 +1,497 @@
+"""The training loop, the only one: data, step, metrics, validation, checkpoints.
+
+It does not know which method it trains. It is handed a step, ``train_step(state, frozen, batch) -> (state, metrics)``,
+and knows of the state that it is a tree with a ``step``, and of the metrics that they are scalars by name.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from huggingface_hub import HfApi
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import UInt8
+
+from codi_jax import sharding
+from codi_jax.checkpoint import CheckpointFlags, Checkpoints, check_run_config, find_checkpoint
+from codi_jax.monitor import Metrics, Monitor
+from codi_jax.tracking import Profiler, Tracker, TrackingFlags, say
+
+State = TypeVar("State")
+Pictures = dict[str, UInt8[np.ndarray, "h w 3"]]
+TrainStep = Callable[[State, Any, Any], tuple[State, Metrics]]
+
+ARGS_NAME = "args.json"
+# Steps that may be under way while the host prepares the next: enough to keep the device busy, few enough that times
+# are true and that a stop comes soon.
+_IN_FLIGHT = 2
+_MAX_SKIPPED_IN_A_ROW = 25
+# What may differ between two starts of the same run.
+_NOT_CONFIGURATION = (
+    "resume_from_checkpoint", "local_rank", "ccache", "debug", "report_to", "logging_steps", "profile_steps",
+    "profile_validation", "profile_memory", "push_to_hub", "hub_model_id", "checkpoints_total_limit",
+)  # fmt: skip
+_SECRETS = ("hub_token",)
+
+
+@runtime_checkable
+class Loader(Protocol):
+    """Batches without end, and the position in them."""
+
+    samples_per_epoch: int | None
+
+    def __next__(self) -> Any:
+        """This process's share of the next batch, a tree of NumPy arrays."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the batches handed out so far, JSON."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position."""
+        ...
+
+    def close(self) -> None:
+        """Ends whatever reads ahead."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoopFlags(CheckpointFlags, TrackingFlags):
+    """Flags of the training loop."""
+
+    output_dir: str = "runs/{timestamp}"
+    """Folder for checkpoints, logs and the trained model; {timestamp} is filled in."""
+    seed: int = 0
+    """Seed of everything random."""
+    train_batch_size: int = 1
+    """Examples per device and pass."""
+    gradient_accumulation_steps: int = 1
+    """Passes whose gradients make one step."""
+    num_train_epochs: int = 100
+    """Passes through the data, if --max_train_steps is left out."""
+    max_train_steps: int | None = None
+    """Steps (updates of the parameters) in all, those before a resume included."""
+    validation_steps: int = 100
+    """Steps between two validations, where there is something to validate; 0 validates at the end only."""
+    validate_at_start: bool = False
+    """Validate before the first step, too."""
+    fsdp: int = 1
+    """Devices among which parameters and optimiser are split; 1 keeps a copy on every device."""
+    ccache: Path = Path("~/.cache/codi_jax/xla")
+    """Folder that keeps compiled programs, so that the next start is faster."""
+    allow_tf32: bool = False
+    """Let float32 products use TF32 on every GPU that has it; JAX does so by itself on most."""
+    debug: bool = False
+    """End at the first NaN and say which operation made it, and wait for every step. Slow."""
+    local_rank: int = -1
+    """Has no effect: JAX finds its processes by itself."""
+    push_to_hub: bool = False
+    """Upload the trained model to the Hugging Face Hub."""
+    hub_token: str | None = None
+    """Token for that, if not the one of `hf auth login`."""
+    hub_model_id: str | None = None
+    """Repository for that, owner/name; if left out: the name of --output_dir."""
+
+    def __post_init__(self) -> None:
+        CheckpointFlags.__post_init__(self)
+        TrackingFlags.__post_init__(self)
+        for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "fsdp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
+        if self.validation_steps < 0:
+            raise ValueError(f"--validation_steps {self.validation_steps} must not be negative.")
+        if self.max_train_steps is not None and self.max_train_steps < 1:
+            raise ValueError(f"--max_train_steps {self.max_train_steps} must be at least 1.")
+
+
+Flags = TypeVar("Flags", bound=LoopFlags)
+
+
+def global_batch_size(flags: LoopFlags) -> int:
+    """Examples in one step, on all devices and with all passes."""
+    return flags.train_batch_size * flags.gradient_accumulation_steps * jax.device_count()
+
+
+def num_steps(flags: LoopFlags, samples_per_epoch: int | None) -> int:
+    """Steps of the whole run.
+
+    Raises:
+      ValueError: if ``--max_train_steps`` is left out, and the number of examples is not known or zero.
+    """
+    if flags.max_train_steps is not None:
+        return flags.max_train_steps
+    if samples_per_epoch is None:
+        raise ValueError("--max_train_steps is needed: with streaming, nobody knows how many steps an epoch has.")
+    if samples_per_epoch < 1:
+        raise ValueError("There is not a single example to train on: check the flags about data.")
+    # The passes of accumulation are in the batch already: the division by them happens once.
+    return math.ceil(flags.num_train_epochs * samples_per_epoch / global_batch_size(flags))
+
+
+def start(flags: Flags, run_config: Mapping[str, Any] | None = None) -> Flags:
+    """Begins a run: everything that can be wrong with it, other than model and data, comes out here.
+
+    Joins the other processes, sets JAX up, fills in ``output_dir``, and writes the arguments there.
+
+    Returns:
+      The flags with the folder filled in.
+
+    Raises:
+      ValueError: if the folder holds another run, or the checkpoint to resume from is not there or does not fit.
+      OSError: if the folder cannot be written.
+    """
+    sharding.initialize()
+    if flags.local_rank != -1:
+        say("--local_rank has no effect: JAX finds its processes by itself")
+    _configure_jax(flags)
+    sharding.make_mesh(flags.fsdp)
+    flags = dataclasses.replace(flags, output_dir=_fill_in(flags.output_dir))
+    output_dir = Path(flags.output_dir)
+    checkpoint = find_checkpoint(flags.resume_from_checkpoint, output_dir)
+    if checkpoint is not None and run_config is not None:
+        check_run_config(checkpoint, run_config)
+    if checkpoint is None:
+        if flags.resume_from_checkpoint is not None:
+            say(f"{output_dir} has no checkpoint: starting afresh")
+        _check_arguments(_arguments(flags), output_dir / ARGS_NAME)
+    if flags.push_to_hub:
+        _create_repository(flags)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("every process has looked into output_dir")
+    if jax.process_index() == 0:
+        _write_arguments(_arguments(flags), output_dir)
+    return flags
+
+
+def train(
+    train_step: TrainStep[State],
+    state: State,
+    frozen: Any,
+    loader: Loader,
+    flags: LoopFlags,
+    *,
+    mesh: Mesh,
+    validate: Callable[[State, int], Pictures] | None = None,
+    export: Callable[[State, Path], None] | None = None,
+    run_config: Mapping[str, Any] | None = None,
+) -> State:
+    """Trains to the end, from the start or from a checkpoint.
+
+    Args:
+      train_step: pure and not jitted; takes the state, the frozen trees and a batch, gives the state and scalars.
+      state: to start from; has a field ``step``. Its arrays are donated: use the returned state instead.
+      frozen: trees that the step reads and that do not change.
+      loader: gives batches; is closed at the end.
+      flags: of the loop.
+      mesh: from `codi_jax.sharding.make_mesh`.
+      validate: makes pictures by name from the state.
+      export: writes the trained model into a folder.
+      run_config: what a run that is resumed must share, JSON; goes into every checkpoint.
+
+    Returns:
+      The trained state.
+
+    Raises:
+      ValueError: if a checkpoint does not fit, or the batch does not divide among the devices.
+      OSError: if a checkpoint cannot be written.
+      FloatingPointError: if steps in a row gave something that is not finite.
+      SystemExit: after SIGTERM or SIGINT, when the step is finished and a checkpoint is on the disk.
+    """
+    output_dir, run_config = Path(flags.output_dir), dict(run_config or {})
+    total = num_steps(flags, loader.samples_per_epoch)
+    checkpoint = find_checkpoint(flags.resume_from_checkpoint, output_dir)
+    if checkpoint is not None:
+        check_run_config(checkpoint, run_config)
+    frozen = sharding.put(mesh, frozen)
+    state = _own(sharding.put(mesh, state), frozen)
+    with contextlib.closing(loader), contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(output_dir, flags.checkpoints_total_limit)))
+        if checkpoint is not None:
+            state, position = checkpoints.restore(checkpoint, _forgotten(state))
+            loader.set_state(position)
+            say(f"going on from {checkpoint}")
+        first = int(state.step)
+        tracker = stack.enter_context(contextlib.closing(Tracker(flags, output_dir, _arguments(flags), first)))
+        if first < total:
+            run = _Run(flags, mesh, first, total, tracker, checkpoints, validate, run_config)
+            state = _loop(train_step, state, frozen, loader, run)
+    if export is not None:
+        export(state, output_dir)
+    if flags.push_to_hub:
+        _push_to_hub(flags)
+    return state
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same from the first step to the last."""
+
+    flags: LoopFlags
+    mesh: Mesh
+    first: int
+    total: int
+    tracker: Tracker
+    checkpoints: Checkpoints
+    validate: Callable[[Any, int], Pictures] | None
+    config: dict[str, Any]
+
+    def saves_at(self, step: int) -> bool:
+        every = self.flags.checkpointing_steps
+        return every > 0 and (step % every == 0 or step == self.total)
+
+    def validates_at(self, step: int) -> bool:
+        every = self.flags.validation_steps
+        return self.validate is not None and (step == self.total or (every > 0 and step % every == 0))
+
+
+def _loop(train_step: TrainStep[State], state: State, frozen: Any, loader: Loader, run: _Run) -> State:
+    """The steps ``first + 1`` to ``total``."""
+    batch, position = _fetch(loader, run.mesh)
+    program = _compile(train_step, state, frozen, batch, run)
+    with contextlib.ExitStack() as stack:
+        monitor = stack.enter_context(contextlib.closing(_monitor(run, batch)))
+        profiler = Profiler(run.flags, Path(run.flags.output_dir), run.first, monitor.pause)
+        stack.enter_context(contextlib.closing(profiler))
+        profiler.memory("initial")
+        if run.validate is not None and run.flags.validate_at_start and run.first == 0:
+            _validate(state, 0, run, monitor, profiler)
+        stopped_by = stack.enter_context(_stop_signals())
+        for step in range(run.first + 1, run.total + 1):
+            profiler.before(step)
+            state, metrics = program(state, frozen, batch)
+            monitor.add(step, metrics)
+            position_here = position
+            try:
+                if step < run.total:
+                    with monitor.waiting_for_data():
+                        batch, position = _fetch(loader, run.mesh)
+            except Exception:
+                # Ctrl-C reaches the processes of the loader, too.
+                if not stopped_by(step):
+                    raise
+            monitor.settle(0 if run.flags.debug else _IN_FLIGHT)
+            stop = stopped_by(step)
+            if run.saves_at(step) or (stop and run.flags.checkpointing_steps):
+                with monitor.pause():
+                    run.checkpoints.save(step, state, position_here, run.config)
+            if stop:
+                monitor.settle()
+                _leave(step, stop, run)
+            if run.validates_at(step):
+                _validate(state, step, run, monitor, profiler)
+        monitor.settle()
+        profiler.memory("final")
+    return state
+
+
+def _fetch(loader: Loader, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
+    """The next batch on the devices, and the position after it, which belongs to the step that uses it."""
+    batch = sharding.to_global(mesh, next(loader))
+    return batch, loader.get_state()
+
+
+def _compile(train_step: TrainStep[State], state: State, frozen: Any, batch: Any, run: _Run) -> Any:
+    """The step as a program. Ahead of time, so that no step of the run has this in its time."""
+    # The state comes out as it went in, or the next step would not accept it.
+    out_shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(run.mesh))
+    # To find a NaN, JAX repeats the step, for which the state must still be there.
+    jitted = jax.jit(train_step, donate_argnums=() if run.flags.debug else 0, out_shardings=out_shardings)
+    if run.flags.debug:
+        return jitted
+    began = time.perf_counter()
+    program = jitted.lower(state, frozen, batch).compile()
+    devices = f"{run.mesh.size} × {run.mesh.devices.flat[0].device_kind}"
+    say(f"compiled the step in {time.perf_counter() - began:.1f} s for {devices}")
+    return program
+
+
+def _monitor(run: _Run, batch: Any) -> Monitor:
+    def on_report(step: int, values: Mapping[str, float]) -> None:
+        _check_finite(values, step)
+        run.checkpoints.check()
+
+    return Monitor(
+        run.tracker,
+        every=run.flags.logging_steps,
+        first=run.first,
+        total=run.total,
+        batch_size=jax.tree.leaves(batch)[0].shape[0],
+        on_report=on_report,
+    )
+
+
+def _validate(state: Any, step: int, run: _Run, monitor: Monitor, profiler: Profiler) -> None:
+    assert run.validate is not None
+    with monitor.pause(), profiler.validation():
+        run.tracker.pictures(run.validate(state, step), step)
+
+
+def _leave(step: int, number: int, run: _Run) -> None:
+    """Ends the process after a signal, with the exit status that shells expect."""
+    message = f"stopped by {signal.Signals(number).name} after step {step}"
+    if run.flags.checkpointing_steps:
+        run.checkpoints.wait()
+        message += f" and saved checkpoint-{step}: go on with --resume_from_checkpoint latest"
+    say(message)
+    raise SystemExit(128 + number)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[int], int]]:
+    """Turns SIGTERM and SIGINT into a question to ask after each step: by which signal the run shall end, or 0.
+
+    All processes of a run get the same answer after the same step. A second SIGINT ends the process at once.
+    """
+    received: list[int] = []
+    several = jax.process_count() > 1
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        if several:
+            # JAX has a handler of its own for SIGTERM, and makes the processes agree on a step.
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def answer(step: int) -> int:
+        if several:
+            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
+        return received[0] if received else 0
+
+    numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield answer
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_finite(values: Mapping[str, float], step: int) -> None:
+    if values.get("skipped_in_a_row", 0) >= _MAX_SKIPPED_IN_A_ROW:
+        raise FloatingPointError(
+            f"The last {int(values['skipped_in_a_row'])} steps up to {step} gave a loss or gradients that are not "
+            "finite, and changed nothing. Go on from an earlier checkpoint with a lower --learning_rate or "
+            "--max_grad_norm, or with --mixed_precision bf16 or no; --debug says where the first NaN comes from."
+        )
+
+
+def _own(state: State, frozen: Any) -> State:
+    """The state with arrays that nothing else holds, since the step overwrites them.
+
+    A student starts as its teacher and an average as its student, often as the same arrays.
+    """
+    taken = {_address(leaf) for leaf in jax.tree.leaves(frozen)}
+
+    def own(leaf: jax.Array) -> jax.Array:
+        if (address := _address(leaf)) in taken:
+            return jnp.copy(leaf)
+        taken.add(address)
+        return leaf
+
+    return jax.tree.map(own, state)
+
+
+def _address(leaf: jax.Array) -> int:
+    data = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    return data.addressable_data(0).unsafe_buffer_pointer()
+
+
+def _forgotten(state: State) -> State:
+    """What the arrays of a state were, to restore others in their place: there may be no room for both."""
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()
+    return like
+
+
+def _configure_jax(flags: LoopFlags) -> None:
+    sharding.keep_compiled_programs(flags.ccache)
+    if flags.allow_tf32:
+        jax.config.update("jax_default_matmul_precision", "tensorfloat32")
+    if flags.debug:
+        jax.config.update("jax_debug_nans", True)
+
+
+def _fill_in(output_dir: str) -> str:
+    """The folder with the time in place of ``{timestamp}``, the same in all processes."""
+    if "{timestamp}" not in output_dir:
+        return output_dir
+    now = int(time.time())
+    if jax.process_count() > 1:
+        now = int(multihost_utils.broadcast_one_to_all(np.int32(now)))
+    return output_dir.replace("{timestamp}", time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(now)))
+
+
+def _arguments(flags: LoopFlags) -> dict[str, Any]:
+    """The arguments as JSON values, without secrets."""
+    arguments = {name: value for name, value in vars(flags).items() if name not in _SECRETS}
+    return json.loads(json.dumps(arguments, default=str))
+
+
+def _write_arguments(arguments: Mapping[str, Any], output_dir: Path) -> None:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    unfinished = output_dir / f"{ARGS_NAME}.tmp"
+    unfinished.write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(output_dir / ARGS_NAME)
+
+
+def _check_arguments(arguments: Mapping[str, Any], path: Path) -> None:
+    """Compares with the arguments of the run that is in the folder already.
+
+    Raises:
+      ValueError: naming the first that differs.
+    """
+    if not path.exists():
+        return
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    for name in sorted((earlier.keys() | arguments.keys()) - {*_NOT_CONFIGURATION}):
+        if earlier.get(name) != arguments.get(name):
+            raise ValueError(
+                f"{path.parent} holds another run, with --{name} {json.dumps(earlier.get(name))} instead of "
+                f"{json.dumps(arguments.get(name))}: choose another --output_dir."
+            )
+
+
+def _create_repository(flags: LoopFlags) -> None:
+    """Makes the repository that `_push_to_hub` needs: without the right to, better to know before training.
+
+    Raises:
+      ValueError: if the hub refuses, or is not reached.
+    """
+    if jax.process_index() != 0:
+        return
+    try:
+        HfApi(token=flags.hub_token).create_repo(_repository(flags), exist_ok=True)
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"--push_to_hub cannot write to {_repository(flags)}: {first_line}; check --hub_model_id, and "
+            "--hub_token or `hf auth login`."
+        ) from error
+
+
+def _push_to_hub(flags: LoopFlags) -> None:
+    if jax.process_index() == 0:
+        HfApi(token=flags.hub_token).upload_folder(
+            repo_id=_repository(flags),
+            folder_path=flags.output_dir,
+            ignore_patterns=["checkpoint-*", f"{flags.logging_dir}/*", "*.prof"],
+        )
+
+
+def _repository(flags: LoopFlags) -> str:
+    return flags.hub_model_id or Path(flags.output_dir).name
