@@ -1,0 +1,406 @@
+"""``python3 -m codi_jax.evaluate``: models side by side, by metrics, plots and pictures, in one page of HTML."""
+
+import json
+import platform
+import shlex
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from codi_jax.features import Features, load_features
+from codi_jax.images import canny, open_image
+from codi_jax.metrics import edge_f1, edit_success, fid, kid, psnr
+from codi_jax.models.attention import Implementation
+from codi_jax.pipeline import DiffusionPipeline
+from codi_jax.report import METRICS, Report, Result, Row, check_plots, markdown, write_report
+from codi_jax.sampling import Sampler, default_sampler
+from codi_jax.sharding import keep_compiled_programs
+
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+_MOST_PSNR = 100.0  # dB, of pictures that are equal
+_SEEDS_APART = 1_000_000  # so that the pictures of two seeds have no noise in common
+
+
+@dataclass(frozen=True)
+class Args:
+    """Compares models on a folder of pictures with captions, edges or edits, such as the emoji benchmark.
+
+    Writes metrics.json, report.html (one file that needs nothing else) and the plots, and prints the table.
+    """
+
+    models: tuple[str, ...]
+    """NAME=FOLDER, or NAME=FOLDER+CONTROLNET_FOLDER; several separated by spaces. Hub ids work as folders do."""
+    data: Path = Path("data/emoji/validation")
+    """Folder with metadata.jsonl; made by dataset_tools/emoji.py. Its subfolder edits/validation compares editors."""
+    steps: tuple[int, ...] = (1, 2, 4, 8, 50)
+    """Steps of the samplers. Those that a model's sampler cannot take are left out for that model."""
+    samplers: tuple[str, ...] = ()
+    """NAME:SAMPLER for models that shall not use the sampler of their folder."""
+    guidance_scale: float = 7.5
+    """How strongly to follow the text; 1 is no guidance."""
+    guidance_scales: tuple[str, ...] = ()
+    """NAME:SCALE for models with a guidance scale of their own, such as student:1."""
+    image_guidance_scale: float = 1.5
+    """How strongly to keep to the image, for InstructPix2Pix."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """All pictures are made once with each; the table has the mean and the standard deviation."""
+    max_samples: int | None = None
+    """Use at most so many pictures, evenly spread over the folder. If left out: all."""
+    batch_size: int = 32
+    """Pictures at a time."""
+    num_shown: int = 12
+    """Rows of pictures in the report."""
+    output_dir: Path = Path("outputs/evaluation")
+    """Folder for metrics.json, report.html and the plots."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of weights and computation. auto: bfloat16 on GPU and TPU, float32 on CPU."""
+    attention: Implementation = "auto"
+    """Attention kernel. auto: the fastest that the device has."""
+    ccache: Path = Path("~/.cache/codi_jax/xla")
+    """Folder that keeps compiled programs, so that the next start is faster."""
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """A model, and how it is sampled."""
+
+    name: str
+    folder: str
+    controlnet: str | None = None
+    sampler: Sampler | None = None
+    guidance_scale: float | int = 7.5
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the models are given, and what they should make of it: one entry a picture in every field that is there."""
+
+    prompts: list[str]
+    truth: UInt8[np.ndarray, "n h w 3"]
+    conditions: UInt8[np.ndarray, "n h w 3"] | None = None
+    inputs: UInt8[np.ndarray, "n h w 3"] | None = None
+    variants: list[UInt8[np.ndarray, "_v h w 3"]] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)
+
+
+# ---- What to compare
+
+
+def read_models(args: Args) -> list[Competitor]:
+    """The models that the flags name.
+
+    Raises:
+      ValueError: if a flag cannot be read, or names a model twice or one that is not there.
+    """
+    models: dict[str, tuple[str, str | None]] = {}
+    for text in args.models:
+        name, equals, places = text.partition("=")
+        folder, _, controlnet = places.partition("+")
+        if not (name and equals and folder):
+            raise ValueError(f"--models {text}: write NAME=FOLDER or NAME=FOLDER+CONTROLNET_FOLDER.")
+        if name in models:
+            raise ValueError(f"--models has two models of the name {name}: give each a name of its own.")
+        for place in filter(None, (folder, controlnet)):
+            _check_place(text, place)
+        models[name] = (folder, controlnet or None)
+    if not models:
+        raise ValueError("--models names no model: write NAME=FOLDER.")
+    samplers = _overrides("--samplers", args.samplers, models)
+    scales = _overrides("--guidance_scales", args.guidance_scales, models)
+    return [
+        Competitor(name, *places, _sampler(samplers.get(name)), _scale(scales.get(name), args.guidance_scale))
+        for name, places in models.items()
+    ]
+
+
+def _check_place(text: str, place: str) -> None:
+    is_hub_id = place.count("/") == 1 and not place.startswith((".", "/", "~"))
+    if not Path(place).expanduser().is_dir() and not is_hub_id:
+        raise ValueError(f"--models {text}: there is no folder {place}.")
+
+
+def _overrides(flag: str, texts: Sequence[str], names: Mapping[str, Any]) -> dict[str, str]:
+    values = {}
+    for text in texts:
+        name, colon, value = text.rpartition(":")
+        if not colon or not value:
+            raise ValueError(f"{flag} {text}: write NAME:VALUE.")
+        if name not in names:
+            raise ValueError(f"{flag} {text}: --models names no {name}, only {', '.join(names)}.")
+        values[name] = value
+    return values
+
+
+def _sampler(value: str | None) -> Sampler | None:
+    if value is not None and value not in get_args(Sampler):
+        raise ValueError(f"--samplers: there is no sampler {value}; there are {', '.join(get_args(Sampler))}.")
+    return value  # pyright: ignore[reportReturnType]
+
+
+def _scale(value: str | None, default: float | int) -> float | int:
+    try:
+        return default if value is None else float(value)
+    except ValueError:
+        raise ValueError(f"--guidance_scales: {value} is no number.") from None
+
+
+def read_samples(folder: Path, most: int | None = None) -> Samples:
+    """Reads a folder with ``metadata.jsonl``: captions with or without edges, or edits.
+
+    Raises:
+      ValueError: if there is none, or it has not the columns, or the pictures differ in size.
+      FileNotFoundError: if a picture is missing.
+    """
+    rows = _read_rows(folder)
+    if most is not None and most < len(rows):
+        rows = [rows[i] for i in np.linspace(0, len(rows) - 1, most).round().astype(int)]
+    edits = "edited_image" in rows[0]
+    needed = ("input_image", "edited_image", "edit_prompt") if edits else ("file_name", "text")
+    for row in rows:
+        if absent := [column for column in needed if column not in row]:
+            raise ValueError(f"{folder}/metadata.jsonl has a line without {absent[0]}.")
+    files: dict[str, np.ndarray] = {}
+
+    def read(names: Sequence[str]) -> UInt8[np.ndarray, "n h w 3"]:
+        for name in names:
+            if name not in files:
+                files[name] = np.asarray(open_image(folder / name))
+        if len({files[name].shape for name in names}) > 1:
+            raise ValueError(f"the pictures of {folder} are not of one size: scale them first.")
+        return np.stack([files[name] for name in names])
+
+    if not edits:
+        captions = [text if isinstance(text := row["text"], str) else text[0] for row in rows]
+        edges = read([row["conditioning_image"] for row in rows]) if "conditioning_image" in rows[0] else None
+        return Samples(captions, read([row["file_name"] for row in rows]), edges)
+    prompts, truth = [row["edit_prompt"] for row in rows], read([row["edited_image"] for row in rows])
+    inputs = read([row["input_image"] for row in rows])
+    if "variants" not in rows[0]:
+        return Samples(prompts, truth, inputs=inputs)
+    variants = [read(row["variants"]) for row in rows]
+    wanted = [row["variants"].index(row["edited_image"]) for row in rows]
+    return Samples(prompts, truth, inputs=inputs, variants=variants, wanted=wanted)
+
+
+def _read_rows(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metadata.jsonl"
+    if not path.is_file():
+        raise ValueError(f"--data {folder} has no metadata.jsonl: make the folder with dataset_tools/emoji.py.")
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON, one object a line: {error}.") from None
+    if len(rows) < 2:
+        raise ValueError(f"{path} names {len(rows)} pictures: metrics need at least two.")
+    return rows
+
+
+# ---- Making pictures
+
+
+def make_pictures(
+    pipeline: DiffusionPipeline, model: Competitor, samples: Samples, steps: int, seed: int, args: Args
+) -> tuple[UInt8[np.ndarray, "n h w 3"], float]:
+    """One picture for each sample, and the seconds that one took, compilation left out.
+
+    The last batch is filled up with its last sample, so that all have one shape and one program.
+    """
+    count = len(samples.prompts)
+    batch_size = min(args.batch_size, count)
+    made, seconds = [], 0.0
+    for start in range(0, count, batch_size):
+        rows = np.minimum(np.arange(start, start + batch_size), count - 1)
+        control = samples.conditions if "controlnet" in pipeline.modules else None
+        made.append(
+            pipeline(
+                [samples.prompts[row] for row in rows],
+                None if samples.inputs is None else samples.inputs[rows],
+                None if control is None else control[rows],
+                steps=steps,
+                guidance_scale=model.guidance_scale,
+                image_guidance_scale=args.image_guidance_scale,
+                sampler=model.sampler,
+                height=samples.truth.shape[1],
+                width=samples.truth.shape[2],
+                seed=seed * _SEEDS_APART + start,
+            )
+        )
+        seconds += pipeline.seconds
+    pictures = np.concatenate(made)
+    return pictures[:count], seconds / len(pictures)
+
+
+def measure(
+    pictures: UInt8[np.ndarray, "n h w 3"], samples: Samples, features: Features, of_truth: np.ndarray
+) -> dict[str, float]:
+    """The metrics of one seed's pictures, by the keys of `codi_jax.report.METRICS`; those that the data allows."""
+    found = features(pictures)
+    values = {
+        "fid_lite": fid(found, of_truth),
+        "kid_lite": 1000 * kid(found, of_truth),
+        "psnr": float(np.minimum(psnr(pictures, samples.truth), _MOST_PSNR).mean()),
+    }
+    if samples.conditions is not None:
+        edges = np.stack([canny(picture) for picture in pictures]) > 0
+        values["edge_f1"] = float(edge_f1(edges, samples.conditions[..., 0] > 127).mean())
+    if samples.variants:
+        success = edit_success(pictures, samples.variants, np.asarray(samples.wanted))
+        values["edit_success"] = float(success.mean())
+    return values
+
+
+def _load(model: Competitor, args: Args) -> DiffusionPipeline:
+    half = jax.default_backend() != "cpu"
+    dtype = (jnp.bfloat16 if half else jnp.float32) if args.dtype == "auto" else _DTYPES[args.dtype]
+    return DiffusionPipeline.from_pretrained(model.folder, model.controlnet, dtype=dtype, attention=args.attention)
+
+
+def _possible_steps(pipeline: DiffusionPipeline, model: Competitor, steps: Sequence[int]) -> list[int]:
+    """The numbers of steps that the sampler can take; a warning names the others."""
+    possible = []
+    for number in steps:
+        try:
+            pipeline.times(number, model.sampler)
+            possible.append(number)
+        except ValueError as error:
+            warnings.warn(f"{model.name} is not run with {number} steps: {error}", stacklevel=2)
+    return possible
+
+
+def _check_task(pipeline: DiffusionPipeline, model: Competitor, samples: Samples, data: Path) -> None:
+    if (pipeline.task == "edit") != (samples.inputs is not None) or pipeline.task == "inpaint":
+        raise ValueError(
+            f"the model {model.name} is for the task {pipeline.task!r}, which {data} is not for: text-to-image models "
+            "need rows with file_name and text, editors rows with input_image, edited_image and edit_prompt."
+        )
+    if "controlnet" in pipeline.modules and samples.conditions is None:
+        raise ValueError(f"the model {model.name} has a ControlNet, but {data} names no conditioning_image.")
+
+
+# ---- The run
+
+
+def run(args: Args) -> Report:
+    """Compares the models and writes the report.
+
+    Raises:
+      ValueError: if arguments do not fit each other, the models or the data; also `WeightsError` and `ConfigError`.
+      OSError: if a picture is not there, or the output cannot be written.
+      FloatingPointError: if a model gives NaN.
+    """
+    models = read_models(args)
+    _check_numbers(args)
+    check_plots()
+    samples = read_samples(args.data, args.max_samples)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    keep_compiled_programs(args.ccache)
+    features = load_features()
+    of_truth = features(samples.truth)
+    shown = np.linspace(0, len(samples.prompts) - 1, min(args.num_shown, len(samples.prompts))).round().astype(int)
+    results: list[Result] = []
+    for model in models:
+        pipeline = _load(model, args)
+        _check_task(pipeline, model, samples, args.data)
+        for steps in _possible_steps(pipeline, model, args.steps):
+            results.append(_evaluate(pipeline, model, samples, steps, args, features, of_truth, shown))
+        del pipeline
+    if not results:
+        raise ValueError("no model can be run with any of --steps: see the warnings above.")
+    report = Report(
+        title=f"{len(models)} models on {args.data}" if len(models) > 1 else f"{models[0].name} on {args.data}",
+        results=results,
+        rows=[_row(samples, int(i)) for i in shown],
+        facts=_facts(args, len(samples.prompts)),
+        command="python3 -m codi_jax.evaluate " + shlex.join(sys.argv[1:]),
+    )
+    write_report(args.output_dir, report)
+    print(markdown(report))
+    return report
+
+
+def _evaluate(
+    pipeline: DiffusionPipeline,
+    model: Competitor,
+    samples: Samples,
+    steps: int,
+    args: Args,
+    features: Features,
+    of_truth: np.ndarray,
+    shown: np.ndarray,
+) -> Result:
+    """One model with one number of steps, over all seeds."""
+    values: dict[str, list[float]] = {key: [] for key in METRICS}
+    pictures = np.empty(0, np.uint8)
+    for seed in tqdm(args.seeds, desc=f"{model.name}, {steps} steps", leave=False, disable=not sys.stderr.isatty()):
+        made, seconds = make_pictures(pipeline, model, samples, steps, seed, args)
+        for key, value in {**measure(made, samples, features, of_truth), "seconds": seconds}.items():
+            values[key].append(value)
+        if seed == args.seeds[0]:
+            pictures = made[shown]
+    return Result(
+        model=model.name,
+        steps=steps,
+        sampler=model.sampler or default_sampler(pipeline.schedule),
+        guidance_scale=float(model.guidance_scale),
+        values={key: each for key, each in values.items() if each},
+        pictures=pictures,
+    )
+
+
+def _row(samples: Samples, i: int) -> Row:
+    condition = samples.conditions if samples.inputs is None else samples.inputs
+    return Row(samples.prompts[i], samples.truth[i], None if condition is None else condition[i])
+
+
+def _check_numbers(args: Args) -> None:
+    if not args.steps or min(args.steps) < 1:
+        raise ValueError("--steps must be numbers of at least 1.")
+    if not args.seeds or len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        raise ValueError("--seeds must be different numbers of at least 0.")
+    if args.batch_size < 1 or args.num_shown < 1:
+        raise ValueError("--batch_size and --num_shown must be at least 1.")
+    if args.max_samples is not None and args.max_samples < 2:
+        raise ValueError("--max_samples must be at least 2.")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise ValueError(f"--output_dir {args.output_dir} is a file: name a folder.")
+
+
+def _facts(args: Args, count: int) -> dict[str, str]:
+    device = jax.devices()[0]
+    return {
+        "Data": f"{args.data}, {count} pictures",
+        "Seeds": ", ".join(map(str, args.seeds)),
+        "Device": f"{jax.device_count()} × {device.device_kind} ({device.platform}), batches of {args.batch_size}",
+        "Machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
+        "Versions": ", ".join(f"{name} {version(name)}" for name in ("codi_jax", "jax", "flax", "numpy")),
+    }
+
+
+def main() -> None:
+    """The command line."""
+    args = tyro.cli(Args, prog="python3 -m codi_jax.evaluate", use_underscores=True, config=(tyro.conf.DisallowNone,))
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        run(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit("error: the device has not enough memory: try a smaller --batch_size.")
+    print(f"wrote {args.output_dir}/report.html")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""The page that `codi_jax.evaluate` writes: table, plots and pictures in one HTML file that needs nothing else."""
+
+import base64
+import html
+import importlib.util
+import io
+import json
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+_TEMPLATE = Path(__file__).with_name("report.html")
+# Okabe & Ito's, which colour-blind eyes tell apart; the first made brighter, for a dark ground.
+_COLOURS = ("#2f86c6", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
+_INK = "#123456"  # what the plots draw axes and text with, to be replaced by the page's own colour
+
+
+class Metric(NamedTuple):
+    """How a metric is shown."""
+
+    label: str
+    better: str
+    digits: int
+    meaning: str
+
+
+METRICS = {
+    "fid_lite": Metric("FID-lite", "lower", 2, "Fréchet distance to the real pictures, on EfficientNet-Lite0 features"),
+    "kid_lite": Metric("KID-lite ×10³", "lower", 3, "kernel distance on the same features, without bias"),
+    "edge_f1": Metric("Edge F1", "higher", 3, "canny edges of the picture against the condition, give or take a pixel"),
+    "edit_success": Metric("Edit success", "higher", 3, "share of pictures nearest to the wanted variant"),
+    "psnr": Metric("PSNR dB", "higher", 2, "against the real picture of the same text"),
+    "seconds": Metric("s / image", "lower", 4, "without compilation"),
+}
+"""The metrics, by their keys in ``metrics.json``, in the order of the table."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A model at a number of steps: ``values`` has one number a seed for each metric; ``pictures`` those shown."""
+
+    model: str
+    steps: int
+    sampler: str
+    guidance_scale: float
+    values: Mapping[str, Sequence[float]]
+    pictures: UInt8[np.ndarray, "r h w 3"]
+
+    def mean(self, key: str) -> float:
+        """Over the seeds; NaN if it was not measured."""
+        return float(np.mean(self.values[key])) if key in self.values else float("nan")
+
+    def sd(self, key: str) -> float | None:
+        """The sample standard deviation over the seeds; ``None`` for fewer than two."""
+        values = self.values.get(key, ())
+        return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one row of pictures is about."""
+
+    prompt: str
+    truth: UInt8[np.ndarray, "h w 3"]
+    condition: UInt8[np.ndarray, "h w 3"] | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page shows."""
+
+    title: str
+    results: Sequence[Result]
+    rows: Sequence[Row]
+    facts: Mapping[str, str]
+    command: str
+
+    def metrics(self) -> list[str]:
+        """The keys of the metrics that were measured."""
+        return [key for key in METRICS if any(key in result.values for result in self.results)]
+
+    def best(self, key: str) -> list[int]:
+        """The results that are best in a metric, to the digits that are shown."""
+        means = [result.mean(key) for result in self.results]
+        sign = 1 if METRICS[key].better == "lower" else -1
+        shown = [round(sign * mean, METRICS[key].digits) for mean in means]
+        return [i for i, value in enumerate(shown) if value == np.nanmin(shown)]
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """Writes ``metrics.json``, ``report.html`` and one SVG file a plot.
+
+    Raises:
+      OSError: if the folder cannot be written.
+    """
+    plots = draw_plots(report)
+    for name, svg in plots.items():
+        _write(folder / f"{name}.svg", svg.replace(_INK, "#555555"))
+    _write(folder / "metrics.json", json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    _write(folder / "report.html", page(report, plots))
+
+
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The numbers: mean, standard deviation and value for each seed of every metric."""
+    results = [
+        {
+            "model": result.model,
+            "steps": result.steps,
+            "sampler": result.sampler,
+            "guidance_scale": result.guidance_scale,
+            **{
+                key: {"mean": result.mean(key), "sd": result.sd(key), "values": [*map(float, result.values[key])]}
+                for key in METRICS
+                if key in result.values
+            },
+        }
+        for result in report.results
+    ]
+    return {"command": report.command, **dict(report.facts), "results": results}
+
+
+def markdown(report: Report) -> str:
+    """The table in Markdown, the best of each column in bold."""
+    keys = report.metrics()
+    lines = [["model", "steps", *(f"{METRICS[key].label} {_arrow(key)}" for key in keys)]]
+    lines.append(["---", *["---:"] * (len(keys) + 1)])
+    for i, result in enumerate(report.results):
+        cells = [_number(result, key) for key in keys]
+        cells = [f"**{cell}**" if i in report.best(key) else cell for key, cell in zip(keys, cells, strict=True)]
+        lines.append([result.model.replace("|", "\\|"), str(result.steps), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(result: Result, key: str) -> str:
+    if key not in result.values:
+        return "–"
+    sd, digits = result.sd(key), METRICS[key].digits
+    return f"{result.mean(key):.{digits}f}" + (f" ± {sd:.{digits}f}" if sd is not None else "")
+
+
+def _arrow(key: str) -> str:
+    return "↓" if METRICS[key].better == "lower" else "↑"
+
+
+# ---- Plots
+
+
+def check_plots() -> None:
+    """Tells before long work that plots cannot be drawn.
+
+    Raises:
+      ValueError: if matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError('the plots need matplotlib: pip install "codi_jax[plots]".')
+
+
+def draw_plots(report: Report) -> dict[str, str]:
+    """Quality against steps, one plot a metric, and FID-lite against time: name -> SVG."""
+    plots = {
+        f"{key}-steps": _plot(report, "steps", key) for key in report.metrics() if key not in ("seconds", "kid_lite")
+    }
+    return {**plots, "fid_lite-seconds": _plot(report, "seconds", "fid_lite")}
+
+
+def _plot(report: Report, across: str, key: str) -> str:
+    # Here, since matplotlib is an extra.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    drawn = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    style: dict[Any, Any] = dict.fromkeys(drawn, _INK)
+    style |= {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "svg.hashsalt": "codi_jax"}
+    with rc_context(style):
+        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+        axes = figure.add_subplot()
+        for i, model in enumerate(dict.fromkeys(result.model for result in report.results)):
+            own = [result for result in report.results if result.model == model and key in result.values]
+            axes.errorbar(
+                [result.steps if across == "steps" else result.mean("seconds") for result in own],
+                [result.mean(key) for result in own],
+                [result.sd(key) or 0 for result in own],
+                label=model, color=_COLOURS[i % len(_COLOURS)], marker="o", markersize=5, linewidth=2, capsize=3,
+            )  # fmt: skip
+        axes.set_xscale("log", base=2 if across == "steps" else 10)
+        if across == "steps":
+            axes.set_xticks(sorted({result.steps for result in report.results}))
+        else:
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("steps" if across == "steps" else "seconds per image")
+        axes.set_ylabel(f"{METRICS[key].label}  ({METRICS[key].better} is better)")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.18, color=_INK)
+        axes.legend(frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return buffer.getvalue()
+
+
+# ---- The page
+
+
+def page(report: Report, plots: Mapping[str, str]) -> str:
+    """The page: inline style, pictures as data, nothing that is fetched."""
+    template = string.Template(_TEMPLATE.read_text(encoding="utf-8"))
+    return template.substitute(
+        title=html.escape(report.title),
+        facts="".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in report.facts.items()),
+        command=html.escape(report.command),
+        table=_table(report),
+        meanings="".join(
+            f"<li><b>{METRICS[key].label}</b>: {METRICS[key].meaning}; {METRICS[key].better} is better.</li>"
+            for key in report.metrics()
+        ),
+        plots="".join(_figure(name, svg) for name, svg in plots.items()),
+        pictures=_gallery(report),
+    )
+
+
+def _table(report: Report) -> str:
+    keys = report.metrics()
+    head = "".join(
+        f'<th scope="col" title="{html.escape(METRICS[key].meaning)}">{METRICS[key].label}&nbsp;{_arrow(key)}</th>'
+        for key in keys
+    )
+    best = {key: report.best(key) for key in keys}
+    body, previous = [], None
+    for i, result in enumerate(report.results):
+        cells = "".join(_cell(result, key, i in best[key]) for key in keys)
+        how = f"{result.sampler}, guidance {result.guidance_scale:g}"
+        name = f'{html.escape(result.model)} <span class="how">{html.escape(how)}</span>'
+        first = "" if result.model == previous else ' class="first"'
+        shown = "" if result.model == previous else name
+        body.append(f'<tr{first}><th scope="row">{shown}</th><td>{result.steps}</td>{cells}</tr>')
+        previous = result.model
+    return (
+        f'<table class="numbers"><thead><tr><th scope="col">Model</th><th scope="col">Steps</th>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table>"
+    )
+
+
+def _cell(result: Result, key: str, best: bool) -> str:
+    mean, _, sd = _number(result, key).partition(" ± ")
+    text = f"<strong>{mean}</strong>" if best else mean
+    return f"<td{' class=best' if best else ''}>{text}{f'<small> ± {sd}</small>' if sd else ''}</td>"
+
+
+def _figure(name: str, svg: str) -> str:
+    key, _, across = name.partition("-")
+    label = f"{METRICS[key].label} against {'steps' if across == 'steps' else 'seconds per image'}"
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    # Ids of several plots would meet on one page.
+    prefix = re.sub(r"\W", "_", name)
+    svg = re.sub(r'( id="|href="#|url\(#)', rf"\1{prefix}_", svg)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
+    return f"<figure>{svg}<figcaption>{html.escape(label)}</figcaption></figure>"
+
+
+def _gallery(report: Report) -> str:
+    models: dict[str, list[int]] = {}
+    for i, result in enumerate(report.results):
+        models.setdefault(result.model, []).append(i)
+    has_condition = any(row.condition is not None for row in report.rows)
+    ends = (["Given"] if has_condition else []), ["Real"]
+    groups = "".join(
+        f'<th scope="colgroup" class="edge" colspan="{len(own)}">{html.escape(name)}</th>'
+        for name, own in models.items()
+    )
+    steps = "".join(
+        f'<th scope="col"{" class=edge" if j == 0 else ""}>{report.results[i].steps}<span> steps</span></th>'
+        for own in models.values()
+        for j, i in enumerate(own)
+    )
+    before, after = ("".join(f'<th rowspan="2" scope="col" class="edge">{text}</th>' for text in side) for side in ends)
+    body = "".join(_pictures(report, models, r, has_condition) for r in range(len(report.rows)))
+    return (
+        f'<table class="pictures"><thead><tr><th rowspan="2" scope="col">Text</th>{before}{groups}{after}</tr>'
+        f"<tr>{steps}</tr></thead><tbody>{body}</tbody></table>"
+    )
+
+
+def _pictures(report: Report, models: Mapping[str, Sequence[int]], r: int, has_condition: bool) -> str:
+    row = report.rows[r]
+    cells = []
+    if has_condition:
+        cells.append(_picture(row.condition, f"what the models are given for {row.prompt}", True))
+    for own in models.values():
+        for j, i in enumerate(own):
+            result = report.results[i]
+            cells.append(_picture(result.pictures[r], f"{row.prompt}, {result.model}, {result.steps} steps", j == 0))
+    cells.append(_picture(row.truth, f"{row.prompt}, the real picture", True))
+    return f'<tr><th scope="row">{html.escape(row.prompt)}</th>{"".join(cells)}</tr>'
+
+
+def _picture(pixels: np.ndarray | None, alt: str, edge: bool) -> str:
+    if pixels is None:
+        return "<td></td>"
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    height, width = pixels.shape[:2]
+    return (
+        f'<td{" class=edge" if edge else ""}><img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" '
+        f'width="{width}" height="{height}"></td>'
+    )

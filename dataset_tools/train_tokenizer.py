@@ -1,0 +1,114 @@
+"""Learns a small BPE vocabulary from captions, in the format of CLIP's tokenizer.
+
+python3 dataset_tools/train_tokenizer.py --train_data_dir data/emoji/train --vocab_size 2048 --output_dir tokenizer
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTokenizer
+
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+# That of CLIP: contractions, words, single digits, and runs of anything else.
+_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Learns a small vocabulary from captions, for a text encoder that is trained from nothing."""
+
+    train_data_dir: Path
+    """Folder with a metadata.jsonl or meta.jsonl."""
+    output_dir: Path
+    """Folder for vocab.json, merges.txt and tokenizer_config.json."""
+    caption_column: str = "text"
+    """Key of the captions: a text, or a list of texts."""
+    vocab_size: int = 2048
+    """Tokens in all: 512 for single bytes, 2 for start and end, the others learnt."""
+    model_max_length: int = 32
+    """Tokens of a prompt, start and end included; longer ones are cut off."""
+
+
+def captions(args: Args) -> list[str]:
+    """All captions of the data set."""
+    names = ("metadata.jsonl", "meta.jsonl")
+    path = next((args.train_data_dir / name for name in names if (args.train_data_dir / name).is_file()), None)
+    if path is None:
+        raise ValueError(f"there is no {' or '.join(names)} in --train_data_dir {args.train_data_dir}.")
+    texts: list[str] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        row = json.loads(line)
+        if args.caption_column not in row:
+            raise ValueError(f"{path}, line {number}: no {args.caption_column!r}; it has {', '.join(row)}.")
+        text = row[args.caption_column]
+        texts += [text] if isinstance(text, str) else text
+    return texts
+
+
+def train(args: Args) -> CLIPTokenizer:
+    """Learns the vocabulary, writes it, and loads it again.
+
+    Raises:
+      ValueError: if there are no captions, or the vocabulary has no room for the bytes.
+    """
+    letters = sorted(ByteLevel.alphabet())
+    if args.vocab_size < 2 * len(letters) + 2:
+        raise ValueError(f"--vocab_size {args.vocab_size} must be at least {2 * len(letters) + 2}: all bytes, twice.")
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(pattern=Regex(_WORDS), behavior="removed", invert=True),
+        ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    single = [*letters, *(letter + "</w>" for letter in letters)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=args.vocab_size - 2,
+        initial_alphabet=letters,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions(args), trainer)
+    learnt = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in learnt["merges"]]
+    merges = merges[: args.vocab_size - len(single) - 2]
+    tokens = [*single, *("".join(merge) for merge in merges), _START, _END]
+    write(args, tokens, merges)
+    return CLIPTokenizer.from_pretrained(args.output_dir)
+
+
+def write(args: Args, tokens: list[str], merges: list[tuple[str, ...]]) -> None:
+    """Writes the files of a CLIP tokenizer."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": args.model_max_length, **special}
+    (args.output_dir / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (args.output_dir / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (args.output_dir / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (args.output_dir / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """The command line."""
+    args = tyro.cli(Args, use_underscores=True)
+    try:
+        tokenizer = train(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    texts = captions(args)
+    lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
+    longer = sum(length > args.model_max_length for length in lengths)
+    print(
+        f"{len(tokenizer)} tokens from {len(texts)} captions; a caption has {sum(lengths) / len(lengths):.1f} tokens "
+        f"on average and {max(lengths)} at most; {longer} are longer than {args.model_max_length}"
+    )
+
+
+if __name__ == "__main__":
+    main()
