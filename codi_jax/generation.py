@@ -84,9 +84,10 @@ def generate(
       params: of every module of ``program``.
       schedule: of the model.
       inputs: arrays. Always ``ids`` and ``null_ids`` (token ids by text encoder, [b, s]), ``z`` (noise, [b, h, w, c]),
-        ``timesteps`` [n], ``noise`` ([n-1, b, h, w, c] or ``None``), ``guidance_scale`` and ``image_guidance_scale``
-        (scalars). By the kind of model: ``image`` [b, H, W, 3] in [-1, 1]; ``mask`` [b, H, W, 1] with it for
-        inpainting; ``control`` [b, H, W, 3] in [0, 1] and ``control_scale`` (scalar); ``time_ids`` [b, 6].
+        ``timesteps`` [n], ``num_steps`` (how many of them to visit, or ``None``), ``noise`` ([n-1, b, h, w, c] or
+        ``None``), ``guidance_scale`` and ``image_guidance_scale`` (scalars). By the kind of model: ``image``
+        [b, H, W, 3] in [-1, 1]; ``mask`` [b, H, W, 1] with it for inpainting; ``control`` [b, H, W, 3] in [0, 1] and
+        ``control_scale`` (scalar); ``time_ids`` [b, 6].
       program: what to compute.
 
     Returns:
@@ -101,6 +102,7 @@ def generate(
         inputs["z"],
         inputs["timesteps"],
         inputs["noise"],
+        num_steps=inputs["num_steps"],
         on_step=program.on_step,
     )
     pixels = vae.apply({"params": params["vae"]}, z / vae.config.scaling_factor, method="decode").astype(jnp.float32)

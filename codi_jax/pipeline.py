@@ -28,13 +28,14 @@ from codi_jax.lora_files import load_lora
 from codi_jax.models.attention import Implementation
 from codi_jax.models.config import ConfigError, Params
 from codi_jax.models.controlnet import ControlNet
-from codi_jax.sampling import Sampler, default_sampler, is_stochastic, timesteps_for
+from codi_jax.sampling import COUNTED, Sampler, default_sampler, is_stochastic, timesteps_for
 from codi_jax.schedule import CONFIG_NAME, NoiseSchedule
 from codi_jax.text import find_tokenizer, tokenize
 from codi_jax.weights import Model, WeightsError, build_module, load_model, save_model
 
 # Steps that a sampler is made for: the few of a distilled student, or those of diffusers' pipelines.
 _FEW_STEPS, _MANY_STEPS = 4, 50
+_ROOMS = (8, 64)  # numbers of steps that programs are compiled for, where a sampler can stop before
 
 _REQUIRED = ("unet", "vae", "text_encoder", "tokenizer")
 _jitted_generate = jax.jit(generate, static_argnames="program")
@@ -93,6 +94,7 @@ class DiffusionPipeline:
         variant: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        controlnet_revision: str | None = None,
         tokenizer: str | Path | None = None,
         untrained: Mapping[str, Array] | None = None,
     ) -> "DiffusionPipeline":
@@ -109,6 +111,7 @@ class DiffusionPipeline:
           variant: of the weight files, such as ``"fp16"``.
           cache_dir: of the hub's files.
           local_files_only: never ask the hub.
+          controlnet_revision: branch, tag or commit of ``controlnet``.
           tokenizer: folder or repository of another (first) tokenizer than the one in ``source``.
           untrained: parts that get random parameters instead of the folder's, and a key for each: what is needed of
             them is ``config.json``.
@@ -143,15 +146,16 @@ class DiffusionPipeline:
         models = {}
         for name in names:
             of_part = jnp.float32 if name == "vae" and upcast else dtype
-            if name in (untrained or {}):
+            if untrained is not None and name in untrained:
                 module = build_module(folder.part(name), of_part, attention=attention)
                 models[name] = module, module.random_params(untrained[name])
                 continue
             models[name] = load_model(source, name, of_part, variant=variant, attention=attention, **hub)
         sources = {name: (str(source), name) for name in models}
         if controlnet is not None:
-            sources["controlnet"] = _find_controlnet(controlnet, cache_dir, local_files_only)
-            models["controlnet"] = _load_controlnet(sources["controlnet"], dtype, attention, hub)
+            of_controlnet = {**hub, "revision": controlnet_revision}
+            sources["controlnet"] = _find_controlnet(controlnet, of_controlnet)
+            models["controlnet"] = _load_controlnet(sources["controlnet"], dtype, attention, of_controlnet)
         pipeline = cls(
             modules={name: module for name, (module, _) in models.items()},
             params={name: params for name, (_, params) in models.items()},
@@ -244,10 +248,13 @@ class DiffusionPipeline:
             **self._image_inputs(len(prompts), size, image, mask_image, control_image),
             **self._noise_inputs(len(prompts), size, sampler, len(times), seed, latents, noise),
             "timesteps": times,
+            "num_steps": None,
             "guidance_scale": np.float32(guidance_scale),
             "image_guidance_scale": np.float32(image_guidance_scale),
             "control_scale": np.float32(controlnet_conditioning_scale),
         }
+        if sampler in COUNTED:
+            inputs = _padded(inputs)
         config = self.modules["unet"].config
         program = Program(
             modules=tuple(sorted(self.modules.items())),
@@ -471,6 +478,17 @@ class DiffusionPipeline:
         return {"z": latents, "noise": noise}
 
 
+def _padded(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with room for more steps, so that the same program serves other numbers of them."""
+    steps = len(inputs["timesteps"])
+    room = next((room for room in _ROOMS if steps <= room), steps)
+    noise = inputs["noise"]
+    if noise is not None:
+        noise = jnp.pad(noise, [(0, room - steps), *[(0, 0)] * (noise.ndim - 1)])
+    times = np.pad(inputs["timesteps"], (0, room - steps), mode="edge")
+    return {**inputs, "timesteps": times, "num_steps": np.int32(steps), "noise": noise}
+
+
 class _StepReporter:
     """Tells the caller about steps. JAX keeps it with the compiled program, so it must not hold the pipeline."""
 
@@ -501,18 +519,16 @@ def _is_present(index: Mapping[str, Any], name: str) -> bool:
     return bool(index.get(name)) and index[name][0] is not None
 
 
-def _find_controlnet(
-    source: str | Path, cache_dir: str | Path | None, local_files_only: bool
-) -> tuple[str, str | None]:
+def _find_controlnet(source: str | Path, hub: Mapping[str, Any]) -> tuple[str, str | None]:
     """Folder and subfolder. A ControlNet is published on its own; a training run's output has it among other parts."""
-    folder = ModelFolder(str(Path(source).expanduser()), None, None, cache_dir, local_files_only)
+    folder = ModelFolder(str(Path(source).expanduser()), **hub)
     return folder.source, "controlnet" if folder.find("config.json") is None else None
 
 
 def _load_controlnet(
     source: tuple[str, str | None], dtype: DTypeLike, attention: Implementation, hub: Mapping[str, Any]
 ) -> tuple[Model, Params]:
-    module, params = load_model(*source, dtype, attention=attention, **{**hub, "revision": None})
+    module, params = load_model(*source, dtype, attention=attention, **hub)
     if not isinstance(module, ControlNet):
         raise WeightsError(f"{source[0]} is a {type(module).__name__}, not a ControlNet.")
     return module, params

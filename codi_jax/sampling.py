@@ -8,9 +8,10 @@ with ``denoise(z, t)``, the network's raw output, guidance included, for a float
 the whole batch (a scalar: int32, or float32 where a sampler goes between the training times); z ~ N(0, I); and the
 descending times of `timesteps_for`. Those that add noise between their steps also take that noise.
 
-Each is one `jax.lax.scan`, so ``denoise`` is traced and compiled once whatever the number of steps, and all of it works
-inside the caller's `jax.jit`. ``on_step`` is called on the host with the index of every step that is done, ``None``
-costs nothing. Times and steps are those of diffusers' schedulers, to rounding; the notation is `codi_jax.schedule`'s.
+Each is one loop, so ``denoise`` is traced and compiled once whatever the number of steps, and all of it works inside
+the caller's `jax.jit`. Those of `COUNTED` can take that number as an input, so that one program serves several of them.
+``on_step`` is called on the host with the index of every step that is done, ``None`` costs nothing. Times and steps are
+those of diffusers' schedulers, to rounding; the notation is `codi_jax.schedule`'s.
 """
 
 import dataclasses
@@ -28,9 +29,13 @@ from codi_jax.schedule import Latents, NoiseSchedule, distillation_grid, x0_eps
 Sampler = Literal["ddim", "euler", "euler-ancestral", "pndm", "dpm-solver++", "lcm", "codi"]
 
 Denoise = Callable[[Latents, Shaped[Array, ""]], Latents]
+COUNTED: tuple[Sampler, ...] = ("ddim", "lcm", "codi")
+"""Samplers that take ``num_steps``: how many of ``timesteps`` to visit, the others being there to fill the array."""
+
 OnStep = Callable[[Any], None] | None
 Scale = Num[ArrayLike, ""] | Num[ArrayLike, " b"]
 Times = Num[Array, " n"] | Num[np.ndarray, " n"]
+Count = Int[Array, ""] | None
 Noise = Float[Array, "m b h w c"]
 Carry = TypeVar("Carry")
 Tree = TypeVar("Tree")
@@ -287,6 +292,7 @@ def sample(
     timesteps: Times,
     noise: Noise | None = None,
     *,
+    num_steps: Count = None,
     on_step: OnStep = None,
 ) -> Latents:
     """Runs the sampler of that name.
@@ -298,17 +304,20 @@ def sample(
       z: noise, N(0, I).
       timesteps: from `timesteps_for`.
       noise: N(0, I), one less than there are times: what `is_stochastic` samplers add. The others ignore it.
+      num_steps: how many of the times to visit, for the samplers of `COUNTED`; ``None`` is all.
       on_step: called with the index of every step that is done.
 
     Returns:
       The clean latents z_0, float32.
 
     Raises:
-      ValueError: if there is not one array of noise less than there are times.
+      ValueError: if there is not one array of noise less than there are times, or the sampler cannot be counted.
     """
+    if num_steps is not None and sampler not in COUNTED:
+        raise ValueError(f"the sampler {sampler} visits all of its timesteps: give no num_steps.")
     match sampler:
         case "ddim":
-            return ddim(denoise, schedule, z, timesteps, on_step=on_step)
+            return ddim(denoise, schedule, z, timesteps, num_steps=num_steps, on_step=on_step)
         case "euler":
             return euler(denoise, schedule, z, timesteps, on_step=on_step)
         case "euler-ancestral":
@@ -318,9 +327,9 @@ def sample(
         case "dpm-solver++":
             return dpm_solver_pp_2m(denoise, schedule, z, timesteps, on_step=on_step)
         case "lcm":
-            return lcm(denoise, schedule, z, timesteps, noise, on_step=on_step)
+            return lcm(denoise, schedule, z, timesteps, noise, num_steps=num_steps, on_step=on_step)
         case "codi":
-            return codi(denoise, schedule, z, timesteps, on_step=on_step)
+            return codi(denoise, schedule, z, timesteps, num_steps=num_steps, on_step=on_step)
         case _:
             assert_never(sampler)
 
@@ -330,20 +339,28 @@ def is_stochastic(sampler: Sampler) -> bool:
     return sampler in ("euler-ancestral", "lcm")
 
 
-def ddim(denoise: Denoise, schedule: NoiseSchedule, z: Latents, timesteps: Times, *, on_step: OnStep = None) -> Latents:
+def ddim(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    z: Latents,
+    timesteps: Times,
+    *,
+    num_steps: Count = None,
+    on_step: OnStep = None,
+) -> Latents:
     """DDIM without added noise (Song et al., 2021, equation 12 with σ = 0): z_s = α_s x̂ + σ_s ε̂.
 
     As in diffusers each step ends ⌊T/n⌋ below its start, which for linspace spacing is not where the next one starts,
     and the last step ends at ᾱ_{−1} (see `NoiseSchedule`).
     """
     timesteps = jnp.asarray(timesteps)
-    stride = schedule.num_train_timesteps // len(timesteps)
+    stride = schedule.num_train_timesteps // (len(timesteps) if num_steps is None else num_steps)
 
     def step(z: Latents, t: Array, s: Array) -> Latents:
         x0, eps = schedule.to_x0_eps(denoise(z, t), z, t)
         return schedule.ddim_step(x0, eps, s)
 
-    return _scan(step, z.astype(jnp.float32), (timesteps, timesteps - stride), on_step)
+    return _scan(step, z.astype(jnp.float32), (timesteps, timesteps - stride), on_step, num_steps)
 
 
 def euler(
@@ -452,6 +469,7 @@ def lcm(
     timesteps: Times,
     noise: Noise | None = None,
     *,
+    num_steps: Count = None,
     on_step: OnStep = None,
 ) -> Latents:
     """Multistep consistency sampling (Song et al., 2023, algorithm 1; Luo et al., 2023, algorithm 3).
@@ -469,11 +487,19 @@ def lcm(
 
     z = z.astype(jnp.float32)
     noise = _for_every_step(noise, z, timesteps)
-    _, x0 = _scan(step, (z, z), (timesteps, _following(timesteps), noise), on_step)
+    _, x0 = _scan(step, (z, z), (timesteps, _following(timesteps), noise), on_step, num_steps)
     return x0
 
 
-def codi(denoise: Denoise, schedule: NoiseSchedule, z: Latents, timesteps: Times, *, on_step: OnStep = None) -> Latents:
+def codi(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    z: Latents,
+    timesteps: Times,
+    *,
+    num_steps: Count = None,
+    on_step: OnStep = None,
+) -> Latents:
     """The sampler of CoDi (Mei et al., 2024): DDIM from x̂ = f(z_t, t), along the grid that the student was trained on.
 
     The boundary scalings enter x̂ alone, not ε̂; the last x̂ is returned.
@@ -487,24 +513,28 @@ def codi(denoise: Denoise, schedule: NoiseSchedule, z: Latents, timesteps: Times
         return schedule.ddim_step(x0, eps, s), x0
 
     z = z.astype(jnp.float32)
-    _, x0 = _scan(step, (z, z), (timesteps, _following(timesteps)), on_step)
+    _, x0 = _scan(step, (z, z), (timesteps, _following(timesteps)), on_step, num_steps)
     return x0
 
 
-def _scan(step: Callable[..., Carry], carry: Carry, per_step: tuple[Array, ...], on_step: OnStep) -> Carry:
-    """``carry = step(carry, *values)`` with the values of every step."""
+def _scan(
+    step: Callable[..., Carry],
+    carry: Carry,
+    per_step: tuple[Array, ...],
+    on_step: OnStep,
+    num_steps: Count = None,
+) -> Carry:
+    """``carry = step(carry, *values)`` with the values of every step, or of the first ``num_steps``."""
 
-    def body(carry: Carry, indexed: tuple) -> tuple[Carry, None]:
-        index, values = indexed
-        carry = step(carry, *values)
+    def body(index: Array, carry: Carry) -> Carry:
+        carry = step(carry, *(values[index] for values in per_step))
         if on_step is not None:
             # A number of the step's result makes the report wait for it.
             done = jax.tree.leaves(carry)[0][0, 0, 0, 0]
             jax.debug.callback(lambda index, _, report=on_step: report(index), index, done)
-        return carry, None
+        return carry
 
-    carry, _ = jax.lax.scan(body, carry, (jnp.arange(len(per_step[0])), per_step))
-    return carry
+    return jax.lax.fori_loop(0, len(per_step[0]) if num_steps is None else num_steps, body, carry)
 
 
 def _following(timesteps: Int[Array, " n"]) -> Int[Array, " n"]:

@@ -163,7 +163,7 @@ def start(flags: Flags, run_config: Mapping[str, Any] | None = None) -> Flags:
     output_dir = Path(flags.output_dir)
     checkpoint = find_checkpoint(flags.resume_from_checkpoint, output_dir)
     if checkpoint is not None and run_config is not None:
-        check_run_config(checkpoint, run_config)
+        check_run_config(checkpoint, _complete(run_config, flags))
     if checkpoint is None:
         if flags.resume_from_checkpoint is not None:
             say(f"{output_dir} has no checkpoint: starting afresh")
@@ -211,7 +211,7 @@ def train(
       FloatingPointError: if steps in a row gave something that is not finite.
       SystemExit: after SIGTERM or SIGINT, when the step is finished and a checkpoint is on the disk.
     """
-    output_dir, run_config = Path(flags.output_dir), dict(run_config or {})
+    output_dir, run_config = Path(flags.output_dir), _complete(run_config or {}, flags)
     total = num_steps(flags, loader.samples_per_epoch)
     checkpoint = find_checkpoint(flags.resume_from_checkpoint, output_dir)
     if checkpoint is not None:
@@ -234,6 +234,11 @@ def train(
     if flags.push_to_hub:
         _push_to_hub(flags)
     return state
+
+
+def _complete(run_config: Mapping[str, Any], flags: LoopFlags) -> dict[str, Any]:
+    """With what every run has. The batch of all devices together, since their number may change."""
+    return {**run_config, "seed": flags.seed, "batch_size": global_batch_size(flags)}
 
 
 @dataclass(frozen=True)

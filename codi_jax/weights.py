@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 Model = UNet2DCondition | ControlNet | AutoencoderKL | CLIPTextModel
-Place = Callable[[tuple[str, ...], np.ndarray], jax.Array]
+Place = Callable[[tuple[str, ...], np.ndarray], Any]
 """Puts the array of one parameter, known by its path in the tree, on the devices."""
 
 AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
@@ -112,8 +112,9 @@ def load_model(
     """
     folder = ModelFolder(str(Path(source).expanduser()), subfolder, revision, cache_dir, local_files_only)
     folder = folder.pinned(folder.require("config.json"))
-    compute_dtype = (dtype or jnp.float32) if compute_dtype is None else compute_dtype
-    module = build_module(folder, compute_dtype, attention=attention, remat=remat)
+    of_module = jnp.float32 if dtype is None else dtype
+    of_module = of_module if compute_dtype is None else compute_dtype
+    module = build_module(folder, of_module, attention=attention, remat=remat)
     weights = open_weights(_choose_file(folder, module.config, variant))
     params = from_state_dict(
         module.abstract_params(),

@@ -249,12 +249,12 @@ class CLIPTextModel(nn.Module):
 
     def random_params(self, key: PRNGKeyArray) -> Params:
         """Parameters to train from nothing, float32."""
-        return self.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return dict(self.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
 
 
 def encode_text(
     text_encoders: Mapping[str, CLIPTextModel],
-    params: Mapping[str, Params],
+    params: Mapping[str, Any],
     ids: Mapping[str, Int[Array, "b s"]],
     is_xl: bool,
 ) -> tuple[Float[Array, "b s d"], Float[Array, "b p"]]:

@@ -144,14 +144,16 @@ class ControlNet(UNetEncoder):
         config = self.config
         size = 2**config.num_blocks
         pixels = size * config.conditioning_downscale
-        return self.init(
-            key,
-            jnp.zeros((1, size, size, config.in_channels)),
-            jnp.zeros((1,), jnp.int32),
-            jnp.zeros((1, 1, config.context_dims[0])),
-            jnp.zeros((1, pixels, pixels, config.conditioning_channels)),
-            added_cond=config.example_added_cond(),
-        )["params"]
+        return dict(
+            self.init(
+                key,
+                jnp.zeros((1, size, size, config.in_channels)),
+                jnp.zeros((1,), jnp.int32),
+                jnp.zeros((1, 1, config.context_dims[0])),
+                jnp.zeros((1, pixels, pixels, config.conditioning_channels)),
+                added_cond=config.example_added_cond(),
+            )["params"]
+        )
 
 
 def controlnet_from_unet(

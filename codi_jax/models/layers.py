@@ -4,6 +4,7 @@ Attribute names are those of the diffusers state dict, and a list in ``setup`` b
 makes the parameter tree the diffusers tree (see `codi_jax.weights`).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -184,8 +185,30 @@ class GEGLU(nn.Module):
         self.proj = nn.Dense(2 * self.features, dtype=self.dtype)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t d"]:
-        value, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return value * jax.nn.gelu(gate, approximate=False)
+        return _geglu(self.proj(x))
+
+
+@jax.custom_vjp
+def _geglu(x: Float[Array, "... e"]) -> Float[Array, "... d"]:
+    """Half of the features times the GELU of the others. JAX would derive a gradient that is twice as slow on a CPU."""
+    value, gate = jnp.split(x, 2, axis=-1)
+    return value * jax.nn.gelu(gate, approximate=False)
+
+
+def _geglu_forward(x: Array) -> tuple[Array, Array]:
+    return _geglu(x), x
+
+
+def _geglu_backward(x: Array, dy: Array) -> tuple[Array]:
+    """With Φ and φ the distribution and the density of N(0, 1): d/dg of g Φ(g) is Φ(g) + g φ(g)."""
+    value, gate = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    dy = dy.astype(jnp.float32)
+    Φ = 0.5 * (1 + jax.lax.erf(gate * math.sqrt(0.5)))
+    φ = jnp.exp(-0.5 * gate**2) / math.sqrt(2 * math.pi)
+    return (jnp.concatenate([dy * gate * Φ, dy * value * (Φ + gate * φ)], axis=-1).astype(x.dtype),)
+
+
+_geglu.defvjp(_geglu_forward, _geglu_backward)
 
 
 class FeedForward(nn.Module):

@@ -233,11 +233,13 @@ class UNet2DCondition(UNetEncoder):
         config = self.config
         size = 2**config.num_blocks  # small, and divisible by every downsampler
         cond = None if config.time_cond_proj_dim is None else jnp.zeros((1, config.time_cond_proj_dim))
-        return self.init(
-            key,
-            jnp.zeros((1, size, size, config.in_channels)),
-            jnp.zeros((1,), jnp.int32),
-            jnp.zeros((1, 1, config.context_dims[0])),
-            cond,
-            config.example_added_cond(),
-        )["params"]
+        return dict(
+            self.init(
+                key,
+                jnp.zeros((1, size, size, config.in_channels)),
+                jnp.zeros((1,), jnp.int32),
+                jnp.zeros((1, 1, config.context_dims[0])),
+                cond,
+                config.example_added_cond(),
+            )["params"]
+        )

@@ -287,4 +287,4 @@ class AutoencoderKL(nn.Module):
     def random_params(self, key: PRNGKeyArray) -> Params:
         """Parameters to train from nothing, float32."""
         size = self.config.downscale
-        return self.init(key, jnp.zeros((1, size, size, self.config.in_channels)))["params"]
+        return dict(self.init(key, jnp.zeros((1, size, size, self.config.in_channels)))["params"])

@@ -1,0 +1,39 @@
+"""Command lines: flags from a dataclass, and errors as one sentence."""
+
+import dataclasses
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import jax
+import tyro
+
+Args = TypeVar("Args")
+
+
+def run(args_class: type[Args], function: Callable[[Args], Any], prog: str | None = None) -> None:
+    """Parses the command line and calls the function; an error that the user can mend ends the process with a line.
+
+    Args:
+      args_class: a dataclass; the docstrings of its fields are the help.
+      function: of the arguments.
+      prog: the program's name in the help.
+    """
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        # A dataclass may refuse its values too, while it is parsed.
+        args = tyro.cli(args_class, prog=prog, use_underscores=True, config=(tyro.conf.DisallowNone,))
+        function(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        names = {field.name for field in dataclasses.fields(cast(Any, args_class))}
+        flags = ("batch_size", "height", "width", "train_batch_size", "gradient_checkpointing", "fsdp")
+        sys.exit(
+            "error: the device has not enough memory: try other values of "
+            + ", ".join(f"--{flag}" for flag in flags if flag in names)
+            + "."
+        )

@@ -1,0 +1,249 @@
+"""CoDi: conditional diffusion distillation in a single stage (Mei et al., 2024, arXiv:2310.01407, section 3).
+
+A text-to-image model learns a new condition, and to be sampled in a few steps, at once. At a time t = t_n of the grid
+that the student will be sampled on, and s the one before it,
+
+    ẑ_s = α_s x̂ + σ_s ε̂,    x̂, ε̂ of the frozen teacher at z_t                   (one DDIM step)
+    L   = w_snr · mean‖f_θ(z_t, t) − sg f_θ⁻(ẑ_s, s)‖² + λ · mean‖f_θ(z_t, t) − z_0‖²
+
+with f(z, t) = c_skip(t) z + c_out(t) x̂(z, t), and θ⁻ the moving average of θ. θ is a ControlNet on the frozen UNet
+(parameter-efficient CoDi), or the UNet too. A new ControlNet puts out zeros, so that the student starts as the teacher.
+
+Beyond LCM, its neighbour: the condition, the second term, which teaches it, and guidance that stays a choice at
+sampling time instead of an input of the network.
+"""
+
+import dataclasses
+import warnings
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from codi_jax import losses, optim
+from codi_jax.methods.inputs import Frozen, Inputs, Modules, add_controlnet, init_controlnet, prepare
+from codi_jax.methods.prediction import Features, branches, encode, guided
+from codi_jax.models.config import Params
+from codi_jax.optim import Batch, Metrics, MixedPrecision, TrainState
+from codi_jax.schedule import DistillationGrid, Latents, NoiseSchedule, PredictionType, distillation_grid
+
+SampleEps = Literal["v_prediction", "x_prediction", "epsilon", "vprediction", "xprediction", "nprediction"]
+_TRUE_NOISE = ("epsilon", "nprediction")
+
+
+@dataclasses.dataclass(frozen=True)
+class CodiFlags:
+    """The flags of CoDi."""
+
+    distill_type: Literal["conditional", "unconditional"] = "conditional"
+    """unconditional distils without condition images: the UNet alone, on text."""
+    train: Literal["controlnet", "unet"] = "controlnet"
+    """controlnet: parameter-efficient CoDi, which leaves the UNet as it is; unet: full CoDi, which trains both."""
+    distill_loss: Literal["consistency_x", "consistency_epsilon"] = "consistency_x"
+    """What is made consistent: the estimate of the clean latents, or that of the noise."""
+    distill_x0_weight: float = 1.0
+    """λ, the weight of the distance to the true clean latents."""
+    distill_learning_steps: int = 50
+    """N, the times of the grid that the student is trained and sampled on."""
+    distill_grid: DistillationGrid = "trailing"
+    """trailing: up to the last training time; leading: from 0, as the reference code has it."""
+    distill_timestep_scaling: float = 10.0
+    """The factor on time in the boundary scalings."""
+    onestepode: Literal["control", "uncontrol"] = "control"
+    """Whether the teacher's step is taken with the ControlNet."""
+    onestepode_control_params: Literal["target", "online"] = "target"
+    """Which ControlNet that is: the moving average, or the one in training."""
+    onestepode_cfg: bool = False
+    """Guide the teacher's step."""
+    onestepode_sample_eps: SampleEps | None = None
+    """epsilon: step along the true noise, not the teacher's estimate. The others only name the teacher's output."""
+    cfg_aware_distill: bool = False
+    """Guide the student and its target, both by the same random weight."""
+    distill_guidance_min: float = 2.0
+    """The lowest guidance scale."""
+    distill_guidance_max: float = 14.0
+    """The guidance scale that all are below."""
+    snr_gamma: float | None = None
+    """γ of min-SNR weights on the consistency term; 5 is usual."""
+    ema_decay: float = 0.999
+    """Decay of the moving average, which is the target and the result."""
+
+    def __post_init__(self) -> None:
+        low, high = self.distill_guidance_min, self.distill_guidance_max
+        optim.require(low <= high, "distill_guidance_min", low, f"at most --distill_guidance_max {high}")
+        optim.require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
+        optim.require(self.snr_gamma is None or self.snr_gamma > 0, "snr_gamma", self.snr_gamma, "positive")
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the null text is needed."""
+        return self.cfg_aware_distill or self.onestepode_cfg
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the compiled step depends on besides arrays; made by `configure`."""
+
+    modules: Modules
+    flags: CodiFlags
+
+
+def configure(modules: Modules, flags: CodiFlags) -> Config:
+    """Completes the modules with the ControlNet of the UNet, unless one is given or there is no condition."""
+    if flags.distill_type == "unconditional":
+        return Config(dataclasses.replace(modules, controlnet=None), flags)
+    return Config(modules if modules.controlnet is not None else add_controlnet(modules), flags)
+
+
+def student_schedule(schedule: NoiseSchedule, flags: CodiFlags) -> NoiseSchedule:
+    """The schedule to train with, and to save with the student: the teacher's, with the grid.
+
+    Raises:
+      ConfigError: if the grid is impossible.
+    """
+    named: dict[Any, PredictionType] = {"v_prediction": "v_prediction", "vprediction": "v_prediction"}
+    named |= {"x_prediction": "sample", "xprediction": "sample"}
+    if named.get(flags.onestepode_sample_eps, schedule.prediction_type) != schedule.prediction_type:
+        warnings.warn(
+            f"--onestepode_sample_eps {flags.onestepode_sample_eps} has no effect: the teacher's configuration says "
+            f"that it predicts {schedule.prediction_type}.",
+            stacklevel=2,
+        )
+    return schedule.with_distillation_grid(
+        flags.distill_learning_steps, flags.distill_grid, flags.distill_timestep_scaling
+    )
+
+
+def grid(schedule: NoiseSchedule) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
+    """The times t_n that are trained, and s_n where the teacher's step from each ends.
+
+    Raises:
+      ValueError: if the schedule is not one of `student_schedule`.
+    """
+    if schedule.distill_learning_steps is None:
+        raise ValueError("This schedule has no distillation grid: take that of student_schedule.")
+    return distillation_grid(schedule.num_train_timesteps, schedule.distill_learning_steps, schedule.distill_grid)
+
+
+def init_state(
+    config: Config,
+    unet_params: Params,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    *,
+    controlnet_params: Params | None = None,
+    mixed_precision: MixedPrecision = "no",
+) -> TrainState:
+    """The state before the first step: θ, which is all that is trained, and θ⁻, which starts there.
+
+    Args:
+      config: from `configure`.
+      unet_params: the teacher's.
+      optimizer: from `codi_jax.optim.make_optimizer`.
+      key: of the run.
+      controlnet_params: of a ControlNet to start from; ``None`` makes one from the UNet.
+      mixed_precision: of the computation.
+    """
+    params, modules = {}, config.modules
+    init_key, key = jax.random.split(key)
+    if modules.controlnet is not None:
+        params["controlnet"] = controlnet_params or init_controlnet(modules, unet_params, init_key)
+    if config.flags.train == "unet" or modules.controlnet is None:
+        params["unet"] = unet_params
+    return optim.init_state(params, optimizer, key, ema=True, mixed_precision=mixed_precision)
+
+
+def loss(
+    params: Params, state: TrainState, frozen: Frozen, batch: Batch, key: Key[Array, ""], config: Config
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss at the top of this file, as a mean over the batch.
+
+    Args:
+      params: θ: ``controlnet``, ``unet``, or both.
+      state: its ``ema`` is θ⁻.
+      frozen: parameters of ``unet`` and of what `prepare` needs, and the ``schedule`` of `student_schedule`.
+      batch: see `prepare`.
+      key: for all that is random.
+      config: of the method.
+
+    Returns:
+      The loss, and its two parts before their weights: ``consistency`` and ``reconstruction``.
+    """
+    modules, flags, schedule = config.modules, config.flags, frozen["schedule"]
+    z0_key, t_key, noise_key, w_key = jax.random.split(key, 4)
+    inputs = prepare(modules, frozen, batch, z0_key)
+    z0, B = inputs.z0, len(inputs.z0)
+
+    n = jax.random.randint(t_key, (B,), 0, schedule.distill_learning_steps)
+    t, s = (jnp.asarray(times)[n] for times in grid(schedule))
+    noise = jax.random.normal(noise_key, z0.shape)
+    z_t = schedule.add_noise(z0, noise, t)
+    w = jax.random.uniform(w_key, (B,), minval=flags.distill_guidance_min, maxval=flags.distill_guidance_max)
+    w_student = w if flags.cfg_aware_distill else None
+
+    online, target = ({"unet": frozen["unet"], **tree} for tree in (params, state.ema))  # θ, θ⁻
+    teacher = _teacher(params, state.ema, frozen, flags)
+    features = None if "unet" in params else _shared_features(config, frozen["unet"], z_t, t, inputs)
+
+    prediction = guided(modules, teacher, z_t, t, inputs, w if flags.onestepode_cfg else None, features)
+    x0, eps = schedule.to_x0_eps(prediction, z_t, t)
+    z_s = schedule.ddim_step(x0, noise if flags.onestepode_sample_eps in _TRUE_NOISE else eps, s)
+
+    f, f_eps = consistency(schedule, guided(modules, online, z_t, t, inputs, w_student, features), z_t, t)
+    f_target, f_eps_target = consistency(schedule, guided(modules, target, z_s, s, inputs, w_student), z_s, s)
+    if flags.distill_loss == "consistency_x":
+        distance = losses.mse(f, jax.lax.stop_gradient(f_target))
+    else:
+        distance = losses.mse(f_eps, jax.lax.stop_gradient(f_eps_target))
+    reconstruction = losses.mse(f, z0)
+
+    weights = jnp.ones(B)
+    if flags.snr_gamma is not None:
+        weights = losses.min_snr_weights(schedule.snr(t), flags.snr_gamma, schedule.prediction_type)
+    value = jnp.mean(weights * distance) + flags.distill_x0_weight * jnp.mean(reconstruction)
+    return value, {"consistency": distance.mean(), "reconstruction": reconstruction.mean()}
+
+
+def train_step(
+    state: TrainState,
+    frozen: Frozen,
+    batch: Batch,
+    *,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    accumulation: int = 1,
+) -> tuple[TrainState, Metrics]:
+    """One update of θ and θ⁻; see `codi_jax.optim.step`."""
+
+    def objective(params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
+        return loss(params, state, frozen, batch, key, config)
+
+    return optim.step(state, objective, batch, optimizer, accumulation=accumulation, ema_decay=config.flags.ema_decay)
+
+
+def consistency(
+    schedule: NoiseSchedule, prediction: Latents, z: Latents, t: Int[Array, " b"]
+) -> tuple[Latents, Latents]:
+    """The consistency function f = c_skip z + c_out x̂ and its like for ε̂, from the network's output at z."""
+    x0, eps = schedule.to_x0_eps(prediction, z, t)
+    return schedule.consistency(z, x0, t), schedule.consistency(z, eps, t)
+
+
+def _teacher(params: Params, ema: Params, frozen: Frozen, flags: CodiFlags) -> dict[str, Params]:
+    """The networks of the one DDIM step: the frozen UNet, and under ``control`` the ControlNet as it is *now*."""
+    teacher = {"unet": frozen["unet"]}
+    if flags.onestepode == "control" and "controlnet" in params:
+        source = ema if flags.onestepode_control_params == "target" else params
+        teacher["controlnet"] = jax.lax.stop_gradient(source["controlnet"])
+    return teacher
+
+
+def _shared_features(
+    config: Config, unet_params: Params, z_t: Latents, t: Int[Array, " b"], inputs: Inputs
+) -> Features:
+    """The frozen encoder at z_t, once for teacher and student: they differ in the decoder's inputs only."""
+    stacked = branches(z_t, t, inputs, config.flags.is_guided)
+    return jax.lax.stop_gradient(encode(config.modules, unet_params, *stacked))

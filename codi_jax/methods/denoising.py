@@ -1,0 +1,94 @@
+"""Plain training of a diffusion model: what every other method here distils.
+
+    L = w(t) mean‖F_θ(z_t, t, c) − y‖²,    z_t = α_t z_0 + σ_t ε,    t uniform in 0 … T−1
+
+where y is ε, v or z_0, as the model's schedule says (Ho et al., 2020, equation 14; Salimans and Ho, 2022). One method
+for the UNet (text to image; Rombach et al., 2022), for the UNet together with its text encoder, and for a ControlNet on
+a frozen UNet (Zhang et al., 2023, equation 1): what is trained is what ``params`` holds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Key
+
+from codi_jax import optim
+from codi_jax.losses import min_snr_weights, mse
+from codi_jax.methods.inputs import Batch, Modules, prepare
+from codi_jax.methods.prediction import predict
+from codi_jax.models.config import Params
+from codi_jax.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the training depends on besides parameters and data.
+
+    Attributes:
+      modules: of all networks.
+      snr_gamma: γ of the min-SNR weights; ``None`` weighs all times alike.
+      noise_offset: strength of a noise that is the same all over a channel of a sample (a help for very bright and very
+        dark images: https://www.crosslabs.org/blog/diffusion-with-offset-noise).
+      input_perturbation: strength of further noise on z_t alone (Ning et al., 2023).
+      ema_decay: of the moving average; ``None`` keeps none.
+      accumulation: microbatches of an update.
+    """
+
+    modules: Modules
+    snr_gamma: float | int | None = None
+    noise_offset: float | int = 0.0
+    input_perturbation: float | int = 0.0
+    ema_decay: float | None = None
+    accumulation: int = 1
+
+
+def loss(
+    params: Mapping[str, Params], frozen: Mapping[str, Any], batch: Batch, key: Key[Array, ""], config: Config
+) -> tuple[Float[Array, ""], optim.Metrics]:
+    """L, without further metrics.
+
+    Args:
+      params: of the networks that are trained, by name.
+      frozen: of the others, and ``schedule``.
+      batch: see `codi_jax.methods.inputs.prepare`.
+      key: of latents, times and noise.
+      config: the configuration.
+    """
+    latents_key, time_key, noise_key, offset_key, perturbation_key = jax.random.split(key, 5)
+    networks, schedule = {**frozen, **params}, frozen["schedule"]
+    inputs = prepare(config.modules, networks, batch, latents_key)
+    z0 = inputs.z0
+    t = jax.random.randint(time_key, (len(z0),), 0, schedule.num_train_timesteps)
+    noise = jax.random.normal(noise_key, z0.shape)
+    offset = jax.random.normal(offset_key, (len(z0), 1, 1, z0.shape[-1]))
+    noise = noise + config.noise_offset * offset
+    perturbation = config.input_perturbation * jax.random.normal(perturbation_key, z0.shape)
+    z_t = schedule.add_noise(z0, noise + perturbation, t)
+    prediction = predict(config.modules, networks, z_t, t, inputs.cond)
+    return jnp.mean(_weights(schedule, t, config) * mse(prediction, schedule.target(z0, noise, t))), {}
+
+
+def _weights(schedule: NoiseSchedule, t: Array, config: Config) -> Float[Array, " b"]:
+    if config.snr_gamma is None:
+        return jnp.ones(t.shape)
+    return min_snr_weights(schedule.snr(t), config.snr_gamma, schedule.prediction_type)
+
+
+def train_step(
+    state: optim.TrainState,
+    frozen: Mapping[str, Any],
+    batch: Batch,
+    *,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+) -> tuple[optim.TrainState, optim.Metrics]:
+    """One update of the parameters by name."""
+
+    def of_batch(params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], optim.Metrics]:
+        return loss(params, frozen, batch, key, config)
+
+    return optim.step(state, of_batch, batch, optimizer, accumulation=config.accumulation, ema_decay=config.ema_decay)

@@ -1,0 +1,146 @@
+"""What the networks put out at z_t: UNet and ControlNet together, guided or not."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from codi_jax.methods.inputs import Condition, Inputs, Modules
+from codi_jax.models.config import Params
+from codi_jax.sampling import classifier_free_guidance, split_branches, stack_branches
+from codi_jax.schedule import Latents
+
+Features = tuple[Any, ...]
+"""What the UNet's encoder leaves for its decoder, see `encode`."""
+
+
+def predict(
+    modules: Modules,
+    params: Mapping[str, Any],
+    z: Latents,
+    t: Int[Array, " b"],
+    condition: Condition,
+    features: Features | None = None,
+) -> Latents:
+    """The raw output of the UNet, with the ControlNet's residuals if there are parameters of one.
+
+    Args:
+      modules: of the networks.
+      params: ``unet``, and ``controlnet``; others are left alone.
+      z: noisy latents.
+      t: one time for each.
+      condition: one for each.
+      features: of `encode` for the same UNet and inputs, to save computing them.
+
+    Returns:
+      The prediction, float32.
+
+    Raises:
+      ValueError: if there is a ControlNet and no condition image.
+    """
+    if features is None:
+        features = encode(modules, params["unet"], z, t, condition)
+    x, skips, temb, context = features
+    residuals = _control_residuals(modules, params, z, t, condition)
+    prediction, _ = modules.unet.apply(
+        {"params": params["unet"]}, x, skips, {}, temb, context, *residuals, method="decode"
+    )
+    return prediction.astype(jnp.float32)
+
+
+def guided(
+    modules: Modules,
+    params: Mapping[str, Params],
+    z: Latents,
+    t: Int[Array, " b"],
+    inputs: Inputs,
+    guidance_scale: Float[Array, " b"] | None = None,
+    features: Features | None = None,
+) -> Latents:
+    """The raw output, led away from the null text by a guidance scale of each sample; ``None`` is not guided.
+
+    Args:
+      modules: of the networks.
+      params: ``unet``, and ``controlnet``.
+      z: noisy latents.
+      t: one time for each.
+      inputs: the condition, and the null condition.
+      guidance_scale: of `classifier_free_guidance`.
+      features: of `encode`, for the condition or for the stack ``[null, cond]``, of which what is needed is taken.
+
+    Returns:
+      The prediction, float32.
+
+    Raises:
+      ValueError: if there is a ControlNet and no condition image, or guidance and no null text.
+    """
+    is_guided = guidance_scale is not None
+    z, t, condition = branches(z, t, inputs, is_guided)
+    if features is not None:
+        features = jax.tree.map(lambda x: x[-len(z) :], features)  # the condition is the last branch
+    prediction = predict(modules, params, z, t, condition, features)
+    if guidance_scale is None:
+        return prediction
+    uncond, cond = split_branches(prediction, 2)
+    return classifier_free_guidance(uncond, cond, guidance_scale)
+
+
+def branches(
+    z: Latents, t: Int[Array, " b"], inputs: Inputs, is_guided: bool
+) -> tuple[Float[Array, "n h w c"], Int[Array, " n"], Condition]:
+    """The inputs of the network: as they are, or the stack ``[null, cond]`` of all of them for guidance.
+
+    Raises:
+      ValueError: if there is no null text to guide with.
+    """
+    if not is_guided:
+        return z, t, inputs.cond
+    if inputs.null is None:
+        raise ValueError("Guidance needs the null text: give null_context among what is frozen.")
+    return stack_branches((z, t, inputs.null), (z, t, inputs.cond))
+
+
+def encode(modules: Modules, unet_params: Params, z: Latents, t: Int[Array, " b"], condition: Condition) -> Features:
+    """The first half of the UNet, which no ControlNet changes: its residuals enter the second half only.
+
+    So predictions by one UNet at the same z_t share it, with whatever ControlNets: give it to `predict`.
+
+    Returns:
+      The lowest features, the skip connections, the embedding of the time, and the text features.
+    """
+    return modules.unet.apply({"params": unet_params}, z, t, condition.context, condition.added_cond, method=_encode)
+
+
+def _encode(unet: Any, z: Latents, t: Array, context: Array, added_cond: dict[str, Array] | None) -> Features:
+    unet.check_inputs(z, context)
+    context = context.astype(unet.dtype)
+    temb = unet.embed_time(t, None, added_cond)
+    x, skips, _ = unet.encode(unet.conv_in(z.astype(unet.dtype)), temb, context)
+    return x, skips, temb, context
+
+
+def _control_residuals(
+    modules: Modules, params: Mapping[str, Any], z: Latents, t: Int[Array, " b"], condition: Condition
+) -> tuple[tuple[Array, ...] | None, Array | None]:
+    """What the ControlNet adds to the UNet's features; ``None`` twice if ``params`` has no ``controlnet``.
+
+    Raises:
+      ValueError: if there is a ControlNet and no condition image.
+    """
+    if "controlnet" not in params:
+        return None, None
+    if condition.control is None:
+        raise ValueError(
+            "A ControlNet needs condition images, and the data has none: name their column with "
+            "--conditioning_image_column."
+        )
+    return modules.controlnet.apply(
+        {"params": params["controlnet"]},
+        z,
+        t,
+        condition.context,
+        condition.control,
+        added_cond=condition.added_cond,
+    )

@@ -1,0 +1,236 @@
+"""What training scripts share: the model and the batches that a run starts from, and the folder it is written to."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from codi_jax import optim, sharding
+from codi_jax.data import DataFlags, Encoders, Loader, Tokenize, load_data
+from codi_jax.methods.inputs import Modules, encode_prompts, null_text, posterior
+from codi_jax.models.attention import Implementation
+from codi_jax.models.config import Params
+from codi_jax.pipeline import DiffusionPipeline
+from codi_jax.text import tokenize
+from codi_jax.train import global_batch_size
+from codi_jax.weights import Model, load_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """Flags about the pretrained model, and how it is computed and saved."""
+
+    pretrained_model_name_or_path: str
+    """Model to start from: a folder in diffusers' layout, or an id on the Hugging Face Hub."""
+    revision: str | None = None
+    """Branch, tag or commit of it on the hub."""
+    variant: str | None = None
+    """Variant of its weight files, such as fp16."""
+    tokenizer_name: str | None = None
+    """Folder or id of another tokenizer than the model's own."""
+    from_pt: bool = False
+    """Has no effect: PyTorch and Flax files are told apart by themselves."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: slower, in less memory."""
+    attention: Implementation = "auto"
+    """Attention kernel. auto: the fastest that the device has."""
+    enable_xformers_memory_efficient_attention: bool = False
+    """Has no effect: --attention auto chooses a flash kernel where there is one."""
+    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision in which trained networks are saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionFlags:
+    """What the images of a ControlNet are."""
+
+    task: Literal["column", "canny", "super_resolution", "inpainting"] = "column"
+    """Where condition images come from. column: --conditioning_image_column, whatever it holds: edges, depth, the image
+    before an edit. The others are made from the image itself: its edges (unless there is a column of them), a quarter
+    of its resolution, or a hole in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedFlags(ModelFlags, DataFlags, optim.OptimizerFlags):
+    """The flags that this file reads; a script's own have more."""
+
+
+def load_pretrained(
+    flags: Any,
+    mesh: Mesh,
+    controlnet: str | Path | None = None,
+    controlnet_revision: str | None = None,
+    *,
+    untrained: Mapping[str, Array] | None = None,
+) -> DiffusionPipeline:
+    """The model on the mesh, for computing with: in half precision if training is.
+
+    Args:
+      flags: `PretrainedFlags`.
+      mesh: from `codi_jax.sharding.make_mesh`.
+      controlnet: a ControlNet, if not the one in the model's folder.
+      controlnet_revision: branch, tag or commit of it on the hub.
+      untrained: see `DiffusionPipeline.from_pretrained`.
+
+    Raises:
+      ValueError: if it cannot be loaded, or the resolution is not one that its VAE can take.
+    """
+    pipeline = DiffusionPipeline.from_pretrained(
+        flags.pretrained_model_name_or_path,
+        controlnet,
+        controlnet_revision=controlnet_revision,
+        dtype=optim.compute_dtype(flags.mixed_precision),
+        attention=flags.attention,
+        untrained=untrained,
+        tokenizer=flags.tokenizer_name,
+        **_hub(flags),
+    )
+    downscale = pipeline.modules["vae"].config.downscale * 2 ** (pipeline.modules["unet"].config.num_blocks - 1)
+    if flags.resolution % downscale:
+        raise ValueError(
+            f"--resolution {flags.resolution} is not possible: VAE and UNet of {flags.pretrained_model_name_or_path} "
+            f"take multiples of {downscale}."
+        )
+    pipeline.params = jax.device_put(pipeline.params, sharding.shardings(mesh, pipeline.params))
+    return pipeline
+
+
+def modules_of(pipeline: DiffusionPipeline, trained: Sequence[str], flags: Any) -> Modules:
+    """The modules; those that are trained recompute activations if asked for."""
+    return Modules(
+        **{
+            name: dataclasses.replace(module, remat=flags.gradient_checkpointing and name in trained)
+            for name, module in pipeline.modules.items()
+        }
+    )
+
+
+def trainable(flags: Any, pipeline: DiffusionPipeline, name: str) -> Params:
+    """The parameters of one network in float32, to start training from."""
+    params = pipeline.params[name]
+    if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
+        return params
+    return load_model(*pipeline.sources[name], **_hub(flags, name))[1]
+
+
+def with_controlnet(pipeline: DiffusionPipeline, controlnet: Model | None) -> DiffusionPipeline:
+    """The pipeline with another ControlNet, or with none.
+
+    Its parameters are given when it generates, see `codi_jax.validation.generate_with`.
+    """
+    modules = {name: module for name, module in pipeline.modules.items() if name != "controlnet"}
+    return dataclasses.replace(
+        pipeline, modules=modules if controlnet is None else modules | {"controlnet": controlnet}
+    )
+
+
+def tokenizer_of(pipeline: DiffusionPipeline) -> Tokenize:
+    """Captions to token ids for every text encoder of the model."""
+
+    def tokenize_all(captions: list[str]) -> dict[str, Int[np.ndarray, "n s"]]:
+        encoders = {name.replace("tokenizer", "text_encoder"): each for name, each in pipeline.tokenizers.items()}
+        return {name: tokenize(each, captions, pipeline.modules[name]) for name, each in encoders.items()}
+
+    return tokenize_all
+
+
+def null_text_of(pipeline: DiffusionPipeline) -> dict[str, Array]:
+    """The text that guidance leads away from, for ``frozen``; see `codi_jax.methods.inputs.null_text`."""
+    ids = jax.tree.map(jnp.asarray, tokenizer_of(pipeline)([""]))
+    return null_text(Modules(**pipeline.modules), pipeline.params, ids, zeros=pipeline.zeros_for_empty_prompt)
+
+
+def load_batches(flags: Any, pipeline: DiffusionPipeline, condition: Any = None, *, cache_text: bool = True) -> Loader:
+    """This process's share of the batches, with latents and text features cached if ``--cache_latents`` says so.
+
+    Args:
+      flags: `PretrainedFlags` and `codi_jax.train.LoopFlags`.
+      pipeline: for its tokenizers, and its VAE and text encoders.
+      condition: see `codi_jax.data.load_data`.
+      cache_text: whether text features may be cached; not where the text encoder is trained.
+
+    Raises:
+      ValueError: as `codi_jax.data.load_data`.
+    """
+    return load_data(
+        flags,
+        tokenizer_of(pipeline),
+        batch_size=global_batch_size(flags),
+        seed=flags.seed,
+        condition=condition,
+        time_ids=pipeline.is_xl,
+        encoders=_encoders_of(pipeline, cache_text) if flags.cache_latents else None,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _encoders_of(pipeline: DiffusionPipeline, cache_text: bool) -> Encoders:
+    modules, params = Modules(**pipeline.modules), pipeline.params
+
+    @jax.jit
+    def images(params: Any, pixels: Any) -> Any:
+        q = posterior(modules.vae, params, {"pixels": pixels})
+        return jnp.concatenate([q.mean, q.logvar], axis=-1)
+
+    @jax.jit
+    def text(params: Any, ids: Any) -> Any:
+        context, pooled = encode_prompts(modules, params, ids)
+        return {"context": context, "pooled": pooled} if pipeline.is_xl else {"context": context}
+
+    names = ["vae", *(name for name in params if cache_text and name.startswith("text_encoder"))]
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(repr(pipeline.modules[name]).encode())
+        for leaf in jax.tree.leaves(params[name]):
+            digest.update(np.asarray(leaf).tobytes())
+    for file in (file for files in pipeline.tokenizer_files.values() for file in files):
+        digest.update(file.read_bytes())
+    needed = {name: params[name] for name in names}
+    return Encoders(
+        images=lambda pixels: images(needed, pixels),
+        text=(lambda ids: text(needed, ids)) if cache_text else None,
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def save_trained(
+    flags: Any,
+    pipeline: DiffusionPipeline,
+    folder: Path,
+    trained: Mapping[str, tuple[Model, Params]],
+) -> None:
+    """Writes a complete diffusers folder: what was trained, and the rest of the model as it was.
+
+    Args:
+      flags: `PretrainedFlags`.
+      pipeline: of `load_pretrained`, with the schedule to save.
+      folder: to write into.
+      trained: modules and parameters by name.
+
+    Raises:
+      WeightsError: if something cannot be written.
+    """
+    modules, params = dict(pipeline.modules), {}
+    for name in pipeline.modules.keys() - trained.keys():
+        # As precise as the files that they came from, whatever training computed with.
+        source = pipeline.sources[name]
+        params[name] = load_model(*source, None, place=lambda _, array: array, **_hub(flags, name))[1]
+    for name, (module, of_network) in trained.items():
+        modules[name] = module
+        params[name] = jax.tree.map(lambda leaf: leaf.astype(flags.save_dtype), of_network)
+    dataclasses.replace(pipeline, modules=modules, params=params).save_pretrained(folder)
+
+
+def _hub(flags: Any, name: str = "unet") -> dict[str, Any]:
+    """Revision and variant are those of the model's own parts."""
+    of_model = {"revision": flags.revision, "variant": flags.variant} if name != "controlnet" else {}
+    return {"cache_dir": flags.cache_dir, **of_model}

@@ -1,0 +1,142 @@
+"""What a run shows while it trains: which samples, what is made of them, and how that is laid out as a picture."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from codi_jax.data import load_data
+from codi_jax.images import open_image, to_pixels
+from codi_jax.models.config import Params
+from codi_jax.pipeline import DiffusionPipeline
+
+_LABEL_WIDTH, _LABEL_HEIGHT = 96, 14  # pixels
+
+
+@dataclass(frozen=True)
+class ValidationFlags:
+    """Flags about validation pictures."""
+
+    validation_data_dir: str | None = None
+    """Folder of samples to show that are not trained on, like --train_data_dir. If left out: training samples."""
+    validation_prompt: tuple[str, ...] = ()
+    """Prompts to show instead of samples of the data."""
+    validation_image: tuple[str, ...] = ()
+    """Condition images (files or URLs) for these prompts: one for all, or one for each."""
+    num_validation_images: int = 8
+    """Samples in a validation picture."""
+
+    def __post_init__(self) -> None:
+        if self.num_validation_images < 1:
+            raise ValueError(f"--num_validation_images {self.num_validation_images} must be at least 1.")
+        if self.validation_image and len(self.validation_image) not in (1, len(self.validation_prompt)):
+            raise ValueError(
+                f"--validation_image has {len(self.validation_image)} images and --validation_prompt "
+                f"{len(self.validation_prompt)} prompts: give one image, or one for each prompt."
+            )
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is shown.
+
+    Attributes:
+      prompts: n of them.
+      pictures: the ground truth, if there is one.
+      conditions: condition images, if the task has them.
+    """
+
+    prompts: list[str]
+    pictures: UInt8[np.ndarray, "n h w 3"] | None = None
+    conditions: UInt8[np.ndarray, "n h w 3"] | None = None
+
+
+def validation_samples(flags: Any, condition: Any = None) -> Samples:
+    """The samples that the flags ask for: prompts of the user, else of a data set, in every run the same.
+
+    Args:
+      flags: `codi_jax.data.DataFlags` and `ValidationFlags`.
+      condition: see `codi_jax.data.load_data`.
+
+    Raises:
+      ValueError: if data or images cannot be read.
+    """
+    if not flags.validation_prompt:
+        return held_out(flags, flags.num_validation_images, condition)
+    prompts, size = list(flags.validation_prompt), (flags.resolution, flags.resolution)
+    if not flags.validation_image:
+        return Samples(prompts)
+    images = [to_pixels(open_image(source), size) for source in flags.validation_image]
+    images = images * len(prompts) if len(images) == 1 else images
+    return Samples(prompts, conditions=np.round(np.stack(images) * 255).astype(np.uint8))
+
+
+def held_out(flags: Any, count: int, condition: Any = None) -> Samples:
+    """The first samples of the shuffled validation data, without augmentation.
+
+    Args:
+      flags: `codi_jax.data.DataFlags` and `ValidationFlags`.
+      count: how many.
+      condition: see `codi_jax.data.load_data`.
+
+    Raises:
+      ValueError: as `codi_jax.data.load_data`.
+    """
+    flags = replace(
+        flags,
+        random_flip=False,
+        center_crop=True,
+        proportion_empty_prompts=0.0,
+        cache_latents=False,
+        dataloader_num_workers=0,
+    )
+    if flags.validation_data_dir is not None:
+        flags = replace(flags, dataset_name=None, train_data_dir=flags.validation_data_dir, max_train_samples=None)
+    captions: list[str] = []
+
+    def keep(texts: list[str]) -> dict[str, Any]:
+        captions.extend(texts)
+        return {}
+
+    loader = load_data(flags, keep, batch_size=count, seed=0, condition=condition)
+    try:
+        batch = next(loader)
+    finally:
+        loader.close()
+    return Samples(captions[:count], batch["pixels"], batch.get("conditioning"))
+
+
+def generate_with(
+    pipeline: DiffusionPipeline, params: Mapping[str, Params], samples: Samples, **options: Any
+) -> UInt8[np.ndarray, "n h w 3"]:
+    """What the pipeline makes of the samples with some of its parameters replaced; compiled once.
+
+    Args:
+      pipeline: as it was loaded.
+      params: those that are trained, by the name of the network.
+      samples: prompts and conditions.
+      options: of the pipeline's call, such as ``steps``.
+    """
+    original = pipeline.params
+    pipeline.params = {**original, **params}
+    try:
+        conditions = samples.conditions if "controlnet" in pipeline.modules else None
+        return pipeline(samples.prompts, control_image=conditions, **options)
+    finally:
+        pipeline.params = original
+
+
+def picture(rows: Mapping[str, Sequence[np.ndarray] | np.ndarray | None]) -> UInt8[np.ndarray, "height width 3"]:
+    """Batches of images as one picture: a row for each, with its name in front; ``None`` is left out."""
+    shown = {name: np.concatenate(list(images), axis=1) for name, images in rows.items() if images is not None}
+    height = sum(max(row.shape[0], _LABEL_HEIGHT) for row in shown.values())
+    canvas = Image.new("RGB", (_LABEL_WIDTH + max(row.shape[1] for row in shown.values()), height), "white")
+    draw, top = ImageDraw.Draw(canvas), 0
+    for name, row in shown.items():
+        draw.text((4, top + row.shape[0] // 2), name, fill="black", anchor="lm", font=ImageFont.load_default(11))
+        canvas.paste(Image.fromarray(row), (_LABEL_WIDTH, top))
+        top += max(row.shape[0], _LABEL_HEIGHT)
+    return np.asarray(canvas)

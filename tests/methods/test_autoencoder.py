@@ -1,0 +1,59 @@
+"""The autoencoder's loss against NumPy, and that training reconstructs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from published import TINY_VAE
+
+from codi_jax import optim
+from codi_jax.methods import autoencoder
+from codi_jax.methods.autoencoder import Config
+from codi_jax.models.vae import AutoencoderKL, VAEConfig
+
+VAE = AutoencoderKL(VAEConfig.from_dict(TINY_VAE))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return VAE.random_params(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return {"pixels": jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8))}
+
+
+@pytest.mark.parametrize("rec_loss", ["l1", "l2"])
+def test_loss_is_that_of_the_paper(params, batch, rec_loss):
+    key = jax.random.key(1)
+    value, metrics = autoencoder.loss(params, batch, key, Config(VAE, rec_loss, kl_scale=1e-3))
+    x = np.asarray(batch["pixels"], np.float64) / 255 * 2 - 1
+    q = VAE.apply({"params": params}, jnp.asarray(x, jnp.float32), method="encode")
+    mean, logvar = (np.asarray(each, np.float64) for each in (q.mean, q.logvar))
+    z = mean + np.exp(logvar / 2) * np.asarray(jax.random.normal(key, mean.shape), np.float64)
+    out = np.asarray(VAE.apply({"params": params}, jnp.asarray(z, jnp.float32), method="decode"), np.float64)
+    error = np.abs(out - x).mean() if rec_loss == "l1" else ((out - x) ** 2).mean()
+    kl = 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar).sum((1, 2, 3)).mean()
+    np.testing.assert_allclose(value, error + 1e-3 * kl, rtol=1e-4)
+    np.testing.assert_allclose(metrics["kl"], kl, rtol=1e-4)
+    # Of 8-bit values: 10 log10(255² / mean squared error).
+    psnr = 10 * np.log10(255**2 / ((out - x) / 2 * 255).__pow__(2).mean())
+    np.testing.assert_allclose(metrics["psnr"], psnr, rtol=1e-4)
+
+
+def test_training_reconstructs_and_gives_the_latents_a_scale(params, batch):
+    optimizer, config = optax.adam(3e-3), Config(VAE, "l2", ema_decay=0.5)
+    state = optim.init_state(params, optimizer, jax.random.key(0), ema=True)
+    step = jax.jit(autoencoder.train_step, static_argnames=("config", "optimizer"))
+    # Smooth pictures: noise does not compress.
+    ramp = np.linspace(0, 255, 16)[None, :, None, None] * np.array([1, 0.5, 0])
+    batch = {"pixels": jnp.asarray(np.broadcast_to(ramp, (4, 16, 16, 3)).astype(np.uint8))}
+    for _ in range(60):
+        state, metrics = step(state, {}, batch, config=config, optimizer=optimizer)
+    assert metrics["psnr"] > 20
+    images, z = autoencoder.reconstruct(state.ema, batch["pixels"], config)
+    assert images.dtype == jnp.uint8
+    assert np.abs(np.asarray(images, int) - np.asarray(batch["pixels"], int)).mean() < 20
+    np.testing.assert_allclose(np.std(np.asarray(z) * autoencoder.scaling_factor(z)), 1, rtol=1e-5)

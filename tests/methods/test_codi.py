@@ -1,0 +1,501 @@
+"""CoDi against its equations in NumPy, in float64, and the traps of its reference code."""
+
+import dataclasses
+import functools
+import itertools
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import standins
+from published import TINY_VAE
+from standins import MODULES, SMALL_SD, float64, make_batch, null_text, numpy_predict, small_unet
+
+from codi_jax import optim
+from codi_jax.methods import codi
+from codi_jax.methods.codi import CodiFlags, Config
+from codi_jax.methods.inputs import Condition, Modules
+from codi_jax.methods.prediction import predict
+from codi_jax.models.vae import AutoencoderKL, VAEConfig
+from codi_jax.schedule import NoiseSchedule
+
+SGD = optax.sgd(0.1)
+train_step = jax.jit(codi.train_step, static_argnames=("config", "optimizer", "accumulation"))
+B = standins.CHANNELS
+TEACHER = {
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+}
+# Every flag that changes the loss, with all of its values. What a network combination ignores is left out of it.
+NETWORKS = {
+    "uncontrol": {"onestepode": "uncontrol"},
+    "control-target": {"onestepode": "control", "onestepode_control_params": "target"},
+    "control-online": {"onestepode": "control", "onestepode_control_params": "online"},
+}
+NETWORKS |= {f"full-{name}": {**flags, "train": "unet"} for name, flags in NETWORKS.items()}
+NETWORKS["unconditional"] = {"distill_type": "unconditional"}
+CHOICES: dict[str, list[Any]] = {
+    "networks": list(NETWORKS),
+    "prediction_type": ["epsilon", "v_prediction", "sample"],
+    "distill_grid": ["trailing", "leading"],
+    "distill_loss": ["consistency_x", "consistency_epsilon"],
+    "cfg_aware_distill": [False, True],
+    "onestepode_cfg": [False, True],
+    "onestepode_sample_eps": [None, "epsilon"],
+    "snr_gamma": [None, 0.3],
+}
+
+
+FIRST = {name: values[0] for name, values in CHOICES.items()}
+
+
+def all_combinations() -> list[dict[str, Any]]:
+    return [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
+
+
+def covering_combinations() -> list[dict[str, Any]]:
+    """So few of all combinations that still every two values of two flags meet in one of them."""
+    rest = all_combinations()
+    np.random.default_rng(0).shuffle(rest)
+    pairs = {pair for c in rest for pair in itertools.combinations(c.items(), 2)}
+    chosen = []
+    while pairs:
+        best = max(rest, key=lambda c: len(pairs & set(itertools.combinations(c.items(), 2))))
+        pairs -= set(itertools.combinations(best.items(), 2))
+        chosen.append(best)
+    return chosen
+
+
+@dataclasses.dataclass
+class Problem:
+    """One combination of flags, with parameters of which no two are alike."""
+
+    config: Config
+    state: optim.TrainState
+    frozen: dict[str, Any]
+    batch: dict[str, jax.Array]
+    key: jax.Array
+
+    def loss(self) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return codi.loss(self.state.params, self.state, self.frozen, self.batch, self.key, self.config)
+
+
+def make_problem(combination: dict[str, Any], **more: Any) -> Problem:
+    chosen = dict(combination)
+    flags = CodiFlags(
+        **NETWORKS[chosen.pop("networks")], distill_learning_steps=8, distill_timestep_scaling=0.01,
+        distill_x0_weight=0.7, **{k: v for k, v in chosen.items() if k != "prediction_type"}, **more,
+    )  # fmt: skip
+    # A timestep scaling so small that c_skip and c_out are far from 0 and 1.
+    teacher = NoiseSchedule.from_config({**TEACHER, "prediction_type": chosen["prediction_type"]})
+    config = codi.configure(MODULES, flags)
+    frozen = {"unet": standins.unet_params(1), "schedule": codi.student_schedule(teacher, flags), **null_text()}
+    params = {"unet": standins.unet_params(2), "controlnet": standins.controlnet_params(3)}
+    ema = {"unet": standins.unet_params(4), "controlnet": standins.controlnet_params(5)}
+    trained = codi.init_state(
+        config, frozen["unet"], optax.identity(), jax.random.key(0), controlnet_params=params["controlnet"]
+    )
+    state = dataclasses.replace(
+        trained,
+        params={name: params[name] for name in trained.params},
+        ema={name: ema[name] for name in trained.params},
+    )
+    return Problem(config, state, frozen, make_batch(B), jax.random.key(7))
+
+
+def numpy_loss(problem: Problem) -> Any:
+    """The method's equations as a function of θ."""
+    flags, schedule = problem.config.flags, problem.frozen["schedule"]
+    batch, frozen = float64(problem.batch), float64({k: v for k, v in problem.frozen.items() if k != "schedule"})
+    alphas_cumprod = np.asarray(schedule.alphas_cumprod, np.float64)
+    alpha, sigma = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
+    column = (slice(None), None, None, None)
+    control = batch["conditioning"] / 255 if flags.distill_type == "conditional" else None
+
+    # What is drawn.
+    keys = jax.random.split(problem.key, 4)
+    mean, logvar = np.split(batch["moments"], 2, axis=-1)
+    z0 = (mean + np.exp(logvar / 2) * float64(jax.random.normal(keys[0], mean.shape))) * 0.3
+    n = np.asarray(jax.random.randint(keys[1], (B,), 0, 8))
+    noise = float64(jax.random.normal(keys[2], z0.shape))
+    w = 2 + 12 * float64(jax.random.uniform(keys[3], (B,)))
+    k = 1000 // 8
+    t = (n + 1) * k - 1 if flags.distill_grid == "trailing" else n * k
+    s = np.maximum(t - k, 0)
+
+    def x_eps(networks, z, t, guided, control):
+        out = numpy_predict(networks, z, t, batch["context"], batch["pooled"], batch["time_ids"], control)
+        if guided:
+            context, pooled = (np.repeat(frozen[name], B, 0) for name in ("null_context", "null_pooled"))
+            uncond = numpy_predict(networks, z, t, context, pooled, batch["time_ids"], control)
+            out = uncond + w[column] * (out - uncond)
+        a, b = alpha[t][column], sigma[t][column]
+        match schedule.prediction_type:
+            case "epsilon":
+                return (z - b * out) / a, out
+            case "v_prediction":
+                return a * z - b * out, a * out + b * z
+            case "sample":
+                return out, (z - a * out) / b
+
+    def f(networks, z, t):
+        tau = (0.01 * t)[column]
+        c_skip, c_out = 0.5**2 / (tau**2 + 0.5**2), tau / np.sqrt(tau**2 + 0.5**2)
+        x, eps = x_eps(networks, z, t, flags.cfg_aware_distill, control)
+        return c_skip * z + c_out * x, c_skip * z + c_out * eps
+
+    theta_now, theta_minus = float64(problem.state.params), float64(problem.state.ema)
+    z_t = alpha[t][column] * z0 + sigma[t][column] * noise
+    with_control = flags.onestepode == "control" and control is not None
+    source = {"target": theta_minus, "online": theta_now}[flags.onestepode_control_params]
+    teacher = {"unet": frozen["unet"], **({"controlnet": source["controlnet"]} if with_control else {})}
+    x, eps = x_eps(teacher, z_t, t, flags.onestepode_cfg, control if with_control else None)
+    if flags.onestepode_sample_eps == "epsilon":
+        eps = noise
+    z_s = alpha[s][column] * x + sigma[s][column] * eps
+    target = f({"unet": frozen["unet"], **theta_minus}, z_s, s)
+
+    snr = (alpha[t] / sigma[t]) ** 2
+    of_type = {"epsilon": snr, "v_prediction": snr + 1, "sample": np.ones(B)}[schedule.prediction_type]
+    w_snr = np.ones(B) if flags.snr_gamma is None else np.minimum(snr, flags.snr_gamma) / of_type
+    index = 0 if flags.distill_loss == "consistency_x" else 1
+
+    def loss(theta):
+        online = f({"unet": frozen["unet"], **theta}, z_t, t)
+        consistency = ((online[index] - target[index]) ** 2).mean((1, 2, 3))
+        return np.mean(w_snr * consistency) + 0.7 * np.mean((online[0] - z0) ** 2)
+
+    return loss
+
+
+def numpy_gradient(loss: Any, theta: Any) -> Any:
+    """Central differences."""
+    leaves, tree = jax.tree.flatten(float64(theta))
+    gradient = [np.zeros_like(leaf) for leaf in leaves]
+    for leaf, out in zip(leaves, gradient, strict=True):
+        for i in np.ndindex(leaf.shape):
+            here, h = leaf[i], 1e-5
+            leaf[i] = here + h
+            above = loss(jax.tree.unflatten(tree, leaves))
+            leaf[i] = here - h
+            out[i] = (above - loss(jax.tree.unflatten(tree, leaves))) / (2 * h)
+            leaf[i] = here
+    return jax.tree.unflatten(tree, gradient)
+
+
+def assert_equals_numpy(problem: Problem) -> None:
+    wanted = numpy_loss(problem)
+
+    def ours(params):
+        return codi.loss(params, problem.state, problem.frozen, problem.batch, problem.key, problem.config)
+
+    (value, _), gradient = jax.value_and_grad(ours, has_aux=True)(problem.state.params)
+    np.testing.assert_allclose(value, wanted(float64(problem.state.params)), rtol=1e-5)
+    theirs = numpy_gradient(wanted, problem.state.params)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(theirs))
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(theirs), strict=True):
+        assert np.abs(b).max() > 0, "a parameter without gradient proves nothing"
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("combination", covering_combinations(), ids=lambda c: "-".join(str(v) for v in c.values()))
+def test_loss_and_gradient_equal_the_equations(combination: dict[str, Any]) -> None:
+    assert_equals_numpy(make_problem(combination))
+
+
+@pytest.mark.slow
+def test_loss_and_gradient_equal_the_equations_for_every_combination() -> None:
+    for combination in all_combinations():
+        assert_equals_numpy(make_problem(combination))
+
+
+# ---- With the real networks, small
+
+
+@functools.cache
+def real_model() -> tuple[Modules, dict[str, Any], NoiseSchedule]:
+    unet, unet_params = small_unet(SMALL_SD)
+    vae = AutoencoderKL(VAEConfig.from_dict(TINY_VAE))
+    rng = np.random.default_rng(3)
+    null = {"null_context": jnp.asarray(rng.standard_normal((1, 5, 24)), jnp.float32)}
+    return Modules(unet, vae), {"unet": unet_params, **null}, NoiseSchedule.from_config(TEACHER)
+
+
+def real_problem(flags: CodiFlags, size: int = 4, **init: Any) -> Problem:
+    modules, frozen, teacher = real_model()
+    config = codi.configure(modules, flags)
+    frozen = {**frozen, "schedule": codi.student_schedule(teacher, flags)}
+    rng = np.random.default_rng(0)
+    batch = {
+        "moments": rng.standard_normal((size, 8, 8, 8)).astype("f2"),
+        "context": rng.standard_normal((size, 5, 24)).astype("f2"),
+        "conditioning": rng.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8),
+    }
+    state = codi.init_state(config, frozen["unet"], SGD, jax.random.key(0), **init)
+    return Problem(config, state, frozen, jax.tree.map(jnp.asarray, batch), jax.random.key(7))
+
+
+def perturbed(tree: Any, seed: int) -> Any:
+    """Away from the start, where a ControlNet puts out zeros."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def with_trained(problem: Problem) -> Problem:
+    state = problem.state
+    state = dataclasses.replace(state, params=perturbed(state.params, 1), ema=perturbed(state.ema, 2))
+    return dataclasses.replace(problem, state=state)
+
+
+def value_and_grad(problem: Problem) -> Any:
+    def loss(params: Any, problem_state: Any) -> Any:
+        return codi.loss(params, problem_state, problem.frozen, problem.batch, problem.key, problem.config)
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(problem.state.params, problem.state)
+
+
+@pytest.mark.parametrize("onestepode", ["uncontrol", "control"])
+def test_the_student_starts_as_the_teacher(onestepode: str) -> None:
+    """To the bit: a new ControlNet adds zeros."""
+    problem = real_problem(CodiFlags(onestepode=onestepode))
+    frozen, batch = problem.frozen, problem.batch
+    context, control = batch["context"], batch["conditioning"] / 255.0
+    z, t = batch["moments"][..., :4].astype(jnp.float32), jnp.array([19, 259, 519, 999])
+    networks = {"unet": frozen["unet"]}
+
+    @jax.jit
+    def outputs(params: Any) -> Any:
+        condition = Condition(context, None, control)
+        return tuple(predict(problem.config.modules, {**networks, **p}, z, t, condition) for p in ({}, params))
+
+    teacher, student = outputs(problem.state.params)
+    assert np.abs(np.asarray(teacher)).max() > 0.01
+    np.testing.assert_array_equal(student, teacher)
+    for a, b in zip(jax.tree.leaves(problem.state.ema), jax.tree.leaves(problem.state.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        CodiFlags(onestepode="uncontrol", cfg_aware_distill=True),
+        CodiFlags(onestepode="control", onestepode_cfg=True),
+    ],
+    ids=["guided student", "guided teacher"],
+)
+def test_sharing_the_encoder_changes_nothing(flags: CodiFlags, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = with_trained(real_problem(flags))
+    (shared, _), gradient = value_and_grad(problem)
+    calls = []
+    monkeypatch.setattr(codi, "_shared_features", lambda *_: calls.append(1))
+    (alone, _), wanted = value_and_grad(problem)
+    assert calls, "the encoder was not shared"
+    np.testing.assert_allclose(shared, alone, rtol=1e-5)
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(wanted))
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * largest)
+
+
+def test_a_given_controlnet_is_where_training_starts_and_is_trained() -> None:
+    problem = make_problem(FIRST)
+    given, optimizer = standins.controlnet_params(21), optax.adam(0.1)
+    state = codi.init_state(
+        problem.config, problem.frozen["unet"], optimizer, jax.random.key(0), controlnet_params=given
+    )
+    for tree in (state.params, state.ema):
+        assert jax.tree.all(jax.tree.map(np.array_equal, tree, {"controlnet": given}))
+    after, metrics = train_step(state, problem.frozen, problem.batch, config=problem.config, optimizer=optimizer)
+    assert metrics.keys() >= {"loss", "grad_norm", "consistency", "reconstruction", "skipped"}
+    for name, start in given.items():
+        moved = np.asarray(after.params["controlnet"][name] - start)
+        assert np.all(np.abs(moved) > 0.05)
+        averaged = np.asarray(after.ema["controlnet"][name] - start)
+        np.testing.assert_allclose(averaged, 0.001 * moved, rtol=1e-2)
+
+
+def test_the_teachers_step_takes_the_controlnet_of_now() -> None:
+    """One program for all steps: with other parameters it gives what the equations say of those."""
+    for networks, trees in (("control-target", ("ema",)), ("control-online", ("params",))):
+        problem = make_problem({**FIRST, "networks": networks})
+        loss = jax.jit(lambda state, p=problem: codi.loss(state.params, state, p.frozen, p.batch, p.key, p.config)[0])
+        for seed in (11, 12):
+            later = {tree: {"controlnet": standins.controlnet_params(seed)} for tree in trees}
+            problem = dataclasses.replace(problem, state=dataclasses.replace(problem.state, **later))
+            wanted = numpy_loss(problem)(float64(problem.state.params))
+            np.testing.assert_allclose(loss(problem.state), wanted, rtol=1e-5)
+        assert loss._cache_size() == 1
+
+
+def test_all_that_is_random_is_drawn_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents, noise, time and guidance: no two of them agree, nor do those of two steps."""
+    size, calls = 1000, []
+    real = codi.guided
+
+    def record(modules: Any, networks: Any, z: Any, t: Any, inputs: Any, w: Any = None, *rest: Any) -> Any:
+        calls.append((np.asarray(inputs.z0), np.asarray(z), np.asarray(t), None if w is None else np.asarray(w)))
+        return real(modules, networks, z, t, inputs, w, *rest)
+
+    monkeypatch.setattr(codi, "guided", record)
+    problem = make_problem({**FIRST, "cfg_aware_distill": True}, distill_guidance_min=3.0, distill_guidance_max=5.0)
+    batch = make_batch(size)
+    problem.batch = {**batch, "moments": jnp.zeros_like(batch["moments"])}
+    alpha = np.sqrt(np.asarray(problem.frozen["schedule"].alphas_cumprod, np.float64))
+    draws = []
+    for seed in (0, 1):
+        calls.clear()
+        problem.key = jax.random.key(seed)
+        problem.loss()
+        (_, _, _, _), (z0, z_t, t, w), (_, _, s, w_target) = calls
+        np.testing.assert_array_equal(w, w_target)
+        np.testing.assert_array_equal(s, np.maximum(t - 125, 0))
+        a = alpha[t][:, None, None, None]
+        noise = (z_t - a * z0) / np.sqrt(1 - a**2)
+        assert set(np.unique(t)) == set(range(124, 1000, 125))
+        np.testing.assert_allclose(np.bincount(t // 125) / size, 1 / 8, atol=0.05)
+        assert 3 <= w.min() < 3.02
+        assert 4.98 < w.max() < 5
+        # Two draws of different shapes from one key agree in their first numbers.
+        draws += [z0.ravel()[:size], noise.ravel()[:size], noise[:, 1, 2, 1], t, w]
+        np.testing.assert_allclose(noise.std(), 1, atol=0.03)
+    correlation = np.corrcoef(draws) - np.eye(len(draws))
+    assert np.abs(correlation).max() < 5 / size**0.5
+    assert np.abs(np.corrcoef([draws[3], np.abs(draws[1]), draws[4] ** 2]) - np.eye(3)).max() < 5 / size**0.5
+
+
+def test_microbatches_draw_apart_too() -> None:
+    """A batch of one sample four times over: alike draws would make the microbatches alike."""
+    problem = make_problem(FIRST)
+    batch = jax.tree.map(lambda x: jnp.repeat(x[:1], 4, axis=0), problem.batch)
+    _, metrics = train_step(
+        problem.state, problem.frozen, batch, config=problem.config, optimizer=optax.identity(), accumulation=4
+    )
+    seen = []
+    key = jax.random.fold_in(problem.state.key, 0)
+    one = jax.tree.map(lambda x: x[:1], batch)
+    for i in range(4):
+        problem.batch, problem.key = one, jax.random.fold_in(key, i)
+        seen.append(float(problem.loss()[0]))
+    assert len(set(seen)) == 4
+    np.testing.assert_allclose(metrics["loss"], np.mean(seen), rtol=1e-4)
+
+
+# ---- Configuration
+
+
+def test_the_schedule_of_the_student_has_the_grid() -> None:
+    flags = CodiFlags(distill_learning_steps=20, distill_grid="leading", distill_timestep_scaling=3.0)
+    schedule = codi.student_schedule(NoiseSchedule.from_config(TEACHER), flags)
+    t, s = codi.grid(schedule)
+    np.testing.assert_array_equal(t, np.arange(20) * 50)
+    np.testing.assert_array_equal(s, np.maximum(t - 50, 0))
+    assert schedule.timestep_scaling == 3
+    t, s = codi.grid(codi.student_schedule(NoiseSchedule.from_config(TEACHER), CodiFlags()))
+    assert (len(t), t[0], t[-1], s[0], s[-1]) == (50, 19, 999, 0, 979)
+    with pytest.raises(ValueError, match="student_schedule"):
+        codi.grid(NoiseSchedule.from_config(TEACHER))
+
+
+def test_the_teachers_prediction_type_is_not_overridden() -> None:
+    teacher = NoiseSchedule.from_config(TEACHER)
+    for name in ("v_prediction", "vprediction", "x_prediction", "xprediction"):
+        with pytest.warns(UserWarning, match=f"--onestepode_sample_eps {name} has no effect.*epsilon"):
+            schedule = codi.student_schedule(teacher, CodiFlags(onestepode_sample_eps=name))
+        assert schedule.prediction_type == "epsilon"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in (None, "epsilon", "nprediction"):
+            codi.student_schedule(teacher, CodiFlags(onestepode_sample_eps=name))
+        of_v = NoiseSchedule.from_config({**TEACHER, "prediction_type": "v_prediction"})
+        codi.student_schedule(of_v, CodiFlags(onestepode_sample_eps="vprediction"))
+
+
+def test_without_condition_the_unet_is_trained_alone() -> None:
+    problem = real_problem(CodiFlags(distill_type="unconditional", cfg_aware_distill=True))
+    assert problem.config.modules.controlnet is None
+    assert set(problem.state.params) == {"unet"}
+    del problem.batch["conditioning"]
+    value, _ = jax.eval_shape(problem.loss)
+    assert value.shape == ()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"distill_guidance_min": 20.0}, "--distill_guidance_min 20.0 .* at most --distill_guidance_max 14.0"),
+        ({"ema_decay": 1.0}, "--ema_decay 1.0"),
+        ({"snr_gamma": 0.0}, "--snr_gamma 0.0 is not possible: it must be positive"),
+    ],
+)
+def test_impossible_flags_are_refused(values: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CodiFlags(**values)
+
+
+# ---- Devices
+
+SCRIPT = """
+import sys
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import test_codi as tests
+
+assert jax.device_count() == 8
+problem = tests.guided_problem(sys.argv[1], size=16)
+
+def step(state, frozen, batch):
+    return tests.train_step(state, frozen, batch, config=problem.config, optimizer=tests.SGD, accumulation=2)
+
+mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ("data", "fsdp"))
+everywhere = NamedSharding(mesh, PartitionSpec())
+spread = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+def shard(x):
+    last = NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), "fsdp"))
+    return last if x.ndim and x.shape[-1] % 2 == 0 else everywhere
+
+one = jax.device_put((problem.state, problem.frozen, problem.batch), jax.devices()[0])
+eight = (
+    jax.device_put(problem.state, jax.tree.map(shard, problem.state)),
+    jax.device_put(problem.frozen, jax.tree.map(shard, problem.frozen)),
+    jax.device_put(problem.batch, spread),
+)
+for _ in range(2):
+    (state_1, metrics_1), (state_8, metrics_8) = step(*one), step(*eight)
+    one, eight = (state_1, *one[1:]), (state_8, *eight[1:])
+    for name in metrics_1:
+        np.testing.assert_allclose(metrics_8[name], metrics_1[name], rtol=1e-4, err_msg=name)
+for a, b in zip(jax.tree.leaves(state_1.params), jax.tree.leaves(state_8.params), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5 * max(np.abs(a).max(), 1e-3))
+"""
+
+
+def guided_problem(networks: str, size: int) -> Problem:
+    if networks == "real":
+        flags = CodiFlags(cfg_aware_distill=True, snr_gamma=5.0)
+        return with_trained(real_problem(flags, size))
+    problem = make_problem({**FIRST, "networks": "control-target", "cfg_aware_distill": True, "snr_gamma": 5.0})
+    state = dataclasses.replace(problem.state, opt_state=SGD.init(problem.state.params))
+    return dataclasses.replace(problem, state=state, batch=make_batch(size))
+
+
+@pytest.mark.parametrize("networks", ["stand-ins", pytest.param("real", marks=pytest.mark.slow)])
+def test_one_device_and_eight_agree(networks: str) -> None:
+    folder = Path(__file__).resolve().parent
+    paths = ":".join(str(p) for p in (folder, folder.parent, folder.parent.parent))
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", SCRIPT, networks]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,123 @@
+"""CoDi: distils a text-to-image model into a student of 1 to 4 steps that follows a condition image.
+
+python3 training_scripts/train_codi_flax.py \
+    --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --train_data_dir data/mine \
+    --resolution 512 --train_batch_size 4 --learning_rate 1e-5 --mixed_precision bf16 --max_train_steps 500000 \
+    --output_dir runs/codi
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from codi_jax import command_line, optim, sharding, train
+from codi_jax.data import DataFlags
+from codi_jax.methods import codi
+from codi_jax.pretrained import (
+    ConditionFlags,
+    ModelFlags,
+    load_batches,
+    load_pretrained,
+    modules_of,
+    null_text_of,
+    save_trained,
+    trainable,
+    with_controlnet,
+)
+from codi_jax.validation import ValidationFlags, generate_with, picture, validation_samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(
+    ModelFlags, ConditionFlags, codi.CodiFlags, train.LoopFlags, optim.OptimizerFlags, DataFlags, ValidationFlags
+):
+    """Distils a text-to-image model, with a new condition, into a student of few steps."""
+
+    controlnet_model_name_or_path: str | None = None
+    """ControlNet to start from. If left out: a new one, a copy of the UNet's encoder."""
+    controlnet_revision: str | None = None
+    """Branch, tag or commit of it on the hub."""
+    controlnet_from_pt: bool = False
+    """Has no effect: PyTorch and Flax files are told apart by themselves."""
+    learning_rate: float = 1e-5
+    """The learning rate, after warm-up."""
+    checkpointing_steps: int = 5000
+    """Steps between two checkpoints; 0 for none."""
+    validation_sampling_steps: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of steps at which validation pictures show the student."""
+    guidance_scale: float = 1.0
+    """Guidance scale of the student in validation pictures; with --cfg_aware_distill one of the range it was trained
+    with."""
+    teacher_guidance_scale: float = 7.5
+    """Guidance scale of the teacher in validation pictures."""
+
+
+def main(args: Args) -> None:
+    flags = codi.CodiFlags(**{name: getattr(args, name) for name in _CODI_FLAGS})
+    run_config = {name: getattr(args, name) for name in (*_RUN_CONFIG, *_CODI_FLAGS)}
+    args = train.start(args, run_config)
+    mesh, key = sharding.make_mesh(args.fsdp), jax.random.key(args.seed)
+    teacher = load_pretrained(args, mesh, args.controlnet_model_name_or_path, args.controlnet_revision)
+    task = args.task if flags.distill_type == "conditional" else None
+    loader = load_batches(args, teacher, task)
+    samples = validation_samples(args, task)
+    config = codi.configure(modules_of(teacher, ("controlnet", "unet"), args), flags)
+    num_steps = train.num_steps(args, loader.samples_per_epoch)
+    optimizer = optim.make_optimizer(args, num_steps, batch_size=train.global_batch_size(args))
+    state = codi.init_state(
+        config,
+        trainable(args, teacher, "unet"),
+        optimizer,
+        key,
+        controlnet_params=trainable(args, teacher, "controlnet") if "controlnet" in teacher.modules else None,
+        mixed_precision=args.mixed_precision,
+    )
+    frozen = {**teacher.params, "schedule": codi.student_schedule(teacher.schedule, flags)}
+    if flags.is_guided:
+        frozen |= null_text_of(teacher)
+    student = dataclasses.replace(with_controlnet(teacher, config.modules.controlnet), schedule=frozen["schedule"])
+
+    @functools.cache
+    def by_teacher() -> np.ndarray:
+        return generate_with(teacher, {}, samples, steps=50, guidance_scale=args.teacher_guidance_scale)
+
+    def validate(state: Any, _: int) -> dict[str, np.ndarray]:
+        rows = {"condition": samples.conditions, "teacher, 50 steps": by_teacher()}
+        for steps in args.validation_sampling_steps:
+            made = generate_with(student, state.ema, samples, steps=steps, guidance_scale=args.guidance_scale)
+            rows[f"student, {steps}"] = made
+        return {"samples": picture({**rows, "data": samples.pictures})}
+
+    def export(state: Any, folder: Path) -> None:
+        trained = {name: (student.modules[name], params) for name, params in state.ema.items()}
+        save_trained(args, student, folder, trained)
+
+    train.train(
+        functools.partial(
+            codi.train_step, config=config, optimizer=optimizer, accumulation=args.gradient_accumulation_steps
+        ),
+        state,
+        frozen,
+        loader,
+        args,
+        mesh=mesh,
+        validate=validate,
+        export=export,
+        run_config=run_config,
+    )
+
+
+# What a run that is resumed must share with the one that was stopped.
+_CODI_FLAGS = tuple(field.name for field in dataclasses.fields(codi.CodiFlags))
+_RUN_CONFIG = (
+    "pretrained_model_name_or_path", "controlnet_model_name_or_path", "task", "resolution",
+    "gradient_accumulation_steps", "use_8bit_adam", "mixed_precision",
+)  # fmt: skip
+
+if __name__ == "__main__":
+    command_line.run(Args, main)
