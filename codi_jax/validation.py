@@ -45,11 +45,13 @@ class Samples:
 
     Attributes:
       prompts: n of them.
+      resolution: side of the pictures to make.
       pictures: the ground truth, if there is one.
       conditions: condition images, if the task has them.
     """
 
     prompts: list[str]
+    resolution: int
     pictures: UInt8[np.ndarray, "n h w 3"] | None = None
     conditions: UInt8[np.ndarray, "n h w 3"] | None = None
 
@@ -62,20 +64,24 @@ def validation_samples(flags: Any, condition: Any = None) -> Samples:
       condition: see `codi_jax.data.load_data`.
 
     Raises:
-      ValueError: if data or images cannot be read.
+      ValueError: if data or images cannot be read, or prompts lack the condition images that the task has.
     """
     if not flags.validation_prompt:
         return held_out(flags, flags.num_validation_images, condition)
+    if condition is not None and not flags.validation_image:
+        raise ValueError(
+            "--validation_prompt needs --validation_image here: a condition image for all, or one for each."
+        )
     prompts, size = list(flags.validation_prompt), (flags.resolution, flags.resolution)
     if not flags.validation_image:
-        return Samples(prompts)
+        return Samples(prompts, flags.resolution)
     images = [to_pixels(open_image(source), size) for source in flags.validation_image]
     images = images * len(prompts) if len(images) == 1 else images
-    return Samples(prompts, conditions=np.round(np.stack(images) * 255).astype(np.uint8))
+    return Samples(prompts, flags.resolution, conditions=np.round(np.stack(images) * 255).astype(np.uint8))
 
 
 def held_out(flags: Any, count: int, condition: Any = None) -> Samples:
-    """The first samples of the shuffled validation data, without augmentation.
+    """The first samples of the shuffled validation data, without augmentation; all of them if there are not so many.
 
     Args:
       flags: `codi_jax.data.DataFlags` and `ValidationFlags`.
@@ -101,12 +107,21 @@ def held_out(flags: Any, count: int, condition: Any = None) -> Samples:
         captions.extend(texts)
         return {}
 
-    loader = load_data(flags, keep, batch_size=count, seed=0, condition=condition)
     try:
-        batch = next(loader)
+        loader = load_data(flags, keep, batch_size=1, seed=0, condition=condition)
+    except ValueError as error:
+        if flags.validation_data_dir is None:
+            raise
+        raise ValueError(str(error).replace("--train_data_dir", "--validation_data_dir")) from error
+    count = min(count, loader.samples_per_epoch or count)
+    try:
+        rows = [next(loader) for _ in range(count)]
     finally:
         loader.close()
-    return Samples(captions[:count], batch["pixels"], batch.get("conditioning"))
+    batch = {
+        name: np.concatenate([row[name] for row in rows]) for name in ("pixels", "conditioning") if name in rows[0]
+    }
+    return Samples(captions[:count], flags.resolution, batch["pixels"], batch.get("conditioning"))
 
 
 def generate_with(
@@ -124,7 +139,8 @@ def generate_with(
     pipeline.params = {**original, **params}
     try:
         conditions = samples.conditions if "controlnet" in pipeline.modules else None
-        return pipeline(samples.prompts, control_image=conditions, **options)
+        size = {"height": samples.resolution, "width": samples.resolution}
+        return pipeline(samples.prompts, control_image=conditions, **size, **options)
     finally:
         pipeline.params = original
 

@@ -16,7 +16,7 @@ import numpy as np
 from codi_jax import command_line, optim, sharding, train
 from codi_jax.data import DataFlags, load_data
 from codi_jax.methods import autoencoder
-from codi_jax.validation import ValidationFlags, held_out
+from codi_jax.validation import ValidationFlags, held_out, picture
 from codi_jax.weights import ModelFolder, build_module, load_model, save_model
 
 _HELD_OUT = 128  # images whose latents give the scaling factor

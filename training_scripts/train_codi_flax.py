@@ -63,7 +63,10 @@ def main(args: Args) -> None:
     args = train.start(args, run_config)
     mesh, key = sharding.make_mesh(args.fsdp), jax.random.key(args.seed)
     teacher = load_pretrained(args, mesh, args.controlnet_model_name_or_path, args.controlnet_revision)
+    schedule = codi.student_schedule(teacher.schedule, flags)
     task = args.task if flags.distill_type == "conditional" else None
+    if task is None:
+        teacher = with_controlnet(teacher, None)
     loader = load_batches(args, teacher, task)
     samples = validation_samples(args, task)
     config = codi.configure(modules_of(teacher, ("controlnet", "unet"), args), flags)
@@ -77,10 +80,10 @@ def main(args: Args) -> None:
         controlnet_params=trainable(args, teacher, "controlnet") if "controlnet" in teacher.modules else None,
         mixed_precision=args.mixed_precision,
     )
-    frozen = {**teacher.params, "schedule": codi.student_schedule(teacher.schedule, flags)}
+    frozen = {**teacher.params, "schedule": schedule}
     if flags.is_guided:
         frozen |= null_text_of(teacher)
-    student = dataclasses.replace(with_controlnet(teacher, config.modules.controlnet), schedule=frozen["schedule"])
+    student = dataclasses.replace(with_controlnet(teacher, config.modules.controlnet), schedule=schedule)
 
     @functools.cache
     def by_teacher() -> np.ndarray:

@@ -47,6 +47,8 @@ class Args(ModelFlags, train.LoopFlags, optim.OptimizerFlags, DataFlags, Validat
 
 
 def main(args: Args) -> None:
+    if "text_encoder" in args.from_scratch and not args.train_text_encoder:
+        raise ValueError("--from_scratch text_encoder needs --train_text_encoder, or it stays random.")
     names = ("unet", "text_encoder") if args.train_text_encoder else ("unet",)
     run_config = {name: getattr(args, name) for name in _RUN_CONFIG}
     args = train.start(args, run_config)
