@@ -1,5 +1,6 @@
 """Whole pipelines against those of diffusers: the same folder, the same noise, the same picture."""
 
+import dataclasses
 import functools
 import gc
 import itertools
@@ -24,7 +25,7 @@ from PIL import Image
 
 from codi_jax.generation import choose_guidance
 from codi_jax.models.config import ConfigError
-from codi_jax.pipeline import DiffusionPipeline
+from codi_jax.pipeline import DiffusionPipeline, _padded
 from codi_jax.weights import WeightsError
 
 PROMPTS = ["a red cat", "two dogs"]
@@ -438,6 +439,25 @@ def test_a_second_call_compiles_nothing(pairs: Pairs) -> None:
         assert ours.compile_seconds < 0.1
         assert ours.seconds > 0
     assert same_tree(ours.params, before), "generating must not use up or change the parameters"
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "lcm", "codi"])
+def test_few_steps_are_compiled_once_for_all_their_numbers(pairs: Pairs, sampler: Any) -> None:
+    """What they give is compared with diffusers above."""
+    ours = dataclasses.replace(pairs("text-to-image").ours)
+    ours.schedule = ours.schedule.with_distillation_grid(50)
+    seen = [run_ours(ours, sampler=sampler, steps=steps) for steps in (1, 2, 4, 8)]
+    assert len(ours._compiled) == 1
+    assert len({images.tobytes() for images in seen}) == 4
+
+
+def test_steps_beyond_the_room_are_compiled_by_themselves() -> None:
+    for steps, room in ((1, 8), (8, 8), (9, 64), (64, 64), (65, 65)):
+        noise = np.ones((steps - 1, 1, 2, 2, 4), np.float32)
+        padded = _padded({"timesteps": np.arange(steps)[::-1].astype(np.int32), "noise": jnp.asarray(noise)})
+        assert padded["timesteps"].shape == (room,)
+        assert padded["noise"].shape[0] == room - 1
+        assert padded["num_steps"] == steps
 
 
 def test_steps_are_reported_and_the_pipeline_is_let_go(pairs: Pairs) -> None:

@@ -4,6 +4,7 @@ The network is a smooth function of z and t that torch, JAX and NumPy evaluate a
 """
 
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -403,6 +404,38 @@ def test_every_step_is_reported_when_it_is_done(sampler: Sampler):
     jax.effects_barrier()
     assert events == [event for i in range(len(times)) for event in ("network", i)]
     np.testing.assert_allclose(with_report, our_sample(sampler, schedule, normal(0), times, noise), atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", sampling.COUNTED)
+def test_times_that_only_fill_the_array_change_nothing(sampler: Sampler):
+    """One program for 1 to 50 steps; what stands behind those that count is garbage, and must not be read."""
+    schedule, traced = make().with_distillation_grid(50), []
+
+    @jax.jit
+    def run(times: jax.Array, noise: jax.Array | None, num_steps: jax.Array) -> jax.Array:
+        traced.append(sampler)
+        z = jnp.asarray(normal(0))
+        return sampling.sample(sampler, denoise(jnp), schedule, z, times, noise, num_steps=num_steps)
+
+    room = 60
+    for steps in (1, 2, 4, 8, 50):
+        times = sampling.timesteps_for(sampler, schedule, steps)
+        noise = normal(4, steps - 1, *SHAPE) if sampling.is_stochastic(sampler) else None
+        expected = our_sample(sampler, schedule, normal(0), times, noise)
+        padded = np.pad(times, (0, room - steps), constant_values=3)
+        if noise is not None:
+            noise = jnp.pad(noise, [(0, room - steps), *[(0, 0)] * len(SHAPE)], constant_values=np.nan)
+        result = run(jnp.asarray(padded), noise, jnp.int32(steps))
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5, err_msg=f"{steps} steps")
+    assert traced == [sampler]
+
+
+@pytest.mark.parametrize("sampler", [s for s in get_args(Sampler) if s not in sampling.COUNTED])
+def test_the_other_samplers_cannot_be_counted(sampler: Sampler):
+    with pytest.raises(ValueError, match=rf"the sampler {re.escape(sampler)} visits all of its timesteps"):
+        sampling.sample(
+            sampler, denoise(jnp), make(), jnp.zeros(SHAPE), np.arange(4)[::-1] * 200, num_steps=jnp.int32(2)
+        )
 
 
 # ---- Guidance

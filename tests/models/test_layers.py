@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers.models.activations import GEGLU as TorchGEGLU
+from diffusers.models import activations
 
 from codi_jax.models.group_norm import GroupNorm
 from codi_jax.models.layers import GEGLU
@@ -45,7 +45,7 @@ def test_group_norm_and_its_gradient_equal_torch(shape, groups, offset):
 
 
 def test_geglu_and_its_gradient_equal_diffusers():
-    theirs = TorchGEGLU(6, 10).double()
+    theirs = activations.GEGLU(6, 10).double()
     x, dy = RNG.normal(0, 2, (2, 5, 6)).astype("f4"), RNG.standard_normal((2, 5, 10)).astype("f4")
     tensor = torch.tensor(x).double().requires_grad_()
     out = theirs(tensor)

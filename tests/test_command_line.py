@@ -1,0 +1,109 @@
+"""Errors as one sentence, on the command line."""
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import pytest
+
+from codi_jax import command_line
+
+
+@dataclass(frozen=True)
+class Args:
+    """Does something."""
+
+    train_batch_size: int = 1
+    """Examples in a step."""
+    name: str | None = None
+    """What to call it."""
+    fast: bool = False
+    """Be fast."""
+
+    def __post_init__(self) -> None:
+        if self.train_batch_size < 1:
+            raise ValueError(f"--train_batch_size {self.train_batch_size} must be at least 1.")
+
+
+@pytest.fixture(autouse=True)
+def _the_user_shows_warnings_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Args]]:
+    def call(*words: str, raises: Exception | None = None) -> list[Args]:
+        seen = []
+
+        def function(args: Args) -> None:
+            seen.append(args)
+            if raises is not None:
+                raise raises
+
+        monkeypatch.setattr("sys.argv", ["program", *words])
+        command_line.run(Args, function)
+        return seen
+
+    return call
+
+
+def test_flags_are_spelled_with_underscores_and_hyphens(run: Any) -> None:
+    assert run("--train_batch_size", "3", "--fast") == [Args(3, None, True)]
+    assert run("--train-batch-size=3") == [Args(3)]
+    assert run() == [Args()]
+
+
+def test_what_the_arguments_themselves_refuse(run: Any, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("--train_batch_size", "0")
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert "--train_batch_size 0 must be at least 1." in shown
+    assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize("error", [ValueError("no."), FileNotFoundError("no."), FloatingPointError("no.")])
+def test_errors_that_the_user_can_mend(run: Any, error: Exception) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(raises=error)
+    assert ended.value.code == "error: no."
+
+
+@pytest.mark.parametrize("error", [TypeError("no"), KeyError("no"), AssertionError("no")])
+def test_mistakes_of_the_program_keep_their_traceback(run: Any, error: Exception) -> None:
+    with pytest.raises(type(error)):
+        run(raises=error)
+
+
+def test_memory(run: Any) -> None:
+    """Only flags that the program has are named."""
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+    with pytest.raises(SystemExit) as ended:
+        run(raises=error)
+    assert ended.value.code == "error: the device has not enough memory: try other values of --train_batch_size."
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        run(raises=jax.errors.JaxRuntimeError("INTERNAL: no"))
+
+
+def test_unknown_flags_and_values(run: Any, capsys: pytest.CaptureFixture) -> None:
+    for words in (["--batch", "3"], ["--train_batch_size", "three"]):
+        with pytest.raises(SystemExit) as ended:
+            run(*words)
+        assert ended.value.code == 2
+        shown = re.sub(r"\W+", " ", capsys.readouterr().err)
+        assert "train_batch_size" in shown
+
+
+def test_a_text_that_may_be_left_out_is_not_the_word_none(run: Any) -> None:
+    assert run("--name", "None") == [Args(name="None")]
+
+
+def test_warnings_are_one_line(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning("take care", UserWarning, "file.py", 1)
+    assert capsys.readouterr().err == "warning: take care\n"

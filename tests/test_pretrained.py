@@ -1,0 +1,130 @@
+"""What training scripts start from, and the folder that they write."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from folders import SIZE, make_pipeline, make_tokenizer
+from picture_folders import write_folder
+
+from codi_jax import sharding, train
+from codi_jax.pipeline import DiffusionPipeline
+from codi_jax.pretrained import (
+    PretrainedFlags,
+    load_batches,
+    load_pretrained,
+    modules_of,
+    null_text_of,
+    save_trained,
+    tokenizer_of,
+    trainable,
+    with_controlnet,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags(PretrainedFlags, train.LoopFlags):
+    pass
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make_pipeline("controlnet", folder).save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def flags_of(model: Path, **flags: Any) -> Flags:
+    return Flags(pretrained_model_name_or_path=str(model), **{"resolution": SIZE, **flags})
+
+
+def load(model: Path, **flags: Any) -> tuple[Flags, DiffusionPipeline]:
+    given = flags_of(model, **flags)
+    return given, load_pretrained(given, sharding.make_mesh())
+
+
+def dtypes(tree: Any) -> set[Any]:
+    return {leaf.dtype for leaf in jax.tree.leaves(tree)}
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def exact(model: Path) -> DiffusionPipeline:
+    return DiffusionPipeline.from_pretrained(model)
+
+
+def test_training_in_half_precision_starts_from_and_saves_the_whole_numbers(
+    model: Path, exact: DiffusionPipeline, tmp_path: Path
+):
+    """The student starts from the file's float32, not from the teacher's bfloat16; frozen parts stay as they were."""
+    flags, pipeline = load(model, mixed_precision="bf16", save_dtype="bfloat16")
+    assert dtypes(pipeline.params["unet"]) == {jnp.dtype(jnp.bfloat16)}
+    unet = trainable(flags, pipeline, "unet")
+    assert_same(unet, exact.params["unet"])
+    save_trained(flags, pipeline, tmp_path, {"unet": (pipeline.modules["unet"], unet)})
+    saved = DiffusionPipeline.from_pretrained(tmp_path)
+    for name in ("vae", "text_encoder", "controlnet"):
+        assert_same(saved.params[name], exact.params[name])
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), exact.params["unet"])
+    assert_same(saved.params["unet"], rounded)
+
+
+def test_in_full_precision_nothing_is_read_twice(model: Path):
+    flags, pipeline = load(model)
+    assert trainable(flags, pipeline, "unet") is pipeline.params["unet"]
+
+
+def test_a_controlnet_can_be_taken_away(model: Path, tmp_path: Path):
+    flags, pipeline = load(model)
+    without = with_controlnet(pipeline, None)
+    assert "controlnet" in pipeline.modules
+    assert "controlnet" not in without.modules
+    save_trained(flags, without, tmp_path, {})
+    assert not (tmp_path / "controlnet").exists()
+    assert with_controlnet(without, pipeline.modules["controlnet"]).modules == pipeline.modules
+
+
+def test_only_what_is_trained_recomputes_activations(model: Path):
+    flags, pipeline = load(model, gradient_checkpointing=True)
+    modules = modules_of(pipeline, ("unet",), flags)
+    assert modules.unet.remat
+    assert not modules.controlnet.remat
+    flags = dataclasses.replace(flags, gradient_checkpointing=False)
+    assert modules_of(pipeline, ("unet",), flags).unet == pipeline.modules["unet"]
+
+
+def test_resolutions_that_the_networks_take(model: Path):
+    """Latents of 9 pixels cannot be halved, though the VAE could make them."""
+    with pytest.raises(ValueError, match=r"--resolution 36 is not possible: .* take multiples of 8"):
+        load(model, resolution=36)
+
+
+def test_another_tokenizer(model: Path, tmp_path: Path):
+    make_tokenizer(tmp_path / "other")
+    _, pipeline = load(model, tokenizer_name=str(tmp_path / "other"))
+    assert pipeline.tokenizer_files["tokenizer"][0].parent == tmp_path / "other"
+    ids = tokenizer_of(pipeline)(["a", ""])["text_encoder"]
+    assert ids.shape == (2, pipeline.modules["text_encoder"].config.max_position_embeddings)
+    assert null_text_of(pipeline)["null_context"].shape[-1] == pipeline.modules["text_encoder"].config.hidden_size
+
+
+def test_batches_divide_into_devices_and_passes(model: Path, tmp_path: Path):
+    data = write_folder(tmp_path / "data", 8)
+    flags, pipeline = load(model, train_data_dir=str(data), train_batch_size=2, gradient_accumulation_steps=3)
+    loader = load_batches(flags, pipeline)
+    try:
+        batch = next(loader)
+    finally:
+        loader.close()
+    assert batch["pixels"].shape == (6, SIZE, SIZE, 3)
+    assert batch["input_ids"].keys() == {"text_encoder"}
+    flags = dataclasses.replace(flags, train_batch_size=4)
+    with pytest.raises(ValueError, match="8 samples, fewer than one batch of 12 takes"):
+        load_batches(flags, pipeline)

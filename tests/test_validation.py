@@ -1,0 +1,162 @@
+"""What a run shows while it trains."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from picture_folders import numbered, write_folder
+
+from codi_jax.data import DataFlags
+from codi_jax.validation import Samples, ValidationFlags, generate_with, held_out, picture, validation_samples
+
+COUNT = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags(DataFlags, ValidationFlags):
+    pass
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("data") / "train", COUNT, size=(48, 32), condition_size=(48, 32))
+
+
+def flags_of(data: Path, **flags: Any) -> Flags:
+    return Flags(train_data_dir=str(data), resolution=32, **flags)
+
+
+def numbers(samples: Samples) -> list[int]:
+    """Which pictures these are; their captions say so, too."""
+    assert samples.pictures is not None
+    assert samples.prompts == [str(number) for number in samples.pictures[:, 0, 0, 0]]
+    return [int(prompt) for prompt in samples.prompts]
+
+
+def test_samples_are_the_same_in_every_run_and_not_augmented(data: Path):
+    flags = flags_of(data, random_flip=True, proportion_empty_prompts=1.0, num_validation_images=4)
+    shown = [validation_samples(flags, "column") for _ in range(3)]
+    assert len({tuple(numbers(samples)) for samples in shown}) == 1
+    assert len(set(numbers(shown[0]))) == 4
+    for number, pixels, condition in zip(numbers(shown[0]), shown[0].pictures, shown[0].conditions, strict=True):
+        np.testing.assert_array_equal(pixels, np.asarray(numbered(number, (48, 32)).crop((8, 0, 40, 32))))
+        np.testing.assert_array_equal(pixels, condition)
+
+
+def test_how_many_does_not_change_which_come_first(data: Path):
+    few, many = (held_out(flags_of(data), count) for count in (2, 5))
+    assert numbers(few) == numbers(many)[:2]
+    assert few.conditions is None
+
+
+def test_a_small_data_set_is_shown_whole(data: Path):
+    samples = held_out(flags_of(data), 128)
+    assert sorted(numbers(samples)) == list(range(COUNT))
+
+
+def test_samples_of_a_folder_that_is_not_trained_on(data: Path, tmp_path: Path):
+    others = write_folder(tmp_path / "others", 3, captions=["100", "101", "102"])
+    flags = flags_of(data, validation_data_dir=str(others), max_train_samples=1)
+    assert sorted(validation_samples(flags).prompts) == ["100", "101", "102"]
+
+
+def test_a_data_set_that_is_cached_or_read_by_processes(data: Path):
+    samples = held_out(flags_of(data, cache_latents=True, dataloader_num_workers=2), 2)
+    assert len(numbers(samples)) == 2
+
+
+def test_a_stream(data: Path):
+    """Of unknown length: where it is short, samples come again."""
+    assert len(numbers(held_out(flags_of(data, streaming=True), 8))) == 8
+
+
+def test_prompts_of_ones_own(data: Path, tmp_path: Path):
+    file = tmp_path / "condition.png"
+    numbered(7, (64, 64)).save(file)
+    flags = flags_of(data, validation_prompt=("a", "b"), validation_image=(str(file),))
+    samples = validation_samples(flags, "column")
+    assert samples.prompts == ["a", "b"]
+    assert samples.pictures is None
+    assert samples.conditions is not None
+    assert samples.conditions.shape == (2, 32, 32, 3)
+    assert np.all(samples.conditions[..., 0] == 7)
+    assert validation_samples(flags_of(data, validation_prompt=("a",))) == Samples(["a"], 32)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"num_validation_images": 0}, "--num_validation_images 0 must be at least 1"),
+        (
+            {"validation_prompt": ("a", "b", "c"), "validation_image": ("x", "y")},
+            "--validation_image has 2 images and --validation_prompt 3 prompts: give one image, or one for each",
+        ),
+        ({"validation_image": ("x", "y")}, "--validation_image has 2 images and --validation_prompt 0 prompts"),
+    ],
+)
+def test_flags_that_make_no_sense(data: Path, flags: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        flags_of(data, **flags)
+
+
+def test_prompts_need_the_condition_images_of_the_task(data: Path):
+    with pytest.raises(ValueError, match="--validation_prompt needs --validation_image here"):
+        validation_samples(flags_of(data, validation_prompt=("a",)), "column")
+
+
+def test_a_missing_folder_is_named_by_its_flag(data: Path):
+    with pytest.raises(ValueError, match=r"there is no folder /nowhere: check --validation_data_dir"):
+        validation_samples(flags_of(data, validation_data_dir="/nowhere"))
+
+
+class Pipeline:
+    """Notes what it is called with."""
+
+    def __init__(self, *modules: str) -> None:
+        self.modules = dict.fromkeys(modules)
+        self.params: dict[str, Any] = {"unet": "old", "vae": "v"}
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __call__(self, prompts: list[str], **options: Any) -> np.ndarray:
+        self.calls.append((self.params, prompts, options))
+        if prompts == ["nan"]:
+            raise FloatingPointError
+        return np.zeros((len(prompts), 4, 4, 3), np.uint8)
+
+
+def test_generating_puts_the_parameters_back() -> None:
+    pipeline, samples = Pipeline("unet"), Samples(["a"], 16, conditions=np.zeros((1, 16, 16, 3), np.uint8))
+    before = pipeline.params
+    generate_with.__wrapped__(pipeline, {"unet": "new"}, samples, steps=3)
+    with pytest.raises(FloatingPointError):
+        generate_with.__wrapped__(pipeline, {"unet": "new"}, Samples(["nan"], 16))
+    assert pipeline.params is before
+    params, prompts, options = pipeline.calls[0]
+    assert params == {"unet": "new", "vae": "v"}
+    assert prompts == ["a"]
+    # A pipeline without a ControlNet refuses conditions; the size is then that of nothing else.
+    assert options == {"control_image": None, "steps": 3, "height": 16, "width": 16}
+    with_controlnet = Pipeline("unet", "controlnet")
+    generate_with.__wrapped__(with_controlnet, {}, samples)
+    assert with_controlnet.calls[0][2]["control_image"] is samples.conditions
+
+
+def test_the_picture_has_a_row_for_each_batch_behind_its_name() -> None:
+    rng = np.random.default_rng(0)
+    first, second = (rng.integers(0, 256, (3, 20, 20, 3), np.uint8) for _ in range(2))
+    laid_out = picture({"first": first, "none": None, "second": list(second)})
+    assert laid_out.dtype == np.uint8
+    np.testing.assert_array_equal(laid_out[:20, -60:], np.concatenate(list(first), axis=1))
+    np.testing.assert_array_equal(laid_out[20:, -60:], np.concatenate(list(second), axis=1))
+    names = laid_out[:, :-60]
+    assert all((names[start : start + 20] < 128).any() for start in (0, 20))
+    assert (names == 255).mean() > 0.5
+
+
+def test_rows_lower_than_their_names_do_not_overlap() -> None:
+    rows = {name: np.full((2, 4, 4, 3), value, np.uint8) for name, value in {"a": 10, "b": 20}.items()}
+    laid_out = picture(rows)
+    assert laid_out.shape[0] == 28
+    assert [int((laid_out == value).all(-1)[:, -8:].sum()) for value in (10, 20)] == [32, 32]
