@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from codi_jax import optim, sharding
-from codi_jax.data import DataFlags, Encoders, Loader, Tokenize, load_data
+from codi_jax.data import ConditionOf, DataFlags, Encoders, Loader, Tokenize, load_data
 from codi_jax.methods.inputs import Modules, encode_prompts, null_text, posterior
 from codi_jax.models.attention import Implementation
 from codi_jax.models.config import Params
@@ -52,10 +52,16 @@ class ModelFlags:
 class ConditionFlags:
     """What the images of a ControlNet are."""
 
-    task: Literal["column", "canny", "super_resolution", "inpainting"] = "column"
-    """Where condition images come from. column: --conditioning_image_column, whatever it holds: edges, depth, the image
-    before an edit. The others are made from the image itself: its edges (unless there is a column of them), a quarter
-    of its resolution, or a hole in it."""
+    task: Literal["column", "edit", "canny", "super_resolution", "inpainting"] = "column"
+    """Where condition images come from. column, edit: --conditioning_image_column, whatever it holds: edges, depth, for
+    edit the image before it (with the edited one in --image_column and the instruction in --caption_column). The others
+    are made from the image itself: its edges (unless there is a column of them), a quarter of its resolution, or a hole
+    in it."""
+
+    @property
+    def condition(self) -> ConditionOf:
+        """Where they come from, as `codi_jax.data.load_data` takes it."""
+        return "column" if self.task == "edit" else self.task
 
 
 @dataclass(frozen=True, kw_only=True)

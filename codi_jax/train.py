@@ -460,7 +460,8 @@ def _check_arguments(arguments: Mapping[str, Any], path: Path) -> None:
     Raises:
       ValueError: naming the first that differs.
     """
-    if not path.exists():
+    # Alone in its folder, it is from a start that was refused later, for its model or its data.
+    if not path.exists() or list(path.parent.iterdir()) == [path]:
         return
     earlier = json.loads(path.read_text(encoding="utf-8"))
     for name in sorted((earlier.keys() | arguments.keys()) - {*_NOT_CONFIGURATION}):

@@ -142,8 +142,7 @@ def build_module(
       WeightsError: if there is no such file, or it is of another family.
       ConfigError: for a value in it that codi_jax cannot build.
     """
-    where = str(folder.require("config.json"))
-    mapping = folder.read_json("config.json")
+    where, mapping = f"{folder}/config.json", folder.read_json("config.json")
     config_class, module_class = _model_class(mapping, where)
     return module_class(config_class.from_dict(mapping, where=where), dtype=dtype, attention=attention, remat=remat)
 

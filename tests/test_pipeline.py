@@ -572,7 +572,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit_json(f / "scheduler" / "scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler"),
         r"scheduler_config\.json.*FlowMatchEulerDiscreteScheduler",
     ),
-    "five-channels": (save_unet_with_five_channels, "in_channels = 5; codi_jax can sample models with 4"),
+    "five-channels": (save_unet_with_five_channels, "in_channels = 5; with this VAE codi_jax can sample models with 4"),
     "nan": (write_nan, "conv_in.bias holds NaN or infinity"),
 }
 

@@ -431,9 +431,14 @@ def test_a_second_sigint_ends_at_once(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, loader=Loader(8, send))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # A process that was started in the background ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, loader=Loader(8, send))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_loader_that_goes_down_with_the_signal_does_not_matter(tmp_path):
@@ -473,6 +478,12 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path):
         run(tmp_path, checkpointing_steps=0, train_batch_size=4, resume_from_checkpoint="latest")
     assert (tmp_path / "args.json").read_text() == arguments
     run(tmp_path, checkpointing_steps=0, logging_steps=3)  # the same once more
+
+
+def test_a_run_that_did_not_begin_leaves_its_folder_free(tmp_path):
+    train.start(flags_of(tmp_path, train_batch_size=3))
+    train.start(flags_of(tmp_path, train_batch_size=4))
+    assert json.loads((tmp_path / "args.json").read_text())["train_batch_size"] == 4
 
 
 def test_a_batch_that_cannot_be_shared_out(tmp_path, monkeypatch):

@@ -108,6 +108,8 @@ def load(args: Args) -> tuple[Any, Any]:
         return load_model(source, subfolder, compute_dtype=dtype)
     if config is not None and source is None:
         folder = Path(config) if Path(config).is_dir() else Path(config).parent
+        if Path(config).is_file() and Path(config).name != "config.json":
+            raise ValueError(f"--model_config_name_or_path {config}: give a folder with a config.json, or that file.")
         return build_module(ModelFolder(str(folder)), dtype), None
     raise ValueError("give either --pretrained_model_name_or_path or --model_config_name_or_path.")
 

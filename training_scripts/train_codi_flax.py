@@ -64,11 +64,11 @@ def main(args: Args) -> None:
     mesh, key = sharding.make_mesh(args.fsdp), jax.random.key(args.seed)
     teacher = load_pretrained(args, mesh, args.controlnet_model_name_or_path, args.controlnet_revision)
     schedule = codi.student_schedule(teacher.schedule, flags)
-    task = args.task if flags.distill_type == "conditional" else None
-    if task is None:
+    condition = args.condition if flags.distill_type == "conditional" else None
+    if condition is None:
         teacher = with_controlnet(teacher, None)
-    loader = load_batches(args, teacher, task)
-    samples = validation_samples(args, task)
+    loader = load_batches(args, teacher, condition)
+    samples = validation_samples(args, condition)
     config = codi.configure(modules_of(teacher, ("controlnet", "unet"), args), flags)
     num_steps = train.num_steps(args, loader.samples_per_epoch)
     optimizer = optim.make_optimizer(args, num_steps, batch_size=train.global_batch_size(args))

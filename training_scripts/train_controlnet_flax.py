@@ -53,8 +53,8 @@ def main(args: Args) -> None:
     args = train.start(args, run_config)
     mesh, key = sharding.make_mesh(args.fsdp), jax.random.key(args.seed)
     pipeline = load_pretrained(args, mesh, args.controlnet_model_name_or_path)
-    loader = load_batches(args, pipeline, args.task)
-    samples = validation_samples(args, args.task)
+    loader = load_batches(args, pipeline, args.condition)
+    samples = validation_samples(args, args.condition)
     modules = modules_of(pipeline, ("controlnet",), args)
     if modules.controlnet is None:
         modules = add_controlnet(modules)

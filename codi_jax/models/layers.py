@@ -201,8 +201,9 @@ def _geglu_forward(x: Array) -> tuple[Array, Array]:
 
 def _geglu_backward(x: Array, dy: Array) -> tuple[Array]:
     """With Φ and φ the distribution and the density of N(0, 1): d/dg of g Φ(g) is Φ(g) + g φ(g)."""
-    value, gate = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    dy = dy.astype(jnp.float32)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    value, gate = jnp.split(x.astype(wide), 2, axis=-1)
+    dy = dy.astype(wide)
     Φ = 0.5 * (1 + jax.lax.erf(gate * math.sqrt(0.5)))
     φ = jnp.exp(-0.5 * gate**2) / math.sqrt(2 * math.pi)
     return (jnp.concatenate([dy * gate * Φ, dy * value * (Φ + gate * φ)], axis=-1).astype(x.dtype),)
