@@ -4,7 +4,7 @@ import dataclasses
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 import tyro
@@ -12,13 +12,19 @@ import tyro
 Args = TypeVar("Args")
 
 
-def run(args_class: type[Args], function: Callable[[Args], Any], prog: str | None = None) -> None:
+_SAVE_MEMORY = ("train_batch_size", "gradient_checkpointing", "fsdp")
+
+
+def run(
+    args_class: type[Args], function: Callable[[Args], Any], prog: str | None = None, *, save_memory: str | None = None
+) -> None:
     """Parses the command line and calls the function; an error that the user can mend ends the process with a line.
 
     Args:
       args_class: a dataclass; the docstrings of its fields are the help.
       function: of the arguments.
       prog: the program's name in the help.
+      save_memory: what to try when the device has not enough memory; ``None`` names the flags of training.
     """
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
@@ -30,10 +36,9 @@ def run(args_class: type[Args], function: Callable[[Args], Any], prog: str | Non
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        names = {field.name for field in dataclasses.fields(cast(Any, args_class))}
-        flags = ("batch_size", "height", "width", "train_batch_size", "gradient_checkpointing", "fsdp")
-        sys.exit(
-            "error: the device has not enough memory: try other values of "
-            + ", ".join(f"--{flag}" for flag in flags if flag in names)
-            + "."
-        )
+        sys.exit(f"error: the device has not enough memory: try {save_memory or _other_values(args_class)}.")
+
+
+def _other_values(args_class: type) -> str:
+    names = {field.name for field in dataclasses.fields(args_class)}
+    return "other values of " + ", ".join(f"--{flag}" for flag in _SAVE_MEMORY if flag in names)

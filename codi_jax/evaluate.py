@@ -9,25 +9,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import UInt8
 from tqdm import tqdm
 
+from codi_jax import command_line
 from codi_jax.features import Features, load_features
 from codi_jax.images import canny, open_image
 from codi_jax.metrics import edge_f1, edit_success, fid, kid, psnr
 from codi_jax.models.attention import Implementation
-from codi_jax.pipeline import DiffusionPipeline
+from codi_jax.pipeline import DiffusionPipeline, DType, resolve_dtype
 from codi_jax.report import METRICS, Report, Result, Row, check_plots, markdown, write_report
 from codi_jax.sampling import Sampler, default_sampler
 from codi_jax.sharding import keep_compiled_programs
 
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 _MOST_PSNR = 100.0  # dB, of pictures that are equal
 _SEEDS_APART = 1_000_000  # so that the pictures of two seeds have no noise in common
 
@@ -36,7 +34,8 @@ _SEEDS_APART = 1_000_000  # so that the pictures of two seeds have no noise in c
 class Args:
     """Compares models on a folder of pictures with captions, edges or edits, such as the emoji benchmark.
 
-    Writes metrics.json, report.html (one file that needs nothing else) and the plots, and prints the table.
+    Writes metrics.json, report.html (one file that needs nothing else), pictures.png and the plots, and prints the
+    table.
     """
 
     models: tuple[str, ...]
@@ -62,8 +61,8 @@ class Args:
     num_shown: int = 12
     """Rows of pictures in the report."""
     output_dir: Path = Path("outputs/evaluation")
-    """Folder for metrics.json, report.html and the plots."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Folder for metrics.json, report.html, pictures.png and the plots."""
+    dtype: DType = "auto"
     """Precision of weights and computation. auto: bfloat16 on GPU and TPU, float32 on CPU."""
     attention: Implementation = "auto"
     """Attention kernel. auto: the fastest that the device has."""
@@ -261,8 +260,7 @@ def measure(
 
 
 def _load(model: Competitor, args: Args) -> DiffusionPipeline:
-    half = jax.default_backend() != "cpu"
-    dtype = (jnp.bfloat16 if half else jnp.float32) if args.dtype == "auto" else _DTYPES[args.dtype]
+    dtype = resolve_dtype(args.dtype)
     return DiffusionPipeline.from_pretrained(model.folder, model.controlnet, dtype=dtype, attention=args.attention)
 
 
@@ -389,17 +387,12 @@ def _facts(args: Args, count: int) -> dict[str, str]:
 
 def main() -> None:
     """The command line."""
-    args = tyro.cli(Args, prog="python3 -m codi_jax.evaluate", use_underscores=True, config=(tyro.conf.DisallowNone,))
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
+
+    def run_and_tell(args: Args) -> None:
         run(args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        sys.exit("error: the device has not enough memory: try a smaller --batch_size.")
-    print(f"wrote {args.output_dir}/report.html")
+        print(f"wrote {args.output_dir}/report.html")
+
+    command_line.run(Args, run_and_tell, "python3 -m codi_jax.evaluate", save_memory="a smaller --batch_size")
 
 
 if __name__ == "__main__":

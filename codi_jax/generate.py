@@ -1,25 +1,22 @@
 """``python3 -m codi_jax.generate``: images from a Stable Diffusion model or a distilled student."""
 
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import UInt8
 from tqdm import tqdm
 
+from codi_jax import command_line
 from codi_jax.images import check_output, open_image, save_images
 from codi_jax.models.attention import Implementation
-from codi_jax.pipeline import DiffusionPipeline
+from codi_jax.pipeline import DiffusionPipeline, DType, resolve_dtype
 from codi_jax.sampling import Sampler
 from codi_jax.sharding import keep_compiled_programs
 
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 _LONG_RUN = 10  # steps from which a progress bar is worth its line
 
 
@@ -72,7 +69,7 @@ class Args:
     """In pixels. If left out: that of the given image, or the model's own."""
     width: int | None = None
     """In pixels. If left out: that of the given image, or the model's own."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: DType = "auto"
     """Precision of weights and computation. auto: bfloat16 on GPU and TPU, float32 on CPU."""
     attention: Implementation = "auto"
     """Attention kernel. auto: the fastest that the device has."""
@@ -112,12 +109,11 @@ def run(args: Args) -> list[Path]:
 
 
 def _load(args: Args) -> DiffusionPipeline:
-    half = jax.default_backend() != "cpu"
     return DiffusionPipeline.from_pretrained(
         args.model,
         args.controlnet,
         args.lora,
-        dtype=(jnp.bfloat16 if half else jnp.float32) if args.dtype == "auto" else _DTYPES[args.dtype],
+        dtype=resolve_dtype(args.dtype),
         lora_scale=args.lora_scale,
         attention=args.attention,
         revision=args.revision,
@@ -164,16 +160,8 @@ def _generate(
 
 def main() -> None:
     """The command line."""
-    args = tyro.cli(Args, prog="python3 -m codi_jax.generate", use_underscores=True, config=(tyro.conf.DisallowNone,))
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        run(args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        sys.exit("error: the device has not enough memory: try a smaller --batch_size, --height and --width.")
+    memory = "a smaller --batch_size, --height and --width"
+    command_line.run(Args, run, "python3 -m codi_jax.generate", save_memory=memory)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import math
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -11,11 +11,12 @@ import numpy as np
 from diffusers.utils.loading_utils import load_image
 from diffusers.utils.pil_utils import make_image_grid
 from jaxtyping import Float, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 Picture = Image.Image | np.ndarray
 """A PIL image, or an array [H, W, 3], uint8 or float in [0, 1]."""
 
+_LABEL_WIDTH, _LABEL_HEIGHT = 96, 14  # pixels
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -166,3 +167,20 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels are of Pillow's mode {image.mode}, 32 bits: convert it to 8 or 16 bits.")
     return image.convert("RGB")
+
+
+def labelled_rows(
+    rows: Mapping[str, Sequence[np.ndarray] | np.ndarray | None],
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Batches of images as one picture: a row for each, with its name in front; ``None`` is left out."""
+    shown = {name: np.concatenate(list(images), axis=1) for name, images in rows.items() if images is not None}
+    height = sum(max(row.shape[0], _LABEL_HEIGHT) for row in shown.values())
+    font = ImageFont.load_default(11)
+    left = max(_LABEL_WIDTH, *(math.ceil(font.getlength(name)) + 8 for name in shown))
+    canvas = Image.new("RGB", (left + max(row.shape[1] for row in shown.values()), height), "white")
+    draw, top = ImageDraw.Draw(canvas), 0
+    for name, row in shown.items():
+        draw.text((4, top + row.shape[0] // 2), name, fill="black", anchor="lm", font=font)
+        canvas.paste(Image.fromarray(row), (left, top))
+        top += max(row.shape[0], _LABEL_HEIGHT)
+    return np.asarray(canvas)

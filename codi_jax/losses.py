@@ -37,7 +37,7 @@ def huber(
 
 
 def min_snr_weights(
-    snr: Float[Array, " b"], gamma: float | int | Float[Array, ""], prediction_type: PredictionType
+    snr: Float[Array, " b"], gamma: float | int | Float[Array, ""] | None, prediction_type: PredictionType
 ) -> Float[Array, " b"]:
     """The min-SNR-γ weights of a loss on the network's output (Hang et al., 2023, section 3.4).
 
@@ -45,9 +45,11 @@ def min_snr_weights(
 
     Args:
       snr: the signal-to-noise ratio of each sample, 0 where there is no signal.
-      gamma: γ; 5 in the paper.
+      gamma: γ; 5 in the paper. ``None`` weighs all samples alike.
       prediction_type: what the network puts out.
     """
+    if gamma is None:
+        return jnp.ones_like(snr)
     match prediction_type:
         case "epsilon":
             return jnp.minimum(gamma / snr, 1.0)  # at SNR = 0 too

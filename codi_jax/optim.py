@@ -226,6 +226,11 @@ class TrainState:
     skipped: Int[Array, ""] | Any
     skipped_in_a_row: Int[Array, ""] | Any
 
+    @property
+    def result(self) -> Any:
+        """The parameters to show and to save: the moving average where one is kept."""
+        return self.params if self.ema is None else self.ema
+
 
 def init_state(
     params: Params,

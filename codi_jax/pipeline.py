@@ -11,15 +11,16 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Num, UInt8
+from jaxtyping import Array, Float, Int, Num, UInt8
 from transformers import CLIPTokenizer
 
+from codi_jax import sharding
 from codi_jax.generation import Program, choose_guidance, generate
 from codi_jax.hub import ModelFolder
 from codi_jax.images import Picture, as_list, stack_pictures, to_mask, to_pixels
@@ -31,11 +32,14 @@ from codi_jax.models.controlnet import ControlNet
 from codi_jax.sampling import COUNTED, Sampler, default_sampler, is_stochastic, timesteps_for
 from codi_jax.schedule import CONFIG_NAME, NoiseSchedule
 from codi_jax.text import find_tokenizer, tokenize
-from codi_jax.weights import Model, WeightsError, build_module, load_model, save_model
+from codi_jax.weights import Model, Place, WeightsError, build_module, load_model, save_model
 
 # Steps that a sampler is made for: the few of a distilled student, or those of diffusers' pipelines.
 _FEW_STEPS, _MANY_STEPS = 4, 50
 _ROOMS = (8, 64)  # numbers of steps that programs are compiled for, where a sampler can stop before
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+"""Precision of weights and computation, as a flag says it."""
 
 _REQUIRED = ("unet", "vae", "text_encoder", "tokenizer")
 _jitted_generate = jax.jit(generate, static_argnames="program")
@@ -97,6 +101,7 @@ class DiffusionPipeline:
         controlnet_revision: str | None = None,
         tokenizer: str | Path | None = None,
         untrained: Mapping[str, Array] | None = None,
+        place: Place | None = None,
     ) -> "DiffusionPipeline":
         """Loads a model.
 
@@ -115,6 +120,7 @@ class DiffusionPipeline:
           tokenizer: folder or repository of another (first) tokenizer than the one in ``source``.
           untrained: parts that get random parameters instead of the folder's, and a key for each: what is needed of
             them is ``config.json``.
+          place: puts each loaded parameter on devices; ``None`` is the default device.
 
         Raises:
           WeightsError: if something is missing, or of another family, or does not fit.
@@ -128,13 +134,7 @@ class DiffusionPipeline:
                 f"{folder}/model_index.json describes a {index.get('_class_name')} without {' and '.join(absent)}: it "
                 "is no Stable Diffusion 1.x, 2.x or XL model."
             )
-        tokenizers, files = {}, {}
-        for name in ("tokenizer", "tokenizer_2"):
-            if _is_present(index, name):
-                own = tokenizer is None or name != "tokenizer"
-                where = folder.part(name) if own else ModelFolder(str(tokenizer), cache_dir=cache_dir)
-                files[name] = find_tokenizer(where)
-                tokenizers[name] = CLIPTokenizer.from_pretrained(files[name][0].parent)
+        tokenizers, files = _load_tokenizers(folder, index, tokenizer, cache_dir)
         scheduler = folder.part("scheduler")
         schedule = NoiseSchedule.from_config(scheduler.read_json(CONFIG_NAME), f"{scheduler}/{CONFIG_NAME}")
         names = [name for name in ("unet", "vae", "text_encoder", "text_encoder_2") if _is_present(index, name)]
@@ -150,12 +150,14 @@ class DiffusionPipeline:
                 module = build_module(folder.part(name), of_part, attention=attention)
                 models[name] = module, module.random_params(untrained[name])
                 continue
-            models[name] = load_model(source, name, of_part, variant=variant, attention=attention, **hub)
+            models[name] = load_model(source, name, of_part, variant=variant, attention=attention, place=place, **hub)
         sources = {name: (str(source), name) for name in models}
         if controlnet is not None:
-            of_controlnet = {**hub, "revision": controlnet_revision}
-            sources["controlnet"] = _find_controlnet(controlnet, of_controlnet)
-            models["controlnet"] = _load_controlnet(sources["controlnet"], dtype, attention, of_controlnet)
+            hub |= {"revision": controlnet_revision}
+            sources["controlnet"] = _find_controlnet(controlnet, hub)
+            models["controlnet"] = _load_controlnet(
+                sources["controlnet"], dtype=dtype, attention=attention, place=place, **hub
+            )
         pipeline = cls(
             modules={name: module for name, (module, _) in models.items()},
             params={name: params for name, (_, params) in models.items()},
@@ -307,12 +309,12 @@ class DiffusionPipeline:
             raise ValueError(f"the sampler {sampler} takes even steps only: with timesteps use another, such as lcm.")
         return times
 
-    def save_pretrained(self, folder: str | Path, *, dtype: DTypeLike | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, *, dtype: DTypeLike | Mapping[str, DTypeLike] | None = None) -> None:
         """Writes the model as a diffusers folder, which diffusers loads with the class that fits the task.
 
         Args:
           folder: new, or one whose parts are replaced.
-          dtype: of the weight files; ``None`` keeps each parameter's own.
+          dtype: of the weight files, of all modules or of each by its name; ``None`` keeps each parameter's own.
 
         Raises:
           WeightsError: if something cannot be written. Every part is written whole or not at all, ``model_index.json``
@@ -320,7 +322,8 @@ class DiffusionPipeline:
         """
         folder = Path(folder).expanduser()
         for name, module in self.modules.items():
-            save_model(folder, name, module, self.params[name], dtype=dtype)
+            of_file = dtype.get(name) if isinstance(dtype, Mapping) else dtype
+            save_model(folder, name, module, self.params[name], dtype=of_file)
         if jax.process_index() != 0:
             return
         try:
@@ -378,7 +381,7 @@ class DiffusionPipeline:
         if key not in self._compiled:
             self._compiled[key] = _jitted_generate.lower(*arguments, program).compile()
         compiled = time.perf_counter()
-        images, finite = jax.device_get(self._compiled[key](*arguments))
+        images, finite = sharding.fetch(self._compiled[key](*arguments))
         jax.effects_barrier()
         self.compile_seconds, self.seconds = compiled - start, time.perf_counter() - compiled
         return images, finite
@@ -402,14 +405,15 @@ class DiffusionPipeline:
             )
         return size
 
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, Int[np.ndarray, "n s"]]:
+        """Token ids for every text encoder, by its name; raises as `codi_jax.text.tokenize`."""
+        encoders = {name.replace("tokenizer", "text_encoder"): each for name, each in self.tokenizers.items()}
+        return {name: tokenize(tokenizer, prompts, self.modules[name]) for name, tokenizer in encoders.items()}
+
     def _text_inputs(self, prompts: Sequence[str], negative_prompt: str | None) -> dict[str, Any]:
-        ids, null_ids = {}, {}
-        for name, tokenizer in self.tokenizers.items():
-            encoder = name.replace("tokenizer", "text_encoder")
-            ids[encoder] = tokenize(tokenizer, prompts, self.modules[encoder])
-            null = tokenize(tokenizer, [negative_prompt or ""], self.modules[encoder])
-            null_ids[encoder] = null.repeat(len(prompts), axis=0)
-        return {"ids": ids, "null_ids": null_ids}
+        null = self.tokenize([negative_prompt or ""])
+        repeated = {name: ids.repeat(len(prompts), axis=0) for name, ids in null.items()}
+        return {"ids": self.tokenize(prompts), "null_ids": repeated}
 
     def _image_inputs(
         self, batch: int, size: tuple[int, int], image: Any, mask_image: Any, control_image: Any
@@ -489,6 +493,13 @@ def _padded(inputs: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, "timesteps": times, "num_steps": np.int32(steps), "noise": noise}
 
 
+def resolve_dtype(name: DType) -> DTypeLike:
+    """The dtype of that name; auto is bfloat16 on GPU and TPU, float32 on a CPU."""
+    if name == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(name)
+
+
 class _StepReporter:
     """Tells the caller about steps. JAX keeps it with the compiled program, so it must not hold the pipeline."""
 
@@ -515,6 +526,19 @@ def _check_controlnet(modules: Mapping[str, Any]) -> None:
             )
 
 
+def _load_tokenizers(
+    folder: ModelFolder, index: Mapping[str, Any], other: str | Path | None, cache_dir: str | Path | None
+) -> tuple[dict[str, CLIPTokenizer], dict[str, tuple[Path, ...]]]:
+    """The tokenizers, the first one perhaps from elsewhere, and their files."""
+    tokenizers, files = {}, {}
+    for name in ("tokenizer", "tokenizer_2"):
+        if _is_present(index, name):
+            own = other is None or name != "tokenizer"
+            files[name] = find_tokenizer(folder.part(name) if own else ModelFolder(str(other), cache_dir=cache_dir))
+            tokenizers[name] = CLIPTokenizer.from_pretrained(files[name][0].parent)
+    return tokenizers, files
+
+
 def _is_present(index: Mapping[str, Any], name: str) -> bool:
     return bool(index.get(name)) and index[name][0] is not None
 
@@ -525,10 +549,8 @@ def _find_controlnet(source: str | Path, hub: Mapping[str, Any]) -> tuple[str, s
     return folder.source, "controlnet" if folder.find("config.json") is None else None
 
 
-def _load_controlnet(
-    source: tuple[str, str | None], dtype: DTypeLike, attention: Implementation, hub: Mapping[str, Any]
-) -> tuple[Model, Params]:
-    module, params = load_model(*source, dtype, attention=attention, **hub)
+def _load_controlnet(source: tuple[str, str | None], **options: Any) -> tuple[Model, Params]:
+    module, params = load_model(*source, **options)
     if not isinstance(module, ControlNet):
         raise WeightsError(f"{source[0]} is a {type(module).__name__}, not a ControlNet.")
     return module, params

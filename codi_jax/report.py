@@ -16,6 +16,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from codi_jax.images import labelled_rows
+
 _TEMPLATE = Path(__file__).with_name("report.html")
 # Okabe & Ito's, which colour-blind eyes tell apart; the first made brighter, for a dark ground.
 _COLOURS = ("#2f86c6", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
@@ -95,7 +97,7 @@ class Report:
 
 
 def write_report(folder: Path, report: Report) -> None:
-    """Writes ``metrics.json``, ``report.html`` and one SVG file a plot.
+    """Writes ``metrics.json``, ``report.html``, ``pictures.png`` and one SVG file a plot.
 
     Raises:
       OSError: if the folder cannot be written.
@@ -105,6 +107,17 @@ def write_report(folder: Path, report: Report) -> None:
         _write(folder / f"{name}.svg", svg.replace(_INK, "#555555"))
     _write(folder / "metrics.json", json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     _write(folder / "report.html", page(report, plots))
+    Image.fromarray(_pictures_alone(report)).save(folder / "pictures.png", optimize=True)
+
+
+def _pictures_alone(report: Report) -> UInt8[np.ndarray, "height width 3"]:
+    """The pictures without the page: a row for each result, between condition and real pictures."""
+    rows: dict[str, Any] = {}
+    if all(row.condition is not None for row in report.rows):
+        rows["given"] = [row.condition for row in report.rows]
+    for result in report.results:
+        rows[f"{result.model}, {result.steps}"] = result.pictures
+    return labelled_rows(rows | {"real": [row.truth for row in report.rows]})
 
 
 def _write(path: Path, text: str) -> None:

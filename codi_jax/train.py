@@ -266,8 +266,11 @@ class _Run:
 def _loop(train_step: TrainStep[State], state: State, frozen: Any, loader: Loader, run: _Run) -> State:
     """The steps ``first + 1`` to ``total``."""
     batch, position = _fetch(loader, run.mesh)
-    program = _compile(train_step, state, frozen, batch, run)
     with contextlib.ExitStack() as stack:
+        if run.flags.debug:
+            # Not `jax.config.update`: JAX overlooks that in a thread that has used the context manager before.
+            stack.enter_context(jax.debug_nans(True))
+        program = _compile(train_step, state, frozen, batch, run)
         monitor = stack.enter_context(contextlib.closing(_monitor(run, batch)))
         profiler = Profiler(run.flags, Path(run.flags.output_dir), run.first, monitor.pause)
         stack.enter_context(contextlib.closing(profiler))
@@ -427,8 +430,6 @@ def _configure_jax(flags: LoopFlags) -> None:
     sharding.keep_compiled_programs(flags.ccache)
     if flags.allow_tf32:
         jax.config.update("jax_default_matmul_precision", "tensorfloat32")
-    if flags.debug:
-        jax.config.update("jax_debug_nans", True)
 
 
 def _fill_in(output_dir: str) -> str:

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from PIL import Image
 
+from codi_jax import command_line
 from codi_jax.images import canny
 
 SIZE, MARGIN = 64, 1  # a white margin, so that the edges of what fills the picture are closed lines
@@ -445,13 +445,9 @@ def check(args: Args, folder: Path) -> None:
         raise ValueError(f"--output_dir {folder} holds something else: name a new or an empty folder.")
 
 
-def main() -> None:
-    args = tyro.cli(Args, use_underscores=True)
-    try:
-        print(f"{build(args)}\nwrote {args.output_dir}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+def main(args: Args) -> None:
+    print(f"{build(args)}\nwrote {args.output_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(Args, main)

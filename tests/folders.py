@@ -86,6 +86,13 @@ def make_pipeline(family: str, scratch: Path, scheduler: Any = None) -> Any:
     return pipeline
 
 
+def saved_pipeline(family: str, scratch: Path) -> Path:
+    """The folder of a family's model in ``scratch``, made once."""
+    if not (scratch / family).exists():
+        make_pipeline(family, scratch).save_pretrained(scratch / family)
+    return scratch / family
+
+
 def _controlnet(is_xl: bool) -> dict[str, Any]:
     unet = XL_UNET if is_xl else SD_UNET
     return {key: unet.get(key, value) for key, value in TINY_CONTROLNETS["sdxl" if is_xl else "sd-1.x"].items()}

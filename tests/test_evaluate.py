@@ -1,6 +1,7 @@
 """The comparison of models, as a user runs it, on tiny models with random weights."""
 
 import base64
+import functools
 import io
 import json
 import re
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from folders import SIZE, make_pipeline
+from folders import SIZE, saved_pipeline
 from PIL import Image
 
 from codi_jax import evaluate, report
@@ -28,14 +29,7 @@ Models = Callable[[str], Path]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The folder of a family's model, made once."""
-    scratch = tmp_path_factory.mktemp("models")
-
-    def folder(family: str) -> Path:
-        if not (scratch / family).exists():
-            make_pipeline(family, scratch).save_pretrained(scratch / family)
-        return scratch / family
-
-    return folder
+    return functools.partial(saved_pipeline, scratch=tmp_path_factory.mktemp("models"))
 
 
 def fake_features(pictures: np.ndarray) -> np.ndarray:
@@ -154,9 +148,13 @@ def test_a_comparison(models: Models, data: Path, tmp_path: Path, monkeypatch, c
     np.testing.assert_array_equal(shown, samples.truth[4])
     assert len(html.all("svg")) == 4
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "edge_f1-steps.svg", "fid_lite-seconds.svg", "fid_lite-steps.svg", "metrics.json", "psnr-steps.svg",
-        "report.html",
+        "edge_f1-steps.svg", "fid_lite-seconds.svg", "fid_lite-steps.svg", "metrics.json", "pictures.png",
+        "psnr-steps.svg", "report.html",
     ]  # fmt: skip
+    rows = np.asarray(Image.open(tmp_path / "out" / "pictures.png"))
+    assert len(rows) == SIZE * (1 + 4 + 1)
+    np.testing.assert_array_equal(rows[:SIZE, -SIZE:], samples.conditions[4])
+    np.testing.assert_array_equal(rows[-SIZE:, -SIZE:], samples.truth[4])
     out = capsys.readouterr().out
     assert out.startswith("| model | steps | FID-lite ↓ | KID-lite ×10³ ↓ | Edge F1 ↑ | PSNR dB ↑ | s / image ↓ |\n")
     assert out.endswith(f"wrote {tmp_path}/out/report.html\n")

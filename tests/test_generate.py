@@ -1,15 +1,17 @@
 """The command line, as a user runs it: ``python3 -m codi_jax.generate``."""
 
+import functools
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from folders import SIZE, XL_UNET, make_pipeline
+from folders import SIZE, XL_UNET, saved_pipeline
 from PIL import Image
 
 from codi_jax import generate
@@ -24,14 +26,7 @@ Models = Callable[[str], Path]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The folder of a family's model, made once."""
-    scratch = tmp_path_factory.mktemp("models")
-
-    def folder(family: str) -> Path:
-        if not (scratch / family).exists():
-            make_pipeline(family, scratch).save_pretrained(scratch / family)
-        return scratch / family
-
-    return folder
+    return functools.partial(saved_pipeline, scratch=tmp_path_factory.mktemp("models"))
 
 
 def command_line(folder: Path, *flags: str | Path) -> subprocess.CompletedProcess[str]:
@@ -153,7 +148,7 @@ def test_more_bad_input(
     Image.new("RGB", (8, 8)).save("file.png")
     model = str(models("text-to-image"))
     monkeypatch.setattr(sys, "argv", ["generate", "--prompt", "a cat", "--model", model, *flags])
-    monkeypatch.setattr(generate.warnings, "showwarning", generate.warnings.showwarning)  # main sets it
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main sets it
     with pytest.raises(SystemExit, match=message):
         generate.main()
     assert {path.name for path in tmp_path.iterdir()} == {"file", "file.png"}
@@ -164,7 +159,7 @@ def test_too_little_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
 
     monkeypatch.setattr(generate, "run", run)
-    monkeypatch.setattr(generate.warnings, "showwarning", generate.warnings.showwarning)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     monkeypatch.setattr(sys, "argv", ["generate", "--model", "m", "--prompt", "p"])
     with pytest.raises(SystemExit, match="error: the device has not enough memory: try a smaller --batch_size"):
         generate.main()

@@ -200,9 +200,7 @@ def loss(
         distance = losses.mse(f_eps, jax.lax.stop_gradient(f_eps_target))
     reconstruction = losses.mse(f, z0)
 
-    weights = jnp.ones(B)
-    if flags.snr_gamma is not None:
-        weights = losses.min_snr_weights(schedule.snr(t), flags.snr_gamma, schedule.prediction_type)
+    weights = losses.min_snr_weights(schedule.snr(t), flags.snr_gamma, schedule.prediction_type)
     value = jnp.mean(weights * distance) + flags.distill_x0_weight * jnp.mean(reconstruction)
     return value, {"consistency": distance.mean(), "reconstruction": reconstruction.mean()}
 

@@ -21,7 +21,6 @@ from codi_jax.losses import min_snr_weights, mse
 from codi_jax.methods.inputs import Batch, Modules, prepare
 from codi_jax.methods.prediction import predict
 from codi_jax.models.config import Params
-from codi_jax.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,8 @@ def loss(
     perturbation = config.input_perturbation * jax.random.normal(perturbation_key, z0.shape)
     z_t = schedule.add_noise(z0, noise + perturbation, t)
     prediction = predict(config.modules, networks, z_t, t, inputs.cond)
-    return jnp.mean(_weights(schedule, t, config) * mse(prediction, schedule.target(z0, noise, t))), {}
-
-
-def _weights(schedule: NoiseSchedule, t: Array, config: Config) -> Float[Array, " b"]:
-    if config.snr_gamma is None:
-        return jnp.ones(t.shape)
-    return min_snr_weights(schedule.snr(t), config.snr_gamma, schedule.prediction_type)
+    weights = min_snr_weights(schedule.snr(t), config.snr_gamma, schedule.prediction_type)
+    return jnp.mean(weights * mse(prediction, schedule.target(z0, noise, t))), {}
 
 
 def train_step(
