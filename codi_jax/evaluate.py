@@ -5,7 +5,7 @@ import platform
 import shlex
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
 
 from codi_jax import command_line
@@ -22,9 +22,12 @@ from codi_jax.images import canny, open_image
 from codi_jax.metrics import edge_f1, edit_success, fid, kid, psnr
 from codi_jax.models.attention import Implementation
 from codi_jax.pipeline import DiffusionPipeline, DType, resolve_dtype
-from codi_jax.report import METRICS, Report, Result, Row, check_plots, markdown, write_report
+from codi_jax.report import Report, Result, Row, check_plots, markdown, write_report
 from codi_jax.sampling import Sampler, default_sampler
 from codi_jax.sharding import keep_compiled_programs
+
+Place = tuple[str, str | None]
+"""A model's folder, and that of its ControlNet or ``None`` where it has none, or one in its folder."""
 
 _MOST_PSNR = 100.0  # dB, of pictures that are equal
 _SEEDS_APART = 1_000_000  # so that the pictures of two seeds have no noise in common
@@ -39,7 +42,8 @@ class Args:
     """
 
     models: tuple[str, ...]
-    """NAME=FOLDER, or NAME=FOLDER+CONTROLNET_FOLDER; several separated by spaces. Hub ids work as folders do."""
+    """NAME=FOLDER, or NAME=FOLDER+CONTROLNET_FOLDER; several separated by spaces. Hub ids work as folders do.
+    NAME=FOLDER,FOLDER,... is one model trained several times: one folder for each of --seeds."""
     data: Path = Path("data/emoji/validation")
     """Folder with metadata.jsonl; made by dataset_tools/emoji.py. Its subfolder edits/validation compares editors."""
     steps: tuple[int, ...] = (1, 2, 4, 8, 50)
@@ -72,11 +76,17 @@ class Args:
 
 @dataclass(frozen=True)
 class Competitor:
-    """A model, and how it is sampled."""
+    """A model, and how it is sampled.
+
+    Attributes:
+      name: in table and report.
+      places: folder, and folder of the ControlNet or ``None``: one place, or one for each seed.
+      sampler: ``None`` is that of the folder.
+      guidance_scale: how strongly to follow the text.
+    """
 
     name: str
-    folder: str
-    controlnet: str | None = None
+    places: tuple[Place, ...]
     sampler: Sampler | None = None
     guidance_scale: float | int = 7.5
 
@@ -93,6 +103,16 @@ class Samples:
     wanted: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Benchmark:
+    """What all models are measured on: n pictures with features of dimension d, of which r are shown."""
+
+    samples: Samples
+    features: Features
+    of_truth: Float[np.ndarray, "n d"]
+    shown: Int[np.ndarray, " r"]
+
+
 # ---- What to compare
 
 
@@ -102,31 +122,37 @@ def read_models(args: Args) -> list[Competitor]:
     Raises:
       ValueError: if a flag cannot be read, or names a model twice or one that is not there.
     """
-    models: dict[str, tuple[str, str | None]] = {}
+    models: dict[str, tuple[Place, ...]] = {}
     for text in args.models:
         name, equals, places = text.partition("=")
-        folder, _, controlnet = places.partition("+")
-        if not (name and equals and folder):
+        if not (name and equals):
             raise ValueError(f"--models {text}: write NAME=FOLDER or NAME=FOLDER+CONTROLNET_FOLDER.")
         if name in models:
             raise ValueError(f"--models has two models of the name {name}: give each a name of its own.")
-        for place in filter(None, (folder, controlnet)):
-            _check_place(text, place)
-        models[name] = (folder, controlnet or None)
+        models[name] = tuple(_read_place(text, place) for place in places.split(","))
+        if len(models[name]) not in (1, len(args.seeds)):
+            raise ValueError(
+                f"--models {text}: {len(models[name])} folders for {len(args.seeds)} --seeds: give one, or as many."
+            )
     if not models:
         raise ValueError("--models names no model: write NAME=FOLDER.")
     samplers = _overrides("--samplers", args.samplers, models)
     scales = _overrides("--guidance_scales", args.guidance_scales, models)
     return [
-        Competitor(name, *places, _sampler(samplers.get(name)), _scale(scales.get(name), args.guidance_scale))
+        Competitor(name, places, _sampler(samplers.get(name)), _scale(scales.get(name), args.guidance_scale))
         for name, places in models.items()
     ]
 
 
-def _check_place(text: str, place: str) -> None:
-    is_hub_id = place.count("/") == 1 and not place.startswith((".", "/", "~"))
-    if not Path(place).expanduser().is_dir() and not is_hub_id:
-        raise ValueError(f"--models {text}: there is no folder {place}.")
+def _read_place(text: str, place: str) -> Place:
+    folder, _, controlnet = place.partition("+")
+    if not folder:
+        raise ValueError(f"--models {text}: write NAME=FOLDER or NAME=FOLDER+CONTROLNET_FOLDER.")
+    for each in filter(None, (folder, controlnet)):
+        is_hub_id = each.count("/") == 1 and not each.startswith((".", "/", "~"))
+        if not Path(each).expanduser().is_dir() and not is_hub_id:
+            raise ValueError(f"--models {text}: there is no folder {each}.")
+    return folder, controlnet or None
 
 
 def _overrides(flag: str, texts: Sequence[str], names: Mapping[str, Any]) -> dict[str, str]:
@@ -259,9 +285,8 @@ def measure(
     return values
 
 
-def _load(model: Competitor, args: Args) -> DiffusionPipeline:
-    dtype = resolve_dtype(args.dtype)
-    return DiffusionPipeline.from_pretrained(model.folder, model.controlnet, dtype=dtype, attention=args.attention)
+def _load(place: Place, args: Args) -> DiffusionPipeline:
+    return DiffusionPipeline.from_pretrained(*place, dtype=resolve_dtype(args.dtype), attention=args.attention)
 
 
 def _possible_steps(pipeline: DiffusionPipeline, model: Competitor, steps: Sequence[int]) -> list[int]:
@@ -304,15 +329,9 @@ def run(args: Args) -> Report:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     keep_compiled_programs(args.ccache)
     features = load_features()
-    of_truth = features(samples.truth)
     shown = np.linspace(0, len(samples.prompts) - 1, min(args.num_shown, len(samples.prompts))).round().astype(int)
-    results: list[Result] = []
-    for model in models:
-        pipeline = _load(model, args)
-        _check_task(pipeline, model, samples, args.data)
-        for steps in _possible_steps(pipeline, model, args.steps):
-            results.append(_evaluate(pipeline, model, samples, steps, args, features, of_truth, shown))
-        del pipeline
+    benchmark = Benchmark(samples, features, features(samples.truth), shown)
+    results = [result for model in models for result in _evaluate(model, benchmark, args)]
     if not results:
         raise ValueError("no model can be run with any of --steps: see the warnings above.")
     report = Report(
@@ -327,33 +346,37 @@ def run(args: Args) -> Report:
     return report
 
 
-def _evaluate(
-    pipeline: DiffusionPipeline,
-    model: Competitor,
-    samples: Samples,
-    steps: int,
-    args: Args,
-    features: Features,
-    of_truth: np.ndarray,
-    shown: np.ndarray,
-) -> Result:
-    """One model with one number of steps, over all seeds."""
-    values: dict[str, list[float]] = {key: [] for key in METRICS}
-    pictures = np.empty(0, np.uint8)
-    for seed in tqdm(args.seeds, desc=f"{model.name}, {steps} steps", leave=False, disable=not sys.stderr.isatty()):
-        made, seconds = make_pictures(pipeline, model, samples, steps, seed, args)
-        for key, value in {**measure(made, samples, features, of_truth), "seconds": seconds}.items():
-            values[key].append(value)
-        if seed == args.seeds[0]:
-            pictures = made[shown]
-    return Result(
-        model=model.name,
-        steps=steps,
-        sampler=model.sampler or default_sampler(pipeline.schedule),
-        guidance_scale=float(model.guidance_scale),
-        values={key: each for key, each in values.items() if each},
-        pictures=pictures,
-    )
+def _evaluate(model: Competitor, benchmark: Benchmark, args: Args) -> list[Result]:
+    """One model with every number of steps, over all seeds."""
+    values: dict[int, dict[str, list[float]]] = {}
+    pictures: dict[int, np.ndarray] = {}
+    sampler = model.sampler
+    for place, seeds in _seeds_of(model, args.seeds):
+        pipeline = _load(place, args)
+        _check_task(pipeline, model, benchmark.samples, args.data)
+        sampler = model.sampler or default_sampler(pipeline.schedule)
+        for steps in _possible_steps(pipeline, model, args.steps):
+            for seed in _progress(seeds, f"{model.name}, {steps} steps"):
+                made, seconds = make_pictures(pipeline, model, benchmark.samples, steps, seed, args)
+                measured = measure(made, benchmark.samples, benchmark.features, benchmark.of_truth)
+                for key, value in {**measured, "seconds": seconds}.items():
+                    values.setdefault(steps, {}).setdefault(key, []).append(value)
+                pictures.setdefault(steps, made[benchmark.shown])
+    return [
+        Result(model.name, steps, str(sampler), float(model.guidance_scale), values[steps], pictures[steps])
+        for steps in values
+    ]
+
+
+def _seeds_of(model: Competitor, seeds: tuple[int, ...]) -> list[tuple[Place, tuple[int, ...]]]:
+    """Which places make pictures with which seeds."""
+    if len(model.places) == 1:
+        return [(model.places[0], seeds)]
+    return [(place, (seed,)) for place, seed in zip(model.places, seeds, strict=True)]
+
+
+def _progress(seeds: tuple[int, ...], name: str) -> Iterable[int]:
+    return tqdm(seeds, desc=name, leave=False, disable=not sys.stderr.isatty())
 
 
 def _row(samples: Samples, i: int) -> Row:

@@ -168,6 +168,16 @@ def test_editing(models: Models, data: Path, tmp_path: Path) -> None:
     assert "taller" in (tmp_path / "report.html").read_text()
 
 
+def test_a_model_trained_several_times(models: Models, data: Path, tmp_path: Path) -> None:
+    """Each training makes the pictures of its seed, and the table has them in one row."""
+    first, second = models("text-to-image"), models("controlnet")
+    several = Args((f"both={first},{second}",), data, steps=(1,), seeds=(0, 3), output_dir=tmp_path)
+    alone = Args((f"a={first}", f"b={second}"), data, steps=(1,), seeds=(0, 3), output_dir=tmp_path)
+    (both,), (a, b) = run(several).results, run(alone).results
+    assert both.values["psnr"] == [a.values["psnr"][0], b.values["psnr"][1]]
+    np.testing.assert_array_equal(both.pictures, a.pictures)
+
+
 def test_the_right_edit_is_a_success(data: Path) -> None:
     samples = read_samples(data / "edits")
     assert samples.inputs is not None
@@ -194,7 +204,7 @@ def test_every_batch_has_one_shape_and_noise_of_its_own(data: Path) -> None:
             return np.stack(made)
 
     args = Args((), batch_size=2)
-    pictures, seconds = make_pictures(Recorder(), Competitor("a", "b"), samples, 4, 7, args)
+    pictures, seconds = make_pictures(Recorder(), Competitor("a", (("b", None),)), samples, 4, 7, args)
     assert pictures[:, 0, 0, 0].tolist() == [0, 11, 2, 13, 4]
     assert [prompts for prompts, *_ in calls] == [["square 0", "square 1"], ["square 2", "square 3"], ["square 4"] * 2]
     assert [seed for _, seed, *_ in calls] == [7_000_000, 7_000_002, 7_000_004]
@@ -343,8 +353,9 @@ def test_plots_are_the_same_every_time(small_report: Report) -> None:
 
 
 def test_models_are_read() -> None:
-    args = Args(("a=x/y+z/w", "b=x/y"), guidance_scales=("b:2.5",), samplers=("a:lcm",), guidance_scale=4.0)
+    models = ("a=x/y+z/w", "b=x/y,x/z,x/w+y/z")
+    args = Args(models, guidance_scales=("b:2.5",), samplers=("a:lcm",), guidance_scale=4.0)
     assert read_models(args) == [
-        Competitor("a", "x/y", "z/w", "lcm", 4),
-        Competitor("b", "x/y", None, None, 2.5),
+        Competitor("a", (("x/y", "z/w"),), "lcm", 4),
+        Competitor("b", (("x/y", None), ("x/z", None), ("x/w", "y/z")), None, 2.5),
     ]
