@@ -1,15 +1,18 @@
-"""Times the training step of CoDi, and the same maths on diffusers' former Flax models, in turns.
+"""Times the training step of CoDi, and the same maths on diffusers' former Flax models.
 
     python3 benchmarks/codi_step.py --reference_python flax-env/bin/python
     python3 benchmarks/codi_step.py --config sd-1.5 --dtype bfloat16 --batch 8
+    python3 benchmarks/codi_step.py --config sd-1.5 --batch 1 --repeats 3 --one_after_the_other --reference_python …
 
 `benchmarks/codi_step_flax.py` says how to make the reference's environment. Both get the same weights, batch and key,
 and the table is printed only if their losses agree. Ours takes latents and text features from the cache, as training
-with --cache_latents does; with --reference_encodes the reference computes them in the step, as its scripts did.
+with --cache_latents does; with --reference_encodes the reference computes them in the step, as its scripts did. Ours is
+compiled as `codi_jax.train` does it; the reference as JAX does it by default, or like ours with --reference_options.
 """
 
 import dataclasses
 import functools
+import itertools
 import json
 import statistics
 import subprocess
@@ -19,14 +22,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from codi_jax import optim
+from codi_jax import optim, train
 from codi_jax.methods import codi
 from codi_jax.methods.inputs import Modules
 from codi_jax.models.clip_text import CLIPTextConfig
@@ -38,7 +41,7 @@ from codi_jax.schedule import NoiseSchedule
 
 ROOT = Path(__file__).resolve().parent.parent
 EMOJI = ROOT / "assets" / "recipes" / "emoji"
-KEY = jax.random.key(0)
+SEED = 0
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Args:
 
     config: Literal["emoji", "sd-1.5"] = "emoji"
     """The embedded model (64 px), or SD 1.5 (512 px)."""
+    resolution: int | None = None
+    """Pixels on a side of the images; if left out: those that the model was made for."""
     batch: int = 32
     """Samples in a step."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -57,6 +62,10 @@ class Args:
     """Python of an environment with diffusers 0.38. If left out: only ours is timed."""
     reference_encodes: bool = False
     """The reference computes latents and text features in the step, and the losses are not compared."""
+    reference_options: bool = False
+    """The reference is compiled with the options for CPUs that ours is compiled with."""
+    one_after_the_other: bool = False
+    """All steps of ours before all of the reference: memory then holds one of them. In turns, times are comparable."""
 
 
 def configs(args: Args) -> dict[str, Any]:
@@ -65,7 +74,7 @@ def configs(args: Args) -> dict[str, Any]:
         return {
             name: json.loads((EMOJI / name / "config.json").read_text()) for name in ("unet", "vae", "text_encoder")
         }
-    return {"unet": UNETS["sd-1.5"], "vae": VAE, "text_encoder": TEXT_ENCODERS["sd-1.x"]}
+    return {"unet": UNETS["sd-1.5"], "vae": VAE, "text_encoder": TEXT_ENCODERS["clip-vit-l (sd-1.x, sdxl)"]}
 
 
 def problem(args: Args) -> tuple[codi.Config, dict[str, Any], dict[str, Any]]:
@@ -75,8 +84,8 @@ def problem(args: Args) -> tuple[codi.Config, dict[str, Any], dict[str, Any]]:
     vae = AutoencoderKL(VAEConfig.from_dict(config["vae"]), dtype)
     text = CLIPTextConfig.from_dict(config["text_encoder"])
     method = codi.configure(Modules(unet, vae), codi.CodiFlags())
-    side = unet.config.sample_size
-    assert isinstance(side, int)
+    assert isinstance(unet.config.sample_size, int)
+    side = args.resolution // vae.config.downscale if args.resolution else unet.config.sample_size
     pixels, length, channels = side * vae.config.downscale, text.max_position_embeddings, vae.config.latent_channels
 
     def random_weights(module: Any) -> Any:
@@ -102,20 +111,24 @@ def teacher_schedule(args: Args) -> NoiseSchedule:
     return NoiseSchedule.from_config({"_class_name": "DDIMScheduler", **betas})
 
 
-def ours(args: Args, method: codi.Config, params: dict[str, Any], batch: dict[str, Any]) -> Iterator[dict[str, float]]:
+def ours(args: Args) -> Iterator[dict[str, float]]:
     """Compiles, then does a step for each item that is asked for; the first item is the time of compilation."""
+    method, params, batch = problem(args)
     flags = optim.OptimizerFlags(learning_rate=1e-4, lr_scheduler="constant")
     optimizer = optim.make_optimizer(flags, 1000)
-    state = codi.init_state(method, params["unet"], optimizer, KEY, controlnet_params=params["controlnet"])
-    state = dataclasses.replace(state, key=KEY)
+    state = codi.init_state(
+        method, params["unet"], optimizer, jax.random.key(SEED), controlnet_params=params["controlnet"]
+    )
+    state = dataclasses.replace(state, key=jax.random.key(SEED))
     frozen = {
         "unet": jax.tree.map(lambda x: x.astype(args.dtype), params["unet"]),
         "schedule": codi.student_schedule(teacher_schedule(args), method.flags),
     }
+    del params
     cached = {name: jnp.asarray(batch[name]) for name in ("moments", "context", "conditioning")}
     step = functools.partial(codi.train_step, config=method, optimizer=optimizer)
     began = time.perf_counter()
-    program = jax.jit(step, donate_argnums=0).lower(state, frozen, cached).compile()
+    program = train.compile_for(jax.default_backend(), jax.jit(step, donate_argnums=0).lower(state, frozen, cached))
     yield {"compile": time.perf_counter() - began}
     while True:
         began = time.perf_counter()
@@ -123,28 +136,33 @@ def ours(args: Args, method: codi.Config, params: dict[str, Any], batch: dict[st
         yield {"seconds": time.perf_counter() - began, "loss": float(metrics["loss"])}
 
 
-def theirs(
-    args: Args, method: codi.Config, params: dict[str, Any], batch: dict[str, Any]
-) -> Iterator[dict[str, float]]:
-    """The same, by the reference in its own process."""
-    assert args.reference_python is not None
+def write_problem(args: Args, file: IO[bytes]) -> dict[str, Any]:
+    """Writes the arrays that the reference computes with, and gives its settings."""
+    method, params, batch = problem(args)
     assert method.modules.controlnet is not None
     schedule = teacher_schedule(args)
     # The key of the first step and microbatch.
-    key = jax.random.fold_in(jax.random.fold_in(KEY, 0), 0)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), 0), 0)
     tree = {**params, "batch": batch, "alphas_cumprod": schedule.alphas_cumprod, "key": jax.random.key_data(key)}
     flat = {"/".join(k.key for k in path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    settings = {
+    np.savez(file, allow_pickle=False, **flat)
+    file.flush()
+    return {
         **configs(args),
         "controlnet": method.modules.controlnet.config.to_dict(),
+        "compiler_options": train.CPU_OPTIONS if args.reference_options else None,
         "dtype": args.dtype,
         "encode": args.reference_encodes,
         "prediction_type": schedule.prediction_type,
         "scaling_factor": method.modules.vae.config.scaling_factor,
     }
+
+
+def theirs(args: Args) -> Iterator[dict[str, float]]:
+    """The same, by the reference in its own process."""
+    assert args.reference_python is not None
     with tempfile.NamedTemporaryFile(suffix=".npz") as file:
-        np.savez(file, allow_pickle=False, **flat)
-        file.flush()
+        settings = write_problem(args, file)
         command = [args.reference_python, str(ROOT / "benchmarks" / "codi_step_flax.py"), file.name]
         process = subprocess.Popen(
             [*command, json.dumps(settings)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -162,30 +180,43 @@ def theirs(
                 process.kill()
 
 
+def measure(args: Args) -> list[list[dict[str, float]]]:
+    """For each side: the compilation, a step that is not counted, and the timed ones."""
+    sides = [ours] if args.reference_python is None else [ours, theirs]
+    count = args.repeats + 2
+    if args.one_after_the_other:
+        return [list(itertools.islice(side(args), count)) for side in sides]
+    rows = itertools.islice(zip(*(side(args) for side in sides), strict=True), count)
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def compare_losses(args: Args, ours: float, theirs: float) -> None:
+    """Ends the benchmark if the losses of the first step differ."""
+    tolerance = 1e-4 if args.dtype == "float32" else 3e-2
+    if abs(ours - theirs) > tolerance * theirs:
+        sys.exit(f"error: the losses differ, {ours} and {theirs}: this is not the same maths.")
+    print(f"loss of the first step: {ours:.6f} and {theirs:.6f}")
+
+
 def main() -> None:
     """Runs the benchmark and prints the table."""
     args = tyro.cli(Args, use_underscores=True)
-    method, params, batch = problem(args)
-    sides = [ours(args, method, params, batch)]
-    if args.reference_python is not None:
-        sides.append(theirs(args, method, params, batch))
-    compile_seconds = [next(side)["compile"] for side in sides]
-    first = [next(side)["loss"] for side in sides]
+    sides = measure(args)
     if len(sides) == 2 and not args.reference_encodes:
-        tolerance = 1e-4 if args.dtype == "float32" else 3e-2
-        if abs(first[0] - first[1]) > tolerance * first[1]:
-            sys.exit(f"error: the losses differ, {first[0]} and {first[1]}: this is not the same maths.")
-        print(f"loss of the first step: {first[0]:.6f} and {first[1]:.6f}")
-    steps = [[next(side)["seconds"] for side in sides] for _ in range(args.repeats)]
+        compare_losses(args, *(side[1]["loss"] for side in sides))
+    seconds = [[step["seconds"] for step in side[2:]] for side in sides]
     device = jax.devices()[0].device_kind
-    print(f"{args.config}, batch {args.batch}, {args.dtype}, {device}, JAX {jax.__version__}\n")
+    size = f", {args.resolution} px" if args.resolution else ""
+    print(f"{args.config}{size}, batch {args.batch}, {args.dtype}, {device}, JAX {jax.__version__}\n")
     print("| step | seconds | samples/s | compilation, s |")
     print("|---|---:|---:|---:|")
-    for name, column, compiled in zip(("codi_jax", "diffusers 0.38 Flax"), zip(*steps, strict=True), compile_seconds):
+    for name, column, side in zip(("codi_jax", "diffusers 0.38 Flax"), seconds, sides):
         median = statistics.median(column)
-        print(f"| {name} | {median:.3f} | {args.batch / median:.1f} | {compiled:.1f} |")
+        print(f"| {name} | {median:.3f} | {args.batch / median:.2f} | {side[0]['compile']:.1f} |")
     if len(sides) == 2:
-        print(f"\nratio (median over neighbouring steps): {statistics.median(b / a for a, b in steps):.2f}")
+        ratios = sorted(b / a for a, b in zip(*seconds, strict=True))
+        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+        print(f"\nratio (median over neighbouring steps): {statistics.median(ratios):.2f} ({spread})")
     if memory := jax.devices()[0].memory_stats():
         print(f"peak device memory of codi_jax: {memory['peak_bytes_in_use'] / 1e9:.1f} GB")
 

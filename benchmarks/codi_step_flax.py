@@ -109,7 +109,8 @@ def main() -> None:
     frozen_now = frozen
     key = jax.random.wrap_key_data(tree["key"])
     began = time.perf_counter()
-    program = jax.jit(step, donate_argnums=0).lower(state, frozen, batch, key).compile()
+    lowered = jax.jit(step, donate_argnums=0).lower(state, frozen, batch, key)
+    program = lowered.compile(settings["compiler_options"])
     print(json.dumps({"compile": time.perf_counter() - began}), flush=True)
     for _ in sys.stdin:
         began = time.perf_counter()

@@ -36,21 +36,34 @@ def test_causal_attention_equals_pytorch(implementation: attention.Implementatio
     assert_close(out, reference(*arrays, is_causal=True), 1e-5)
 
 
-def test_chunked_gradient_equals_the_plain_one() -> None:
+@pytest.mark.parametrize("implementation", ["xla", "chunked"])
+def test_gradients_equal_those_of_pytorch(implementation: attention.Implementation) -> None:
     arrays = qkv(384, 300, 2, 16)
 
-    def loss(implementation: attention.Implementation, *x: jax.Array) -> jax.Array:
+    def loss(*x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.sin(attention.dot_product_attention(*x, implementation=implementation)))
 
-    plain = jax.jit(jax.grad(lambda *x: loss("xla", *x), argnums=(0, 1, 2)))(*arrays)
-    chunked = jax.jit(jax.grad(lambda *x: loss("chunked", *x), argnums=(0, 1, 2)))(*arrays)
-    for ours, wanted in zip(chunked, plain, strict=True):
-        assert_close(ours, wanted, 1e-4)
+    tensors = [torch.from_numpy(np.array(x)).transpose(1, 2).requires_grad_() for x in arrays]
+    torch.nn.functional.scaled_dot_product_attention(*tensors).sin().sum().backward()
+    for ours, tensor in zip(jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arrays), tensors, strict=True):
+        assert tensor.grad is not None
+        assert_close(ours, tensor.grad.transpose(1, 2).numpy(), 1e-4)
 
 
-def test_chunked_scores_of_large_magnitude_do_not_overflow() -> None:
+@pytest.mark.parametrize("implementation", ["xla", "chunked"])
+def test_softmax_of_bfloat16_is_float32(implementation: attention.Implementation) -> None:
+    """A sum of many small weights would stop growing in bfloat16."""
+    query, key, value = (x.astype(jnp.bfloat16) for x in qkv(8, 1000, 2, 16))
+    out = attention.dot_product_attention(query, key, value, implementation=implementation)
+    assert out.dtype == jnp.bfloat16
+    wanted = reference(query.astype(jnp.float32), key.astype(jnp.float32), value.astype(jnp.float32))
+    assert_close(out.astype(jnp.float32), wanted, 2e-2)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "chunked"])
+def test_scores_of_large_magnitude_do_not_overflow(implementation: attention.Implementation) -> None:
     query, key, value = qkv(300, 300, 1, 16)
-    out = attention.dot_product_attention(100 * query, 100 * key, value, implementation="chunked")
+    out = attention.dot_product_attention(100 * query, 100 * key, value, implementation=implementation)
     assert_close(out, reference(100 * query, 100 * key, value), 1e-4)
 
 
