@@ -8,8 +8,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from diffusers.utils.loading_utils import load_image
-from diffusers.utils.pil_utils import make_image_grid
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
@@ -27,6 +25,8 @@ def open_image(source: str | Path) -> Image.Image:
       FileNotFoundError: if there is no such file.
       ValueError: if it is no image, or cannot be downloaded.
     """
+    from diffusers.utils.loading_utils import load_image  # slow to import, and not needed to read a data set
+
     source = str(source)
     is_url = source.startswith(("http://", "https://"))
     if not is_url and not Path(source).expanduser().is_file():
@@ -113,6 +113,8 @@ def stack_pictures(
 
 def grid(images: UInt8[np.ndarray, "n h w 3"]) -> Image.Image:
     """All images side by side, in a grid about as wide as high; cells that are left over are white."""
+    from diffusers.utils.pil_utils import make_image_grid
+
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     blank = Image.new("RGB", images.shape[2:0:-1], "white")
@@ -161,12 +163,21 @@ def check_output(path: str | Path) -> None:
         raise ValueError(f"{path} cannot be written: {parent} is not a folder that you may write to.")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """A picture of 16 bits as one of 8; any other as it is.
+
+    Raises:
+      ValueError: if its pixels have 32 bits.
+    """
     if image.mode.startswith("I;16"):  # Pillow would turn all above 255 white
-        image = Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
+        return Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are of Pillow's mode {image.mode}, 32 bits: convert it to 8 or 16 bits.")
-    return image.convert("RGB")
+        raise ValueError(f"its pixels are of Pillow's mode {image.mode}, 32 bits: convert it to 8 or 16 bits")
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    return to_eight_bits(image).convert("RGB")
 
 
 def labelled_rows(

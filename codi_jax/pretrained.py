@@ -11,17 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from codi_jax import optim, sharding
-from codi_jax.data import ConditionOf, DataFlags, Encoders, Loader, Tokenize, load_data
+from codi_jax.data import ConditionOf, DataFlags, Encoders, Loader, load_data
 from codi_jax.methods.inputs import Modules, encode_prompts, null_text, posterior
 from codi_jax.models.attention import Implementation
 from codi_jax.models.config import Params
 from codi_jax.pipeline import DiffusionPipeline
-from codi_jax.text import tokenize
 from codi_jax.train import global_batch_size
-from codi_jax.weights import Model, load_model
+from codi_jax.weights import Model, ModelFolder, build_module, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +88,9 @@ def load_pretrained(
     Raises:
       ValueError: if it cannot be loaded, or the resolution is not one that its VAE can take.
     """
+    _check_resolution(flags)
+    if controlnet is not None:
+        ModelFolder(str(Path(controlnet).expanduser()), None, controlnet_revision, flags.cache_dir).find("config.json")
     pipeline = DiffusionPipeline.from_pretrained(
         flags.pretrained_model_name_or_path,
         controlnet,
@@ -97,16 +99,26 @@ def load_pretrained(
         attention=flags.attention,
         untrained=untrained,
         tokenizer=flags.tokenizer_name,
+        place=sharding.place(mesh),
         **_hub(flags),
     )
-    downscale = pipeline.modules["vae"].config.downscale * 2 ** (pipeline.modules["unet"].config.num_blocks - 1)
+    pipeline.params = sharding.put(mesh, pipeline.params)  # those of --from_scratch are not there yet
+    return pipeline
+
+
+def _check_resolution(flags: Any) -> None:
+    """Before weights are downloaded and read: the configurations say enough."""
+    source = str(Path(flags.pretrained_model_name_or_path).expanduser())
+    folder = ModelFolder(source, revision=flags.revision, cache_dir=flags.cache_dir)
+    folder.require("model_index.json")
+    vae: Any = build_module(folder.part("vae")).config
+    unet: Any = build_module(folder.part("unet")).config
+    downscale = vae.downscale * 2 ** (unet.num_blocks - 1)
     if flags.resolution % downscale:
         raise ValueError(
             f"--resolution {flags.resolution} is not possible: VAE and UNet of {flags.pretrained_model_name_or_path} "
             f"take multiples of {downscale}."
         )
-    pipeline.params = jax.device_put(pipeline.params, sharding.shardings(mesh, pipeline.params))
-    return pipeline
 
 
 def modules_of(pipeline: DiffusionPipeline, trained: Sequence[str], flags: Any) -> Modules:
@@ -119,12 +131,12 @@ def modules_of(pipeline: DiffusionPipeline, trained: Sequence[str], flags: Any) 
     )
 
 
-def trainable(flags: Any, pipeline: DiffusionPipeline, name: str) -> Params:
+def trainable(flags: Any, pipeline: DiffusionPipeline, name: str, mesh: Mesh) -> Params:
     """The parameters of one network in float32, to start training from."""
     params = pipeline.params[name]
     if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
         return params
-    return load_model(*pipeline.sources[name], **_hub(flags, name))[1]
+    return load_model(*pipeline.sources[name], place=sharding.place(mesh), **_hub(flags, name))[1]
 
 
 def with_controlnet(pipeline: DiffusionPipeline, controlnet: Model | None) -> DiffusionPipeline:
@@ -138,19 +150,9 @@ def with_controlnet(pipeline: DiffusionPipeline, controlnet: Model | None) -> Di
     )
 
 
-def tokenizer_of(pipeline: DiffusionPipeline) -> Tokenize:
-    """Captions to token ids for every text encoder of the model."""
-
-    def tokenize_all(captions: list[str]) -> dict[str, Int[np.ndarray, "n s"]]:
-        encoders = {name.replace("tokenizer", "text_encoder"): each for name, each in pipeline.tokenizers.items()}
-        return {name: tokenize(each, captions, pipeline.modules[name]) for name, each in encoders.items()}
-
-    return tokenize_all
-
-
 def null_text_of(pipeline: DiffusionPipeline) -> dict[str, Array]:
     """The text that guidance leads away from, for ``frozen``; see `codi_jax.methods.inputs.null_text`."""
-    ids = jax.tree.map(jnp.asarray, tokenizer_of(pipeline)([""]))
+    ids = jax.tree.map(jnp.asarray, pipeline.tokenize([""]))
     return null_text(Modules(**pipeline.modules), pipeline.params, ids, zeros=pipeline.zeros_for_empty_prompt)
 
 
@@ -168,7 +170,7 @@ def load_batches(flags: Any, pipeline: DiffusionPipeline, condition: Any = None,
     """
     return load_data(
         flags,
-        tokenizer_of(pipeline),
+        pipeline.tokenize,
         batch_size=global_batch_size(flags),
         seed=flags.seed,
         condition=condition,
@@ -193,19 +195,25 @@ def _encoders_of(pipeline: DiffusionPipeline, cache_text: bool) -> Encoders:
         return {"context": context, "pooled": pooled} if pipeline.is_xl else {"context": context}
 
     names = ["vae", *(name for name in params if cache_text and name.startswith("text_encoder"))]
+    # Processes take turns to build a cache, so each computes on its own.
+    needed = {name: jax.tree.map(_own_copy, params[name]) for name in names}
     digest = hashlib.sha256()
     for name in names:
         digest.update(repr(pipeline.modules[name]).encode())
-        for leaf in jax.tree.leaves(params[name]):
+        for leaf in jax.tree.leaves(needed[name]):
             digest.update(np.asarray(leaf).tobytes())
     for file in (file for files in pipeline.tokenizer_files.values() for file in files):
         digest.update(file.read_bytes())
-    needed = {name: params[name] for name in names}
     return Encoders(
         images=lambda pixels: images(needed, pixels),
         text=(lambda ids: text(needed, ids)) if cache_text else None,
         fingerprint=digest.hexdigest(),
     )
+
+
+def _own_copy(leaf: Array) -> Array:
+    """An array on devices of this process: itself, unless it lies on those of several."""
+    return leaf if leaf.is_fully_addressable else jnp.asarray(sharding.fetch(leaf))
 
 
 def save_trained(
@@ -230,10 +238,11 @@ def save_trained(
         # As precise as the files that they came from, whatever training computed with.
         source = pipeline.sources[name]
         params[name] = load_model(*source, None, place=lambda _, array: array, **_hub(flags, name))[1]
-    for name, (module, of_network) in trained.items():
-        modules[name] = module
-        params[name] = jax.tree.map(lambda leaf: leaf.astype(flags.save_dtype), of_network)
-    dataclasses.replace(pipeline, modules=modules, params=params).save_pretrained(folder)
+    modules |= {name: module for name, (module, _) in trained.items()}
+    params |= {name: of_network for name, (_, of_network) in trained.items()}
+    whole = dataclasses.replace(pipeline, modules=modules, params=params)
+    of_file: dict[str, Any] = dict.fromkeys(trained, flags.save_dtype)
+    whole.save_pretrained(folder, dtype=of_file)
 
 
 def _hub(flags: Any, name: str = "unet") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -112,6 +113,17 @@ def put(mesh: Mesh, tree: Any) -> Any:
 def place(mesh: Mesh) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
     """For `codi_jax.weights.load_model`: puts each parameter where the rule wants it, without a detour."""
     return lambda _, array: put(mesh, array)
+
+
+def fetch(tree: Any) -> Any:
+    """The tree as NumPy arrays; if arrays are split among several processes, all of them must call it."""
+
+    def whole(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(whole, tree)
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:

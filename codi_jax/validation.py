@@ -1,19 +1,16 @@
-"""What a run shows while it trains: which samples, what is made of them, and how that is laid out as a picture."""
+"""What a run shows while it trains: which samples, and what is made of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
 
 from codi_jax.data import load_data
 from codi_jax.images import open_image, to_pixels
 from codi_jax.models.config import Params
 from codi_jax.pipeline import DiffusionPipeline
-
-_LABEL_WIDTH, _LABEL_HEIGHT = 96, 14  # pixels
 
 
 @dataclass(frozen=True)
@@ -64,8 +61,10 @@ def validation_samples(flags: Any, condition: Any = None) -> Samples:
       condition: see `codi_jax.data.load_data`.
 
     Raises:
-      ValueError: if data or images cannot be read, or prompts lack the condition images that the task has.
+      ValueError: if the flags make no sense, data or images cannot be read, or prompts lack the condition images that
+        the task has.
     """
+    flags.check()
     if not flags.validation_prompt:
         return held_out(flags, flags.num_validation_images, condition)
     if condition is not None and not flags.validation_image:
@@ -80,13 +79,14 @@ def validation_samples(flags: Any, condition: Any = None) -> Samples:
     return Samples(prompts, flags.resolution, conditions=np.round(np.stack(images) * 255).astype(np.uint8))
 
 
-def held_out(flags: Any, count: int, condition: Any = None) -> Samples:
+def held_out(flags: Any, count: int, condition: Any = None, *, has_text: bool = True) -> Samples:
     """The first samples of the shuffled validation data, without augmentation; all of them if there are not so many.
 
     Args:
       flags: `codi_jax.data.DataFlags` and `ValidationFlags`.
       count: how many.
       condition: see `codi_jax.data.load_data`.
+      has_text: whether the data has captions; else prompts are empty.
 
     Raises:
       ValueError: as `codi_jax.data.load_data`.
@@ -108,7 +108,7 @@ def held_out(flags: Any, count: int, condition: Any = None) -> Samples:
         return {}
 
     try:
-        loader = load_data(flags, keep, batch_size=1, seed=0, condition=condition)
+        loader = load_data(flags, keep if has_text else None, batch_size=1, seed=0, condition=condition)
     except ValueError as error:
         if flags.validation_data_dir is None:
             raise
@@ -121,7 +121,8 @@ def held_out(flags: Any, count: int, condition: Any = None) -> Samples:
     batch = {
         name: np.concatenate([row[name] for row in rows]) for name in ("pixels", "conditioning") if name in rows[0]
     }
-    return Samples(captions[:count], flags.resolution, batch["pixels"], batch.get("conditioning"))
+    prompts = captions[:count] if has_text else [""] * count
+    return Samples(prompts, flags.resolution, batch["pixels"], batch.get("conditioning"))
 
 
 def generate_with(
@@ -143,16 +144,3 @@ def generate_with(
         return pipeline(samples.prompts, control_image=conditions, **size, **options)
     finally:
         pipeline.params = original
-
-
-def picture(rows: Mapping[str, Sequence[np.ndarray] | np.ndarray | None]) -> UInt8[np.ndarray, "height width 3"]:
-    """Batches of images as one picture: a row for each, with its name in front; ``None`` is left out."""
-    shown = {name: np.concatenate(list(images), axis=1) for name, images in rows.items() if images is not None}
-    height = sum(max(row.shape[0], _LABEL_HEIGHT) for row in shown.values())
-    canvas = Image.new("RGB", (_LABEL_WIDTH + max(row.shape[1] for row in shown.values()), height), "white")
-    draw, top = ImageDraw.Draw(canvas), 0
-    for name, row in shown.items():
-        draw.text((4, top + row.shape[0] // 2), name, fill="black", anchor="lm", font=ImageFont.load_default(11))
-        canvas.paste(Image.fromarray(row), (_LABEL_WIDTH, top))
-        top += max(row.shape[0], _LABEL_HEIGHT)
-    return np.asarray(canvas)

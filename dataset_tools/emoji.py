@@ -19,7 +19,6 @@ import json
 import re
 import secrets
 import shutil
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

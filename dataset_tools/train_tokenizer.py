@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
+
+from codi_jax.data.sources import captions_of, open_source
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 # That of CLIP: contractions, words, single digits, and runs of anything else.
@@ -23,11 +26,11 @@ class Args:
     """Learns a small vocabulary from captions, for a text encoder that is trained from nothing."""
 
     train_data_dir: Path
-    """Folder with a metadata.jsonl or meta.jsonl."""
+    """Folder with a metadata.jsonl or meta.jsonl, or anything else that can be trained on."""
     output_dir: Path
     """Folder for vocab.json, merges.txt and tokenizer_config.json."""
     caption_column: str = "text"
-    """Key of the captions: a text, or a list of texts."""
+    """Column of the captions: a text, or a list of texts."""
     vocab_size: int = 2048
     """Tokens in all: 512 for single bytes, 2 for start and end, the others learnt."""
     model_max_length: int = 32
@@ -36,18 +39,9 @@ class Args:
 
 def captions(args: Args) -> list[str]:
     """All captions of the data set."""
-    names = ("metadata.jsonl", "meta.jsonl")
-    path = next((args.train_data_dir / name for name in names if (args.train_data_dir / name).is_file()), None)
-    if path is None:
-        raise ValueError(f"there is no {' or '.join(names)} in --train_data_dir {args.train_data_dir}.")
-    texts: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        row = json.loads(line)
-        if args.caption_column not in row:
-            raise ValueError(f"{path}, line {number}: no {args.caption_column!r}; it has {', '.join(row)}.")
-        text = row[args.caption_column]
-        texts += [text] if isinstance(text, str) else text
-    return texts
+    source = open_source(train_data_dir=str(args.train_data_dir), caption_column=args.caption_column)
+    assert isinstance(source.rows, Dataset)
+    return [text for cell in source.rows[source.columns.caption or ""] for text in captions_of(cell) if text]
 
 
 def train(args: Args) -> CLIPTokenizer:

@@ -8,7 +8,17 @@ import pytest
 from PIL import Image
 
 from codi_jax import images
-from codi_jax.images import as_list, check_output, grid, open_image, save_images, stack_pictures, to_mask, to_pixels
+from codi_jax.images import (
+    as_list,
+    check_output,
+    grid,
+    labelled_rows,
+    open_image,
+    save_images,
+    stack_pictures,
+    to_mask,
+    to_pixels,
+)
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -182,3 +192,22 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(images.os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
     with pytest.raises(ValueError, match="is not a folder that you may write to"):
         check_output(tmp_path / "image.png")
+
+
+def test_the_picture_has_a_row_for_each_batch_behind_its_name() -> None:
+    rng = np.random.default_rng(0)
+    first, second = (rng.integers(0, 256, (3, 20, 20, 3), np.uint8) for _ in range(2))
+    laid_out = labelled_rows({"first": first, "none": None, "second": list(second)})
+    assert laid_out.dtype == np.uint8
+    np.testing.assert_array_equal(laid_out[:20, -60:], np.concatenate(list(first), axis=1))
+    np.testing.assert_array_equal(laid_out[20:, -60:], np.concatenate(list(second), axis=1))
+    names = laid_out[:, :-60]
+    assert all((names[start : start + 20] < 128).any() for start in (0, 20))
+    assert (names == 255).mean() > 0.5
+
+
+def test_rows_lower_than_their_names_do_not_overlap() -> None:
+    rows = {name: np.full((2, 4, 4, 3), value, np.uint8) for name, value in {"a": 10, "b": 20}.items()}
+    laid_out = labelled_rows(rows)
+    assert laid_out.shape[0] == 28
+    assert [int((laid_out == value).all(-1)[:, -8:].sum()) for value in (10, 20)] == [32, 32]

@@ -20,7 +20,6 @@ from codi_jax.pretrained import (
     modules_of,
     null_text_of,
     save_trained,
-    tokenizer_of,
     trainable,
     with_controlnet,
 )
@@ -66,7 +65,7 @@ def test_training_in_half_precision_starts_from_and_saves_the_whole_numbers(
     """The student starts from the file's float32, not from the teacher's bfloat16; frozen parts stay as they were."""
     flags, pipeline = load(model, mixed_precision="bf16", save_dtype="bfloat16")
     assert dtypes(pipeline.params["unet"]) == {jnp.dtype(jnp.bfloat16)}
-    unet = trainable(flags, pipeline, "unet")
+    unet = trainable(flags, pipeline, "unet", sharding.make_mesh())
     assert_same(unet, exact.params["unet"])
     save_trained(flags, pipeline, tmp_path, {"unet": (pipeline.modules["unet"], unet)})
     saved = DiffusionPipeline.from_pretrained(tmp_path)
@@ -78,7 +77,17 @@ def test_training_in_half_precision_starts_from_and_saves_the_whole_numbers(
 
 def test_in_full_precision_nothing_is_read_twice(model: Path):
     flags, pipeline = load(model)
-    assert trainable(flags, pipeline, "unet") is pipeline.params["unet"]
+    assert trainable(flags, pipeline, "unet", sharding.make_mesh()) is pipeline.params["unet"]
+
+
+def test_weights_are_loaded_to_the_devices_that_keep_them(model: Path, monkeypatch: pytest.MonkeyPatch):
+    """Straight from the file: one device alone may not have the memory for all."""
+    placed: list[np.ndarray] = []
+    monkeypatch.setattr(sharding, "place", lambda mesh: lambda _, array: [placed.append(array), jnp.array(array)][1])
+    flags, pipeline = load(model, mixed_precision="bf16")
+    everything = [pipeline.params, trainable(flags, pipeline, "unet", sharding.make_mesh())]
+    assert len(placed) == len(jax.tree.leaves(everything))
+    assert not any(isinstance(array, jax.Array) for array in placed)
 
 
 def test_a_controlnet_can_be_taken_away(model: Path, tmp_path: Path):
@@ -110,7 +119,7 @@ def test_another_tokenizer(model: Path, tmp_path: Path):
     make_tokenizer(tmp_path / "other")
     _, pipeline = load(model, tokenizer_name=str(tmp_path / "other"))
     assert pipeline.tokenizer_files["tokenizer"][0].parent == tmp_path / "other"
-    ids = tokenizer_of(pipeline)(["a", ""])["text_encoder"]
+    ids = pipeline.tokenize(["a", ""])["text_encoder"]
     assert ids.shape == (2, pipeline.modules["text_encoder"].config.max_position_embeddings)
     assert null_text_of(pipeline)["null_context"].shape[-1] == pipeline.modules["text_encoder"].config.hidden_size
 

@@ -166,6 +166,31 @@ def test_steps_are_compiled_once(tmp_path):
     assert len(traced) == 1
 
 
+def lowered_product() -> jax.stages.Lowered:
+    return jax.jit(lambda x, y: jnp.tanh(x @ y)).lower(jnp.ones((256, 256)), jnp.ones((256, 256)))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the options are for CPUs")
+def test_steps_are_compiled_with_the_options_for_cpus(tmp_path, monkeypatch):
+    programs = recorded_program(monkeypatch)
+
+    def train_step(state, frozen, batch):
+        state, metrics = make_train_step()(state, frozen, batch)
+        return state, metrics | {"product": jnp.sum(frozen["large"] @ frozen["large"])}
+
+    run(tmp_path, frozen=frozen_trees() | {"large": jnp.ones((300, 300))}, train_step=train_step)
+    # If this JAX does it no more by itself, the options have had their day.
+    assert "ynn_fusion" in str(lowered_product().compile().as_text())
+    assert "ynn_fusion" not in programs[0].as_text()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_options_that_jax_does_not_know_are_left_out(monkeypatch, platform):
+    monkeypatch.setattr(train, "CPU_OPTIONS", {"xla_cpu_of_yesterday": True})
+    program = train.compile_for(platform, lowered_product())
+    np.testing.assert_allclose(program(jnp.ones((256, 256)), jnp.ones((256, 256))), jnp.ones((256, 256)))
+
+
 def slow_step(rounds: int):
     """A step that keeps the device busy for a while."""
 

@@ -114,8 +114,11 @@ def test_too_few_texts_give_a_smaller_vocabulary(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"vocab_size": BYTES - 1}, "--vocab_size 513 must be at least 514"),
-        ({"caption_column": "caption"}, r"metadata.jsonl, line 1: no 'caption'; it has file_name, text"),
-        ({"train_data_dir": Path("/nowhere")}, "there is no metadata.jsonl or meta.jsonl in --train_data_dir /nowhere"),
+        (
+            {"caption_column": "caption"},
+            r"has no column 'caption': set --caption_column to one of file_name, text",
+        ),
+        ({"train_data_dir": Path("/nowhere")}, "there is no folder /nowhere: check --train_data_dir"),
     ],
 )
 def test_refused_in_a_sentence(

@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +24,7 @@ from published import TINY_VAE
 from safetensors.numpy import load_file
 from transformers import CLIPTextModel
 
-from codi_jax import command_line, train
+from codi_jax import command_line, pipeline, train
 from codi_jax.checkpoint import CheckpointError, list_checkpoints
 from codi_jax.pipeline import DiffusionPipeline
 from codi_jax.sampling import default_sampler
@@ -380,9 +384,11 @@ def test_a_text_encoder_from_scratch_is_to_be_trained(inputs: Inputs, tmp_path: 
 
 
 def test_autoencoder(inputs: Inputs, tmp_path: Path):
+    """On a folder of images, without a word about them."""
+    images = inputs._replace(data=inputs.data / "images")
     config = inputs.model / "vae" / "config.json"
     flags = {"pretrained_model_name_or_path": None, "model_config_name_or_path": str(config), "use_ema": True}
-    out = run(autoencoder, inputs, tmp_path / "out", **flags)
+    out = run(autoencoder, images, tmp_path / "out", cache_dir=str(tmp_path / "cache"), **flags)
     assert_reports(out, 2, "reconstruction")
     loaded = diffusers.AutoencoderKL.from_pretrained(out / "vae")
     assert loaded.config.block_out_channels == TINY_VAE["block_out_channels"]
@@ -427,10 +433,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no condition image": ({"validation_prompt": ("a",)}, "--validation_prompt needs --validation_image here"),
     "condition image": ({"validation_prompt": ("a",), "validation_image": ("no.png",)}, r"no\.png"),
     "model": ({"pretrained_model_name_or_path": "/nowhere"}, "/nowhere"),
+    "controlnet": ({"controlnet_model_name_or_path": "/nowhere"}, "/nowhere"),
     "checkpoint": ({"resume_from_checkpoint": "checkpoint-7"}, "checkpoint-7 is no checkpoint"),
     "grid": ({"distill_learning_steps": 3000}, "distill_learning_steps"),
     "validation data": ({"validation_data_dir": "/nowhere"}, r"/nowhere: check --validation_data_dir"),
+    "data": ({"train_data_dir": "/nowhere"}, r"there is no folder /nowhere: check --train_data_dir"),
+    "accumulation": ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 must be at least 1"),
+    "learning rate": ({"learning_rate": -1.0}, "--learning_rate -1.0 is not possible: it must be 0 or more"),
+    "no samples": ({"max_train_samples": 0}, "--max_train_samples must be positive, not 0"),
+    "caption": ({"caption_column": "words"}, r"has no column 'words': set --caption_column to one of image, text"),
+    "image": ({"image_column": "picture"}, r"has no column 'picture': set --image_column to one of image, text"),
 }
+NEED_THE_MODEL = ("too little data", "grid")
 
 
 def as_command(args: Any) -> list[str]:
@@ -445,12 +459,18 @@ def as_command(args: Any) -> list[str]:
     return command
 
 
+def refuse_to_load(*_: Any, **__: Any) -> None:
+    raise AssertionError("this was to be refused before weights are loaded")
+
+
 @pytest.mark.usefixtures("nothing_compiles")
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_ends_with_a_sentence(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, case: str
 ):
     flags, message = BAD[case]
+    if case not in NEED_THE_MODEL:
+        monkeypatch.setattr(pipeline, "load_model", refuse_to_load)
     args = flags_of(codi, inputs, tmp_path / "out", **flags)
     monkeypatch.setattr("sys.argv", ["train_codi_flax.py", *as_command(args)])
     with pytest.raises(SystemExit) as ended:
@@ -461,10 +481,59 @@ def test_bad_input_ends_with_a_sentence(
 
 
 @pytest.mark.usefixtures("nothing_compiles")
-def test_a_condition_of_another_shape_is_refused(inputs: Inputs, tmp_path: Path):
-    data = write_folder(tmp_path / "data", PICTURES, size=(SIZE, SIZE), condition_size=(2 * SIZE, SIZE))
-    with pytest.raises(ValueError, match="one cannot be laid over the other; give both the same aspect ratio"):
-        run(codi, inputs._replace(data=data), tmp_path / "out")
+def test_an_output_folder_that_cannot_be_written(inputs: Inputs, tmp_path: Path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(OSError, match=r"--output_dir .*out cannot be written \(File exists\): choose another"):
+        run(codi, inputs, tmp_path / "out")
+
+
+def empty(folder: Path) -> None:
+    (folder / "meta.jsonl").write_text("")
+
+
+def without_images(folder: Path) -> None:
+    for file in (folder / "images").iterdir():
+        file.unlink()
+
+
+def without_anything(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def with_other_conditions(folder: Path) -> None:
+    for file in (folder / "processed_images").iterdir():
+        Image.new("RGB", (2 * SIZE, SIZE)).save(file)
+
+
+SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
+    "empty": (empty, r"meta.jsonl is empty: it needs one JSON object for each image"),
+    "nothing": (without_anything, r"holds no data set: it has no meta.jsonl or metadata.jsonl.* \(it holds nothing\)"),
+    "unreadable": (without_images, r"20 images in a row could not be read; the last was row \d of .*No such file"),
+    "condition": (with_other_conditions, "one cannot be laid over the other; give both the same aspect ratio"),
+    "caption": (lambda folder: meta(folder, lambda row: row.update(text=3)), "line 1 has 3 under 'text', which is no"),
+}
+
+
+@pytest.mark.usefixtures("nothing_compiles")
+@pytest.mark.parametrize("case", SPOILT)
+def test_data_that_is_no_good_is_refused(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str):
+    spoil, message = SPOILT[case]
+    data = Path(shutil.copytree(inputs.data, tmp_path / "data"))
+    spoil(data)
+    monkeypatch.setattr(pipeline, "load_model", refuse_to_load)
+    with pytest.raises(ValueError, match=message) as error:
+        run(codi, inputs._replace(data=data), tmp_path / "out", cache_dir=str(tmp_path / "cache"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("nothing_compiles")
+def test_what_the_autoencoder_cannot_be(inputs: Inputs, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"--resolution 34 is not possible: the autoencoder of .* multiples of 4"):
+        run(autoencoder, inputs, tmp_path / "out", resolution=34)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"unet is a UNet2DCondition, not an autoencoder"):
+        run(autoencoder, inputs, tmp_path / "out", pretrained_model_name_or_path=str(inputs.model / "unet"))
 
 
 @pytest.mark.usefixtures("nothing_compiles")
@@ -489,6 +558,61 @@ def test_the_folder_of_another_run_is_refused(inputs: Inputs, codi_run: Path):
     assert {path: path.stat().st_mtime_ns for path in codi_run.rglob("*")} == before
 
 
+# ---- Several processes
+
+
+# Networks of a few channels are split as large ones are.
+CHILD = """
+import sys
+from codi_jax import command_line, sharding
+from training_scripts import train_codi_flax, train_text_to_image_flax
+
+sharding.MIN_SHARDED_SIZE = 256
+script = {"codi": train_codi_flax, "text_to_image": train_text_to_image_flax}[sys.argv.pop(1)]
+command_line.run(script.Args, script.main)
+"""
+
+
+def children(count: int, name: str, args: Any) -> None:
+    """Runs a script in some processes, which have two devices together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    given = {"JAX_NUM_CPU_DEVICES": str(2 // count), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    given["PYTHONPATH"] = str(Path(codi.__file__).parent.parent)
+    if count > 1:
+        given |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+    command = [sys.executable, "-c", CHILD, name, *as_command(args)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environments = [os.environ | given | {"JAX_PROCESS_ID": str(i)} for i in range(count)]
+    started = [subprocess.Popen(command, env=environment, **pipes) for environment in environments]
+    texts = [process.communicate(timeout=1200)[0] for process in started]
+    assert all(process.returncode == 0 for process in started), texts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["text_to_image", "codi"])
+def test_processes_do_not_matter(inputs: Inputs, tmp_path: Path, name: str):
+    """Two of one device each, with the parameters split between them, against one of two devices: data, cached latents,
+    steps, pictures and the model that is written. Sums are taken in other orders, which is what tolerances are for."""
+    script, part = {"codi": (codi, "controlnet"), "text_to_image": (text_to_image, "unet")}[name]
+    sampling = {"codi": (1,), "text_to_image": 2}[name]
+    for count in (1, 2):
+        flags = {"cache_latents": True, "cache_latents_dir": str(tmp_path / f"latents-{count}"), "fsdp": 2}
+        flags |= {"train_batch_size": 1, "max_train_steps": 3, "validation_sampling_steps": sampling}
+        children(count, name, flags_of(script, inputs, tmp_path / str(count), **flags))
+        assert_reports(tmp_path / str(count), 3)
+    one, two = (tmp_path / count for count in "12")
+    losses = [[json.loads(line)["loss"] for line in (each / "metrics.jsonl").open()] for each in (one, two)]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+    ours, theirs = weights_of(two / part), weights_of(one / part)
+    assert ours.keys() == theirs.keys()
+    different = [np.abs(value - theirs[key]).mean() for key, value in ours.items()]
+    assert max(different) < 1e-5, "a step changes each of them by 1e-3"
+    pictures = [picture_of(each).astype(int) for each in (one, two)]
+    assert np.abs(pictures[0] - pictures[1]).mean() < 1
+
+
 # ---- Flags
 
 
@@ -496,20 +620,26 @@ def parse(words: list[str]) -> CodiArgs:
     return tyro.cli(CodiArgs, args=words, use_underscores=True, config=(tyro.conf.DisallowNone,))
 
 
-def test_the_command_lines_that_users_of_codi_know():
+@pytest.mark.parametrize("data", ["--dataset_name=jax-diffusers-event/canny_diffusiondb", "--train_data_dir=/data"])
+def test_the_command_lines_that_users_of_codi_know(data: str):
     known = (
-        "--pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 --train_data_dir data --load_from_disk "
-        "--cache_dir cache --revision non-ema --from_pt --dataloader_num_workers=16 --distill_learning_steps 50 "
-        "--onestepode control --onestepode_control_params target --onestepode_sample_eps v_prediction "
-        "--distill_loss consistency_x --resolution=512 --learning_rate=1e-5 --output_dir out --train_batch_size=4"
+        f"--pretrained_model_name_or_path=runwayml/stable-diffusion-v1-5 --output_dir=/data/canny_model {data} "
+        "--load_from_disk --cache_dir=cache --resolution=512 --learning_rate=1e-5 --train_batch_size=2 "
+        "--revision=non-ema --from_pt --max_train_steps=500000 --checkpointing_steps=10000 "
+        "--dataloader_num_workers=16 --distill_learning_steps 50 --onestepode control "
+        "--onestepode_control_params target --onestepode_sample_eps v_prediction --distill_loss consistency_x"
     )
     args = parse(known.split())
+    assert (args.dataset_name or args.train_data_dir) == data.partition("=")[2]
+    assert (args.max_train_steps, args.checkpointing_steps, args.learning_rate) == (500000, 10000, 1e-5)
     assert args.load_from_disk
     assert args.from_pt
     assert (args.revision, args.cache_dir, args.dataloader_num_workers) == ("non-ema", "cache", 16)
     assert (args.onestepode, args.onestepode_control_params) == ("control", "target")
     assert (args.onestepode_sample_eps, args.distill_loss) == ("v_prediction", "consistency_x")
-    other = parse([*known.split(), "--conditioning_image", "transformed_image"])
+    columns = "--image_column original_image --caption_column prompt --conditioning_image transformed_image"
+    other = parse([*known.split(), *columns.split()])
+    assert (other.image_column, other.caption_column) == ("original_image", "prompt")
     assert other.conditioning_image_column == "transformed_image"
 
 

@@ -9,7 +9,7 @@ import pytest
 from picture_folders import numbered, write_folder
 
 from codi_jax.data import DataFlags
-from codi_jax.validation import Samples, ValidationFlags, generate_with, held_out, picture, validation_samples
+from codi_jax.validation import Samples, ValidationFlags, generate_with, held_out, validation_samples
 
 COUNT = 6
 
@@ -54,6 +54,17 @@ def test_how_many_does_not_change_which_come_first(data: Path):
 def test_a_small_data_set_is_shown_whole(data: Path):
     samples = held_out(flags_of(data), 128)
     assert sorted(numbers(samples)) == list(range(COUNT))
+
+
+def test_data_without_captions(tmp_path: Path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(3):
+        numbered(i).save(folder / f"{i}.png")
+    samples = held_out(flags_of(folder, cache_dir=str(tmp_path / "cache")), 8, has_text=False)
+    assert samples.pictures is not None
+    assert sorted(samples.pictures[:, 0, 0, 0]) == [0, 1, 2]
+    assert samples.prompts == [""] * 3
 
 
 def test_samples_of_a_folder_that_is_not_trained_on(data: Path, tmp_path: Path):
@@ -111,6 +122,13 @@ def test_a_missing_folder_is_named_by_its_flag(data: Path):
         validation_samples(flags_of(data, validation_data_dir="/nowhere"))
 
 
+def test_the_data_to_train_on_is_looked_for_even_where_other_samples_are_shown(data: Path):
+    """What comes next is to load the model."""
+    for shown in ({"validation_data_dir": str(data)}, {"validation_prompt": ("a",)}):
+        with pytest.raises(ValueError, match=r"there is no folder /nowhere: check --train_data_dir"):
+            validation_samples(flags_of(Path("/nowhere"), **shown))
+
+
 class Pipeline:
     """Notes what it is called with."""
 
@@ -141,22 +159,3 @@ def test_generating_puts_the_parameters_back() -> None:
     with_controlnet = Pipeline("unet", "controlnet")
     generate_with.__wrapped__(with_controlnet, {}, samples)
     assert with_controlnet.calls[0][2]["control_image"] is samples.conditions
-
-
-def test_the_picture_has_a_row_for_each_batch_behind_its_name() -> None:
-    rng = np.random.default_rng(0)
-    first, second = (rng.integers(0, 256, (3, 20, 20, 3), np.uint8) for _ in range(2))
-    laid_out = picture({"first": first, "none": None, "second": list(second)})
-    assert laid_out.dtype == np.uint8
-    np.testing.assert_array_equal(laid_out[:20, -60:], np.concatenate(list(first), axis=1))
-    np.testing.assert_array_equal(laid_out[20:, -60:], np.concatenate(list(second), axis=1))
-    names = laid_out[:, :-60]
-    assert all((names[start : start + 20] < 128).any() for start in (0, 20))
-    assert (names == 255).mean() > 0.5
-
-
-def test_rows_lower_than_their_names_do_not_overlap() -> None:
-    rows = {name: np.full((2, 4, 4, 3), value, np.uint8) for name, value in {"a": 10, "b": 20}.items()}
-    laid_out = picture(rows)
-    assert laid_out.shape[0] == 28
-    assert [int((laid_out == value).all(-1)[:, -8:].sum()) for value in (10, 20)] == [32, 32]

@@ -1,5 +1,7 @@
 """Trains the autoencoder (VAE) of a latent diffusion model on images, from nothing or from one that exists.
 
+The data needs no captions: a folder of images will do.
+
 python3 training_scripts/train_autoencoder_flax.py --model_config_name_or_path vae/config.json \
     --train_data_dir data/emoji/train --resolution 64 --train_batch_size 16 --max_train_steps 6000 --output_dir runs/vae
 """
@@ -15,8 +17,10 @@ import numpy as np
 
 from codi_jax import command_line, optim, sharding, train
 from codi_jax.data import DataFlags, load_data
+from codi_jax.images import labelled_rows
 from codi_jax.methods import autoencoder
-from codi_jax.validation import ValidationFlags, held_out, picture
+from codi_jax.models.vae import AutoencoderKL
+from codi_jax.validation import ValidationFlags, held_out
 from codi_jax.weights import ModelFolder, build_module, load_model, save_model
 
 _HELD_OUT = 128  # images whose latents give the scaling factor
@@ -28,6 +32,10 @@ class Args(train.LoopFlags, optim.OptimizerFlags, DataFlags, ValidationFlags):
 
     pretrained_model_name_or_path: str | None = None
     """Model, or folder of an autoencoder, to start from."""
+    revision: str | None = None
+    """Branch, tag or commit of it on the hub."""
+    variant: str | None = None
+    """Variant of its weight files, such as fp16."""
     model_config_name_or_path: str | None = None
     """The config.json of a new autoencoder, to start from random parameters."""
     rec_loss: Literal["l1", "l2"] = "l1"
@@ -38,22 +46,33 @@ class Args(train.LoopFlags, optim.OptimizerFlags, DataFlags, ValidationFlags):
     """Keep a moving average of the parameters, and save that."""
     ema_decay: float = 0.999
     """Its decay."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: slower, in less memory."""
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision in which the autoencoder is saved."""
 
 
 def main(args: Args) -> None:
-    module, params = load(args)
+    folder, has_weights = source_of(args)
+    module = build_module(folder, optim.compute_dtype(args.mixed_precision), remat=args.gradient_checkpointing)
+    if not isinstance(module, AutoencoderKL):
+        raise ValueError(f"{folder} is a {type(module).__name__}, not an autoencoder.")
+    if args.resolution % module.config.downscale:
+        raise ValueError(
+            f"--resolution {args.resolution} is not possible: the autoencoder of {folder} takes multiples of "
+            f"{module.config.downscale}."
+        )
     config = autoencoder.Config(
         module, args.rec_loss, args.kl_scale, args.ema_decay if args.use_ema else None, args.gradient_accumulation_steps
     )
     run_config = {"vae": module.config.to_dict(), **asdict(replace(config, vae=None))}
     args = train.start(args, run_config)
-    mesh = sharding.make_mesh(args.fsdp)
+    samples = held_out(args, _HELD_OUT, has_text=False)
+    mesh, key = sharding.make_mesh(args.fsdp), jax.random.key(args.seed)
     batch_size = train.global_batch_size(args)
     loader = load_data(
         args,
-        _no_text,
+        None,
         batch_size=batch_size,
         seed=args.seed,
         process_index=jax.process_index(),
@@ -61,26 +80,39 @@ def main(args: Args) -> None:
     )
     num_steps = train.num_steps(args, loader.samples_per_epoch)
     optimizer = optim.make_optimizer(args, num_steps, batch_size=batch_size)
-    key = jax.random.key(args.seed)
-    if params is None:
+    if has_weights:
+        _, params = load_model(
+            folder.source,
+            folder.subfolder,
+            revision=args.revision,
+            variant=args.variant,
+            cache_dir=args.cache_dir,
+            place=sharding.place(mesh),
+        )
+    else:
         params = module.random_params(jax.random.fold_in(key, 1))
     state = optim.init_state(params, optimizer, key, ema=args.use_ema, mixed_precision=args.mixed_precision)
-    pixels = jnp.asarray(held_out(args, _HELD_OUT).pictures)
 
     @jax.jit
-    def reconstruct(state: Any) -> Any:
-        return autoencoder.reconstruct(state.ema if args.use_ema else state.params, pixels, config)
+    def of_all(params: Any, pixels: Any) -> Any:
+        def of_one(image: Any) -> Any:
+            return jax.tree.map(lambda x: x[0], autoencoder.reconstruct(params, image[None], config))
+
+        return jax.lax.map(of_one, pixels, batch_size=args.train_batch_size)
+
+    def reconstruct(state: Any) -> tuple[np.ndarray, np.ndarray]:
+        return sharding.fetch(of_all(state.result, samples.pictures))
 
     def validate(state: Any, _: int) -> dict[str, np.ndarray]:
-        shown, _ = reconstruct(state)
-        rows = {"data": np.asarray(pixels), "reconstruction": np.asarray(shown)}
-        return {"reconstruction": picture({name: row[: args.num_validation_images] for name, row in rows.items()})}
+        rows = {"data": samples.pictures, "reconstruction": reconstruct(state)[0]}
+        return {
+            "reconstruction": labelled_rows({name: row[: args.num_validation_images] for name, row in rows.items()})
+        }
 
     def export(state: Any, folder: Path) -> None:
-        _, latents = reconstruct(state)
+        latents = jnp.asarray(reconstruct(state)[1])
         scaled = replace(module.config, scaling_factor=autoencoder.scaling_factor(latents))
-        params = state.ema if args.use_ema else state.params
-        save_model(folder, "vae", replace(module, config=scaled), params, dtype=args.save_dtype)
+        save_model(folder, "vae", replace(module, config=scaled), state.result, dtype=args.save_dtype)
 
     train.train(
         functools.partial(autoencoder.train_step, config=config, optimizer=optimizer),
@@ -95,22 +127,17 @@ def main(args: Args) -> None:
     )
 
 
-def _no_text(captions: list[str]) -> dict[str, Any]:
-    return {}
-
-
-def load(args: Args) -> tuple[Any, Any]:
-    """The module, and the parameters to start from or ``None``."""
+def source_of(args: Args) -> tuple[ModelFolder, bool]:
+    """The folder with the autoencoder's config.json, and whether to start from its weights, too."""
     source, config = args.pretrained_model_name_or_path, args.model_config_name_or_path
-    dtype = optim.compute_dtype(args.mixed_precision)
     if source is not None and config is None:
-        subfolder = None if ModelFolder(source).find("config.json") else "vae"
-        return load_model(source, subfolder, compute_dtype=dtype)
+        folder = ModelFolder(str(Path(source).expanduser()), None, args.revision, args.cache_dir)
+        return folder if folder.find("config.json") else folder.part("vae"), True
     if config is not None and source is None:
-        folder = Path(config) if Path(config).is_dir() else Path(config).parent
-        if Path(config).is_file() and Path(config).name != "config.json":
+        path = Path(config).expanduser()
+        if path.is_file() and path.name != "config.json":
             raise ValueError(f"--model_config_name_or_path {config}: give a folder with a config.json, or that file.")
-        return build_module(ModelFolder(str(folder)), dtype), None
+        return ModelFolder(str(path if path.is_dir() else path.parent)), False
     raise ValueError("give either --pretrained_model_name_or_path or --model_config_name_or_path.")
 
 

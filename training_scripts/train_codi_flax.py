@@ -17,6 +17,7 @@ import numpy as np
 
 from codi_jax import command_line, optim, sharding, train
 from codi_jax.data import DataFlags
+from codi_jax.images import labelled_rows
 from codi_jax.methods import codi
 from codi_jax.pretrained import (
     ConditionFlags,
@@ -29,7 +30,7 @@ from codi_jax.pretrained import (
     trainable,
     with_controlnet,
 )
-from codi_jax.validation import ValidationFlags, generate_with, picture, validation_samples
+from codi_jax.validation import ValidationFlags, generate_with, validation_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,23 +62,23 @@ def main(args: Args) -> None:
     flags = codi.CodiFlags(**{name: getattr(args, name) for name in _CODI_FLAGS})
     run_config = {name: getattr(args, name) for name in (*_RUN_CONFIG, *_CODI_FLAGS)}
     args = train.start(args, run_config)
+    condition = args.condition if flags.distill_type == "conditional" else None
+    samples = validation_samples(args, condition)
     mesh, key = sharding.make_mesh(args.fsdp), jax.random.key(args.seed)
     teacher = load_pretrained(args, mesh, args.controlnet_model_name_or_path, args.controlnet_revision)
     schedule = codi.student_schedule(teacher.schedule, flags)
-    condition = args.condition if flags.distill_type == "conditional" else None
     if condition is None:
         teacher = with_controlnet(teacher, None)
     loader = load_batches(args, teacher, condition)
-    samples = validation_samples(args, condition)
     config = codi.configure(modules_of(teacher, ("controlnet", "unet"), args), flags)
     num_steps = train.num_steps(args, loader.samples_per_epoch)
     optimizer = optim.make_optimizer(args, num_steps, batch_size=train.global_batch_size(args))
     state = codi.init_state(
         config,
-        trainable(args, teacher, "unet"),
+        trainable(args, teacher, "unet", mesh),
         optimizer,
         key,
-        controlnet_params=trainable(args, teacher, "controlnet") if "controlnet" in teacher.modules else None,
+        controlnet_params=trainable(args, teacher, "controlnet", mesh) if "controlnet" in teacher.modules else None,
         mixed_precision=args.mixed_precision,
     )
     frozen = {**teacher.params, "schedule": schedule}
@@ -94,7 +95,7 @@ def main(args: Args) -> None:
         for steps in args.validation_sampling_steps:
             made = generate_with(student, state.ema, samples, steps=steps, guidance_scale=args.guidance_scale)
             rows[f"student, {steps}"] = made
-        return {"samples": picture({**rows, "data": samples.pictures})}
+        return {"samples": labelled_rows({**rows, "data": samples.pictures})}
 
     def export(state: Any, folder: Path) -> None:
         trained = {name: (student.modules[name], params) for name, params in state.ema.items()}

@@ -15,6 +15,7 @@ import numpy as np
 
 from codi_jax import command_line, optim, sharding, train
 from codi_jax.data import DataFlags
+from codi_jax.images import labelled_rows
 from codi_jax.methods import denoising
 from codi_jax.methods.inputs import add_controlnet, init_controlnet
 from codi_jax.pretrained import (
@@ -27,7 +28,7 @@ from codi_jax.pretrained import (
     trainable,
     with_controlnet,
 )
-from codi_jax.validation import ValidationFlags, generate_with, picture, validation_samples
+from codi_jax.validation import ValidationFlags, generate_with, validation_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +52,16 @@ class Args(ModelFlags, ConditionFlags, train.LoopFlags, optim.OptimizerFlags, Da
 def main(args: Args) -> None:
     run_config = {name: getattr(args, name) for name in _RUN_CONFIG}
     args = train.start(args, run_config)
+    samples = validation_samples(args, args.condition)
     mesh, key = sharding.make_mesh(args.fsdp), jax.random.key(args.seed)
     pipeline = load_pretrained(args, mesh, args.controlnet_model_name_or_path)
     loader = load_batches(args, pipeline, args.condition)
-    samples = validation_samples(args, args.condition)
     modules = modules_of(pipeline, ("controlnet",), args)
     if modules.controlnet is None:
         modules = add_controlnet(modules)
-        params = init_controlnet(modules, trainable(args, pipeline, "unet"), jax.random.fold_in(key, 0))
+        params = init_controlnet(modules, trainable(args, pipeline, "unet", mesh), jax.random.fold_in(key, 0))
     else:
-        params = trainable(args, pipeline, "controlnet")
+        params = trainable(args, pipeline, "controlnet", mesh)
     pipeline = with_controlnet(pipeline, modules.controlnet)
     ema_decay = args.ema_decay if args.use_ema else None
     config = denoising.Config(
@@ -72,17 +73,14 @@ def main(args: Args) -> None:
         {"controlnet": params}, optimizer, key, ema=args.use_ema, mixed_precision=args.mixed_precision
     )
 
-    def trained(state: Any) -> dict[str, Any]:
-        return state.ema if args.use_ema else state.params
-
     def validate(state: Any, step: int) -> dict[str, np.ndarray]:
         steps = args.validation_sampling_steps
-        made = generate_with(pipeline, trained(state), samples, steps=steps, guidance_scale=args.guidance_scale)
+        made = generate_with(pipeline, state.result, samples, steps=steps, guidance_scale=args.guidance_scale)
         rows = {"condition": samples.conditions, f"{steps} steps": made, "data": samples.pictures}
-        return {"samples": picture(rows)}
+        return {"samples": labelled_rows(rows)}
 
     def export(state: Any, folder: Path) -> None:
-        save_trained(args, pipeline, folder, {"controlnet": (modules.controlnet, trained(state)["controlnet"])})
+        save_trained(args, pipeline, folder, {"controlnet": (modules.controlnet, state.result["controlnet"])})
 
     train.train(
         functools.partial(denoising.train_step, config=config, optimizer=optimizer),

@@ -15,9 +15,10 @@ import numpy as np
 
 from codi_jax import command_line, optim, sharding, train
 from codi_jax.data import DataFlags
+from codi_jax.images import labelled_rows
 from codi_jax.methods import denoising
 from codi_jax.pretrained import ModelFlags, load_batches, load_pretrained, modules_of, save_trained, trainable
-from codi_jax.validation import ValidationFlags, generate_with, picture, validation_samples
+from codi_jax.validation import ValidationFlags, generate_with, validation_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ def main(args: Args) -> None:
     names = ("unet", "text_encoder") if args.train_text_encoder else ("unet",)
     run_config = {name: getattr(args, name) for name in _RUN_CONFIG}
     args = train.start(args, run_config)
+    samples = validation_samples(args)
     mesh, key = sharding.make_mesh(args.fsdp), jax.random.key(args.seed)
     untrained = {name: jax.random.fold_in(key, i) for i, name in enumerate(args.from_scratch)}
     pipeline = load_pretrained(args, mesh, untrained=untrained)
@@ -59,7 +61,6 @@ def main(args: Args) -> None:
         pipeline.schedule = pipeline.schedule.with_config(prediction_type=args.prediction_type)
     batch_size = train.global_batch_size(args)
     loader = load_batches(args, pipeline, cache_text=not args.train_text_encoder)
-    samples = validation_samples(args)
     config = denoising.Config(
         modules_of(pipeline, names, args),
         args.snr_gamma,
@@ -69,20 +70,17 @@ def main(args: Args) -> None:
         args.gradient_accumulation_steps,
     )
     optimizer = optim.make_optimizer(args, train.num_steps(args, loader.samples_per_epoch), batch_size=batch_size)
-    params = {name: trainable(args, pipeline, name) for name in names}
+    params = {name: trainable(args, pipeline, name, mesh) for name in names}
     state = optim.init_state(params, optimizer, key, ema=args.use_ema, mixed_precision=args.mixed_precision)
     frozen = {name: params for name, params in pipeline.params.items() if name not in names}
 
-    def trained(state: Any) -> dict[str, Any]:
-        return state.ema if args.use_ema else state.params
-
     def validate(state: Any, step: int) -> dict[str, np.ndarray]:
         steps = args.validation_sampling_steps
-        made = generate_with(pipeline, trained(state), samples, steps=steps, guidance_scale=args.guidance_scale)
-        return {"samples": picture({"data": samples.pictures, f"{steps} steps": made})}
+        made = generate_with(pipeline, state.result, samples, steps=steps, guidance_scale=args.guidance_scale)
+        return {"samples": labelled_rows({"data": samples.pictures, f"{steps} steps": made})}
 
     def export(state: Any, folder: Path) -> None:
-        save_trained(args, pipeline, folder, {k: (pipeline.modules[k], v) for k, v in trained(state).items()})
+        save_trained(args, pipeline, folder, {k: (pipeline.modules[k], v) for k, v in state.result.items()})
 
     train.train(
         functools.partial(denoising.train_step, config=config, optimizer=optimizer),

@@ -15,6 +15,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
+from codi_jax.images import canny as edges_of
+from codi_jax.images import to_eight_bits
+
 Task = Literal["canny", "super_resolution", "inpainting"]
 """The conditions that can be made from a picture."""
 
@@ -89,10 +92,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
       ValueError: if its pixels have 32 bits.
     """
-    if image.mode.startswith("I;16"):  # Pillow would turn all above 255 white
-        image = Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are of Pillow's mode {image.mode}, 32 bits: convert it to 8 or 16 bits")
+    image = to_eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -163,8 +163,7 @@ def is_random(condition: Condition) -> bool:
 
 def canny(pixels: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
     """White edges on black (Canny, 1986), with the thresholds that ControlNets are trained with."""
-    edges = cv2.Canny(np.ascontiguousarray(pixels), 100, 200)
-    return np.repeat(edges[:, :, None], 3, axis=2)
+    return np.repeat(edges_of(pixels, 100, 200)[:, :, None], 3, axis=2)
 
 
 def low_resolution(

@@ -260,7 +260,9 @@ class _Builder:
     def _texts(self, folder: Path) -> None:
         rows = self.reader.source.rows
         assert isinstance(rows, Dataset)
-        captions = [captions_of(cell) for cell in rows[self.reader.source.columns.caption]]
+        column = self.reader.source.columns.caption
+        assert column is not None
+        captions = [captions_of(cell) for cell in rows[column]]
         texts = list(dict.fromkeys(["", *(text for each in captions for text in each)]))
         number = {text: index for index, text in enumerate(texts)}
         np.save(folder / "text.npy", np.array([number[text] for each in captions for text in each]))

@@ -15,7 +15,7 @@ from codi_jax.data.images import Condition, Task, condition_for
 from codi_jax.data.latent_cache import CachedReader, Encoders, open_cache, prefetch
 from codi_jax.data.loader import Batches, Loader, Order, Shard, Tokenize, read_ahead, tokenized
 from codi_jax.data.samples import Reader, Transform
-from codi_jax.data.sources import Source, open_source
+from codi_jax.data.sources import Source, open_source, require_folder
 from codi_jax.data.streams import StreamBatches
 
 ConditionOf = Literal["column"] | Task | Condition | None
@@ -36,7 +36,7 @@ class DataFlags:
     train_data_dir: str | None = None
     """Folder with images and a meta.jsonl (or metadata.jsonl), which for each holds an object of image, text and, if
     the task has conditions, conditioning_image, with paths absolute or relative to the folder; or a folder of parquet
-    files, or anything else that `datasets` loads."""
+    files, or anything else that `datasets` loads: for training without text, a folder of nothing but images."""
 
     load_from_disk: bool = False
     """The folder was made by save_to_disk of `datasets`. Found out without it, too; ignored for other data."""
@@ -85,7 +85,7 @@ class DataFlags:
     of such images. 0 gives up at the first."""
 
     def check(self) -> None:
-        """Refuses flags that contradict each other or make no sense, before anything is read.
+        """Refuses flags that contradict each other, make no sense, or name a folder that is not there.
 
         Raises:
           ValueError: naming the flag.
@@ -94,6 +94,8 @@ class DataFlags:
             raise ValueError("--dataset_name and --train_data_dir exclude each other: give one of them.")
         if not self.dataset_name and not self.train_data_dir:
             raise ValueError("there is no data to train on: give --dataset_name or --train_data_dir.")
+        if self.train_data_dir:
+            require_folder(self.train_data_dir)
         if self.max_train_samples is not None and self.max_train_samples <= 0:
             raise ValueError(f"--max_train_samples must be positive, not {self.max_train_samples}.")
         if self.resolution <= 0:
@@ -109,7 +111,7 @@ class DataFlags:
 
 def load_data(
     flags: DataFlags,
-    tokenize: Tokenize,
+    tokenize: Tokenize | None,
     *,
     batch_size: int,
     seed: int,
@@ -123,26 +125,28 @@ def load_data(
 
     Args:
       flags: the user's.
-      tokenize: for captions; called in this process, with as many texts as a batch has samples.
+      tokenize: for captions; called in this process, with as many texts as a batch has samples. ``None`` reads no
+        captions, and the data need not have any.
       batch_size: samples of one optimiser step, of all processes together.
       seed: of order, crops, flips, captions and conditions.
       condition: where "conditioning" comes from.
       time_ids: give SDXL's sizes, "time_ids".
       encoders: for --cache_latents. It builds the cache in this call.
-      process_index: of this process, which gets samples ``process_index``, ``process_index + process_count``, … of each
-        batch. Of a stream it gets a part of its own.
+      process_index: of this process, which gets the part of each batch that lies on its devices. Of a stream it gets a
+        part of its own.
       process_count: how many there are.
 
     Returns:
-      Batches with "pixels", "conditioning" if there is a condition, "input_ids", and "time_ids" if asked for. With
-      cached latents, "moments" in place of "pixels", and "context" (and "pooled") in place of "input_ids".
+      Batches with "pixels", "conditioning" if there is a condition, "input_ids" if there is a tokenizer, and "time_ids"
+      if asked for. With cached latents, "moments" in place of "pixels", and "context" (and "pooled") in place of
+      "input_ids".
 
     Raises:
       ValueError: for flags that make no sense, data that is not there, or too little of it.
     """
     flags.check()
     shard = Shard(batch_size, process_index, process_count)
-    source = _open(flags, condition)
+    source = _open(flags, condition, has_text=tokenize is not None)
     transform = Transform(flags.resolution, flags.center_crop, flags.random_flip, flags.proportion_empty_prompts)
     # Generators take no negative seeds.
     reader = Reader(source, transform, _condition(condition, source), seed % 2**64, time_ids)
@@ -167,15 +171,15 @@ def load_data(
     return Loader(open_at, identity, len(source), flags.max_unreadable_share)
 
 
-def _open_cache(flags: DataFlags, reader: Reader, tokenize: Tokenize, encoders: Encoders | None) -> CachedReader:
-    if encoders is None:
+def _open_cache(flags: DataFlags, reader: Reader, tokenize: Tokenize | None, encoders: Encoders | None) -> CachedReader:
+    if encoders is None or tokenize is None:
         raise ValueError("--cache_latents is of no use here: this training works on pixels; leave it out.")
     root = Path(flags.cache_latents_dir or Path(flags.cache_dir or "~/.cache/codi_jax") / "latents").expanduser()
     workers, share = flags.dataloader_num_workers, flags.max_unreadable_share
     return open_cache(root, reader, tokenize, encoders, workers=workers, max_unreadable_share=share)
 
 
-def _stream(reader: Reader, shard: Shard, tokenize: Tokenize, flags: DataFlags) -> Loader:
+def _stream(reader: Reader, shard: Shard, tokenize: Tokenize | None, flags: DataFlags) -> Loader:
     batches = StreamBatches(reader, shard, flags.dataloader_num_workers)
 
     def open_at(cursor: dict[str, Any] | None) -> grain.DatasetIterator:
@@ -188,7 +192,7 @@ def _stream(reader: Reader, shard: Shard, tokenize: Tokenize, flags: DataFlags) 
     return Loader(open_at, identity, None, flags.max_unreadable_share)
 
 
-def _open(flags: DataFlags, condition: ConditionOf) -> Source:
+def _open(flags: DataFlags, condition: ConditionOf, has_text: bool) -> Source:
     return open_source(
         dataset_name=flags.dataset_name,
         dataset_config_name=flags.dataset_config_name,
@@ -197,7 +201,7 @@ def _open(flags: DataFlags, condition: ConditionOf) -> Source:
         streaming=flags.streaming,
         cache_dir=flags.cache_dir,
         image_column=flags.image_column,
-        caption_column=flags.caption_column,
+        caption_column=flags.caption_column if has_text else None,
         condition_column=flags.conditioning_image_column if condition in ("column", "canny") else None,
         condition_is_optional=condition == "canny",
         max_train_samples=flags.max_train_samples,

@@ -175,8 +175,12 @@ class Shard:
         return self.batch_size // self.count
 
     def positions(self, first: int) -> Int[np.ndarray, "b"]:
-        """Where its samples are, in the batch that starts at position ``first``."""
-        return first + np.arange(self.index, self.batch_size, self.count)
+        """Where its samples are, in the batch that starts at position ``first``.
+
+        One after the other, as on the devices: so the batch of all processes is that of one, and noise, which belongs
+        to places in the batch, meets the same samples.
+        """
+        return first + self.index * self.size + np.arange(self.size)
 
 
 @dataclass(frozen=True)
@@ -250,15 +254,17 @@ def read_ahead(batches: Any, workers: int) -> grain.IterDataset:
     return read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1))
 
 
-def tokenized(batches: grain.IterDataset, tokenize: Tokenize) -> grain.IterDataset:
+def tokenized(batches: grain.IterDataset, tokenize: Tokenize | None) -> grain.IterDataset:
     """Puts token ids in place of captions, in a thread of this process: a tokenizer need not travel to others.
 
     Args:
-      batches: with "captions".
-      tokenize: texts to ids.
+      batches: with "captions", unless there is no tokenizer.
+      tokenize: texts to ids; ``None`` where there are no texts.
     """
 
     def replace(batch: Batch) -> Batch:
+        if tokenize is None:
+            return batch
         ids = {name: np.asarray(array, np.int32) for name, array in tokenize(batch["captions"]).items()}
         return {**{name: value for name, value in batch.items() if name != "captions"}, "input_ids": ids}
 

@@ -94,7 +94,7 @@ class Reader:
         return {**stack(samples), "unreadable": unreadable}
 
     def sample(self, row: Mapping[str, Any], number: int, epoch: int) -> Batch:
-        """Makes the arrays of one sample, and its caption under "captions".
+        """Makes the arrays of one sample, and its caption under "captions" if the source has them.
 
         Args:
           row: of the source.
@@ -109,10 +109,8 @@ class Reader:
         arrays, placement = self.pictures(row, number, choices)
         if choices.flips(self.transform):
             arrays = {name: array[:, ::-1] for name, array in arrays.items()}
-        captions = captions_of(row[self.source.columns.caption])
-        chosen = choices.caption(len(captions), self.transform)
         sizes = {"time_ids": placement.time_ids()} if self.time_ids else {}
-        return {**arrays, **sizes, "captions": "" if chosen is None else captions[chosen]}
+        return {**arrays, **sizes, **self._caption(row, choices)}
 
     def pictures(
         self, row: Mapping[str, Any], number: int, choices: Choices
@@ -129,6 +127,13 @@ class Reader:
         elif self.condition is not None:
             arrays["conditioning"] = self.condition(arrays["pixels"], choices.rng)
         return arrays, placement
+
+    def _caption(self, row: Mapping[str, Any], choices: Choices) -> dict[str, str]:
+        if self.source.columns.caption is None:
+            return {}
+        captions = captions_of(row[self.source.columns.caption])
+        chosen = choices.caption(len(captions), self.transform)
+        return {"captions": "" if chosen is None else captions[chosen]}
 
     def _crop_along(
         self, image: Image.Image, placement: Placement, row: Mapping[str, Any], number: int
@@ -155,5 +160,5 @@ class Reader:
 
 def stack(samples: Sequence[Batch]) -> Batch:
     """Samples to a batch: arrays are stacked, captions listed."""
-    arrays = {name: np.stack([sample[name] for sample in samples]) for name in samples[0] if name != "captions"}
-    return {**arrays, "captions": [sample["captions"] for sample in samples]}
+    columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+    return {name: column if name == "captions" else np.stack(column) for name, column in columns.items()}

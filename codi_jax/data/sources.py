@@ -5,6 +5,7 @@ Images stay encoded here, and are opened by whoever wants the sample: see `codi_
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,17 +34,17 @@ class Columns:
 
     Attributes:
       image: pictures to generate.
-      caption: their texts, one or a list for each.
+      caption: their texts, one or a list for each; ``None`` if they are not read.
       condition: pictures that they are conditioned on, if the data has them.
     """
 
     image: str
-    caption: str
+    caption: str | None
     condition: str | None = None
 
     def names(self) -> list[str]:
         """All of them."""
-        return [self.image, self.caption] + ([self.condition] if self.condition else [])
+        return [name for name in (self.image, self.caption, self.condition) if name is not None]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def open_source(
     streaming: bool = False,
     cache_dir: str | None = None,
     image_column: str = "image",
-    caption_column: str = "text",
+    caption_column: str | None = "text",
     condition_column: str | None = None,
     condition_is_optional: bool = False,
     max_train_samples: int | None = None,
@@ -102,7 +103,7 @@ def open_source(
       streaming: read row after row.
       cache_dir: of `datasets`.
       image_column: name of a column.
-      caption_column: name of a column.
+      caption_column: name of a column; ``None`` for training without text.
       condition_column: name of a column; ``None`` for a task without conditions.
       condition_is_optional: do without the condition column where it is missing.
       max_train_samples: take the first ones only.
@@ -115,14 +116,14 @@ def open_source(
         raise ValueError("there is no data to train on: give --dataset_name or --train_data_dir.")
     wanted = Columns(image_column, caption_column, condition_column)
     folder = Path(where).expanduser()
+    if train_data_dir is not None:
+        require_folder(train_data_dir)
     metadata = next((folder / name for name in METADATA_FILES if (folder / name).is_file()), None)
     if metadata is not None:
         source = _from_metadata(metadata, wanted, condition_is_optional)
         rows: Rows = source.rows
         rows = rows.to_iterable_dataset() if streaming and isinstance(rows, Dataset) else rows
     else:
-        if train_data_dir is not None and not folder.is_dir():
-            raise ValueError(f"there is no folder {folder}: check --train_data_dir.")
         rows = _load(where, folder, dataset_config_name, load_from_disk, streaming, cache_dir)
         source = _from_rows(rows, wanted, condition_is_optional, folder, where)
         rows = source.rows
@@ -131,6 +132,12 @@ def open_source(
     if isinstance(rows, Dataset) and not len(rows):
         raise ValueError(f"{where} holds no samples.")
     return Source(rows, source.columns, source.folder, where, f"{source.fingerprint}-{max_train_samples}")
+
+
+def require_folder(path: str) -> None:
+    """Raises `ValueError` if the folder of ``--train_data_dir`` is not there."""
+    if not Path(path).expanduser().is_dir():
+        raise ValueError(f"there is no folder {path}: check --train_data_dir.")
 
 
 def files_fingerprint(source: Source) -> str:
@@ -203,7 +210,8 @@ def _from_rows(rows: Rows, wanted: Columns, optional: bool, folder: Path, where:
         names = list(first) if first is not None else []
     columns = _find_columns(wanted, names, where, optional)
     rows = rows.select_columns(columns.names())
-    _check_captions(columns.caption, rows.features, where)
+    if columns.caption is not None:
+        _check_captions(columns.caption, rows.features, where)
     for name in (columns.image, columns.condition):
         if name and rows.features is not None and isinstance(rows.features[name], datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
@@ -229,7 +237,10 @@ def _from_metadata(file: Path, wanted: Columns, optional: bool) -> Source:
         for name in columns.names():
             _check_value(file, number, name, row.get(name), is_caption=name == columns.caption)
     values: dict[str, list[Any]] = {name: [row.get(name) for _, row in lines] for name in columns.names()}
-    if any(isinstance(caption, list) for caption in values[columns.caption]):
+    if columns.caption is not None and (missing := sum(not row.get(columns.caption) for _, row in lines)):
+        text = f"{missing} of the {len(lines)} samples in {file} have no caption: theirs is the empty text."
+        warnings.warn(text, stacklevel=2)
+    if columns.caption is not None and any(isinstance(caption, list) for caption in values[columns.caption]):
         values[columns.caption] = [captions_of(caption) for caption in values[columns.caption]]
     digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
     return Source(Dataset.from_dict(values), columns, file.parent, str(file), f"{file.absolute()} {digest}")
@@ -277,7 +288,7 @@ def _find_columns(wanted: Columns, names: Sequence[str], where: str, condition_i
         condition = None
     return Columns(
         _find_column(wanted.image, names, where, "--image_column"),
-        _find_column(wanted.caption, names, where, "--caption_column"),
+        None if wanted.caption is None else _find_column(wanted.caption, names, where, "--caption_column"),
         condition and _find_column(condition, names, where, "--conditioning_image_column"),
     )
 

@@ -11,7 +11,7 @@ import pytest
 from picture_folders import count_tokens, numbered, write_folder
 from test_load import numbers, take
 
-from codi_jax.data import DataFlags, load_data
+from codi_jax.data import DataFlags, load_data, streams
 from codi_jax.data.sources import captions_of, files_fingerprint, open_source
 
 
@@ -97,7 +97,8 @@ def test_rows_without_a_caption_and_blank_lines(tmp_path):
     lines[1] = "\n" + json.dumps({**row, "text": None})
     lines[2] = json.dumps({"image": json.loads(lines[2])["image"], "text": []})
     (folder / "meta.jsonl").write_text("\n".join(lines) + "\n\n")
-    (batch,) = take(load_data(flags(folder), count_tokens, batch_size=3, seed=0), 1)
+    with pytest.warns(UserWarning, match=r"2 of the 3 samples in .*meta.jsonl have no caption"):
+        (batch,) = take(load_data(flags(folder), count_tokens, batch_size=3, seed=0), 1)
     assert sorted(numbers(batch)) == [-1, -1, 0]
 
 
@@ -183,6 +184,33 @@ def test_an_image_folder_of_datasets(tmp_path):
     rows = "".join(f"images/{i}.png,n{i}\n" for i in range(6))
     (folder / "metadata.csv").write_text("file_name,text\n" + rows)
     check(flags(folder, cache_dir=str(tmp_path / "cache")), condition=None)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("subfolders", [False, True])
+def test_a_folder_of_images_and_nothing_else(tmp_path, monkeypatch, streaming, subfolders):
+    """Enough for training without text, which has no tokenizer."""
+    monkeypatch.setattr(streams, "WINDOW", 6)
+    for i in range(6):
+        path = tmp_path / "data" / (f"class-{i % 2}" if subfolders else "") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        numbered(i).save(path)
+    of_folder = flags(tmp_path / "data", streaming=streaming, cache_dir=str(tmp_path / "cache"))
+    batches = take(load_data(of_folder, None, batch_size=3, seed=0), 2)
+    assert all(batch.keys() == {"pixels"} for batch in batches)
+    assert sorted(n for batch in batches for n in batch["pixels"][:, 16, 16, 0]) == list(range(6))
+    with pytest.raises(ValueError, match="has no column 'text': set --caption_column to one of image"):
+        load_data(of_folder, count_tokens, batch_size=3, seed=0)
+
+
+def test_captions_are_not_looked_at_without_a_tokenizer(tmp_path):
+    """Neither missing ones nor what stands in their place."""
+    folder = write_folder(tmp_path / "data", 6, condition_size=(32, 32), captions=[1, *"abcde"])
+    (batch,) = take(load_data(flags(folder), None, batch_size=6, seed=0, condition="column"), 1)
+    assert batch.keys() == {"pixels", "conditioning"}
+    rewrite(folder, lambda row: {key: value for key, value in row.items() if key != "text"})
+    (again,) = take(load_data(flags(folder), None, batch_size=6, seed=0, condition="column"), 1)
+    assert all(np.array_equal(batch[name], again[name]) for name in batch)
 
 
 def test_a_folder_without_data_says_what_it_holds(tmp_path):

@@ -2,6 +2,11 @@
 
 import json
 import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -103,6 +108,61 @@ def test_a_state_of_another_process_is_refused(folder):
         load(folder, process=(1, 2)).set_state(state)
     with pytest.raises(ValueError, match="number of processes is 1, and was 2"):
         load(folder).set_state(state)
+
+
+IN_TWO_PROCESSES = """
+import json, sys
+from pathlib import Path
+import jax, numpy as np
+from picture_folders import count_tokens
+from test_load import numbers, take
+from codi_jax import sharding
+from codi_jax.checkpoint import Checkpoints
+from codi_jax.data import DataFlags, load_data, streams
+
+streams.WINDOW = 6
+sharding.initialize()
+
+def load():
+    flags = DataFlags(train_data_dir=sys.argv[1], streaming=True, resolution=32)
+    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    return load_data(flags, count_tokens, batch_size=4, seed=0, **process)
+
+whole, loader = [numbers(batch) for batch in take(load(), 8)], load()
+begun = [numbers(next(loader)) for _ in range(3)]
+checkpoints, state = Checkpoints(Path(sys.argv[2])), sharding.put(sharding.make_mesh(), {"x": np.ones(3)})
+checkpoints.save(3, state, loader.get_state(), {})
+checkpoints.wait()
+like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+_, position = checkpoints.restore(Path(sys.argv[2]) / "checkpoint-3", like)
+resumed = load()
+resumed.set_state(position)
+print(json.dumps([whole, begun + [numbers(batch) for batch in take(resumed, 5)], resumed.unreadable]))
+"""
+
+
+@pytest.mark.slow
+def test_every_process_goes_on_where_it_was(parquet, tmp_path):
+    """Through a checkpoint of two processes, whose states have not even the same size."""
+    folder = Path(shutil.copytree(parquet, tmp_path / "data"))
+    rows = datasets.Dataset.from_parquet(str(folder / "train-0.parquet"), cache_dir=str(tmp_path / "cache"))
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    rows = rows.map(lambda row, i: {"image": {"bytes": b"broken"} if i == 0 else row["image"]}, with_indices=True)
+    rows.to_parquet(folder / "train-0.parquet")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    given = {"JAX_NUM_CPU_DEVICES": "1", "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    given["PYTHONPATH"] = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parent.parent)))
+    command = [sys.executable, "-c", IN_TWO_PROCESSES, str(folder), str(tmp_path / "out")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(command, env=os.environ | given | {"JAX_PROCESS_ID": i}, **pipes) for i in "01"]
+    texts = [process.communicate(timeout=300) for process in started]
+    assert all(process.returncode == 0 for process in started), texts
+    (first, *_), (second, *_) = results = [json.loads(out.splitlines()[-1]) for out, _ in texts]
+    assert not {n for batch in first for n in batch} & {n for batch in second for n in batch}
+    assert all(resumed == whole for whole, resumed, _ in results)
+    assert sorted(unreadable for *_, unreadable in results) == [0, 1]
 
 
 def test_random_choices_are_those_of_the_sample(folder):
