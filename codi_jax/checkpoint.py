@@ -22,6 +22,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.path import step as step_lib
 
+from codi_jax.flags import Flags
+
 State = TypeVar("State")
 
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
@@ -34,7 +36,7 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class CheckpointFlags:
+class CheckpointFlags(Flags):
     """Flags about checkpoints."""
 
     checkpointing_steps: int = 5000
@@ -44,11 +46,10 @@ class CheckpointFlags:
     resume_from_checkpoint: str | None = None
     """Go on from a checkpoint: "latest" (afresh if there is none), the name of one in --output_dir, or a folder."""
 
-    def __post_init__(self) -> None:
-        if self.checkpointing_steps < 0:
-            raise ValueError(f"--checkpointing_steps {self.checkpointing_steps} must not be negative.")
-        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
-            raise ValueError(f"--checkpoints_total_limit {self.checkpoints_total_limit} must be at least 1.")
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(0, "checkpointing_steps")
+        self.require_at_least(1, "checkpoints_total_limit")
 
 
 def list_checkpoints(output_dir: Path) -> list[int]:

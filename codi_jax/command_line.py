@@ -28,7 +28,6 @@ def run(
     """
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        # A dataclass may refuse its values too, while it is parsed.
         args = tyro.cli(args_class, prog=prog, use_underscores=True, config=(tyro.conf.DisallowNone,))
         function(args)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from codi_jax.adam_8bit import scale_by_adam_8bit
+from codi_jax.flags import Flags
 from codi_jax.models.config import Params
 
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -34,7 +35,7 @@ LOSS_SCALE_GROWTH_INTERVAL = 2000
 
 
 @dataclass(frozen=True)
-class OptimizerFlags:
+class OptimizerFlags(Flags):
     """The flags of optimiser, learning rate and precision."""
 
     learning_rate: float = 1e-4
@@ -64,21 +65,14 @@ class OptimizerFlags:
     mixed_precision: MixedPrecision = "no"
     """Precision of the computation; trained parameters are float32 always. fp16 scales the loss dynamically."""
 
-    def __post_init__(self) -> None:
-        require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "0 or more")
-        require(self.lr_warmup_steps >= 0, "lr_warmup_steps", self.lr_warmup_steps, "0 or more")
-        require(self.lr_num_cycles >= 1, "lr_num_cycles", self.lr_num_cycles, "1 or more")
-        require(0 <= self.adam_beta1 < 1, "adam_beta1", self.adam_beta1, "in [0, 1)")
-        require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
-        require(self.adam_weight_decay >= 0, "adam_weight_decay", self.adam_weight_decay, "0 or more")
-        require(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "positive")
-        require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "positive; inf is no limit")
-
-
-def require(holds: bool, flag: str, value: Any, what: str) -> None:
-    """Raises a ValueError that names the flag, unless the value is possible; ``what`` it must be ends the sentence."""
-    if not holds:
-        raise ValueError(f"--{flag} {value} is not possible: it must be {what}.")
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(0, "learning_rate", "lr_warmup_steps", "adam_weight_decay")
+        self.require_at_least(1, "lr_num_cycles")
+        self.require("adam_beta1", 0 <= self.adam_beta1 < 1, "in [0, 1)")
+        self.require("adam_beta2", 0 <= self.adam_beta2 < 1, "in [0, 1)")
+        self.require("adam_epsilon", self.adam_epsilon > 0, "positive")
+        self.require("max_grad_norm", self.max_grad_norm > 0, "positive; inf is no limit")
 
 
 def compute_dtype(mixed_precision: MixedPrecision) -> Any:

@@ -135,8 +135,7 @@ class DiffusionPipeline:
                 "is no Stable Diffusion 1.x, 2.x or XL model."
             )
         tokenizers, files = _load_tokenizers(folder, index, tokenizer, cache_dir)
-        scheduler = folder.part("scheduler")
-        schedule = NoiseSchedule.from_config(scheduler.read_json(CONFIG_NAME), f"{scheduler}/{CONFIG_NAME}")
+        schedule = load_schedule(folder)
         names = [name for name in ("unet", "vae", "text_encoder", "text_encoder_2") if _is_present(index, name)]
         if controlnet is None and _is_present(index, "controlnet"):
             names.append("controlnet")
@@ -524,6 +523,17 @@ def _check_controlnet(modules: Mapping[str, Any]) -> None:
                 f"the ControlNet has {key} = {values[0]} and the UNet {values[1]}: take a ControlNet that was made for "
                 "this model's family."
             )
+
+
+def load_schedule(folder: ModelFolder) -> NoiseSchedule:
+    """The noise schedule of a model, without the rest of it.
+
+    Raises:
+      WeightsError: if the folder has none.
+      ConfigError: if it cannot be computed.
+    """
+    scheduler = folder.part("scheduler")
+    return NoiseSchedule.from_config(scheduler.read_json(CONFIG_NAME), f"{scheduler}/{CONFIG_NAME}")
 
 
 def _load_tokenizers(

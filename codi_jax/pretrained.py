@@ -15,16 +15,18 @@ from jaxtyping import Array
 
 from codi_jax import optim, sharding
 from codi_jax.data import ConditionOf, DataFlags, Encoders, Loader, load_data
+from codi_jax.flags import Flags
 from codi_jax.methods.inputs import Modules, encode_prompts, null_text, posterior
 from codi_jax.models.attention import Implementation
 from codi_jax.models.config import Params
-from codi_jax.pipeline import DiffusionPipeline
+from codi_jax.pipeline import DiffusionPipeline, load_schedule
+from codi_jax.schedule import NoiseSchedule
 from codi_jax.train import global_batch_size
 from codi_jax.weights import Model, ModelFolder, build_module, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFlags:
+class ModelFlags(Flags):
     """Flags about the pretrained model, and how it is computed and saved."""
 
     pretrained_model_name_or_path: str
@@ -48,7 +50,7 @@ class ModelFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConditionFlags:
+class ConditionFlags(Flags):
     """What the images of a ControlNet are."""
 
     task: Literal["column", "edit", "canny", "super_resolution", "inpainting"] = "column"
@@ -106,19 +108,32 @@ def load_pretrained(
     return pipeline
 
 
+def pretrained_schedule(flags: Any) -> NoiseSchedule:
+    """The model's noise schedule, before the model is downloaded and read.
+
+    Args:
+      flags: `PretrainedFlags`.
+
+    Raises:
+      ValueError: if there is none, or it cannot be computed.
+    """
+    return load_schedule(_folder(flags))
+
+
+def _folder(flags: Any) -> ModelFolder:
+    folder = ModelFolder(
+        str(Path(flags.pretrained_model_name_or_path).expanduser()), None, flags.revision, flags.cache_dir
+    )
+    folder.require("model_index.json")
+    return folder
+
+
 def _check_resolution(flags: Any) -> None:
     """Before weights are downloaded and read: the configurations say enough."""
-    source = str(Path(flags.pretrained_model_name_or_path).expanduser())
-    folder = ModelFolder(source, revision=flags.revision, cache_dir=flags.cache_dir)
-    folder.require("model_index.json")
+    folder = _folder(flags)
     vae: Any = build_module(folder.part("vae")).config
     unet: Any = build_module(folder.part("unet")).config
-    downscale = vae.downscale * 2 ** (unet.num_blocks - 1)
-    if flags.resolution % downscale:
-        raise ValueError(
-            f"--resolution {flags.resolution} is not possible: VAE and UNet of {flags.pretrained_model_name_or_path} "
-            f"take multiples of {downscale}."
-        )
+    flags.check_resolution(vae.downscale * 2 ** (unet.num_blocks - 1), f"the model {folder}")
 
 
 def modules_of(pipeline: DiffusionPipeline, trained: Sequence[str], flags: Any) -> Modules:

@@ -15,12 +15,14 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
+from codi_jax.flags import Flags
+
 METRICS_NAME = "metrics.jsonl"
 _WARM_UP = 3  # steps before a profile starts
 
 
 @dataclass(frozen=True)
-class TrackingFlags:
+class TrackingFlags(Flags):
     """Flags about what a run reports, and where."""
 
     logging_dir: str = "logs"
@@ -40,11 +42,10 @@ class TrackingFlags:
     profile_memory: bool = False
     """Write what takes memory before and after training as memory_initial.prof and memory_final.prof, for pprof."""
 
-    def __post_init__(self) -> None:
-        if self.logging_steps < 1:
-            raise ValueError(f"--logging_steps {self.logging_steps} must be at least 1.")
-        if self.profile_steps < 0:
-            raise ValueError(f"--profile_steps {self.profile_steps} must not be negative.")
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(1, "logging_steps")
+        self.require_at_least(0, "profile_steps")
         if self.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
             raise ValueError("--report_to wandb needs the package wandb: pip install wandb, or report to tensorboard.")
 

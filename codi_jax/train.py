@@ -109,16 +109,12 @@ class LoopFlags(CheckpointFlags, TrackingFlags):
     hub_model_id: str | None = None
     """Repository for that, owner/name; if left out: the name of --output_dir."""
 
-    def __post_init__(self) -> None:
-        CheckpointFlags.__post_init__(self)
-        TrackingFlags.__post_init__(self)
-        for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "fsdp"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
-        if self.validation_steps < 0:
-            raise ValueError(f"--validation_steps {self.validation_steps} must not be negative.")
-        if self.max_train_steps is not None and self.max_train_steps < 1:
-            raise ValueError(f"--max_train_steps {self.max_train_steps} must be at least 1.")
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(
+            1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "fsdp"
+        )
+        self.require_at_least(0, "validation_steps")
 
 
 Flags = TypeVar("Flags", bound=LoopFlags)
@@ -158,7 +154,7 @@ def start(flags: Flags, run_config: Mapping[str, Any] | None = None) -> Flags:
         or does not fit.
       OSError: if the folder cannot be written.
     """
-    _check_flags(flags)
+    flags.check()
     sharding.initialize()
     if flags.local_rank != -1:
         say("--local_rank has no effect: JAX finds its processes by itself")
@@ -335,6 +331,7 @@ def _compile(train_step: TrainStep[State], state: State, frozen: Any, batch: Any
 def compile_for(platform: str, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """Compiles a training step with what makes it fast on this platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``."""
     if platform == "cpu":
+        # Another version of XLA may not know the options. Any other error comes back from the line below.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             return lowered.compile(CPU_OPTIONS)
     return lowered.compile()
@@ -437,13 +434,6 @@ def _forgotten(state: State) -> State:
     for leaf in jax.tree.leaves(state):
         leaf.delete()
     return like
-
-
-def _check_flags(flags: LoopFlags) -> None:
-    """Runs the checks of all groups of flags; of several base classes Python calls that of the first only."""
-    for group in type(flags).__mro__:
-        if "__post_init__" in vars(group):
-            vars(group)["__post_init__"](flags)
 
 
 def _configure_jax(flags: LoopFlags) -> None:

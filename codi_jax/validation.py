@@ -8,13 +8,14 @@ import numpy as np
 from jaxtyping import UInt8
 
 from codi_jax.data import load_data
+from codi_jax.flags import Flags
 from codi_jax.images import open_image, to_pixels
 from codi_jax.models.config import Params
 from codi_jax.pipeline import DiffusionPipeline
 
 
 @dataclass(frozen=True)
-class ValidationFlags:
+class ValidationFlags(Flags):
     """Flags about validation pictures."""
 
     validation_data_dir: str | None = None
@@ -26,9 +27,9 @@ class ValidationFlags:
     num_validation_images: int = 8
     """Samples in a validation picture."""
 
-    def __post_init__(self) -> None:
-        if self.num_validation_images < 1:
-            raise ValueError(f"--num_validation_images {self.num_validation_images} must be at least 1.")
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(1, "num_validation_images")
         if self.validation_image and len(self.validation_image) not in (1, len(self.validation_prompt)):
             raise ValueError(
                 f"--validation_image has {len(self.validation_image)} images and --validation_prompt "
@@ -61,10 +62,8 @@ def validation_samples(flags: Any, condition: Any = None) -> Samples:
       condition: see `codi_jax.data.load_data`.
 
     Raises:
-      ValueError: if the flags make no sense, data or images cannot be read, or prompts lack the condition images that
-        the task has.
+      ValueError: if data or images cannot be read, or prompts lack the condition images that the task has.
     """
-    flags.check()
     if not flags.validation_prompt:
         return held_out(flags, flags.num_validation_images, condition)
     if condition is not None and not flags.validation_image:

@@ -177,7 +177,7 @@ def test_which_checkpoint_is_meant(tmp_path):
 @pytest.mark.parametrize(("flag", "value"), [("checkpointing_steps", -1), ("checkpoints_total_limit", 0)])
 def test_a_number_that_makes_no_sense_is_refused(flag, value):
     with pytest.raises(ValueError, match=f"--{flag} {value}"):
-        CheckpointFlags(**{flag: value})
+        CheckpointFlags(**{flag: value}).check()
 
 
 def test_the_settings_are_plain_json(tmp_path):

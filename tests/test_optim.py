@@ -70,7 +70,7 @@ def test_scale_lr_multiplies_by_the_samples_of_an_update() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"learning_rate": -1.0}, "--learning_rate -1.0 is not possible: it must be 0 or more"),
+        ({"learning_rate": -1.0}, "--learning_rate -1.0 is not possible: it must be at least 0"),
         ({"adam_beta2": 1.0}, "--adam_beta2 1.0"),
         ({"max_grad_norm": 0.0}, "--max_grad_norm 0.0 is not possible: it must be positive; inf is no limit"),
         ({"adam_epsilon": 0.0}, "--adam_epsilon"),
@@ -78,7 +78,7 @@ def test_scale_lr_multiplies_by_the_samples_of_an_update() -> None:
 )
 def test_impossible_flags_are_refused(values: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
-        OptimizerFlags(**values)
+        OptimizerFlags(**values).check()
 
 
 def test_a_polynomial_schedule_needs_a_learning_rate_above_its_end() -> None:

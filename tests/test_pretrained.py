@@ -111,7 +111,7 @@ def test_only_what_is_trained_recomputes_activations(model: Path):
 
 def test_resolutions_that_the_networks_take(model: Path):
     """Latents of 9 pixels cannot be halved, though the VAE could make them."""
-    with pytest.raises(ValueError, match=r"--resolution 36 is not possible: .* take multiples of 8"):
+    with pytest.raises(ValueError, match=r"--resolution 36 is not possible: .* takes multiples of 8"):
         load(model, resolution=36)
 
 

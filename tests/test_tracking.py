@@ -114,10 +114,10 @@ def test_wandb(tmp_path, monkeypatch):
 def test_wandb_that_is_not_there_is_said_at_once(monkeypatch):
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--report_to wandb needs the package wandb: pip install wandb"):
-        TrackingFlags(report_to="wandb")
+        TrackingFlags(report_to="wandb").check()
 
 
 @pytest.mark.parametrize(("flag", "value"), [("logging_steps", 0), ("profile_steps", -1)])
 def test_a_number_that_makes_no_sense_is_refused(flag, value):
     with pytest.raises(ValueError, match=f"--{flag} {value}"):
-        TrackingFlags(**{flag: value})
+        TrackingFlags(**{flag: value}).check()

@@ -531,8 +531,8 @@ def test_a_batch_that_cannot_be_shared_out(tmp_path, monkeypatch):
     ],
 )
 def test_a_number_that_makes_no_sense_is_refused(flag, value):
-    with pytest.raises(ValueError, match=f"--{flag} {value} must"):
-        LoopFlags(**{flag: value})
+    with pytest.raises(ValueError, match=f"--{flag} {value} is not possible"):
+        LoopFlags(**{flag: value}).check()
 
 
 # The folder and its arguments

@@ -99,7 +99,7 @@ def test_prompts_of_ones_own(data: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"num_validation_images": 0}, "--num_validation_images 0 must be at least 1"),
+        ({"num_validation_images": 0}, "--num_validation_images 0 is not possible: it must be at least 1"),
         (
             {"validation_prompt": ("a", "b", "c"), "validation_image": ("x", "y")},
             "--validation_image has 2 images and --validation_prompt 3 prompts: give one image, or one for each",
@@ -109,7 +109,7 @@ def test_prompts_of_ones_own(data: Path, tmp_path: Path):
 )
 def test_flags_that_make_no_sense(data: Path, flags: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        flags_of(data, **flags)
+        flags_of(data, **flags).check()
 
 
 def test_prompts_need_the_condition_images_of_the_task(data: Path):
@@ -126,7 +126,7 @@ def test_the_data_to_train_on_is_looked_for_even_where_other_samples_are_shown(d
     """What comes next is to load the model."""
     for shown in ({"validation_data_dir": str(data)}, {"validation_prompt": ("a",)}):
         with pytest.raises(ValueError, match=r"there is no folder /nowhere: check --train_data_dir"):
-            validation_samples(flags_of(Path("/nowhere"), **shown))
+            flags_of(Path("/nowhere"), **shown).check()
 
 
 class Pipeline:

@@ -57,11 +57,7 @@ def main(args: Args) -> None:
     module = build_module(folder, optim.compute_dtype(args.mixed_precision), remat=args.gradient_checkpointing)
     if not isinstance(module, AutoencoderKL):
         raise ValueError(f"{folder} is a {type(module).__name__}, not an autoencoder.")
-    if args.resolution % module.config.downscale:
-        raise ValueError(
-            f"--resolution {args.resolution} is not possible: the autoencoder of {folder} takes multiples of "
-            f"{module.config.downscale}."
-        )
+    args.check_resolution(module.config.downscale, f"the autoencoder {folder}")
     config = autoencoder.Config(
         module, args.rec_loss, args.kl_scale, args.ema_decay if args.use_ema else None, args.gradient_accumulation_steps
     )

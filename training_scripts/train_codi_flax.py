@@ -26,6 +26,7 @@ from codi_jax.pretrained import (
     load_pretrained,
     modules_of,
     null_text_of,
+    pretrained_schedule,
     save_trained,
     trainable,
     with_controlnet,
@@ -64,9 +65,9 @@ def main(args: Args) -> None:
     args = train.start(args, run_config)
     condition = args.condition if flags.distill_type == "conditional" else None
     samples = validation_samples(args, condition)
+    schedule = codi.student_schedule(pretrained_schedule(args), flags)
     mesh, key = sharding.make_mesh(args.fsdp), jax.random.key(args.seed)
     teacher = load_pretrained(args, mesh, args.controlnet_model_name_or_path, args.controlnet_revision)
-    schedule = codi.student_schedule(teacher.schedule, flags)
     if condition is None:
         teacher = with_controlnet(teacher, None)
     loader = load_batches(args, teacher, condition)

@@ -17,6 +17,7 @@ from codi_jax.data.loader import Batches, Loader, Order, Shard, Tokenize, read_a
 from codi_jax.data.samples import Reader, Transform
 from codi_jax.data.sources import Source, open_source, require_folder
 from codi_jax.data.streams import StreamBatches
+from codi_jax.flags import Flags
 
 ConditionOf = Literal["column"] | Task | Condition | None
 """Where conditions come from: a column, what a task makes from the image (canny: a column if there is one, else edges),
@@ -24,7 +25,7 @@ a function of the image, or nowhere."""
 
 
 @dataclass(frozen=True)
-class DataFlags:
+class DataFlags(Flags):
     """Which data, and how it becomes batches."""
 
     dataset_name: str | None = None
@@ -85,28 +86,24 @@ class DataFlags:
     of such images. 0 gives up at the first."""
 
     def check(self) -> None:
-        """Refuses flags that contradict each other, make no sense, or name a folder that is not there.
-
-        Raises:
-          ValueError: naming the flag.
-        """
+        """The same, and refuses a folder that is not there."""
+        super().check()
         if self.dataset_name and self.train_data_dir:
             raise ValueError("--dataset_name and --train_data_dir exclude each other: give one of them.")
         if not self.dataset_name and not self.train_data_dir:
             raise ValueError("there is no data to train on: give --dataset_name or --train_data_dir.")
         if self.train_data_dir:
             require_folder(self.train_data_dir)
-        if self.max_train_samples is not None and self.max_train_samples <= 0:
-            raise ValueError(f"--max_train_samples must be positive, not {self.max_train_samples}.")
-        if self.resolution <= 0:
-            raise ValueError(f"--resolution must be positive, not {self.resolution}.")
-        if self.dataloader_num_workers < 0:
-            raise ValueError(f"--dataloader_num_workers must not be negative, as {self.dataloader_num_workers} is.")
-        for flag in ("proportion_empty_prompts", "max_unreadable_share"):
-            if not 0 <= getattr(self, flag) <= 1:
-                raise ValueError(f"--{flag} must be between 0 and 1, not {getattr(self, flag)}.")
+        self.require_at_least(1, "max_train_samples", "resolution")
+        self.require_at_least(0, "dataloader_num_workers")
+        self.require_in(0, 1, "proportion_empty_prompts", "max_unreadable_share")
         if self.streaming and self.cache_latents:
             raise ValueError("--cache_latents needs the whole data set, which --streaming does not read: drop one.")
+
+    def check_resolution(self, multiple: int, model: str) -> None:
+        """Refuses a resolution that is no multiple of what ``model``, a noun, scales images down by."""
+        if self.resolution % multiple:
+            raise ValueError(f"--resolution {self.resolution} is not possible: {model} takes multiples of {multiple}.")
 
 
 def load_data(

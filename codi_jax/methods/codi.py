@@ -24,6 +24,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from codi_jax import losses, optim
+from codi_jax.flags import Flags
 from codi_jax.methods.inputs import Frozen, Inputs, Modules, add_controlnet, init_controlnet, prepare
 from codi_jax.methods.prediction import Features, branches, encode, guided
 from codi_jax.models.config import Params
@@ -35,7 +36,7 @@ _TRUE_NOISE = ("epsilon", "nprediction")
 
 
 @dataclasses.dataclass(frozen=True)
-class CodiFlags:
+class CodiFlags(Flags):
     """The flags of CoDi."""
 
     distill_type: Literal["conditional", "unconditional"] = "conditional"
@@ -71,11 +72,15 @@ class CodiFlags:
     ema_decay: float = 0.999
     """Decay of the moving average, which is the target and the result."""
 
-    def __post_init__(self) -> None:
-        low, high = self.distill_guidance_min, self.distill_guidance_max
-        optim.require(low <= high, "distill_guidance_min", low, f"at most --distill_guidance_max {high}")
-        optim.require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
-        optim.require(self.snr_gamma is None or self.snr_gamma > 0, "snr_gamma", self.snr_gamma, "positive")
+    def check(self) -> None:
+        super().check()
+        high = self.distill_guidance_max
+        self.require(
+            "distill_guidance_min", self.distill_guidance_min <= high, f"at most --distill_guidance_max {high}"
+        )
+        self.require_at_least(1, "distill_learning_steps")
+        self.require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        self.require("snr_gamma", self.snr_gamma is None or self.snr_gamma > 0, "positive")
 
     @property
     def is_guided(self) -> bool:

@@ -437,12 +437,13 @@ def test_without_condition_the_unet_is_trained_alone() -> None:
     [
         ({"distill_guidance_min": 20.0}, "--distill_guidance_min 20.0 .* at most --distill_guidance_max 14.0"),
         ({"ema_decay": 1.0}, "--ema_decay 1.0"),
+        ({"distill_learning_steps": 0}, "--distill_learning_steps 0 is not possible: it must be at least 1"),
         ({"snr_gamma": 0.0}, "--snr_gamma 0.0 is not possible: it must be positive"),
     ],
 )
 def test_impossible_flags_are_refused(values: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        CodiFlags(**values)
+        CodiFlags(**values).check()
 
 
 # ---- Devices

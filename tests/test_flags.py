@@ -1,0 +1,75 @@
+"""Groups of flags: every one of a script's groups is checked, whatever the order that it inherits them in."""
+
+import dataclasses
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from codi_jax import optim, train
+from codi_jax.data import DataFlags
+from codi_jax.flags import Flags
+from codi_jax.methods.codi import CodiFlags
+from codi_jax.validation import ValidationFlags
+
+GROUPS = (train.LoopFlags, optim.OptimizerFlags, CodiFlags, DataFlags, ValidationFlags)
+BAD = {
+    "fsdp": 0,
+    "checkpoints_total_limit": 0,
+    "logging_steps": 0,
+    "learning_rate": -1.0,
+    "ema_decay": 1.0,
+    "resolution": 0,
+    "num_validation_images": 0,
+}
+
+
+@dataclass(frozen=True)
+class Numbers(Flags):
+    count: int | None = 3
+    share: float = 0.5
+
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(1, "count")
+        self.require_in(0, 1, "share")
+
+
+@pytest.mark.parametrize("values", [{}, {"count": None}, {"count": 1}, {"share": 0.0}, {"share": 1}])
+def test_possible_values_pass(values: dict[str, Any]) -> None:
+    Numbers(**values).check()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"count": 0}, "--count 0 is not possible: it must be at least 1."),
+        ({"share": 1.5}, "--share 1.5 is not possible: it must be between 0 and 1."),
+        ({"share": float("nan")}, "--share nan is not possible: it must be between 0 and 1."),
+    ],
+)
+def test_impossible_values_are_refused_in_a_sentence(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Numbers(**values).check()
+
+
+@pytest.mark.parametrize("groups", [GROUPS, GROUPS[::-1]], ids=["one order", "the other"])
+@pytest.mark.parametrize("flag", BAD)
+def test_all_groups_of_a_script_are_checked(tmp_path, groups: tuple[type, ...], flag: str) -> None:
+    script: Any = dataclasses.make_dataclass("Script", [], bases=groups, frozen=True)
+    script(train_data_dir=str(tmp_path)).check()
+    with pytest.raises(ValueError, match=f"--{flag} {BAD[flag]} is not possible"):
+        script(**{"train_data_dir": str(tmp_path), flag: BAD[flag]}).check()
+
+
+def test_every_group_with_a_check_is_tried_above() -> None:
+    tried = {cls for group in GROUPS for cls in inspect.getmro(group)}
+    missed, queue = [], [Flags]
+    while queue:
+        group = queue.pop()
+        queue += group.__subclasses__()
+        if "check" in vars(group) and group.__module__.startswith("codi_jax.") and group not in tried:
+            missed.append(group)
+    assert missed == []
