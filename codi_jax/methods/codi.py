@@ -55,8 +55,9 @@ class CodiFlags(Flags):
     """The factor on time in the boundary scalings."""
     onestepode: Literal["control", "uncontrol"] = "control"
     """Whether the teacher's step is taken with the ControlNet."""
-    onestepode_control_params: Literal["target", "online"] = "target"
-    """Which ControlNet that is: the moving average, or the one in training."""
+    onestepode_control_params: Literal["target", "online", "initial"] = "target"
+    """Which ControlNet that is: the moving average, the one in training, or the one that training started from (which
+    must then be a trained one)."""
     onestepode_cfg: bool = False
     """Guide the teacher's step."""
     onestepode_sample_eps: SampleEps | None = None
@@ -83,6 +84,12 @@ class CodiFlags(Flags):
         self.require("snr_gamma", self.snr_gamma is None or self.snr_gamma > 0, "positive")
 
     @property
+    def needs_initial_controlnet(self) -> bool:
+        """Whether the ControlNet that training starts from is needed throughout, as ``controlnet`` in ``frozen``."""
+        initial = self.onestepode == "control" and self.onestepode_control_params == "initial"
+        return initial and self.distill_type == "conditional"
+
+    @property
     def is_guided(self) -> bool:
         """Whether the null text is needed."""
         return self.cfg_aware_distill or self.onestepode_cfg
@@ -97,10 +104,21 @@ class Config:
 
 
 def configure(modules: Modules, flags: CodiFlags) -> Config:
-    """Completes the modules with the ControlNet of the UNet, unless one is given or there is no condition."""
+    """Completes the modules with the ControlNet of the UNet, unless one is given or there is no condition.
+
+    Raises:
+      ValueError: if the teacher's step needs a ControlNet that has been trained, and none is given.
+    """
     if flags.distill_type == "unconditional":
         return Config(dataclasses.replace(modules, controlnet=None), flags)
-    return Config(modules if modules.controlnet is not None else add_controlnet(modules), flags)
+    if modules.controlnet is not None:
+        return Config(modules, flags)
+    if flags.needs_initial_controlnet:
+        raise ValueError(
+            "--onestepode_control_params initial distils a ControlNet that has been trained already: name it with "
+            "--controlnet_model_name_or_path."
+        )
+    return Config(add_controlnet(modules), flags)
 
 
 def student_schedule(schedule: NoiseSchedule, flags: CodiFlags) -> NoiseSchedule:
@@ -169,7 +187,8 @@ def loss(
     Args:
       params: θ: ``controlnet``, ``unet``, or both.
       state: its ``ema`` is θ⁻.
-      frozen: parameters of ``unet`` and of what `prepare` needs, and the ``schedule`` of `student_schedule`.
+      frozen: parameters of ``unet`` and of what `prepare` needs, and the ``schedule`` of `student_schedule`; those of
+        ``controlnet`` if the flags need the initial one.
       batch: see `prepare`.
       key: for all that is random.
       config: of the method.
@@ -239,8 +258,8 @@ def _teacher(params: Params, ema: Params, frozen: Frozen, flags: CodiFlags) -> d
     """The networks of the one DDIM step: the frozen UNet, and under ``control`` the ControlNet as it is *now*."""
     teacher = {"unet": frozen["unet"]}
     if flags.onestepode == "control" and "controlnet" in params:
-        source = ema if flags.onestepode_control_params == "target" else params
-        teacher["controlnet"] = jax.lax.stop_gradient(source["controlnet"])
+        sources = {"target": ema, "online": params, "initial": frozen}
+        teacher["controlnet"] = jax.lax.stop_gradient(sources[flags.onestepode_control_params]["controlnet"])
     return teacher
 
 

@@ -42,6 +42,7 @@ NETWORKS = {
     "uncontrol": {"onestepode": "uncontrol"},
     "control-target": {"onestepode": "control", "onestepode_control_params": "target"},
     "control-online": {"onestepode": "control", "onestepode_control_params": "online"},
+    "control-initial": {"onestepode": "control", "onestepode_control_params": "initial"},
 }
 NETWORKS |= {f"full-{name}": {**flags, "train": "unet"} for name, flags in NETWORKS.items()}
 NETWORKS["unconditional"] = {"distill_type": "unconditional"}
@@ -101,6 +102,8 @@ def make_problem(combination: dict[str, Any], **more: Any) -> Problem:
     teacher = NoiseSchedule.from_config({**TEACHER, "prediction_type": chosen["prediction_type"]})
     config = codi.configure(MODULES, flags)
     frozen = {"unet": standins.unet_params(1), "schedule": codi.student_schedule(teacher, flags), **null_text()}
+    if flags.needs_initial_controlnet:
+        frozen["controlnet"] = standins.controlnet_params(6)
     params = {"unet": standins.unet_params(2), "controlnet": standins.controlnet_params(3)}
     ema = {"unet": standins.unet_params(4), "controlnet": standins.controlnet_params(5)}
     trained = codi.init_state(
@@ -158,7 +161,8 @@ def numpy_loss(problem: Problem) -> Any:
     theta_now, theta_minus = float64(problem.state.params), float64(problem.state.ema)
     z_t = alpha[t][column] * z0 + sigma[t][column] * noise
     with_control = flags.onestepode == "control" and control is not None
-    source = {"target": theta_minus, "online": theta_now}[flags.onestepode_control_params]
+    sources = {"target": theta_minus, "online": theta_now, "initial": frozen}
+    source = sources[flags.onestepode_control_params] if with_control else {}
     teacher = {"unet": frozen["unet"], **({"controlnet": source["controlnet"]} if with_control else {})}
     x, eps = x_eps(teacher, z_t, t, flags.onestepode_cfg, control if with_control else None)
     if flags.onestepode_sample_eps == "epsilon":
@@ -286,6 +290,14 @@ def test_the_student_starts_as_the_teacher(onestepode: str) -> None:
     np.testing.assert_array_equal(student, teacher)
     for a, b in zip(jax.tree.leaves(problem.state.ema), jax.tree.leaves(problem.state.params), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_teacher_that_stays_as_it_started_needs_a_trained_controlnet() -> None:
+    flags = CodiFlags(onestepode_control_params="initial")
+    with pytest.raises(ValueError, match="distils a ControlNet that has been trained already: name it with"):
+        real_problem(flags)
+    for harmless in ({"onestepode": "uncontrol"}, {"distill_type": "unconditional"}):
+        codi.configure(real_model()[0], dataclasses.replace(flags, **harmless))
 
 
 @pytest.mark.slow
