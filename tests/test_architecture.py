@@ -16,7 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 MATHS = ("schedule", "sampling", "losses", "methods")
 # What maths may know of codi_jax. Whatever reads, writes or drives a run knows maths, never the reverse.
-KNOWN_TO_MATHS = {*MATHS, "models", "lora", "optim", "sharding"}
+KNOWN_TO_MATHS = {*MATHS, "models", "lora", "optim", "sharding", "flags"}
 # Top-level modules that are about files, the network, processes or a terminal.
 IO_MODULES = {
     "cv2", "datasets", "diffusers", "glob", "grain", "gradio", "huggingface_hub", "io", "json", "logging", "msgpack",

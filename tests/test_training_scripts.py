@@ -529,7 +529,7 @@ def test_data_that_is_no_good_is_refused(inputs: Inputs, tmp_path: Path, monkeyp
 
 @pytest.mark.usefixtures("nothing_compiles")
 def test_what_the_autoencoder_cannot_be(inputs: Inputs, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"--resolution 34 is not possible: the autoencoder of .* multiples of 4"):
+    with pytest.raises(ValueError, match=r"--resolution 34 is not possible: the autoencoder .* takes multiples of 4"):
         run(autoencoder, inputs, tmp_path / "out", resolution=34)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match=r"unet is a UNet2DCondition, not an autoencoder"):
