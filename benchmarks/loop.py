@@ -1,0 +1,124 @@
+"""Measures what the training loop adds to the compiled step: batches, logs, and the calls themselves.
+
+    python3 benchmarks/loop.py --pretrained_model_name_or_path MODEL --train_data_dir data/emoji/train
+
+Trains CoDi with cached latents. Between stretches of the loop, where a run validates, the program
+that it runs is called as often with one batch that lies on the device already: both are timed in turns, in one process.
+"""
+
+import dataclasses
+import functools
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from codi_jax import command_line, optim, sharding, train
+from codi_jax.methods import codi
+from codi_jax.pretrained import PretrainedFlags, load_batches, load_pretrained, modules_of, trainable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(PretrainedFlags, train.LoopFlags):
+    """Times the loop around the training step of CoDi. The flags of training apply."""
+
+    resolution: int = 64
+    """Side of the square images."""
+    train_batch_size: int = 32
+    """Examples in a step, for each device."""
+    cache_latents: bool = True
+    """Encode all images and captions once, before training, and keep the results on disk."""
+    stretch: int = 20
+    """Steps of a stretch."""
+    stretches: int = 8
+    """Stretches of each kind, after one that is not counted."""
+
+
+class Turns:
+    """Times the program alone between stretches of the loop.
+
+    Attributes:
+      in_loop: seconds for a step.
+      alone: likewise.
+    """
+
+    def __init__(self, program: Any, frozen: Any, batch: Any, steps: int) -> None:
+        self.in_loop: list[float] = []
+        self.alone: list[float] = []
+        self._call = lambda state: program(state, frozen, batch)[0]
+        self._steps = steps
+        self._began = time.perf_counter()
+
+    def __call__(self, state: Any, _: int) -> dict[str, Any]:
+        jax.block_until_ready(state)
+        self.in_loop.append((time.perf_counter() - self._began) / self._steps)
+        state = jax.block_until_ready(jax.tree.map(lambda x: x.copy(), state))  # the call takes it
+        began = time.perf_counter()
+        for _ in range(self._steps):
+            state = self._call(state)
+        jax.block_until_ready(state)
+        self._began = time.perf_counter()
+        self.alone.append((self._began - began) / self._steps)
+        return {}
+
+
+class TimedLoader:
+    """A loader that notes how long its batches take to come."""
+
+    def __init__(self, loader: Any) -> None:
+        self.seconds: list[float] = []
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def __next__(self) -> Any:
+        began = time.perf_counter()
+        batch = next(self._loader)
+        self.seconds.append(time.perf_counter() - began)
+        return batch
+
+
+def main(args: Args) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        steps = args.stretch * (args.stretches + 1)
+        args = dataclasses.replace(
+            args, output_dir=folder, max_train_steps=steps, validation_steps=args.stretch, checkpointing_steps=0
+        )
+        turns, loader = measure(train.start(args))
+    report(turns, loader)
+
+
+def measure(args: Args) -> tuple[Turns, TimedLoader]:
+    mesh, flags = sharding.make_mesh(args.fsdp), codi.CodiFlags()
+    teacher = load_pretrained(args, mesh)
+    loader = load_batches(args, teacher, "column")
+    config = codi.configure(modules_of(teacher, ("controlnet",), args), flags)
+    optimizer = optim.make_optimizer(args, args.max_train_steps or 1)
+    unet = trainable(args, teacher, "unet", mesh)
+    state = sharding.put(mesh, codi.init_state(config, unet, optimizer, jax.random.key(args.seed)))
+    frozen = sharding.put(mesh, {**teacher.params, "schedule": codi.student_schedule(teacher.schedule, flags)})
+    step = functools.partial(codi.train_step, config=config, optimizer=optimizer)
+    batch = sharding.to_global(mesh, next(loader))
+    lowered = jax.jit(step, donate_argnums=0).lower(state, frozen, batch)
+    turns = Turns(train.compile_for(jax.default_backend(), lowered), frozen, batch, args.stretch)
+    timed: Any = TimedLoader(loader)
+    train.train(step, state, frozen, timed, args, mesh=mesh, validate=turns)
+    return turns, timed
+
+
+def report(turns: Turns, loader: TimedLoader) -> None:
+    in_loop, alone = turns.in_loop[1:], turns.alone[1:]
+    shares = sorted(a / b - 1 for a, b in zip(in_loop, alone, strict=True))
+    print(f"a step in the loop  {1e3 * statistics.median(in_loop):7.1f} ms")
+    print(f"the program alone   {1e3 * statistics.median(alone):7.1f} ms")
+    print(f"overhead            {statistics.median(shares):7.1%} ({shares[0]:.1%} to {shares[-1]:.1%})")
+    waits = [1e3 * seconds for seconds in loader.seconds]
+    print(f"waiting for a batch {statistics.median(waits):7.2f} ms, at most {max(waits):.2f}")
+
+
+if __name__ == "__main__":
+    command_line.run(Args, main)
