@@ -2,8 +2,8 @@
 
     python3 benchmarks/loop.py --pretrained_model_name_or_path MODEL --train_data_dir data/emoji/train
 
-Trains CoDi with cached latents. Between stretches of the loop, where a run validates, the program
-that it runs is called as often with one batch that lies on the device already: both are timed in turns, in one process.
+Trains CoDi with cached latents. Between stretches of the loop, where a run validates, the program that it runs is
+called as often with one batch that lies on the device already: both are timed in turns, in one process.
 """
 
 import dataclasses

@@ -117,7 +117,7 @@ class LoopFlags(CheckpointFlags, TrackingFlags):
         self.require_at_least(0, "validation_steps")
 
 
-Flags = TypeVar("Flags", bound=LoopFlags)
+Args = TypeVar("Args", bound=LoopFlags)
 
 
 def global_batch_size(flags: LoopFlags) -> int:
@@ -141,7 +141,7 @@ def num_steps(flags: LoopFlags, samples_per_epoch: int | None) -> int:
     return math.ceil(flags.num_train_epochs * samples_per_epoch / global_batch_size(flags))
 
 
-def start(flags: Flags, run_config: Mapping[str, Any] | None = None) -> Flags:
+def start(flags: Args, run_config: Mapping[str, Any] | None = None) -> Args:
     """Begins a run: everything that can be wrong with it, other than model and data, comes out here.
 
     Joins the other processes, sets JAX up, fills in ``output_dir``, and writes the arguments there.

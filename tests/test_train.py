@@ -531,7 +531,7 @@ def test_a_batch_that_cannot_be_shared_out(tmp_path, monkeypatch):
     ],
 )
 def test_a_number_that_makes_no_sense_is_refused(flag, value):
-    with pytest.raises(ValueError, match=f"--{flag} {value} is not possible"):
+    with pytest.raises(ValueError, match=f"--{flag} {value} is not possible: it must be at least {value + 1}"):
         LoopFlags(**{flag: value}).check()
 
 

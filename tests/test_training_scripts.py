@@ -438,9 +438,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "grid": ({"distill_learning_steps": 3000}, "distill_learning_steps"),
     "validation data": ({"validation_data_dir": "/nowhere"}, r"/nowhere: check --validation_data_dir"),
     "data": ({"train_data_dir": "/nowhere"}, r"there is no folder /nowhere: check --train_data_dir"),
-    "accumulation": ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 is not possible"),
+    "accumulation": (
+        {"gradient_accumulation_steps": 0},
+        "--gradient_accumulation_steps 0 is not possible: it must be at least 1",
+    ),
     "learning rate": ({"learning_rate": -1.0}, "--learning_rate -1.0 is not possible: it must be at least 0"),
-    "no samples": ({"max_train_samples": 0}, "--max_train_samples 0 is not possible"),
+    "no samples": ({"max_train_samples": 0}, "--max_train_samples 0 is not possible: it must be at least 1"),
     "caption": ({"caption_column": "words"}, r"has no column 'words': set --caption_column to one of image, text"),
     "image": ({"image_column": "picture"}, r"has no column 'picture': set --image_column to one of image, text"),
 }

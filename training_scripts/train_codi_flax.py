@@ -83,8 +83,6 @@ def main(args: Args) -> None:
         mixed_precision=args.mixed_precision,
     )
     frozen = {**teacher.params, "schedule": schedule}
-    if not flags.needs_initial_controlnet:
-        frozen.pop("controlnet", None)
     if flags.is_guided:
         frozen |= null_text_of(teacher)
     student = dataclasses.replace(with_controlnet(teacher, config.modules.controlnet), schedule=schedule)
