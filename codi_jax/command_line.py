@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import tyro
 Args = TypeVar("Args")
 
 
+_SHOWN = 10  # warnings from one place: a million captions may each have something wrong
 _SAVE_MEMORY = ("train_batch_size", "gradient_checkpointing", "fsdp")
 
 
@@ -26,7 +28,7 @@ def run(
       prog: the program's name in the help.
       save_memory: what to try when the device has not enough memory; ``None`` names the flags of training.
     """
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = _warning_printer()
     try:
         args = tyro.cli(args_class, prog=prog, use_underscores=True, config=(tyro.conf.DisallowNone,))
         function(args)
@@ -36,6 +38,19 @@ def run(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         sys.exit(f"error: the device has not enough memory: try {save_memory or _other_values(args_class)}.")
+
+
+def _warning_printer() -> Callable[..., None]:
+    seen: Counter[tuple[str, int]] = Counter()
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+        seen[filename, lineno] += 1
+        if seen[filename, lineno] <= _SHOWN:
+            print(f"warning: {message}", file=sys.stderr)
+        elif seen[filename, lineno] == _SHOWN + 1:
+            print("warning: there are more warnings of this kind; they are not shown.", file=sys.stderr)
+
+    return show
 
 
 def _other_values(args_class: type) -> str:

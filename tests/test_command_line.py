@@ -94,3 +94,23 @@ def test_warnings_are_one_line(run: Any, monkeypatch: pytest.MonkeyPatch, capsys
         warnings.simplefilter("always")
         warnings.showwarning("take care", UserWarning, "file.py", 1)
     assert capsys.readouterr().err == "warning: take care\n"
+
+
+def test_of_many_warnings_of_a_kind_the_first_are_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warn(_: Args) -> None:
+        for number in range(100):
+            warnings.warn(f"caption {number} is too long.", stacklevel=1)
+        warnings.warn("something else.", stacklevel=1)
+
+    monkeypatch.setattr("sys.argv", ["program"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        command_line.run(Args, warn)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:10] == [f"warning: caption {number} is too long." for number in range(10)]
+    assert lines[10:] == [
+        "warning: there are more warnings of this kind; they are not shown.",
+        "warning: something else.",
+    ]

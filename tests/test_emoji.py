@@ -270,3 +270,61 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tool.importlib.metadata, "distribution", missing)
     with pytest.raises(FileNotFoundError, match=r'the package emoji is not installed: pip install -e "\.\[emoji\]"'):
         tool.read_emoji()
+
+
+@pytest.fixture(scope="module")
+def with_copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "emoji"
+    tool.build(tool.Args(folder, copies=2))
+    return folder
+
+
+def test_copies_are_added_to_the_training_pictures_alone(with_copies: Path, folder: Path, rows: Rows) -> None:
+    found = read_rows(with_copies)
+    assert found["train"][:3553] == rows["train"]
+    assert found["validation"] == rows["validation"]
+    assert len(found["train"]) == 3 * 3553
+    assert {row["file_name"] for row in found["train"]} == {
+        str(path.relative_to(with_copies / "train")) for path in (with_copies / "train" / "images").glob("*.png")
+    }
+    assert read_rows(with_copies / "edits") == read_rows(folder / "edits")
+    same = filecmp.dircmp(with_copies / "validation" / "images", folder / "validation" / "images")
+    assert same.diff_files == same.left_only == same.right_only == []
+
+
+def test_a_copy_is_the_picture_elsewhere(with_copies: Path) -> None:
+    train = by_codepoints({"train": read_rows(with_copies)["train"][:3553]})
+    copies = [row for row in read_rows(with_copies)["train"] if "copy0" in row["file_name"]]
+    assert len(copies) == 3553
+    for copy in copies[::400]:
+        original = train[copy["codepoints"]]
+        assert (copy["text"], copy["family"]) == (original["text"], original["family"])
+        picture, source = (pixels(with_copies / "train" / row["file_name"]) for row in (copy, original))
+        assert picture.shape == (64, 64, 3)
+        assert np.all(picture[[0, -1]] == 255)
+        assert np.all(picture[:, [0, -1]] == 255)
+        assert not np.array_equal(picture, source)
+        assert np.any(picture < 128)
+        edges = pixels(with_copies / "train" / copy["conditioning_image"])
+        np.testing.assert_array_equal(edges[..., 0], canny(picture))
+
+
+def test_every_second_copy_shows_and_names_two_training_pictures(with_copies: Path) -> None:
+    rows = read_rows(with_copies)["train"]
+    names = {row["text"][0] for row in rows[:3553]}
+    pairs = [row for row in rows if "copy1" in row["file_name"]]
+    assert len(pairs) == 3553
+    for row in pairs:
+        (caption,) = row["text"]
+        parts = caption.split(" and ")
+        halves = [(" and ".join(parts[:n]), " and ".join(parts[n:])) for n in range(1, len(parts))]
+        assert any(first in names and second in names for first, second in halves), caption
+    # Families are drawn alike: half of all pictures are people with a skin tone, but few of the families.
+    toned = sum("skin tone" in row["text"][0].split(" and ")[-1] for row in pairs) / len(pairs)
+    assert toned < 0.3
+
+
+@pytest.mark.parametrize("args", [{"copies": -1}, {"validation_fraction": 1.0}])
+def test_arguments_out_of_range_are_refused(tmp_path: Path, args: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"--{next(iter(args))}"):
+        tool.build(tool.Args(tmp_path / "emoji", **args))
