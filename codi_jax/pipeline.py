@@ -378,7 +378,8 @@ class DiffusionPipeline:
         key = (program, tree, *map(jax.typeof, leaves))
         start = time.perf_counter()
         if key not in self._compiled:
-            self._compiled[key] = _jitted_generate.lower(*arguments, program).compile()
+            with sharding.context_of(self.params):
+                self._compiled[key] = _jitted_generate.lower(*arguments, program).compile()
         compiled = time.perf_counter()
         images, finite = sharding.fetch(self._compiled[key](*arguments))
         jax.effects_barrier()

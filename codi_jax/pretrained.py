@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -219,11 +219,15 @@ def _encoders_of(pipeline: DiffusionPipeline, cache_text: bool) -> Encoders:
             digest.update(np.asarray(leaf).tobytes())
     for file in (file for files in pipeline.tokenizer_files.values() for file in files):
         digest.update(file.read_bytes())
-    return Encoders(
-        images=lambda pixels: images(needed, pixels),
-        text=(lambda ids: text(needed, ids)) if cache_text else None,
-        fingerprint=digest.hexdigest(),
-    )
+
+    def on_devices(program: Callable[..., Any]) -> Callable[[Any], Any]:
+        def run(inputs: Any) -> Any:
+            with sharding.context_of(needed):
+                return program(needed, inputs)
+
+        return run
+
+    return Encoders(on_devices(images), on_devices(text) if cache_text else None, digest.hexdigest())
 
 
 def _own_copy(leaf: Array) -> Array:

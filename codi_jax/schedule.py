@@ -231,7 +231,8 @@ class NoiseSchedule:
         return self.with_config(
             _class_name="DDIMScheduler",
             timestep_spacing=kind,
-            steps_offset=0,
+            # Trailing times have no offset; for a file without one, diffusers' pipelines warn that it is outdated.
+            steps_offset=1 if kind == "trailing" else 0,
             set_alpha_to_one=True,
             clip_sample=False,
             distill_learning_steps=num_steps,

@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis split over all devices."""
     return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def context_of(tree: Any) -> AbstractContextManager[Any]:
+    """The context to trace programs in that compute with these arrays.
+
+    Kernels that XLA cannot split among devices learn from it which there are, see `codi_jax.models.attention`.
+    """
+    of_first = getattr(next(iter(jax.tree.leaves(tree)), None), "sharding", None)
+    mesh = of_first.mesh if isinstance(of_first, NamedSharding) else None
+    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else nullcontext()
 
 
 def to_global(mesh: Mesh, local_batch: Any) -> Any:

@@ -271,6 +271,7 @@ def _loop(train_step: TrainStep[State], state: State, frozen: Any, loader: Loade
         if run.flags.debug:
             # Not `jax.config.update`: JAX overlooks that in a thread that has used the context manager before.
             stack.enter_context(jax.debug_nans(True))
+        stack.enter_context(sharding.context_of(state))
         program = _compile(train_step, state, frozen, batch, run)
         monitor = stack.enter_context(contextlib.closing(_monitor(run, batch)))
         profiler = Profiler(run.flags, Path(run.flags.output_dir), run.first, monitor.pause)

@@ -1,7 +1,9 @@
 """What training scripts start from, and the folder that they write."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,7 +13,8 @@ import pytest
 from folders import SIZE, make_pipeline, make_tokenizer
 from picture_folders import write_folder
 
-from codi_jax import sharding, train
+from codi_jax import pipeline as pipelines
+from codi_jax import pretrained, sharding, train
 from codi_jax.pipeline import DiffusionPipeline
 from codi_jax.pretrained import (
     PretrainedFlags,
@@ -98,6 +101,30 @@ def test_a_controlnet_can_be_taken_away(model: Path, tmp_path: Path):
     save_trained(flags, without, tmp_path, {})
     assert not (tmp_path / "controlnet").exists()
     assert with_controlnet(without, pipeline.modules["controlnet"]).modules == pipeline.modules
+
+
+@pytest.mark.parametrize("program", ["generate", "encode"])
+def test_programs_are_traced_on_the_mesh_of_their_parameters(
+    model: Path, monkeypatch: pytest.MonkeyPatch, program: str
+):
+    """Or a kernel that XLA cannot split would not know among which devices to split itself."""
+    _, pipeline = load(model)
+    traced: list[Any] = []
+
+    def trace(*_: Any, **__: Any) -> Any:
+        traced.append(jax.sharding.get_abstract_mesh().axis_names)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipelines, "_jitted_generate", SimpleNamespace(lower=trace))
+    monkeypatch.setattr(pretrained, "posterior", trace)
+    picture = np.zeros((SIZE, SIZE, 3), np.uint8)
+    calls: dict[str, Callable[[], Any]] = {
+        "generate": lambda: pipeline(["a house"], control_image=picture, steps=1),
+        "encode": lambda: pretrained._encoders_of(pipeline, True).images(picture[None]),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        calls[program]()
+    assert traced == [("data", "fsdp")]
 
 
 def test_only_what_is_trained_recomputes_activations(model: Path):

@@ -166,6 +166,19 @@ def test_steps_are_compiled_once(tmp_path):
     assert len(traced) == 1
 
 
+def test_steps_are_traced_on_their_mesh(tmp_path):
+    """Or a kernel that XLA cannot split would not know among which devices to split itself."""
+    traced = []
+
+    def train_step(state, frozen, batch):
+        traced.append(jax.sharding.get_abstract_mesh().axis_names)
+        return make_train_step()(state, frozen, batch)
+
+    run(tmp_path, train_step=train_step)
+    assert traced == [("data", "fsdp")]
+    assert jax.sharding.get_abstract_mesh().empty
+
+
 def lowered_product() -> jax.stages.Lowered:
     return jax.jit(lambda x, y: jnp.tanh(x @ y)).lower(jnp.ones((256, 256)), jnp.ones((256, 256)))
 

@@ -3,11 +3,16 @@
 Every attention layer of the package calls `dot_product_attention`; no other file knows about kernels.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
+
+from codi_jax.models.backend import backend
 
 Implementation = Literal["auto", "xla", "chunked", "cudnn", "pallas"]
 
@@ -40,34 +45,34 @@ def dot_product_attention(
       value: values.
       implementation: ``"cudnn"`` is the flash kernel of cuDNN (NVIDIA, 16-bit), ``"pallas"`` the flash kernel for TPU,
         ``"xla"`` the plain formula, ``"chunked"`` that formula for one head and a few hundred queries at a time,
-        ``"auto"`` the best of them for the default backend, the dtype and the shapes.
+        ``"auto"`` the best of them for the device, the dtype and the shapes.
       is_causal: whether position i sees only positions up to i (CLIP's text encoders).
 
     Returns:
       The attended values, in the dtype of ``query``.
     """
     if implementation == "auto":
-        implementation = choose_implementation(jax.default_backend(), query.dtype, query.shape, key.shape)
+        implementation = choose_implementation(backend(), query.dtype, query.shape, key.shape)
     match implementation:
         case "pallas":
-            return _pallas_attention(query, key, value, is_causal)
+            return _on_each_device(functools.partial(_pallas_attention, is_causal=is_causal), query, key, value)
         case "chunked":
             return _chunked_attention(query, key, value, is_causal)
         case "cudnn":
             return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation="cudnn")
-        case _ if jax.default_backend() == "cpu" and not is_causal:
+        case _ if backend() == "cpu" and not is_causal:
             return _keys_first_attention(query, key, value)
         case _:
             return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation="xla")
 
 
 def choose_implementation(
-    backend: str, dtype: jnp.dtype, query_shape: tuple[int, ...], key_shape: tuple[int, ...]
+    platform: str, dtype: jnp.dtype, query_shape: tuple[int, ...], key_shape: tuple[int, ...]
 ) -> Implementation:
     """The kernel that ``"auto"`` stands for.
 
     Args:
-      backend: ``"cpu"``, ``"gpu"``, ``"cuda"``, ``"rocm"`` or ``"tpu"``, as ``jax.default_backend()`` has it.
+      platform: ``"cpu"``, ``"gpu"``, ``"cuda"``, ``"rocm"`` or ``"tpu"``.
       dtype: of the queries.
       query_shape: ``[b, t, n, h]``.
       key_shape: ``[b, s, n, h]``.
@@ -80,13 +85,13 @@ def choose_implementation(
         return "xla"
     # cuDNN takes heads of up to 128 features everywhere, of up to 256 only on Hopper and later. SD 1.x has 160 where
     # there are at most 256 tokens, so that nothing is lost by staying with what works on every card.
-    if backend in ("gpu", "cuda") and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
+    if platform in ("gpu", "cuda") and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
     # The kernel's blocks must divide both sequences; shapes that they do not divide go to XLA.
-    if backend == "tpu" and t % _PALLAS_BLOCK == 0 and s % _PALLAS_BLOCK == 0:
+    if platform == "tpu" and t % _PALLAS_BLOCK == 0 and s % _PALLAS_BLOCK == 0:
         return "pallas"
     # On a CPU the plain formula writes all scores to memory and reads them three times: 3 x slower at 4096 tokens.
-    return "chunked" if backend == "cpu" or b * n * t * s > _MAX_SCORES else "xla"
+    return "chunked" if platform == "cpu" or b * n * t * s > _MAX_SCORES else "xla"
 
 
 def _keys_first_attention(
@@ -129,6 +134,23 @@ def _chunked_attention(
 
     out = jax.lax.map(head, (queries, keys, values))  # [n, t // chunk, b, chunk, h]
     return out.transpose(2, 1, 3, 0, 4).reshape(b, t, n, h)
+
+
+def _on_each_device(
+    attention: Callable[..., Array], query: Float[Array, "b t n h"], key: Array, value: Array
+) -> Float[Array, "b t n h"]:
+    """The kernel on every device's own part of the batch: XLA cannot split a kernel that it did not write.
+
+    The devices are those of the mesh in whose context (`jax.set_mesh`) the program is traced.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return attention(query, key, value)
+    # A batch that they cannot share, as in generation, is computed by all of them.
+    spec = P(mesh.axis_names) if query.shape[0] % mesh.size == 0 else P()
+    # The kernel does not say how its result varies over the devices, which the check would want to know.
+    on_part = jax.shard_map(attention, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
+    return on_part(query, key, value)
 
 
 def _pallas_attention(

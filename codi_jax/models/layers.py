@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from codi_jax.models.attention import Implementation, dot_product_attention
+from codi_jax.models.backend import backend
 from codi_jax.models.group_norm import GroupNorm
 
 # Output pixels of a batch up to which `convolve` gathers patches on a CPU.
@@ -61,7 +62,7 @@ def convolve(
     """
     b, h, w, _ = x.shape
     kh, kw, channels, features = kernel.shape
-    if jax.default_backend() != "cpu" or b * h * w > _FEW_PIXELS or tuple(strides) != (1, 1) or kh != kw or kh == 1:
+    if backend() != "cpu" or b * h * w > _FEW_PIXELS or tuple(strides) != (1, 1) or kh != kw or kh == 1:
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     patches = jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(kh) for j in range(kw)], axis=-1)

@@ -39,7 +39,50 @@ for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
 """
 
 
-def test_one_device_and_eight_agree() -> None:
+KERNEL = """
+import jax, jax.numpy as jnp, numpy as np
+from codi_jax import sharding
+from codi_jax.models import attention
+
+assert jax.device_count() == 8
+seen = []
+
+def kernel(query, key, value, is_causal):
+    seen.append(query.shape[0])
+    return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal)
+
+attention._pallas_attention = kernel
+mesh = sharding.make_mesh(2)
+rng = np.random.default_rng(0)
+
+def loss(*qkv):
+    return jnp.sum(attention.dot_product_attention(*qkv, implementation="pallas") ** 2)
+
+for batch, own in ((16, 2), (3, 3)):
+    qkv = [rng.standard_normal((batch, 6, 2, 4)).astype("f4") for _ in range(3)]
+    place = sharding.batch_sharding(mesh) if own == 2 else sharding.replicated(mesh)
+    spread = jax.device_put(qkv, place)
+    seen.clear()
+    with sharding.context_of(spread):
+        eight = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*spread)
+    assert set(seen) == {own}, seen
+    seen.clear()
+    one = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*qkv)
+    assert set(seen) == {batch}, seen
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
+"""
+
+
+def run_on_eight(script: str) -> None:
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_one_device_and_eight_agree() -> None:
+    run_on_eight(SCRIPT)
+
+
+def test_a_kernel_that_xla_cannot_split_runs_on_every_devices_part() -> None:
+    run_on_eight(KERNEL)
