@@ -251,6 +251,19 @@ def test_teacher_and_student_are_shown_in_the_size_that_is_trained(
     assert sizes == [(2, 4, 4, 4)] * 2
 
 
+def test_the_student_is_shown_at_the_steps_that_its_grid_has(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made = []
+    monkeypatch.setattr(
+        codi, "generate_with", lambda *_, steps, **__: made.append(steps) or np.zeros((2, SIZE, SIZE, 3), np.uint8)
+    )
+    flags = {"distill_learning_steps": 4, "validation_sampling_steps": (1, 2, 4, 8)}
+    prepared = prepare(codi, inputs, tmp_path, monkeypatch, **flags)
+    prepared.validate(prepared.state, 0)
+    assert made == [50, 1, 2, 4]
+
+
 def picture_stub(given: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     batch, height, width, _ = given["z"].shape
     return np.zeros((batch, 4 * height, 4 * width, 3), np.uint8), np.ones(batch, bool)
@@ -436,6 +449,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "controlnet": ({"controlnet_model_name_or_path": "/nowhere"}, "/nowhere"),
     "checkpoint": ({"resume_from_checkpoint": "checkpoint-7"}, "checkpoint-7 is no checkpoint"),
     "grid": ({"distill_learning_steps": 3000}, "distill_learning_steps"),
+    "steps of validation": (
+        {"distill_learning_steps": 4, "validation_sampling_steps": (8,)},
+        "--validation_sampling_steps",
+    ),
+    "no step of validation": ({"validation_sampling_steps": (0, 1)}, "--validation_sampling_steps"),
     "validation data": ({"validation_data_dir": "/nowhere"}, r"/nowhere: check --validation_data_dir"),
     "data": ({"train_data_dir": "/nowhere"}, r"there is no folder /nowhere: check --train_data_dir"),
     "accumulation": (

@@ -51,12 +51,23 @@ class Args(
     checkpointing_steps: int = 5000
     """Steps between two checkpoints; 0 for none."""
     validation_sampling_steps: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of steps at which validation pictures show the student."""
+    """Numbers of steps at which validation pictures show the student. Those above --distill_learning_steps are left
+    out: its grid has no times for them."""
     guidance_scale: float = 1.0
     """Guidance scale of the student in validation pictures; with --cfg_aware_distill one of the range it was trained
     with."""
     teacher_guidance_scale: float = 7.5
     """Guidance scale of the teacher in validation pictures."""
+
+    def check(self) -> None:
+        super().check()
+        possible = all(steps >= 1 for steps in self.validation_sampling_steps) and len(self.student_steps) > 0
+        self.require("validation_sampling_steps", possible, "1 to --distill_learning_steps")
+
+    @property
+    def student_steps(self) -> tuple[int, ...]:
+        """What of ``validation_sampling_steps`` the student can be sampled with."""
+        return tuple(steps for steps in self.validation_sampling_steps if steps <= self.distill_learning_steps)
 
 
 def main(args: Args) -> None:
@@ -93,7 +104,7 @@ def main(args: Args) -> None:
 
     def validate(state: Any, _: int) -> dict[str, np.ndarray]:
         rows = {"condition": samples.conditions, "teacher, 50 steps": by_teacher()}
-        for steps in args.validation_sampling_steps:
+        for steps in args.student_steps:
             made = generate_with(student, state.ema, samples, steps=steps, guidance_scale=args.guidance_scale)
             rows[f"student, {steps}"] = made
         return {"samples": labelled_rows({**rows, "data": samples.pictures})}

@@ -40,3 +40,14 @@ fi
 "$python" training_scripts/train_text_to_image_flax.py --pretrained_model_name_or_path "$work/pictures" \
   --train_text_encoder "${data[@]}" "${run[@]}" "${text[@]}" --max_train_steps 5500 \
   --learning_rate 4e-4 --lr_warmup_steps 100 --ema_decay 0.999 --validation_steps 0 --output_dir "$work/emoji"
+
+# The ControlNet, by plain denoising: what CoDi is compared with, and starts from.
+control=(--pretrained_model_name_or_path "$work/emoji" "${data[@]}" "${run[@]}" --cache_latents --cache_dir "$work/cache"
+         --proportion_empty_prompts 0.3 --train_batch_size 32 --max_train_steps 4000 --lr_scheduler cosine
+         --lr_warmup_steps 50 --guidance_scale 1)
+
+"$python" training_scripts/train_controlnet_flax.py "${control[@]}" --learning_rate 5e-4 --ema_decay 0.998 \
+  --validation_steps 1000 --output_dir "$work/controlnet-half"
+
+"$python" training_scripts/train_controlnet_flax.py "${control[@]}" --learning_rate 4e-4 --ema_decay 0.999 \
+  --validation_steps 2000 --controlnet_model_name_or_path "$work/controlnet-half" --output_dir "$work/emoji-controlnet"
