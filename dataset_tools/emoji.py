@@ -365,13 +365,13 @@ def instruction(name: str, source: Look, target: Look) -> str | None:
 
 
 def copies_of(emoji: Sequence[Emoji], copies: int) -> Iterable[Emoji]:
-    """``copies`` further pictures of each; the same for the same ``emoji``."""
+    """``copies`` further pictures of each, one round after the other; the same for the same ``emoji``."""
     by_family = defaultdict(list)
     for each in emoji:
         by_family[each.family].append(each)
     families = [*by_family.values()]
-    for each in emoji:
-        for number in range(copies):
+    for number in range(copies):
+        for each in emoji:
             rng = random.Random(f"{each.stem}/{number}")
             copy = replace(each, copy=f"-copy{number}")
             if number % 2:

@@ -8,18 +8,19 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 work=${1:-runs/teachers}
 recipe=assets/recipes/emoji
-data=(--train_data_dir "$work/data/train" --validation_data_dir "$work/data/validation" --resolution 64 --random_flip)
+data=(--train_data_dir "$work/data/train" --validation_data_dir "$work/data/validation" --resolution 64)
 run=(--logging_steps 100 --checkpointing_steps 500 --checkpoints_total_limit 2 --resume_from_checkpoint latest
      --num_validation_images 16 --use_ema --save_dtype float16)
 text=(--cache_latents --cache_dir "$work/cache" --proportion_empty_prompts 0.1 --train_batch_size 32
       --lr_scheduler cosine --guidance_scale 3)
 
-# 3,553 pictures, and after them eight changed copies of each.
+# 3,553 pictures, and after them eight rounds of changed copies.
 pictures=(--max_train_samples 3553)
+two_rounds=(--max_train_samples 10659)
 [ -e "$work/data" ] || "$python" dataset_tools/emoji.py --copies 8 --output_dir "$work/data"
 
 "$python" training_scripts/train_autoencoder_flax.py --model_config_name_or_path "$recipe/vae" \
-  "${data[@]}" "${pictures[@]}" "${run[@]}" --train_batch_size 16 \
+  "${data[@]}" "${pictures[@]}" "${run[@]}" --random_flip --train_batch_size 16 \
   --max_train_steps 5000 --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 100 --adam_beta2 0.99 \
   --adam_weight_decay 1e-4 --ema_decay 0.999 --validation_steps 500 --output_dir "$work/vae"
 
@@ -31,20 +32,25 @@ if [ ! -e "$work/start" ]; then
 fi
 
 # First the pictures as they are, then also moved, turned, scaled and two in one: a model that has seen 3,553 pictures a
-# hundred times knows them by heart, and its ControlNet learns to read captions instead of edges.
+# hundred times knows them by heart, and its ControlNet learns to read captions instead of edges. At the end more of the
+# pictures as they are, and none mirrored, which captions do not tell: for flags, and for people who face right.
 "$python" training_scripts/train_text_to_image_flax.py --pretrained_model_name_or_path "$work/start" \
   --from_scratch unet text_encoder --train_text_encoder "${data[@]}" "${pictures[@]}" "${run[@]}" \
-  "${text[@]}" --max_train_steps 13000 --learning_rate 5e-4 --lr_warmup_steps 500 --ema_decay 0.9995 \
+  "${text[@]}" --random_flip --max_train_steps 13000 --learning_rate 5e-4 --lr_warmup_steps 500 --ema_decay 0.9995 \
   --validation_steps 2000 --output_dir "$work/pictures"
 
 "$python" training_scripts/train_text_to_image_flax.py --pretrained_model_name_or_path "$work/pictures" \
-  --train_text_encoder "${data[@]}" "${run[@]}" "${text[@]}" --max_train_steps 5500 \
+  --train_text_encoder "${data[@]}" "${run[@]}" "${text[@]}" --random_flip --max_train_steps 5500 \
+  --learning_rate 4e-4 --lr_warmup_steps 100 --ema_decay 0.999 --validation_steps 0 --output_dir "$work/copies"
+
+"$python" training_scripts/train_text_to_image_flax.py --pretrained_model_name_or_path "$work/copies" \
+  --train_text_encoder "${data[@]}" "${two_rounds[@]}" "${run[@]}" "${text[@]}" --max_train_steps 8000 \
   --learning_rate 4e-4 --lr_warmup_steps 100 --ema_decay 0.999 --validation_steps 0 --output_dir "$work/emoji"
 
 # The ControlNet, by plain denoising: what CoDi is compared with, and starts from.
-control=(--pretrained_model_name_or_path "$work/emoji" "${data[@]}" "${run[@]}" --cache_latents --cache_dir "$work/cache"
-         --proportion_empty_prompts 0.3 --train_batch_size 32 --max_train_steps 4000 --lr_scheduler cosine
-         --lr_warmup_steps 50 --guidance_scale 1)
+control=(--pretrained_model_name_or_path "$work/emoji" "${data[@]}" "${run[@]}" --random_flip --cache_latents
+         --cache_dir "$work/cache" --proportion_empty_prompts 0.3 --train_batch_size 32 --max_train_steps 4000
+         --lr_scheduler cosine --lr_warmup_steps 50 --guidance_scale 1)
 
 "$python" training_scripts/train_controlnet_flax.py "${control[@]}" --learning_rate 5e-4 --ema_decay 0.998 \
   --validation_steps 1000 --output_dir "$work/controlnet-half"
