@@ -18,7 +18,14 @@ import jax
 
 from codi_jax import command_line, optim, sharding, train
 from codi_jax.methods import codi
-from codi_jax.pretrained import PretrainedFlags, load_batches, load_pretrained, modules_of, trainable
+from codi_jax.pretrained import (
+    PretrainedFlags,
+    load_batches,
+    load_pretrained,
+    modules_of,
+    open_training_data,
+    trainable,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +102,7 @@ def main(args: Args) -> None:
 def measure(args: Args) -> tuple[Turns, TimedLoader]:
     mesh, flags = sharding.make_mesh(args.fsdp), codi.CodiFlags()
     teacher = load_pretrained(args, mesh)
-    loader = load_batches(args, teacher, "column")
+    loader = load_batches(args, teacher, open_training_data(args, "column"), "column")
     config = codi.configure(modules_of(teacher, ("controlnet",), args), flags)
     optimizer = optim.make_optimizer(args, args.max_train_steps or 1)
     unet = trainable(args, teacher, "unet", mesh)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from codi_jax import optim, sharding
-from codi_jax.data import ConditionOf, DataFlags, Encoders, Loader, load_data
+from codi_jax.data import ConditionOf, DataFlags, Encoders, Loader, Source, load_data, open_data
 from codi_jax.flags import Flags
 from codi_jax.methods.inputs import Modules, encode_prompts, null_text, posterior
 from codi_jax.models.attention import Implementation
@@ -171,12 +171,28 @@ def null_text_of(pipeline: DiffusionPipeline) -> dict[str, Array]:
     return null_text(Modules(**pipeline.modules), pipeline.params, ids, zeros=pipeline.zeros_for_empty_prompt)
 
 
-def load_batches(flags: Any, pipeline: DiffusionPipeline, condition: Any = None, *, cache_text: bool = True) -> Loader:
+def open_training_data(flags: Any, condition: ConditionOf = None) -> Source:
+    """The data, before the model is loaded.
+
+    Args:
+      flags: `PretrainedFlags` and `codi_jax.train.LoopFlags`.
+      condition: see `codi_jax.data.load_data`.
+
+    Raises:
+      ValueError: as `codi_jax.data.open_data`.
+    """
+    return open_data(flags, batch_size=global_batch_size(flags), condition=condition)
+
+
+def load_batches(
+    flags: Any, pipeline: DiffusionPipeline, source: Source, condition: ConditionOf = None, *, cache_text: bool = True
+) -> Loader:
     """This process's share of the batches, with latents and text features cached if ``--cache_latents`` says so.
 
     Args:
       flags: `PretrainedFlags` and `codi_jax.train.LoopFlags`.
       pipeline: for its tokenizers, and its VAE and text encoders.
+      source: of `open_training_data`.
       condition: see `codi_jax.data.load_data`.
       cache_text: whether text features may be cached; not where the text encoder is trained.
 
@@ -189,6 +205,7 @@ def load_batches(flags: Any, pipeline: DiffusionPipeline, condition: Any = None,
         batch_size=global_batch_size(flags),
         seed=flags.seed,
         condition=condition,
+        source=source,
         time_ids=pipeline.is_xl,
         encoders=_encoders_of(pipeline, cache_text) if flags.cache_latents else None,
         process_index=jax.process_index(),

@@ -22,6 +22,7 @@ from codi_jax.pretrained import (
     load_pretrained,
     modules_of,
     null_text_of,
+    open_training_data,
     save_trained,
     trainable,
     with_controlnet,
@@ -154,7 +155,7 @@ def test_another_tokenizer(model: Path, tmp_path: Path):
 def test_batches_divide_into_devices_and_passes(model: Path, tmp_path: Path):
     data = write_folder(tmp_path / "data", 8)
     flags, pipeline = load(model, train_data_dir=str(data), train_batch_size=2, gradient_accumulation_steps=3)
-    loader = load_batches(flags, pipeline)
+    loader = load_batches(flags, pipeline, open_training_data(flags))
     try:
         batch = next(loader)
     finally:
@@ -163,4 +164,4 @@ def test_batches_divide_into_devices_and_passes(model: Path, tmp_path: Path):
     assert batch["input_ids"].keys() == {"text_encoder"}
     flags = dataclasses.replace(flags, train_batch_size=4)
     with pytest.raises(ValueError, match="8 samples, fewer than one batch of 12 takes"):
-        load_batches(flags, pipeline)
+        load_batches(flags, pipeline, open_training_data(flags))

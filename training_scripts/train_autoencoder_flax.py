@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from codi_jax import command_line, optim, sharding, train
-from codi_jax.data import DataFlags, load_data
+from codi_jax.data import DataFlags, load_data, open_data
 from codi_jax.images import labelled_rows
 from codi_jax.methods import autoencoder
 from codi_jax.models.vae import AutoencoderKL
@@ -63,14 +63,16 @@ def main(args: Args) -> None:
     )
     run_config = {"vae": module.config.to_dict(), **asdict(replace(config, vae=None))}
     args = train.start(args, run_config)
+    batch_size = train.global_batch_size(args)
+    data = open_data(args, batch_size=batch_size, has_text=False)
     samples = held_out(args, _HELD_OUT, has_text=False)
     mesh, key = sharding.make_mesh(args.fsdp), jax.random.key(args.seed)
-    batch_size = train.global_batch_size(args)
     loader = load_data(
         args,
         None,
         batch_size=batch_size,
         seed=args.seed,
+        source=data,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

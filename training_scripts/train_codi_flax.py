@@ -26,6 +26,7 @@ from codi_jax.pretrained import (
     load_pretrained,
     modules_of,
     null_text_of,
+    open_training_data,
     pretrained_schedule,
     save_trained,
     trainable,
@@ -75,13 +76,14 @@ def main(args: Args) -> None:
     run_config = {name: getattr(args, name) for name in (*_RUN_CONFIG, *_CODI_FLAGS)}
     args = train.start(args, run_config)
     condition = args.condition if flags.distill_type == "conditional" else None
+    data = open_training_data(args, condition)
     samples = validation_samples(args, condition)
     schedule = codi.student_schedule(pretrained_schedule(args), flags)
     mesh, key = sharding.make_mesh(args.fsdp), jax.random.key(args.seed)
     teacher = load_pretrained(args, mesh, args.controlnet_model_name_or_path, args.controlnet_revision)
     if condition is None:
         teacher = with_controlnet(teacher, None)
-    loader = load_batches(args, teacher, condition)
+    loader = load_batches(args, teacher, data, condition)
     config = codi.configure(modules_of(teacher, ("controlnet", "unet"), args), flags)
     num_steps = train.num_steps(args, loader.samples_per_epoch)
     optimizer = optim.make_optimizer(args, num_steps, batch_size=train.global_batch_size(args))

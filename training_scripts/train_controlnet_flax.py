@@ -24,6 +24,7 @@ from codi_jax.pretrained import (
     load_batches,
     load_pretrained,
     modules_of,
+    open_training_data,
     save_trained,
     trainable,
     with_controlnet,
@@ -52,10 +53,11 @@ class Args(ModelFlags, ConditionFlags, train.LoopFlags, optim.OptimizerFlags, Da
 def main(args: Args) -> None:
     run_config = {name: getattr(args, name) for name in _RUN_CONFIG}
     args = train.start(args, run_config)
+    data = open_training_data(args, args.condition)
     samples = validation_samples(args, args.condition)
     mesh, key = sharding.make_mesh(args.fsdp), jax.random.key(args.seed)
     pipeline = load_pretrained(args, mesh, args.controlnet_model_name_or_path)
-    loader = load_batches(args, pipeline, args.condition)
+    loader = load_batches(args, pipeline, data, args.condition)
     modules = modules_of(pipeline, ("controlnet",), args)
     if modules.controlnet is None:
         modules = add_controlnet(modules)

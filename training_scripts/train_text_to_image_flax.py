@@ -17,7 +17,15 @@ from codi_jax import command_line, optim, sharding, train
 from codi_jax.data import DataFlags
 from codi_jax.images import labelled_rows
 from codi_jax.methods import denoising
-from codi_jax.pretrained import ModelFlags, load_batches, load_pretrained, modules_of, save_trained, trainable
+from codi_jax.pretrained import (
+    ModelFlags,
+    load_batches,
+    load_pretrained,
+    modules_of,
+    open_training_data,
+    save_trained,
+    trainable,
+)
 from codi_jax.validation import ValidationFlags, generate_with, validation_samples
 
 
@@ -53,6 +61,7 @@ def main(args: Args) -> None:
     names = ("unet", "text_encoder") if args.train_text_encoder else ("unet",)
     run_config = {name: getattr(args, name) for name in _RUN_CONFIG}
     args = train.start(args, run_config)
+    data = open_training_data(args)
     samples = validation_samples(args)
     mesh, key = sharding.make_mesh(args.fsdp), jax.random.key(args.seed)
     untrained = {name: jax.random.fold_in(key, i) for i, name in enumerate(args.from_scratch)}
@@ -60,7 +69,7 @@ def main(args: Args) -> None:
     if args.prediction_type is not None:
         pipeline.schedule = pipeline.schedule.with_config(prediction_type=args.prediction_type)
     batch_size = train.global_batch_size(args)
-    loader = load_batches(args, pipeline, cache_text=not args.train_text_encoder)
+    loader = load_batches(args, pipeline, data, cache_text=not args.train_text_encoder)
     config = denoising.Config(
         modules_of(pipeline, names, args),
         args.snr_gamma,

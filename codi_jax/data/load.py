@@ -106,6 +106,28 @@ class DataFlags(Flags):
             raise ValueError(f"--resolution {self.resolution} is not possible: {model} takes multiples of {multiple}.")
 
 
+def open_data(flags: DataFlags, *, batch_size: int, condition: ConditionOf = None, has_text: bool = True) -> Source:
+    """Opens the data and says what is wrong with it, before anything else is loaded.
+
+    Args:
+      flags: the user's.
+      batch_size: samples of one optimiser step, of all processes together.
+      condition: where "conditioning" comes from.
+      has_text: whether captions are read.
+
+    Raises:
+      ValueError: for flags that make no sense, data that is not there, or too little of it.
+    """
+    flags.check()
+    source = _open(flags, condition, has_text)
+    if not source.is_streaming and len(source) < batch_size:
+        raise ValueError(
+            f"{source.name} has {len(source)} samples, fewer than one batch of {batch_size} takes: "
+            "lower --train_batch_size or --gradient_accumulation_steps."
+        )
+    return source
+
+
 def load_data(
     flags: DataFlags,
     tokenize: Tokenize | None,
@@ -113,12 +135,13 @@ def load_data(
     batch_size: int,
     seed: int,
     condition: ConditionOf = None,
+    source: Source | None = None,
     time_ids: bool = False,
     encoders: Encoders | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Loader:
-    """Opens the data and makes a loader of its batches.
+    """Makes a loader of the batches of the data.
 
     Args:
       flags: the user's.
@@ -127,6 +150,7 @@ def load_data(
       batch_size: samples of one optimiser step, of all processes together.
       seed: of order, crops, flips, captions and conditions.
       condition: where "conditioning" comes from.
+      source: of `open_data`, if it has been called.
       time_ids: give SDXL's sizes, "time_ids".
       encoders: for --cache_latents. It builds the cache in this call.
       process_index: of this process, which gets the part of each batch that lies on its devices. Of a stream it gets a
@@ -139,21 +163,15 @@ def load_data(
       "input_ids".
 
     Raises:
-      ValueError: for flags that make no sense, data that is not there, or too little of it.
+      ValueError: as `open_data`, and for images that cannot be read.
     """
-    flags.check()
+    source = source or open_data(flags, batch_size=batch_size, condition=condition, has_text=tokenize is not None)
     shard = Shard(batch_size, process_index, process_count)
-    source = _open(flags, condition, has_text=tokenize is not None)
     transform = Transform(flags.resolution, flags.center_crop, flags.random_flip, flags.proportion_empty_prompts)
     # Generators take no negative seeds.
     reader = Reader(source, transform, _condition(condition, source), seed % 2**64, time_ids)
     if source.is_streaming:
         return _stream(reader, shard, tokenize, flags)
-    if len(source) < batch_size:
-        raise ValueError(
-            f"{source.name} has {len(source)} samples, fewer than one batch of {batch_size} takes: "
-            "lower --train_batch_size or --gradient_accumulation_steps."
-        )
     order = Order(len(source), reader.seed)
     cached = _open_cache(flags, reader, tokenize, encoders) if flags.cache_latents else None
 
