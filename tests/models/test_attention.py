@@ -67,9 +67,10 @@ def test_scores_of_large_magnitude_do_not_overflow(implementation: attention.Imp
     assert_close(out, reference(100 * query, 100 * key, value), 1e-4)
 
 
-def test_pallas_kernel_equals_pytorch() -> None:
+@pytest.mark.parametrize(("tokens", "keys"), [(512, 1024), (768, 1280), (300, 300)])
+def test_pallas_kernel_equals_pytorch(tokens: int, keys: int) -> None:
     """Interpreted: the same kernel that a TPU would compile, with heads narrower than its 128 lanes."""
-    arrays = qkv(512, 1024, 1, 40)
+    arrays = qkv(tokens, keys, 1, 40)
     with pltpu.force_tpu_interpret_mode():
         out = attention.dot_product_attention(*arrays, implementation="pallas")
     assert_close(out, reference(*arrays), 1e-4)
@@ -84,7 +85,10 @@ def test_pallas_kernel_equals_pytorch() -> None:
         ("gpu", jnp.float32, 16384, 16384, 512, "chunked"),  # the VAE at 1024 px: the scores would take gigabytes
         ("gpu", jnp.bfloat16, 256, 256, 160, "xla"),  # heads too wide for cards before Hopper
         ("tpu", jnp.bfloat16, 4096, 4096, 40, "pallas"),
+        ("tpu", jnp.bfloat16, 2304, 2304, 64, "pallas"),  # SDXL and SD 2.x at 768 px
+        ("tpu", jnp.bfloat16, 6400, 6400, 40, "pallas"),  # SD 1.x at 640 px
         ("tpu", jnp.bfloat16, 576, 576, 64, "xla"),  # blocks do not divide the sequence
+        ("tpu", jnp.bfloat16, 256, 256, 160, "xla"),
         ("cpu", jnp.float32, 4096, 4096, 40, "chunked"),
         ("cpu", jnp.float32, 64, 64, 40, "xla"),
     ],
