@@ -24,6 +24,9 @@ Task = Literal["canny", "super_resolution", "inpainting"]
 Condition = Callable[[UInt8[np.ndarray, "h w 3"], np.random.Generator], UInt8[np.ndarray, "h w 3"]]
 """A condition made from the picture that is to be generated, and a generator for what is random about it."""
 
+Interpolation = Literal["lanczos", "bicubic", "bilinear", "hamming", "box", "nearest"]
+"""How a picture is resized; all but the last average over what shrinks."""
+
 GREY = 128
 """What a hole is filled with."""
 
@@ -120,8 +123,10 @@ def place(
     return Placement(size, (height, width), (top, left), resolution)
 
 
-def crop(image: Image.Image, placement: Placement) -> UInt8[np.ndarray, "h w 3"]:
-    """Resizes (Lanczos) and crops one picture of a sample.
+def crop(
+    image: Image.Image, placement: Placement, interpolation: Interpolation = "lanczos"
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Resizes and crops one picture of a sample.
 
     Raises:
       ValueError: if it has not the shape of the picture that the placement was made for.
@@ -136,7 +141,7 @@ def crop(image: Image.Image, placement: Placement) -> UInt8[np.ndarray, "h w 3"]
     height, width = placement.resized
     top, left = placement.corner
     if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        image = image.resize((width, height), Image.Resampling[interpolation.upper()])
     return np.asarray(image)[top : top + placement.resolution, left : left + placement.resolution]
 
 

@@ -5,6 +5,7 @@ stays. It is built in a folder beside, which is renamed when all is there: an in
 
     moments.npy        float16 [rows, flips, h, w, 2c]  mean and log-variance of the VAE's posterior
     conditioning.npy   uint8 [rows, H, W, 3]            or pixels.npy, if conditions are random and made when wanted
+    conditioning_moments.npy  as moments.npy            instead, if conditions are encoded too
     time_ids.npy       float32 [rows, 6]                SDXL's sizes
     context.npy        float16 [texts, S, D]            the empty text, then every different caption
     pooled.npy         float16 [texts, P]               of SDXL
@@ -53,12 +54,14 @@ class Encoders:
         for when the text encoder is trained.
       fingerprint: changes when the networks or the tokenizers do.
       batch_size: of the calls.
+      conditions_too: whether condition images are encoded as well, for models that take their latents.
     """
 
     images: Callable[[UInt8[np.ndarray, "n h w 3"]], Any]
     text: Callable[[Mapping[str, Int[np.ndarray, "n s"]]], Mapping[str, Any]] | None
     fingerprint: str
     batch_size: int = 16
+    conditions_too: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class CachedReader:
         rows = np.array([row for row, _ in pairs])
         flips = np.array([choice.flips(self.reader.transform) for choice in choices])
         texts = self._texts(rows, choices)
-        batch = {"moments": self.arrays["moments"][rows, flips.astype(int)]}
+        encoded = [name for name in ("moments", "conditioning_moments") if name in self.arrays]
+        batch = {name: self.arrays[name][rows, flips.astype(int)] for name in encoded}
         batch |= {name: self.arrays[name][texts] for name in ("context", "pooled") if name in self.arrays}
         ids = {name.removeprefix(_IDS): self.arrays[name][texts] for name in self.arrays if name.startswith(_IDS)}
         batch |= {"input_ids": ids} if ids else {}
@@ -168,6 +172,12 @@ def open_cache(
 def _describe(reader: Reader, encoders: Encoders) -> dict[str, Any]:
     """All that the contents of a cache depend on."""
     condition = reader.condition and ("made when wanted" if is_random(reader.condition) else reader.condition.__name__)
+    # What is as ever is left out, so that caches from before there was a choice still fit.
+    special = {
+        "conditions": "encoded" if encoders.conditions_too else None,
+        "interpolation": reader.transform.interpolation if reader.transform.interpolation != "lanczos" else None,
+        "time_ids": "fixed" if reader.transform.fixed_sizes else None,
+    }
     return {
         "version": _VERSION,
         "data": files_fingerprint(reader.source),
@@ -179,6 +189,7 @@ def _describe(reader: Reader, encoders: Encoders) -> dict[str, Any]:
         "random_flip": reader.transform.random_flip,
         "model": encoders.fingerprint,
         "captions": "token ids" if encoders.text is None else "features",
+        **{key: value for key, value in special.items() if value is not None},
     }
 
 
@@ -295,16 +306,24 @@ class _Builder:
         return table.notes
 
     def _encoded(self, arrays: Batch) -> Batch:
-        pixels, count = arrays["pixels"], len(arrays["pixels"])
+        encoded = {"pixels": "moments"}
+        if self.encoders.conditions_too and "conditioning" in arrays:
+            encoded["conditioning"] = "conditioning_moments"
+        keeps_pixels = self.reader.condition is not None and is_random(self.reader.condition)
+        dropped = encoded.keys() - ({"pixels"} if keeps_pixels else set())
+        kept = {name: array for name, array in arrays.items() if name not in dropped}
+        return {**kept, **{moments: self._moments(arrays[name]) for name, moments in encoded.items()}}
+
+    def _moments(self, pixels: UInt8[np.ndarray, "n h w 3"]) -> np.ndarray:
+        """Of the pictures and, if half of them are mirrored, of their mirror images: [n, flips, h, w, 2c]."""
+        count = len(pixels)
         views = [pixels, pixels[:, :, ::-1]] if self.reader.transform.random_flip else [pixels]
         padding = [(0, self.encoders.batch_size - count), (0, 0), (0, 0), (0, 0)]
         moments = [
             _as_float16({"moments": self.encoders.images(np.pad(view, padding))}, count, "the VAE")["moments"]
             for view in views
         ]
-        keeps_pixels = self.reader.condition is not None and is_random(self.reader.condition)
-        kept = {name: array for name, array in arrays.items() if name != "pixels" or keeps_pixels}
-        return {**kept, "moments": np.stack(moments, axis=1)}
+        return np.stack(moments, axis=1)
 
 
 @dataclass(frozen=True)
@@ -348,7 +367,7 @@ class _InOrder:
                 f"--cache_latents keeps one crop of each image, and {describe_row(self.reader.source, row, number)} is "
                 "not square: add --center_crop, or leave --cache_latents out."
             )
-        return {**arrays, "time_ids": placement.time_ids()}
+        return {**arrays, "time_ids": self.reader.transform.time_ids(placement)}
 
 
 def _progress(rows: _InOrder, workers: int) -> Iterator[tuple[Batch, dict[str, str]]]:

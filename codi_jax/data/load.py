@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import grain
 import tyro
 
-from codi_jax.data.images import Condition, Task, condition_for
+from codi_jax.data.images import Condition, Interpolation, Task, condition_for
 from codi_jax.data.latent_cache import CachedReader, Encoders, open_cache, prefetch
 from codi_jax.data.loader import Batches, Loader, Order, Shard, Tokenize, read_ahead, tokenized
 from codi_jax.data.samples import Reader, Transform
@@ -39,6 +39,10 @@ class DataFlags(Flags):
     the task has conditions, conditioning_image, with paths absolute or relative to the folder; or a folder of parquet
     files, or anything else that `datasets` loads: for training without text, a folder of nothing but images."""
 
+    train_shards_path_or_url: str | None = None
+    """Shards of a WebDataset to stream: paths or URLs of tar files, such as data/{00000..00099}.tar. Columns are the
+    endings of the files in them: jpg, txt, edited_image.jpg."""
+
     load_from_disk: bool = False
     """The folder was made by save_to_disk of `datasets`. Found out without it, too; ignored for other data."""
 
@@ -62,6 +66,12 @@ class DataFlags(Flags):
 
     resolution: int = 512
     """Side of the square images to train on: the shorter side is resized to it, the longer one cropped."""
+
+    interpolation_type: Interpolation = "lanczos"
+    """How images are resized."""
+
+    use_fix_crop_and_size: bool = False
+    """Tell SDXL that every image is whole and of --resolution, whatever its size and crop."""
 
     center_crop: bool = False
     """Crop from the middle instead of at random."""
@@ -88,17 +98,20 @@ class DataFlags(Flags):
     def check(self) -> None:
         """The same, and refuses a folder that is not there."""
         super().check()
-        if self.dataset_name and self.train_data_dir:
-            raise ValueError("--dataset_name and --train_data_dir exclude each other: give one of them.")
-        if not self.dataset_name and not self.train_data_dir:
+        sources = ("dataset_name", "train_data_dir", "train_shards_path_or_url")
+        given = [f"--{name}" for name in sources if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other: give one of them.")
+        if not given:
             raise ValueError("there is no data to train on: give --dataset_name or --train_data_dir.")
         if self.train_data_dir:
             require_folder(self.train_data_dir)
         self.require_at_least(1, "max_train_samples", "resolution")
         self.require_at_least(0, "dataloader_num_workers")
         self.require_in(0, 1, "proportion_empty_prompts", "max_unreadable_share")
-        if self.streaming and self.cache_latents:
-            raise ValueError("--cache_latents needs the whole data set, which --streaming does not read: drop one.")
+        streams = "--streaming" if self.streaming else "--train_shards_path_or_url"
+        if self.cache_latents and (self.streaming or self.train_shards_path_or_url):
+            raise ValueError(f"--cache_latents needs the whole data set, which {streams} does not read: drop one.")
 
     def check_resolution(self, multiple: int, model: str) -> None:
         """Refuses a resolution that is no multiple of what ``model``, a noun, scales images down by."""
@@ -167,7 +180,14 @@ def load_data(
     """
     source = source or open_data(flags, batch_size=batch_size, condition=condition, has_text=tokenize is not None)
     shard = Shard(batch_size, process_index, process_count)
-    transform = Transform(flags.resolution, flags.center_crop, flags.random_flip, flags.proportion_empty_prompts)
+    transform = Transform(
+        flags.resolution,
+        flags.center_crop,
+        flags.random_flip,
+        flags.proportion_empty_prompts,
+        flags.interpolation_type,
+        flags.use_fix_crop_and_size,
+    )
     # Generators take no negative seeds.
     reader = Reader(source, transform, _condition(condition, source), seed % 2**64, time_ids)
     if source.is_streaming:
@@ -212,6 +232,7 @@ def _open(flags: DataFlags, condition: ConditionOf, has_text: bool) -> Source:
         dataset_name=flags.dataset_name,
         dataset_config_name=flags.dataset_config_name,
         train_data_dir=flags.train_data_dir,
+        train_shards=flags.train_shards_path_or_url,
         load_from_disk=flags.load_from_disk,
         streaming=flags.streaming,
         cache_dir=flags.cache_dir,

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from codi_jax.data.images import Condition, Placement, UnreadableImageError, crop, place, read_image
+from codi_jax.data.images import Condition, Interpolation, Placement, UnreadableImageError, crop, place, read_image
 from codi_jax.data.sources import Source, captions_of, describe_row
 
 Batch = dict[str, Any]
@@ -33,12 +33,21 @@ class Transform:
       center_crop: take it from the middle, instead of at random.
       random_flip: mirror half of the samples.
       proportion_empty_prompts: probability of replacing a caption by an empty one.
+      interpolation: of the resizing.
+      fixed_sizes: tell SDXL that every picture is whole and as large as the crop.
     """
 
     resolution: int
     center_crop: bool = False
     random_flip: bool = False
     proportion_empty_prompts: float | int = 0.0
+    interpolation: Interpolation = "lanczos"
+    fixed_sizes: bool = False
+
+    def time_ids(self, placement: Placement) -> Float[np.ndarray, "6"]:
+        """What SDXL is told of the sizes of a sample."""
+        size = (self.resolution, self.resolution)
+        return (Placement(size, size, (0, 0), self.resolution) if self.fixed_sizes else placement).time_ids()
 
 
 class Choices:
@@ -109,7 +118,7 @@ class Reader:
         arrays, placement = self.pictures(row, number, choices)
         if choices.flips(self.transform):
             arrays = {name: array[:, ::-1] for name, array in arrays.items()}
-        sizes = {"time_ids": placement.time_ids()} if self.time_ids else {}
+        sizes = {"time_ids": self.transform.time_ids(placement)} if self.time_ids else {}
         return {**arrays, **sizes, **self._caption(row, choices)}
 
     def pictures(
@@ -120,7 +129,7 @@ class Reader:
         image = read_image(row[columns.image], folder)
         size = (image.height, image.width)
         placement = place(size, self.transform.resolution, self.transform.center_crop, choices.position)
-        arrays = {"pixels": crop(image, placement)}
+        arrays = {"pixels": crop(image, placement, self.transform.interpolation)}
         if columns.condition is not None:
             condition = read_image(row[columns.condition], folder)
             arrays["conditioning"] = self._crop_along(condition, placement, row, number)
@@ -139,7 +148,7 @@ class Reader:
         self, image: Image.Image, placement: Placement, row: Mapping[str, Any], number: int
     ) -> UInt8[np.ndarray, "r r 3"]:
         try:
-            return crop(image, placement)
+            return crop(image, placement, self.transform.interpolation)
         except ValueError as error:
             name = describe_row(self.source, row, number)
             raise ValueError(f"the condition of {name} does not fit: {error}.") from None

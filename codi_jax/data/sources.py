@@ -5,6 +5,7 @@ Images stay encoded here, and are opened by whoever wants the sample: see `codi_
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ Rows = Dataset | IterableDataset
 METADATA_FILES = ("meta.jsonl", "metadata.jsonl")
 """The file that lists the samples of a folder."""
 
-_FALLBACKS = {"image": ("file_name",), "text": ("caption",)}
+_FALLBACKS = {"image": ("file_name", "jpg", "png", "jpeg", "webp"), "text": ("caption", "txt")}
 """Other names of a column, tried where the column has its default name."""
+
+_ENDINGS = (".jpg", ".png", ".jpeg", ".webp", ".txt")  # of the files of a WebDataset's samples, which are its columns
 
 _SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves in a folder
 
@@ -84,6 +87,7 @@ def open_source(
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
     train_data_dir: str | None = None,
+    train_shards: str | None = None,
     load_from_disk: bool = False,
     streaming: bool = False,
     cache_dir: str | None = None,
@@ -99,6 +103,7 @@ def open_source(
       dataset_name: id on the hub, or a folder.
       dataset_config_name: its configuration.
       train_data_dir: a folder.
+      train_shards: tar files of a WebDataset.
       load_from_disk: the folder was made by `datasets`' save_to_disk; which is found out without it, too.
       streaming: read row after row.
       cache_dir: of `datasets`.
@@ -111,17 +116,21 @@ def open_source(
     Raises:
       ValueError: if there is no such data set, a column is missing, or it has no rows.
     """
-    where = train_data_dir or dataset_name
+    where = train_data_dir or train_shards or dataset_name
     if where is None:
         raise ValueError("there is no data to train on: give --dataset_name or --train_data_dir.")
+    rows: Rows
     wanted = Columns(image_column, caption_column, condition_column)
     folder = Path(where).expanduser()
     if train_data_dir is not None:
         require_folder(train_data_dir)
     metadata = next((folder / name for name in METADATA_FILES if (folder / name).is_file()), None)
-    if metadata is not None:
+    if train_shards is not None:
+        source = _from_rows(_load_shards(train_shards), wanted, condition_is_optional, folder, where)
+        rows = source.rows
+    elif metadata is not None:
         source = _from_metadata(metadata, wanted, condition_is_optional)
-        rows: Rows = source.rows
+        rows = source.rows
         rows = rows.to_iterable_dataset() if streaming and isinstance(rows, Dataset) else rows
     else:
         rows = _load(where, folder, dataset_config_name, load_from_disk, streaming, cache_dir)
@@ -173,6 +182,31 @@ def _load(
     except Exception as error:
         raise ValueError(_explained(error, where, folder, load_from_disk)) from error
     return _training_split(loaded, where)
+
+
+def _load_shards(pattern: str) -> IterableDataset:
+    """The samples of tar files, as a stream; `datasets` reads them."""
+    files = _expanded(pattern)
+    missing = [file for file in files if "://" not in file and not Path(file).expanduser().is_file()]
+    if missing:
+        raise ValueError(f"there is no shard {missing[0]}: check --train_shards_path_or_url.")
+    try:
+        return datasets.load_dataset("webdataset", data_files={"train": files}, split="train", streaming=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = ' (for URLs: pip install "codi_jax[data]")' if isinstance(error, ImportError) else ""
+        raise ValueError(f"the shards {pattern} could not be read: {reason}{hint}") from error
+
+
+def _expanded(pattern: str) -> list[str]:
+    """The files of a pattern with ranges: ``a{08..11}`` is a08, a09, a10, a11."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if found is None:
+        return [pattern]
+    first, last = found.groups()
+    numbers = range(int(first), int(last) + 1)
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [file for number in numbers for file in _expanded(f"{before}{number:0{len(first)}}{after}")]
 
 
 def _training_split(loaded: Any, where: str) -> Any:
@@ -294,7 +328,8 @@ def _find_columns(wanted: Columns, names: Sequence[str], where: str, condition_i
 
 
 def _find_column(name: str, names: Sequence[str], where: str, flag: str) -> str:
-    found = next((column for column in (name, *_FALLBACKS.get(name, ())) if column in names), None)
+    others = (*_FALLBACKS.get(name, ()), *(f"{name}{ending}" for ending in _ENDINGS))
+    found = next((column for column in (name, *others) if column in names), None)
     if found is None:
         raise ValueError(f"{where} has no column {name!r}: set {flag} to one of {listed(list(names))}.")
     return found

@@ -76,6 +76,21 @@ def test_cached_batches_are_those_of_the_data_encoded(folder, condition):
             assert np.array_equal(batch["conditioning"], expected["conditioning"])
 
 
+def test_conditions_are_encoded_where_a_model_takes_their_latents(folder):
+    """Mirrored with their image."""
+    model = Model()
+    model.encoders = replace(model.encoders, conditions_too=True)
+    plain, cached = take(load(folder, None), 16), take(load(folder, model), 16)
+    for batch, expected in zip(cached, plain, strict=True):
+        assert batch.keys() == {"moments", "conditioning_moments", "context", "pooled"}
+        assert np.array_equal(
+            batch["conditioning_moments"], expected["conditioning"][:, ::8, ::8].astype(np.float16) / 4
+        )
+    assert len(caches(folder)) == 1
+    load(folder, Model())
+    assert len(caches(folder)) == 2, "a cache without encoded conditions was used"
+
+
 def test_token_ids_are_kept_where_the_text_encoder_is_trained(folder):
     model = Model()
     model.encoders = replace(model.encoders, text=None)
