@@ -16,6 +16,7 @@ Models know nothing of LoRA; `apply_lora` adds the branch to their layers from o
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import flax.linen as nn
@@ -127,6 +128,11 @@ def lora_interceptor(lora: Params, scale: float | Float[Array, ""] = 1.0) -> Cal
     return intercept
 
 
+def adapted(lora: Params | None) -> AbstractContextManager[Any]:
+    """A context in which modules run with the LoRA beside their layers, see `lora_interceptor`; or without."""
+    return nullcontext() if lora is None else nn.intercept_methods(lora_interceptor(lora))
+
+
 def merge_lora(params: Params, lora: Params, scale: float | Float[Array, ""] = 1.0) -> Params:
     """The parameters with W + scale · α/r · B A in place of W, computed in float32 and stored in W's dtype.
 
@@ -145,14 +151,19 @@ def merge_lora(params: Params, lora: Params, scale: float | Float[Array, ""] = 1
     flat: dict[ModulePath, Any] = flatten_dict(params, keep_empty_nodes=True)
     for path, layer in lora_layers(lora).items():
         kernel = flat[*path, "kernel"]
-        delta = _factor(layer, scale) * jnp.einsum(
-            "...r,ro->...o",
-            jnp.asarray(layer["down"], jnp.float32),
-            jnp.asarray(_matrix(layer["up"]), jnp.float32),
-            precision="highest",
-        )
-        flat[*path, "kernel"] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+        flat[*path, "kernel"] = (kernel.astype(jnp.float32) + layer_delta(layer, scale)).astype(kernel.dtype)
     return unflatten_dict(flat)
+
+
+def layer_delta(layer: LoraLayer, scale: float | Float[Array, ""] = 1.0) -> Float[Array, "*window i o"]:
+    """Scale · α/r · B A of one layer, in the layout of its kernel, computed in float32."""
+    product = jnp.einsum(
+        "...r,ro->...o",
+        jnp.asarray(layer["down"], jnp.float32),
+        jnp.asarray(_matrix(layer["up"]), jnp.float32),
+        precision="highest",
+    )
+    return _factor(layer, scale) * product
 
 
 def require_fit(params: Params, lora: Params, where: str = "The LoRA") -> None:

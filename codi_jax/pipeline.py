@@ -100,7 +100,7 @@ class DiffusionPipeline:
         local_files_only: bool = False,
         controlnet_revision: str | None = None,
         tokenizer: str | Path | None = None,
-        untrained: Mapping[str, Array] | None = None,
+        untrained: Mapping[str, Array | None] | None = None,
         place: Place | None = None,
     ) -> "DiffusionPipeline":
         """Loads a model.
@@ -119,7 +119,8 @@ class DiffusionPipeline:
           controlnet_revision: branch, tag or commit of ``controlnet``.
           tokenizer: folder or repository of another (first) tokenizer than the one in ``source``.
           untrained: parts that get random parameters instead of the folder's, and a key for each: what is needed of
-            them is ``config.json``.
+            them is ``config.json``. With ``None`` for a key they get none, and the pipeline only tells and saves what
+            it is.
           place: puts each loaded parameter on devices; ``None`` is the default device.
 
         Raises:
@@ -146,8 +147,8 @@ class DiffusionPipeline:
         for name in names:
             of_part = jnp.float32 if name == "vae" and upcast else dtype
             if untrained is not None and name in untrained:
-                module = build_module(folder.part(name), of_part, attention=attention)
-                models[name] = module, module.random_params(untrained[name])
+                module, key = build_module(folder.part(name), of_part, attention=attention), untrained[name]
+                models[name] = module, None if key is None else module.random_params(key)
                 continue
             models[name] = load_model(source, name, of_part, variant=variant, attention=attention, place=place, **hub)
         sources = {name: (str(source), name) for name in models}
@@ -159,7 +160,7 @@ class DiffusionPipeline:
             )
         pipeline = cls(
             modules={name: module for name, (module, _) in models.items()},
-            params={name: params for name, (_, params) in models.items()},
+            params={name: params for name, (_, params) in models.items() if params is not None},
             tokenizers=tokenizers,
             schedule=schedule,
             tokenizer_files=files,
@@ -312,7 +313,7 @@ class DiffusionPipeline:
         """Writes the model as a diffusers folder, which diffusers loads with the class that fits the task.
 
         Args:
-          folder: new, or one whose parts are replaced.
+          folder: new, or one whose parts are replaced; what the pipeline has no parameters of stays as it is.
           dtype: of the weight files, of all modules or of each by its name; ``None`` keeps each parameter's own.
 
         Raises:
@@ -320,9 +321,9 @@ class DiffusionPipeline:
             last.
         """
         folder = Path(folder).expanduser()
-        for name, module in self.modules.items():
+        for name, params in self.params.items():
             of_file = dtype.get(name) if isinstance(dtype, Mapping) else dtype
-            save_model(folder, name, module, self.params[name], dtype=of_file)
+            save_model(folder, name, self.modules[name], params, dtype=of_file)
         if jax.process_index() != 0:
             return
         try:

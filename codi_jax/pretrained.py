@@ -5,11 +5,12 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -66,6 +67,34 @@ class ConditionFlags(Flags):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EditFlags(DataFlags):
+    """Which data, for editors: each sample has an image before and after the edit, and the instruction."""
+
+    conditioning_image_column: Annotated[
+        str, tyro.conf.arg(name="original_image_column", aliases=["--conditioning_image_column"])
+    ] = "input_image"
+    """Column of the images before the edit."""
+    caption_column: Annotated[str, tyro.conf.arg(name="edit_prompt_column", aliases=["--caption_column"])] = (
+        "edit_prompt"
+    )
+    """Column of the instructions."""
+    image_column: Annotated[str, tyro.conf.arg(name="edited_image_column", aliases=["--image_column"])] = "edited_image"
+    """Column of the images after the edit."""
+    conditioning_dropout_prob: float = 0.0
+    """Probability p of training without the instruction, without the image, and without both, each; 0.05 is usual for
+    teachers, whose guidance needs it."""
+
+    def check(self) -> None:
+        super().check()
+        self.require("conditioning_dropout_prob", 0 <= self.conditioning_dropout_prob <= 1 / 3, "between 0 and 1/3")
+
+    @property
+    def condition(self) -> ConditionOf:
+        """Where images before the edit come from, as `codi_jax.data.load_data` takes it."""
+        return "column"
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainedFlags(ModelFlags, DataFlags, optim.OptimizerFlags):
     """The flags that this file reads; a script's own have more."""
 
@@ -102,7 +131,7 @@ def load_pretrained(
         untrained=untrained,
         tokenizer=flags.tokenizer_name,
         place=sharding.place(mesh),
-        **_hub(flags),
+        **hub_of(flags, (flags.pretrained_model_name_or_path, None)),
     )
     pipeline.params = sharding.put(mesh, pipeline.params)  # those of --from_scratch are not there yet
     return pipeline
@@ -136,6 +165,25 @@ def _check_resolution(flags: Any) -> None:
     flags.check_resolution(vae.downscale * 2 ** (unet.num_blocks - 1), f"the model {folder}")
 
 
+def require_editor(pipeline: DiffusionPipeline, flag: str = "--pretrained_model_name_or_path") -> None:
+    """Refuses a model that takes no source image.
+
+    Args:
+      pipeline: of the model.
+      flag: that named it, for the message.
+
+    Raises:
+      ValueError: if it is no InstructPix2Pix model.
+    """
+    if pipeline.task != "edit":
+        channels = pipeline.modules["unet"].config.in_channels
+        latents = pipeline.modules["vae"].config.latent_channels
+        raise ValueError(
+            f"{flag}: its UNet has {channels} input channels, and that of an InstructPix2Pix model has {2 * latents}: "
+            "train one with train_instruct_pix2pix_flax.py first."
+        )
+
+
 def modules_of(pipeline: DiffusionPipeline, trained: Sequence[str], flags: Any) -> Modules:
     """The modules; those that are trained recompute activations if asked for."""
     return Modules(
@@ -151,7 +199,7 @@ def trainable(flags: Any, pipeline: DiffusionPipeline, name: str, mesh: Mesh) ->
     params = pipeline.params[name]
     if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
         return params
-    return load_model(*pipeline.sources[name], place=sharding.place(mesh), **_hub(flags, name))[1]
+    return load_model(*pipeline.sources[name], place=sharding.place(mesh), **hub_of(flags, pipeline.sources[name]))[1]
 
 
 def with_controlnet(pipeline: DiffusionPipeline, controlnet: Model | None) -> DiffusionPipeline:
@@ -159,9 +207,12 @@ def with_controlnet(pipeline: DiffusionPipeline, controlnet: Model | None) -> Di
 
     Its parameters are given when it generates, see `codi_jax.validation.generate_with`.
     """
-    modules = {name: module for name, module in pipeline.modules.items() if name != "controlnet"}
+    modules, params = (
+        {name: part for name, part in parts.items() if name != "controlnet"}
+        for parts in (pipeline.modules, pipeline.params)
+    )
     return dataclasses.replace(
-        pipeline, modules=modules if controlnet is None else modules | {"controlnet": controlnet}
+        pipeline, modules=modules if controlnet is None else modules | {"controlnet": controlnet}, params=params
     )
 
 
@@ -244,7 +295,8 @@ def _encoders_of(pipeline: DiffusionPipeline, cache_text: bool) -> Encoders:
 
         return run
 
-    return Encoders(on_devices(images), on_devices(text) if cache_text else None, digest.hexdigest())
+    of_text = on_devices(text) if cache_text else None
+    return Encoders(on_devices(images), of_text, digest.hexdigest(), conditions_too=modules.edits)
 
 
 def _own_copy(leaf: Array) -> Array:
@@ -273,7 +325,7 @@ def save_trained(
     for name in pipeline.modules.keys() - trained.keys():
         # As precise as the files that they came from, whatever training computed with.
         source = pipeline.sources[name]
-        params[name] = load_model(*source, None, place=lambda _, array: array, **_hub(flags, name))[1]
+        params[name] = load_model(*source, None, place=lambda _, array: array, **hub_of(flags, source))[1]
     modules |= {name: module for name, (module, _) in trained.items()}
     params |= {name: of_network for name, (_, of_network) in trained.items()}
     whole = dataclasses.replace(pipeline, modules=modules, params=params)
@@ -281,7 +333,13 @@ def save_trained(
     whole.save_pretrained(folder, dtype=of_file)
 
 
-def _hub(flags: Any, name: str = "unet") -> dict[str, Any]:
-    """Revision and variant are those of the model's own parts."""
-    of_model = {"revision": flags.revision, "variant": flags.variant} if name != "controlnet" else {}
+def hub_of(flags: Any, source: tuple[str, str | None]) -> dict[str, Any]:
+    """Where on the hub a part lies: revision and variant are those of the model's own parts, and of no other's.
+
+    Args:
+      flags: `PretrainedFlags`.
+      source: of the part, see `DiffusionPipeline`.
+    """
+    is_own = source[0] == flags.pretrained_model_name_or_path
+    of_model = {"revision": flags.revision, "variant": flags.variant} if is_own else {}
     return {"cache_dir": flags.cache_dir, **of_model}

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 from jaxtyping import UInt8
 
 from codi_jax.data import load_data
@@ -22,8 +23,10 @@ class ValidationFlags(Flags):
     """Folder of samples to show that are not trained on, like --train_data_dir. If left out: training samples."""
     validation_prompt: tuple[str, ...] = ()
     """Prompts to show instead of samples of the data."""
-    validation_image: tuple[str, ...] = ()
-    """Condition images (files or URLs) for these prompts: one for all, or one for each."""
+    validation_image: Annotated[
+        tuple[str, ...], tyro.conf.arg(aliases=["--val_image_url_or_path", "--val_image_url"])
+    ] = ()
+    """Condition images (files or URLs) for these prompts, or images to edit: one for all, or one for each."""
     num_validation_images: int = 8
     """Samples in a validation picture."""
 
@@ -45,7 +48,7 @@ class Samples:
       prompts: n of them.
       resolution: side of the pictures to make.
       pictures: the ground truth, if there is one.
-      conditions: condition images, if the task has them.
+      conditions: condition images, or those to edit, if the task has them.
     """
 
     prompts: list[str]
@@ -99,7 +102,8 @@ def held_out(flags: Any, count: int, condition: Any = None, *, has_text: bool = 
         dataloader_num_workers=0,
     )
     if flags.validation_data_dir is not None:
-        flags = replace(flags, dataset_name=None, train_data_dir=flags.validation_data_dir, max_train_samples=None)
+        other = {"dataset_name": None, "train_shards_path_or_url": None, "max_train_samples": None}
+        flags = replace(flags, train_data_dir=flags.validation_data_dir, **other)
     captions: list[str] = []
 
     def keep(texts: list[str]) -> dict[str, Any]:
@@ -138,8 +142,11 @@ def generate_with(
     original = pipeline.params
     pipeline.params = {**original, **params}
     try:
-        conditions = samples.conditions if "controlnet" in pipeline.modules else None
-        size = {"height": samples.resolution, "width": samples.resolution}
-        return pipeline(samples.prompts, control_image=conditions, **size, **options)
+        images = {}
+        if pipeline.task == "edit":
+            images["image"] = samples.conditions
+        elif "controlnet" in pipeline.modules:
+            images["control_image"] = samples.conditions
+        return pipeline(samples.prompts, **images, height=samples.resolution, width=samples.resolution, **options)
     finally:
         pipeline.params = original

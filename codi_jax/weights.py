@@ -127,6 +127,42 @@ def load_model(
     return module, params
 
 
+def open_model(
+    source: str | Path,
+    subfolder: str | None = None,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> tuple[Model, dict[str, StoredTensor]]:
+    """One network of a diffusers folder, whose tensors are read when NumPy asks for them.
+
+    Args:
+      source: see `load_model`, as for the others.
+      subfolder: likewise.
+      revision: likewise.
+      variant: likewise.
+      cache_dir: likewise.
+
+    Returns:
+      The module, and its tensors by their name in the PyTorch state dict.
+
+    Raises:
+      WeightsError: as `load_model`, and for Flax's msgpack.
+      ConfigError: as `load_model`.
+    """
+    folder = ModelFolder(str(Path(source).expanduser()), subfolder, revision, cache_dir)
+    folder = folder.pinned(folder.require("config.json"))
+    module = build_module(folder)
+    weights = open_weights(_choose_file(folder, module.config, variant))
+    if weights.layout != "torch":
+        raise WeightsError(f"{weights.path} is a Flax file: load the model and save it as safetensors first.")
+    tensors = _modern_names(weights, module.config)
+    expected = {name: shape for name, (_, _, shape) in _torch_leaves(module.abstract_params()).items()}
+    _require_match(expected, tensors, f"{weights.path} does not fit its config.json; check that they are of one model")
+    return module, tensors
+
+
 def build_module(
     folder: ModelFolder, dtype: DTypeLike = jnp.float32, *, attention: Implementation = "auto", remat: bool = False
 ) -> Model:
@@ -173,15 +209,40 @@ def save_model(
     Raises:
       WeightsError: if ``params`` is not a tree of ``module``, overflows ``dtype``, or cannot be written.
     """
-    target = Path(folder, subfolder or "").expanduser().resolve()
     header = {
         name: (np.dtype(leaf.dtype if dtype is None else dtype), shape)
         for name, (_, leaf, shape) in _torch_leaves(params).items()
     }
+    arrays = (_converted(array, header[name][0], name, "The parameters") for name, array in to_state_dict(params))
+    write_model(folder, subfolder, module, header, arrays, max_shard_size=max_shard_size)
+
+
+def write_model(
+    folder: str | Path,
+    subfolder: str | None,
+    module: Model,
+    header: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    arrays: Iterator[Shaped[np.ndarray, "..."]],
+    *,
+    max_shard_size: int | str = "10GB",
+) -> None:
+    """Writes one network whose tensors come one after the other; else as `save_model`.
+
+    Args:
+      folder: of the whole model.
+      subfolder: of the network.
+      module: for its ``config``.
+      header: dtype and shape of the tensors, by their name in the PyTorch state dict.
+      arrays: the tensors, in the order of ``header``.
+      max_shard_size: in bytes, or as ``"5GB"``.
+
+    Raises:
+      WeightsError: if these are not the tensors of ``module``, or they cannot be written.
+    """
+    target = Path(folder, subfolder or "").expanduser().resolve()
     expected = {name: shape for name, (_, _, shape) in _torch_leaves(module.abstract_params()).items()}
     found = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in header.items()}
     _require_match(expected, found, f"The parameters for {target} do not fit the {type(module).__name__}")
-    arrays = (_converted(array, header[name][0], name, "The parameters") for name, array in to_state_dict(params))
     if jax.process_index() != 0:
         for _ in arrays:
             pass

@@ -1,0 +1,115 @@
+"""Makes an InstructPix2Pix model fast without training: adds what distillation changed in the model that it comes from.
+
+python3 training_scripts/adapt_instruct_pix2pix.py \
+    --pretrained_model_name_or_path timbrooks/instruct-pix2pix --lora latent-consistency/lcm-lora-sdv1-5 --weight 1 \
+    --output_dir runs/fast-edit
+
+python3 training_scripts/adapt_instruct_pix2pix.py \
+    --pretrained_model_name_or_path diffusers/sdxl-instructpix2pix-768 --weight 0.5 --output_dir runs/fast-edit-xl \
+    --base_model stabilityai/stable-diffusion-xl-base-1.0 --distilled_model latent-consistency/lcm-sdxl
+
+Then edit in 4 or 5 steps with image guidance 1 and text guidance 1 to 3. Several weights make a folder each, and with
+--validation_image a picture that compares them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from codi_jax import command_line
+from codi_jax.adaptation import delta_of_lora, delta_of_models, describe, open_editor, write_adapted
+from codi_jax.flags import Flags
+from codi_jax.images import labelled_rows, open_image, save_images, to_pixels
+from codi_jax.methods.weight_delta import ConvIn
+from codi_jax.pipeline import DiffusionPipeline
+from codi_jax.pretrained import require_editor
+from codi_jax.tracking import say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(Flags):
+    """Adapts an InstructPix2Pix model to few steps, without training."""
+
+    pretrained_model_name_or_path: str
+    """The InstructPix2Pix model: a folder in diffusers' layout, or an id on the Hugging Face Hub."""
+    base_model: str | None = None
+    """The text-to-image model that it was fine-tuned from."""
+    distilled_model: str | None = None
+    """That model distilled: a whole model, or the folder of a UNet alone."""
+    lora: str | None = None
+    """A LoRA of the distilled model, instead of the two."""
+    weight: tuple[float, ...] = (0.5,)
+    """How much of the difference to add: 0.5 for whole models of SDXL, 1 for a LoRA of SD 1.5. Several make a folder
+    weight-0.5, weight-1, ... each."""
+    conv_in: ConvIn = "skip"
+    """The first convolution, which has more input channels in an editor: leave it as it is, or add the difference to
+    the channels that the others have."""
+    variant: str | None = None
+    """Variant of the weight files, such as fp16."""
+    save_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Precision of the adapted UNet's file. If left out: that of the model's."""
+    validation_prompt: str | None = None
+    """Instruction to show the result with."""
+    validation_image: str | None = None
+    """Image (file or URL) to edit by it."""
+    validation_sampling_steps: int = 5
+    """Steps of the sampler for this picture."""
+    guidance_scale: float = 2.0
+    """Guidance scale of the text in this picture; that of the image is 1."""
+    seed: int = 0
+    """Seed of this picture."""
+    output_dir: str
+    """Folder for the adapted model."""
+
+    def check(self) -> None:
+        super().check()
+        whole = self.base_model is not None and self.distilled_model is not None
+        if whole == (self.lora is not None) or (self.base_model is None) != (self.distilled_model is None):
+            raise ValueError("give either --base_model and --distilled_model, or --lora.")
+        if (self.validation_prompt is None) != (self.validation_image is None):
+            raise ValueError("--validation_prompt and --validation_image go together: give both, or neither.")
+        self.require("weight", len(self.weight) > 0, "at least one number")
+
+
+def main(args: Args) -> None:
+    args.check()
+    image = None if args.validation_image is None else open_image(args.validation_image)
+    source, folder = args.pretrained_model_name_or_path, Path(args.output_dir).expanduser()
+    pipeline = DiffusionPipeline.from_pretrained(source, variant=args.variant, untrained={"unet": None})
+    require_editor(pipeline, f"--pretrained_model_name_or_path {source}")
+    pipeline.schedule = pipeline.schedule.with_config(_class_name="LCMScheduler", clip_sample=False)
+    editor = open_editor(source, args.variant)
+    if args.lora is not None:
+        delta = delta_of_lora(editor, args.lora)
+    else:
+        assert args.base_model is not None
+        assert args.distilled_model is not None
+        delta = delta_of_models(
+            editor, args.base_model, args.distilled_model, conv_in=args.conv_in, variant=args.variant
+        )
+    say(describe(delta.plan))
+    rows: dict[str, Any] = {}
+    for weight in args.weight:
+        adapted = folder if len(args.weight) == 1 else folder / f"weight-{weight:g}"
+        write_adapted(adapted, editor, delta, weight, args.save_dtype)
+        pipeline.save_pretrained(adapted)
+        say(f"wrote {adapted}")
+        if image is not None:
+            rows[f"weight {weight:g}"] = _edit(args, adapted, image)
+    if image is not None:
+        height, width = next(iter(rows.values())).shape[1:3]
+        shown = (to_pixels(image, (height, width)) * 255).round().astype(np.uint8)
+        save_images(folder / "validation.png", labelled_rows({"source": shown[None], **rows})[None])
+
+
+def _edit(args: Args, folder: Path, image: Any) -> np.ndarray:
+    assert args.validation_prompt is not None
+    scales: dict[str, Any] = {"guidance_scale": args.guidance_scale, "image_guidance_scale": 1.0}
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    return pipeline(args.validation_prompt, image, steps=args.validation_sampling_steps, seed=args.seed, **scales)
+
+
+if __name__ == "__main__":
+    command_line.run(Args, main)
