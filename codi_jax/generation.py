@@ -123,8 +123,11 @@ def _denoiser(params: Mapping[str, Params], inputs: Mapping[str, Any], program: 
     batch = inputs["z"].shape[0]
     cond = None
     if program.guidance == "embedded":
-        w = jnp.full((batch,), inputs["guidance_scale"] - 1.0, jnp.float32)
-        cond = guidance_embedding(w, unet.config.time_cond_proj_dim)
+        w, w_image = (
+            jnp.full((batch,), inputs[name] - 1.0, jnp.float32) for name in ("guidance_scale", "image_guidance_scale")
+        )
+        embedded = w_image if unet.config.embeds_image_guidance else None
+        cond = guidance_embedding(w, unet.config.time_cond_proj_dim, embedded)
 
     def denoise(z: Float[Array, "b h w c"], t: Array) -> Float[Array, "b h w c"]:
         z = stack_branches(*[z] * len(branches))

@@ -41,7 +41,9 @@ def min_snr_weights(
 ) -> Float[Array, " b"]:
     """The min-SNR-γ weights of a loss on the network's output (Hang et al., 2023, section 3.4).
 
-    min(SNR, γ) of a loss on x̂, hence min(SNR, γ)/SNR of one on ε̂ and min(SNR, γ)/(SNR + 1) of one on v.
+    min(SNR, γ) of a loss on x̂, hence min(SNR, γ)/SNR of one on ε̂ and min(SNR, γ)/(SNR + 1) of one on v. The last
+    goes to 0 with the signal: a network that predicts v is hardly trained at the noisiest times, and not at all at one
+    without any signal.
 
     Args:
       snr: the signal-to-noise ratio of each sample, 0 where there is no signal.

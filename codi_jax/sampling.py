@@ -104,7 +104,9 @@ def _latent_rank(scale: Scale) -> Array:
     return scale.reshape(scale.shape + (1,) * (4 - scale.ndim))
 
 
-def guidance_embedding(w: Float[Array, " b"], dim: int = 256) -> Float[Array, "b {dim}"]:
+def guidance_embedding(
+    w: Float[Array, " b"], dim: int = 256, w_image: Float[Array, " b"] | None = None
+) -> Float[Array, "b {dim}"]:
     """The embedding of a guidance weight for a guidance-distilled network: sin ‖ cos of 1000 w (Luo et al., 2023).
 
     ``w`` is LCM's weight, the usual guidance scale *minus 1*: a pipeline embeds ``guidance_scale - 1``.
@@ -112,10 +114,13 @@ def guidance_embedding(w: Float[Array, " b"], dim: int = 256) -> Float[Array, "b
     Args:
       w: guidance weights.
       dim: the network's ``time_cond_proj_dim``, an even number.
+      w_image: weights of the image guidance, for a network that takes both: each is embedded in half of ``dim``.
 
     Returns:
       The embeddings, float32: of the frequencies 10000^(−i/(dim/2 − 1)), first the sines, then the cosines.
     """
+    if w_image is not None:
+        return jnp.concatenate([guidance_embedding(w, dim // 2), guidance_embedding(w_image, dim // 2)], axis=1)
     frequencies = 10_000.0 ** -np.linspace(0, 1, dim // 2)
     angles = 1000 * w.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)[None, :]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)

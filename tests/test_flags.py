@@ -11,11 +11,14 @@ import pytest
 from codi_jax import optim, train
 from codi_jax.data import DataFlags
 from codi_jax.flags import Flags
+from codi_jax.lcm_training import LcmTrainingFlags
 from codi_jax.methods.codi import CodiFlags
+from codi_jax.pretrained import EditFlags
 from codi_jax.validation import ValidationFlags
 
-GROUPS = (train.LoopFlags, optim.OptimizerFlags, CodiFlags, DataFlags, ValidationFlags)
-BAD = {
+CODI = (train.LoopFlags, optim.OptimizerFlags, CodiFlags, DataFlags, ValidationFlags)
+LCM = (LcmTrainingFlags, EditFlags)
+OF_ALL = {
     "fsdp": 0,
     "checkpoints_total_limit": 0,
     "logging_steps": 0,
@@ -24,6 +27,13 @@ BAD = {
     "resolution": 0,
     "num_validation_images": 0,
 }
+BAD = [(CODI, flag, value) for flag, value in OF_ALL.items()]
+BAD += [
+    (LCM, flag, value)
+    for flag, value in {
+        **OF_ALL, "num_ddim_timesteps": 0, "conditioning_dropout_prob": 1.0, "vae_encode_batch_size": 0,
+    }.items()
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,17 +65,21 @@ def test_impossible_values_are_refused_in_a_sentence(values: dict[str, Any], mes
         Numbers(**values).check()
 
 
-@pytest.mark.parametrize("groups", [GROUPS, GROUPS[::-1]], ids=["one order", "the other"])
-@pytest.mark.parametrize("flag", BAD)
-def test_all_groups_of_a_script_are_checked(tmp_path, groups: tuple[type, ...], flag: str) -> None:
-    script: Any = dataclasses.make_dataclass("Script", [], bases=groups, frozen=True)
-    script(train_data_dir=str(tmp_path)).check()
-    with pytest.raises(ValueError, match=f"--{flag} {BAD[flag]} is not possible"):
-        script(**{"train_data_dir": str(tmp_path), flag: BAD[flag]}).check()
+@pytest.mark.parametrize("backwards", [False, True], ids=["one order", "the other"])
+@pytest.mark.parametrize(("groups", "flag", "value"), BAD)
+def test_all_groups_of_a_script_are_checked(
+    tmp_path, groups: tuple[type, ...], flag: str, value: float, backwards: bool
+) -> None:
+    bases = groups[::-1] if backwards else groups
+    script: Any = dataclasses.make_dataclass("Script", [], bases=bases, frozen=True, kw_only=True)
+    needed = {"train_data_dir": str(tmp_path), **({"pretrained_model_name_or_path": "m"} if groups is LCM else {})}
+    script(**needed).check()
+    with pytest.raises(ValueError, match=f"--{flag} {value} is not possible"):
+        script(**{**needed, flag: value}).check()
 
 
 def test_every_group_with_a_check_is_tried_above() -> None:
-    tried = {cls for group in GROUPS for cls in inspect.getmro(group)}
+    tried = {cls for group in (*CODI, *LCM) for cls in inspect.getmro(group)}
     missed, queue = [], [Flags]
     while queue:
         group = queue.pop()

@@ -39,7 +39,8 @@ class Args(ModelFlags, ConditionFlags, train.LoopFlags, optim.OptimizerFlags, Da
     controlnet_model_name_or_path: str | None = None
     """ControlNet to go on training. If left out: a new one, a copy of the UNet's encoder."""
     snr_gamma: float | None = None
-    """Gamma of the min-SNR weights of the loss, usually 5. If left out: no weights."""
+    """Gamma of the min-SNR weights of the loss, usually 5. If left out: no weights. With a model that predicts v
+    they leave the noisiest times next to untrained."""
     use_ema: bool = False
     """Keep a moving average of the parameters, and show and save that."""
     ema_decay: float = 0.9999

@@ -38,7 +38,8 @@ class Args(ModelFlags, train.LoopFlags, optim.OptimizerFlags, DataFlags, Validat
     from_scratch: tuple[Literal["unet", "text_encoder"], ...] = ()
     """Networks that start from random parameters: only their config.json is read."""
     snr_gamma: float | None = None
-    """Gamma of the min-SNR weights of the loss, usually 5. If left out: no weights."""
+    """Gamma of the min-SNR weights of the loss, usually 5. If left out: no weights. With a model that predicts v
+    they leave the noisiest times next to untrained."""
     noise_offset: float = 0.0
     """Strength of a noise that is the same all over a channel."""
     input_perturbation: float = 0.0

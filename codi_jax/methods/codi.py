@@ -268,4 +268,4 @@ def _shared_features(
 ) -> Features:
     """The frozen encoder at z_t, once for teacher and student: they differ in the decoder's inputs only."""
     stacked = branches(z_t, t, inputs, config.flags.is_guided)
-    return jax.lax.stop_gradient(encode(config.modules, unet_params, *stacked))
+    return jax.lax.stop_gradient(encode(config.modules, {"unet": unet_params}, *stacked))

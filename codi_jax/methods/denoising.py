@@ -3,8 +3,9 @@
     L = w(t) mean‖F_θ(z_t, t, c) − y‖²,    z_t = α_t z_0 + σ_t ε,    t uniform in 0 … T−1
 
 where y is ε, v or z_0, as the model's schedule says (Ho et al., 2020, equation 14; Salimans and Ho, 2022). One method
-for the UNet (text to image; Rombach et al., 2022), for the UNet together with its text encoder, and for a ControlNet on
-a frozen UNet (Zhang et al., 2023, equation 1): what is trained is what ``params`` holds.
+for the UNet (text to image; Rombach et al., 2022), for the UNet together with its text encoder, for an editor
+(InstructPix2Pix; Brooks et al., 2023) and for a ControlNet on a frozen UNet (Zhang et al., 2023, equation 1): what is
+trained is what ``params`` holds.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Key
 
 from codi_jax import optim
 from codi_jax.losses import min_snr_weights, mse
-from codi_jax.methods.inputs import Batch, Modules, prepare
+from codi_jax.methods.inputs import Batch, Modules, drop_conditions, prepare
 from codi_jax.methods.prediction import predict
 from codi_jax.models.config import Params
 
@@ -35,6 +36,7 @@ class Config:
       input_perturbation: strength of further noise on z_t alone (Ning et al., 2023).
       ema_decay: of the moving average; ``None`` keeps none.
       accumulation: microbatches of an update.
+      dropout: probability of `codi_jax.methods.inputs.drop_conditions`, for InstructPix2Pix.
     """
 
     modules: Modules
@@ -43,6 +45,7 @@ class Config:
     input_perturbation: float | int = 0.0
     ema_decay: float | None = None
     accumulation: int = 1
+    dropout: float | int = 0.0
 
 
 def loss(
@@ -52,7 +55,7 @@ def loss(
 
     Args:
       params: of the networks that are trained, by name.
-      frozen: of the others, and ``schedule``.
+      frozen: of the others, and ``schedule``; the null text where conditions are dropped.
       batch: see `codi_jax.methods.inputs.prepare`.
       key: of latents, times and noise.
       config: the configuration.
@@ -60,6 +63,8 @@ def loss(
     latents_key, time_key, noise_key, offset_key, perturbation_key = jax.random.split(key, 5)
     networks, schedule = {**frozen, **params}, frozen["schedule"]
     inputs = prepare(config.modules, networks, batch, latents_key)
+    if config.dropout:
+        inputs = drop_conditions(inputs, jax.random.fold_in(key, 5), config.dropout)
     z0 = inputs.z0
     t = jax.random.randint(time_key, (len(z0),), 0, schedule.num_train_timesteps)
     noise = jax.random.normal(noise_key, z0.shape)

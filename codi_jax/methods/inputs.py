@@ -35,6 +35,7 @@ class Modules:
       text_encoder: of the prompts; ``None`` where features are cached.
       text_encoder_2: SDXL's second.
       controlnet: where there is one.
+      vae_parts: in how many parts, one after the other, a batch of images is encoded: more take less memory.
     """
 
     unet: Any
@@ -42,6 +43,12 @@ class Modules:
     text_encoder: Any = None
     text_encoder_2: Any = None
     controlnet: Any = None
+    vae_parts: int = 1
+
+    @property
+    def edits(self) -> bool:
+        """Whether the UNet takes the latents of a source image beside the noisy ones: InstructPix2Pix."""
+        return self.unet.config.in_channels == 2 * self.vae.config.latent_channels
 
 
 def add_controlnet(modules: Modules) -> Modules:
@@ -58,6 +65,24 @@ def init_controlnet(modules: Modules, unet_params: Params, key: Key[Array, ""]) 
     return controlnet_from_unet(modules.unet, unet_params, key, channels)[1]
 
 
+def widen_for_edits(unet: Any, params: Params) -> tuple[Any, Params]:
+    """A text-to-image UNet that also takes the latents of a source image, and does not look at them yet.
+
+    The new input channels of the first convolution are zeros (Brooks et al., 2023, section 3.2).
+
+    Args:
+      unet: its module.
+      params: of the UNet.
+
+    Returns:
+      The module with twice as many input channels, and its parameters.
+    """
+    config = replace(unet.config, in_channels=2 * unet.config.in_channels)
+    kernel = params["conv_in"]["kernel"]
+    widened = jnp.concatenate([kernel, jnp.zeros_like(kernel)], axis=2)
+    return replace(unet, config=config), {**params, "conv_in": {**params["conv_in"], "kernel": widened}}
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Condition:
@@ -66,12 +91,16 @@ class Condition:
     Attributes:
       context: text features.
       added_cond: SDXL's ``{"text_embeds": [b, p], "time_ids": [b, 6]}``.
-      control: condition images in [0, 1], [b, H, W, 3].
+      control: a ControlNet's condition images in [0, 1], [b, H, W, 3].
+      image: latents of the source image of an edit, *not* times the scaling factor.
+      guidance: the embedding of guidance weights, for a network with ``time_cond_proj_dim``.
     """
 
     context: Float[Array, "b s d"] | Any
     added_cond: dict[str, Array] | Any = None
     control: Float[Array, "b hp wp ch"] | Any = None
+    image: Float[Array, "b h w c"] | Any = None
+    guidance: Float[Array, "b e"] | Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -82,12 +111,15 @@ class Inputs:
     Attributes:
       z0: clean latents, times the scaling factor, float32.
       cond: the condition.
-      null: the same with the null text in place of the prompt, where ``frozen`` has it.
+      null: what guidance leads away from, where ``frozen`` has the null text: that text in place of the prompt, and
+        for an edit zeros in place of the image.
+      image_only: for an edit, the null text and the image.
     """
 
     z0: Float[Array, "b h w c"] | Any
     cond: Condition
     null: Condition | None = None
+    image_only: Condition | None = None
 
 
 def prepare(modules: Modules, frozen: Frozen, batch: Batch, key: Key[Array, ""]) -> Inputs:
@@ -98,20 +130,74 @@ def prepare(modules: Modules, frozen: Frozen, batch: Batch, key: Key[Array, ""])
       frozen: parameters of ``vae``, ``text_encoder`` and ``text_encoder_2``, unless the batch has their outputs; and
         ``null_context`` (and ``null_pooled``) where the null text is needed.
       batch: ``pixels`` or ``moments``; ``input_ids`` or ``context`` (and ``pooled``); ``conditioning`` where the task
-        has condition images; ``time_ids`` for SDXL, and only for SDXL.
+        has condition images, or for an edit ``conditioning_moments``; ``time_ids`` for SDXL, and only for SDXL.
       key: for the latents' sample.
     """
     context, pooled = _text(modules, frozen, batch)
-    control = to_unit(batch["conditioning"]) if "conditioning" in batch else None
-    cond = Condition(context, _added_cond(pooled, batch), control)
-    null = None
-    if "null_context" in frozen:
-        null_context, null_pooled = (
-            _repeat(frozen.get(name), len(context)) for name in ("null_context", "null_pooled")
+    z0 = posterior(modules.vae, frozen, batch, modules.vae_parts).sample(key) * modules.vae.config.scaling_factor
+    control = image = None
+    if modules.edits:
+        image = image_latents(modules.vae, frozen, batch, modules.vae_parts)
+    elif "conditioning" in batch:
+        control = to_unit(batch["conditioning"])
+    cond = Condition(context, _added_cond(pooled, batch), control, image)
+    if "null_context" not in frozen:
+        return Inputs(z0, cond)
+    null_context, null_pooled = (_repeat(frozen.get(name), len(context)) for name in ("null_context", "null_pooled"))
+    without_text = replace(cond, context=null_context.astype(context.dtype), added_cond=_added_cond(null_pooled, batch))
+    if image is None:
+        return Inputs(z0, cond, without_text)
+    return Inputs(z0, cond, replace(without_text, image=jnp.zeros_like(image)), without_text)
+
+
+def image_latents(vae: Any, frozen: Frozen, batch: Batch, parts: int = 1) -> Float[Array, "b h w c"]:
+    """The latents of the source image of an edit: the *mode*, and not times the scaling factor (Brooks et al., 2023).
+
+    Args:
+      vae: its module.
+      frozen: ``vae``, its parameters.
+      batch: ``conditioning``, uint8, or ``conditioning_moments``.
+      parts: see `posterior`.
+
+    Raises:
+      ValueError: if there is no source image.
+    """
+    if "conditioning_moments" in batch:
+        return posterior(vae, frozen, {"moments": batch["conditioning_moments"]}).mode()
+    if "conditioning" not in batch:
+        raise ValueError(
+            "An InstructPix2Pix model needs source images, and the data has none: name their column with "
+            "--original_image_column."
         )
-        null = Condition(null_context.astype(context.dtype), _added_cond(null_pooled, batch), control)
-    z0 = posterior(modules.vae, frozen, batch).sample(key) * modules.vae.config.scaling_factor
-    return Inputs(z0, cond, null)
+    return posterior(vae, frozen, {"pixels": batch["conditioning"]}, parts).mode()
+
+
+def drop_conditions(inputs: Inputs, key: Key[Array, ""], probability: float | int) -> Inputs:
+    """Takes text and image from some of the samples of an edit, so that guidance can do without (Brooks et al., 2023).
+
+    With r uniform in [0, 1): the text goes if r < 2p, the image if p ≤ r < 3p. So of all samples p lose the text alone,
+    p both, and p the image alone. What replaces the text is the null condition's, pooled output included.
+
+    Args:
+      inputs: with the null condition.
+      key: of the draw.
+      probability: p, at most 1/3.
+
+    Returns:
+      The same, but for what `cond` is.
+    """
+    assert inputs.null is not None
+    r = jax.random.uniform(key, (len(inputs.z0),))
+    without_text, without_image = r < 2 * probability, (r >= probability) & (r < 3 * probability)
+
+    def pick(dropped: Array, null: Array, kept: Array) -> Array:
+        return jnp.where(dropped.reshape(-1, *(1,) * (kept.ndim - 1)), null, kept)
+
+    cond, null = inputs.cond, inputs.null
+    text = (cond.context, cond.added_cond), (null.context, null.added_cond)
+    context, added_cond = jax.tree.map(lambda kept, null: pick(without_text, null, kept), *text)
+    image = None if cond.image is None else pick(without_image, null.image, cond.image)
+    return replace(inputs, cond=replace(cond, context=context, added_cond=added_cond, image=image))
 
 
 def to_signed(pixels: UInt8[Array, "b hp wp 3"]) -> Float[Array, "b hp wp 3"]:
@@ -124,18 +210,29 @@ def to_unit(pixels: UInt8[Array, "b hp wp 3"]) -> Float[Array, "b hp wp 3"]:
     return pixels.astype(jnp.float32) / 255.0
 
 
-def posterior(vae: Any, frozen: Frozen, batch: Batch) -> DiagonalGaussian:
+def posterior(vae: Any, frozen: Frozen, batch: Batch, parts: int = 1) -> DiagonalGaussian:
     """The distribution of the latents, without the scaling factor: from the VAE, or from cached ``moments``.
 
     Args:
       vae: its module.
       frozen: ``vae``, its parameters.
       batch: ``pixels``, uint8, or ``moments``, mean beside log-variance.
+      parts: in how many parts, one after the other, the images are encoded; it divides their number.
     """
     if "moments" in batch:
         mean, logvar = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
         return DiagonalGaussian(mean, logvar)
-    return vae.apply({"params": frozen["vae"]}, to_signed(batch["pixels"]), method="encode")
+
+    def encode(pixels: UInt8[Array, "b hp wp 3"]) -> DiagonalGaussian:
+        return vae.apply({"params": frozen["vae"]}, to_signed(pixels), method="encode")
+
+    if parts == 1:
+        return encode(batch["pixels"])
+    # Each part takes a sample of every so many, so that it lies on all devices.
+    pixels = batch["pixels"].reshape(-1, parts, *batch["pixels"].shape[1:]).swapaxes(0, 1)
+    encoded = jax.lax.map(lambda part: jax.tree.leaves(encode(part)), pixels)
+    mean, logvar = (x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for x in encoded)
+    return DiagonalGaussian(mean, logvar)
 
 
 def null_text(modules: Modules, params: Mapping[str, Params], ids: Mapping[str, Array], *, zeros: bool = False) -> dict:

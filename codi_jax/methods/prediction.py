@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from codi_jax.lora import adapted
 from codi_jax.methods.inputs import Condition, Inputs, Modules
 from codi_jax.models.config import Params
 from codi_jax.sampling import classifier_free_guidance, split_branches, stack_branches
@@ -28,7 +29,7 @@ def predict(
 
     Args:
       modules: of the networks.
-      params: ``unet``, and ``controlnet``; others are left alone.
+      params: ``unet``, and ``controlnet``; ``unet_lora`` adapts the UNet alone. Others are left alone.
       z: noisy latents.
       t: one time for each.
       condition: one for each.
@@ -41,12 +42,13 @@ def predict(
       ValueError: if there is a ControlNet and no condition image.
     """
     if features is None:
-        features = encode(modules, params["unet"], z, t, condition)
+        features = encode(modules, params, z, t, condition)
     x, skips, temb, context = features
     residuals = _control_residuals(modules, params, z, t, condition)
-    prediction, _ = modules.unet.apply(
-        {"params": params["unet"]}, x, skips, {}, temb, context, *residuals, method="decode"
-    )
+    with adapted(params.get("unet_lora")):
+        prediction, _ = modules.unet.apply(
+            {"params": params["unet"]}, x, skips, {}, temb, context, *residuals, method="decode"
+        )
     return prediction.astype(jnp.float32)
 
 
@@ -102,21 +104,33 @@ def branches(
     return stack_branches((z, t, inputs.null), (z, t, inputs.cond))
 
 
-def encode(modules: Modules, unet_params: Params, z: Latents, t: Int[Array, " b"], condition: Condition) -> Features:
+def encode(
+    modules: Modules, params: Mapping[str, Any], z: Latents, t: Int[Array, " b"], condition: Condition
+) -> Features:
     """The first half of the UNet, which no ControlNet changes: its residuals enter the second half only.
 
     So predictions by one UNet at the same z_t share it, with whatever ControlNets: give it to `predict`.
 
+    Args:
+      modules: of the networks.
+      params: ``unet``, and ``unet_lora`` if there is one.
+      z: noisy latents.
+      t: one time for each.
+      condition: one for each; the latents of its image are put beside the noisy ones.
+
     Returns:
       The lowest features, the skip connections, the embedding of the time, and the text features.
     """
-    return modules.unet.apply({"params": unet_params}, z, t, condition.context, condition.added_cond, method=_encode)
+    with adapted(params.get("unet_lora")):
+        return modules.unet.apply({"params": params["unet"]}, z, t, condition, method=_encode)
 
 
-def _encode(unet: Any, z: Latents, t: Array, context: Array, added_cond: dict[str, Array] | None) -> Features:
-    unet.check_inputs(z, context)
-    context = context.astype(unet.dtype)
-    temb = unet.embed_time(t, None, added_cond)
+def _encode(unet: Any, z: Latents, t: Array, condition: Condition) -> Features:
+    if condition.image is not None:
+        z = jnp.concatenate([z, condition.image.astype(z.dtype)], axis=-1)
+    unet.check_inputs(z, condition.context)
+    context = condition.context.astype(unet.dtype)
+    temb = unet.embed_time(t, condition.guidance, condition.added_cond)
     x, skips, _ = unet.encode(unet.conv_in(z.astype(unet.dtype)), temb, context)
     return x, skips, temb, context
 

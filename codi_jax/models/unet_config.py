@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -145,9 +145,15 @@ class UNetConfig(EncoderConfig):
     class_embeddings_concat: Literal[False] = False
     mid_block_only_cross_attention: Literal[False] | None = None
     cross_attention_norm: None = None
+    # Not diffusers': the guidance embedding is that of two weights, of the text and of the image.
+    embeds_image_guidance: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.embeds_image_guidance and (self.time_cond_proj_dim is None or self.time_cond_proj_dim % 4):
+            raise ConfigError(
+                f"embeds_image_guidance = true needs a time_cond_proj_dim that 4 divides: {self.time_cond_proj_dim}."
+            )
         if len(self.up_block_types) != self.num_blocks:
             raise ConfigError(
                 f"up_block_types has {len(self.up_block_types)} entries and down_block_types {self.num_blocks}; "
@@ -158,6 +164,12 @@ class UNetConfig(EncoderConfig):
                 "a transformer_layers_per_block with a list for each block needs reverse_transformer_layers_per_block, "
                 "because an up block has one attention more."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        if not self.embeds_image_guidance:
+            del values["embeds_image_guidance"]  # diffusers warns of keys that it does not know
+        return values
 
     @property
     def transformer_layers_are_nested(self) -> bool:

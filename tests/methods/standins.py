@@ -4,6 +4,7 @@ All of z, t, text, sizes, condition image and residuals enter, and products of t
 changes the result.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -43,27 +44,47 @@ def random_params(module: Any, seed: int = 0) -> dict[str, Any]:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class StandInConfig:
+    """Of the UNet, in as far as methods read it. With ``in_channels`` 6 it takes the latents of an image."""
+
+    in_channels: int = CHANNELS
+    time_cond_proj_dim: int | None = None
+    embeds_image_guidance: bool = False
+
+
 class StandInUNet(nn.Module):
     """The methods of the UNet that predictions are made of."""
 
     dtype: Any = jnp.float32
+    config: StandInConfig = StandInConfig()
 
     def setup(self) -> None:
-        self.a, self.b, self.c, self.d = (
-            self.param(x, nn.initializers.normal(0.5), (1, 1, 1, CHANNELS)) for x in "abcd"
-        )
+        normal = nn.initializers.normal(0.5)
+        self.a, self.b, self.c, self.d = (self.param(x, normal, (1, 1, 1, CHANNELS)) for x in "abcd")
+        if self.config.in_channels > CHANNELS:
+            self.h = self.param("h", normal, (1, 1, 1, CHANNELS))
+        if self.config.time_cond_proj_dim is not None:
+            self.time_embedding = StandInTimeEmbedding(self.config.time_cond_proj_dim)
+
+    def abstract_params(self):
+        shape = jax.ShapeDtypeStruct((self.config.time_cond_proj_dim, 1), jnp.float32)
+        return {"time_embedding": {"cond_proj": {"kernel": shape}}}
 
     def check_inputs(self, z, context) -> None: ...
 
     def embed_time(self, t, timestep_cond, added_cond):
-        assert timestep_cond is None
         temb = t.astype(jnp.float32)[:, None] / 1000
+        if timestep_cond is not None:
+            temb = temb + self.time_embedding(timestep_cond)
         if added_cond is not None:
             pooled = added_cond["text_embeds"].astype(jnp.float32)
             temb = temb + pooled.mean(1, keepdims=True) * added_cond["time_ids"][:, :1]
         return temb
 
     def conv_in(self, z):
+        if self.config.in_channels > CHANNELS:
+            return z[..., :CHANNELS] * self.a + z[..., CHANNELS:] * self.h
         return z * self.a
 
     def encode(self, x, temb, context):
@@ -80,6 +101,18 @@ class StandInUNet(nn.Module):
         temb = self.embed_time(t, timestep_cond, added_cond)
         x, skips, taps = self.encode(self.conv_in(z), temb, context)
         return self.decode(x, skips, taps, temb, context, down_residuals, mid_residual)
+
+
+class StandInTimeEmbedding(nn.Module):
+    """The projection of the guidance embedding."""
+
+    width: int
+
+    def setup(self) -> None:
+        self.cond_proj = nn.Dense(1, use_bias=False)
+
+    def __call__(self, cond):
+        return self.cond_proj(cond)
 
 
 class StandInControlNet(nn.Module):
@@ -100,6 +133,7 @@ class StandInVAE(NamedTuple):
 
     class Config(NamedTuple):
         scaling_factor: float = 0.3
+        latent_channels: int = CHANNELS
 
     config: Config
 
@@ -109,10 +143,11 @@ MODULES = Modules(
     controlnet=StandInControlNet(),
     vae=StandInVAE(StandInVAE.Config()),
 )
+EDITING = Modules(unet=StandInUNet(config=StandInConfig(2 * CHANNELS)), vae=MODULES.vae)
 
 
-def unet_params(seed: int) -> dict[str, Any]:
-    return _normal(seed, "abcd")
+def unet_params(seed: int, *, edits: bool = False) -> dict[str, Any]:
+    return _normal(seed, "abcdh" if edits else "abcd")
 
 
 def controlnet_params(seed: int) -> dict[str, Any]:
@@ -133,6 +168,7 @@ def make_batch(size: int, seed: int = 0) -> dict[str, jax.Array]:
         "pooled": rng.standard_normal((size, 6)).astype("f2"),
         "time_ids": rng.uniform(0, 1, (size, 6)).astype("f4"),
         "conditioning": rng.integers(0, 256, (size, 4, 4, 3), dtype=np.uint8),
+        "conditioning_moments": rng.standard_normal((size, CHANNELS, CHANNELS, 2 * CHANNELS)).astype("f2"),
     }
     return jax.tree.map(jnp.asarray, batch)
 
@@ -145,11 +181,13 @@ def null_text() -> dict[str, Any]:
     }
 
 
-def numpy_predict(networks, z, t, context, pooled, time_ids, control) -> np.ndarray:
+def numpy_predict(networks, z, t, context, pooled, time_ids, control, image=None, guidance=None) -> np.ndarray:
     """The networks in float64, from their formulas; ``control`` in [0, 1], or ``None`` for no ControlNet."""
     p, column = networks["unet"], (slice(None), None, None, None)
     temb = (t / 1000 + pooled.mean(1) * time_ids[:, 0])[column]
-    x = z * p["a"]
+    if guidance is not None:
+        temb = temb + (guidance @ p["time_embedding"]["cond_proj"]["kernel"])[:, 0][column]
+    x = z * p["a"] if image is None else z * p["a"] + image * p["h"]
     low = x * temb + context.mean((1, 2))[column] * p["b"]
     skip = low**2
     if control is not None:

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 import standins
+from numerics import numpy_gradient
 from published import TINY_VAE
 from standins import MODULES, SMALL_SD, float64, make_batch, null_text, numpy_predict, small_unet
 
@@ -181,21 +182,6 @@ def numpy_loss(problem: Problem) -> Any:
         return np.mean(w_snr * consistency) + 0.7 * np.mean((online[0] - z0) ** 2)
 
     return loss
-
-
-def numpy_gradient(loss: Any, theta: Any) -> Any:
-    """Central differences."""
-    leaves, tree = jax.tree.flatten(float64(theta))
-    gradient = [np.zeros_like(leaf) for leaf in leaves]
-    for leaf, out in zip(leaves, gradient, strict=True):
-        for i in np.ndindex(leaf.shape):
-            here, h = leaf[i], 1e-5
-            leaf[i] = here + h
-            above = loss(jax.tree.unflatten(tree, leaves))
-            leaf[i] = here - h
-            out[i] = (above - loss(jax.tree.unflatten(tree, leaves))) / (2 * h)
-            leaf[i] = here
-    return jax.tree.unflatten(tree, gradient)
 
 
 def assert_equals_numpy(problem: Problem) -> None:

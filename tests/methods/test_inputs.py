@@ -11,7 +11,16 @@ from published import TINY_TEXT, TINY_VAE
 from standins import SMALL_SD, SMALL_XL, random_params, small_unet
 
 from codi_jax.methods import prediction
-from codi_jax.methods.inputs import Condition, Inputs, Modules, add_controlnet, init_controlnet, null_text, prepare
+from codi_jax.methods.inputs import (
+    Condition,
+    Inputs,
+    Modules,
+    add_controlnet,
+    init_controlnet,
+    null_text,
+    posterior,
+    prepare,
+)
 from codi_jax.methods.prediction import encode
 from codi_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from codi_jax.models.vae import AutoencoderKL, VAEConfig
@@ -168,7 +177,7 @@ def test_guidance_is_each_branch_on_its_own(networks: Any) -> None:
     tolerance = {"rtol": 1e-4, "atol": 1e-4 * np.abs(wanted).max()}
     np.testing.assert_allclose(guided(modules, params, inputs.z0, t, inputs, jnp.asarray(w)), wanted, **tolerance)
     stacked = jax.tree.map(lambda *x: jnp.concatenate(x), (inputs.z0, t, inputs.null), (inputs.z0, t, inputs.cond))
-    features = jax.jit(encode, static_argnums=0)(modules, params["unet"], *stacked)
+    features = jax.jit(encode, static_argnums=0)(modules, params, *stacked)
     shared = guided(modules, params, inputs.z0, t, inputs, jnp.asarray(w), features)
     np.testing.assert_allclose(shared, wanted, **tolerance)
     np.testing.assert_allclose(guided(modules, params, inputs.z0, t, inputs, None, features), cond, **tolerance)
@@ -192,3 +201,14 @@ def test_a_new_controlnet_fits_the_vae_and_the_unet() -> None:
     assert next(shapes) == next(shapes)
     assert isinstance(modules.text_encoder, CLIPTextModel)  # nothing else has changed
     hash(modules)
+
+
+def test_images_encoded_in_parts_are_the_same() -> None:
+    modules, params = model(False)
+    batch = {"pixels": raw_batch(False, 6)["pixels"]}
+    whole, parts = (
+        jax.jit(lambda batch, parts=parts: jax.tree.leaves(posterior(modules.vae, params, batch, parts)))(batch)
+        for parts in (1, 3)
+    )
+    for a, b in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

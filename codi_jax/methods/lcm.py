@@ -1,0 +1,321 @@
+"""LCM: latent consistency distillation (Luo et al., 2023, arXiv:2310.04378, algorithm 1).
+
+A model with guidance becomes a student of one pass a step, 1 to 8 steps, which takes the guidance weight w as an input.
+At a time t = t_n of an N-step DDIM grid, and s the one before it,
+
+    x̂, ε̂ = those of the frozen teacher at z_t, guided by w          (two passes; three if the image has a weight)
+    ẑ_s   = α_s x̂ + σ_s ε̂                                            (one DDIM step, of length T/N)
+    L     = mean d(f_θ(z_t, t, w), sg f_θ⁻(ẑ_s, s, w))
+
+with f(z, t) = c_skip(t) z + c_out(t) x̂(z, t), d the squared or the pseudo-Huber distance, and θ⁻ the moving average of
+θ. θ starts as the teacher, and the projection of w's embedding with zeros, so the student starts as the teacher too.
+
+w is the guidance scale *minus one*: x̂ = x̂_c + w (x̂_c − x̂_u). For InstructPix2Pix u has neither text nor image; with
+``w_image_min`` and ``w_image_max`` the image has a weight of its own, and x̂ = x̂_u + s_I (x̂_i − x̂_u) + s_T (x̂_c − x̂_i)
+with s = w + 1 (Brooks et al., 2023, equation 3). That is this project's own extension.
+
+LCM-LoRA (Luo et al., 2023, arXiv:2311.05556): θ is a LoRA on the teacher, w is no input, and θ⁻ is θ.
+
+Beyond CoDi, its neighbour: guidance is distilled, and no condition is learnt.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Key
+
+from codi_jax import losses, optim
+from codi_jax.flags import Flags
+from codi_jax.lora import init_lora
+from codi_jax.methods.inputs import Batch, Frozen, Inputs, Modules, drop_conditions, prepare
+from codi_jax.methods.prediction import predict
+from codi_jax.models.config import Params
+from codi_jax.optim import Metrics, MixedPrecision, TrainState
+from codi_jax.sampling import (
+    classifier_free_guidance,
+    guidance_embedding,
+    instruct_pix2pix_guidance,
+    split_branches,
+    stack_branches,
+)
+from codi_jax.schedule import Latents, NoiseSchedule, distillation_grid
+
+
+@dataclasses.dataclass(frozen=True)
+class LcmFlags(Flags):
+    """The flags of LCM."""
+
+    w_min: float = 3.0
+    """The lowest guidance weight: the guidance scale minus 1."""
+    w_max: float = 15.0
+    """The highest guidance weight."""
+    w_image_min: float | None = None
+    """The lowest weight of the image guidance (its scale minus 1), to distil it as a second input. If left out: text
+    and image have the same weight."""
+    w_image_max: float | None = None
+    """The highest weight of the image guidance."""
+    num_ddim_timesteps: int = 50
+    """N, the times of the grid that the student is trained and sampled on."""
+    loss_type: Literal["l2", "huber"] = "l2"
+    """The distance: squared, or pseudo-Huber."""
+    huber_c: float = 0.001
+    """Where the pseudo-Huber distance turns from quadratic to linear."""
+    ema_decay: float = 0.95
+    """Decay of the moving average, which is the target."""
+    timestep_scaling_factor: float = 10.0
+    """The factor on time in the boundary scalings."""
+    unet_time_cond_proj_dim: int = 256
+    """Width of the embedding of a guidance weight."""
+
+    def check(self) -> None:
+        super().check()
+        self.require("w_min", self.w_min <= self.w_max, f"at most --w_max {self.w_max}")
+        if (self.w_image_min is None) != (self.w_image_max is None):
+            raise ValueError("--w_image_min and --w_image_max go together: give both, or neither.")
+        if self.w_image_min is not None and self.w_image_max is not None:
+            self.require(
+                "w_image_min", self.w_image_min <= self.w_image_max, f"at most --w_image_max {self.w_image_max}"
+            )
+        self.require_at_least(1, "num_ddim_timesteps")
+        self.require("huber_c", self.huber_c > 0, "positive")
+        self.require("timestep_scaling_factor", self.timestep_scaling_factor > 0, "positive")
+        self.require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        dim = self.unet_time_cond_proj_dim
+        self.require("unet_time_cond_proj_dim", dim >= 4 and dim % 2 == 0, "an even number of at least 4")
+
+    @property
+    def weighs_image(self) -> bool:
+        """Whether the image has a guidance weight of its own."""
+        return self.w_image_min is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the compiled step depends on besides arrays; made by `configure`.
+
+    Attributes:
+      modules: of the teacher.
+      student: the UNet that is trained: the teacher's with an embedding of guidance weights, or as it is for a LoRA.
+      flags: of the method.
+      dropout: probability of `codi_jax.methods.inputs.drop_conditions`, for edits.
+      lora: whether θ is a LoRA.
+    """
+
+    modules: Modules
+    student: Any
+    flags: LcmFlags
+    dropout: float | int = 0.0
+    lora: bool = False
+
+
+def configure(modules: Modules, flags: LcmFlags, *, dropout: float | int = 0.0, lora: bool = False) -> Config:
+    """Gives the student its embedding of guidance weights.
+
+    Raises:
+      ValueError: if the teacher has one already, or the image is to be weighed and there is none, or by a LoRA.
+    """
+    unet = modules.unet
+    if unet.config.time_cond_proj_dim is not None:
+        raise ValueError(
+            "the teacher takes its guidance as an input (time_cond_proj_dim), so it has been distilled already: give "
+            "the model that it was distilled from."
+        )
+    if flags.weighs_image and not modules.edits:
+        raise ValueError("--w_image_min is for InstructPix2Pix models, and the teacher takes no image: leave it out.")
+    if lora:
+        if flags.weighs_image:
+            raise ValueError("--w_image_min is of no use to a LoRA, which takes no guidance weights: leave it out.")
+        return Config(modules, unet, flags, dropout, lora)
+    widths = 2 if flags.weighs_image else 1
+    config = dataclasses.replace(
+        unet.config,
+        time_cond_proj_dim=widths * flags.unet_time_cond_proj_dim,
+        embeds_image_guidance=flags.weighs_image,
+    )
+    return Config(modules, dataclasses.replace(unet, config=config), flags, dropout)
+
+
+def student_schedule(schedule: NoiseSchedule, flags: LcmFlags) -> NoiseSchedule:
+    """The schedule to train with, and to save with the student: the teacher's, for the LCM sampler.
+
+    Raises:
+      ConfigError: if the grid is impossible.
+    """
+    return schedule.with_config(
+        _class_name="LCMScheduler",
+        original_inference_steps=flags.num_ddim_timesteps,
+        timestep_scaling=flags.timestep_scaling_factor,
+        clip_sample=False,
+    )
+
+
+def init_student(config: Config, teacher_params: Params) -> Params:
+    """The teacher's parameters, and zeros for the projection of the embedding of guidance weights."""
+    wanted = config.student.abstract_params()["time_embedding"]
+    time_embedding = {"cond_proj": jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), wanted["cond_proj"])}
+    return {**teacher_params, "time_embedding": {**teacher_params["time_embedding"], **time_embedding}}
+
+
+def init_state(
+    config: Config,
+    teacher_params: Params,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    *,
+    rank: int = 64,
+    alpha: float | None = None,
+    target_modules: tuple[str, ...] | None = None,
+    mixed_precision: MixedPrecision = "no",
+) -> TrainState:
+    """The state before the first step: θ and, unless it is a LoRA, θ⁻.
+
+    Args:
+      config: from `configure`.
+      teacher_params: of the teacher's UNet.
+      optimizer: from `codi_jax.optim.make_optimizer`.
+      key: of the run.
+      rank: of the LoRA.
+      alpha: of the LoRA; ``None`` is ``rank``.
+      target_modules: of the LoRA, see `codi_jax.lora.init_lora`.
+      mixed_precision: of the computation.
+
+    Raises:
+      WeightsError: if the LoRA is impossible.
+    """
+    if config.lora:
+        lora_key, key = jax.random.split(key)
+        params = {"unet_lora": init_lora(lora_key, teacher_params, rank, alpha, target_modules)}
+    else:
+        params = {"unet": init_student(config, teacher_params)}
+    return optim.init_state(params, optimizer, key, ema=not config.lora, mixed_precision=mixed_precision)
+
+
+def loss(
+    params: Params, state: TrainState, frozen: Frozen, batch: Batch, key: Key[Array, ""], config: Config
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss at the top of this file, as a mean over the batch; no further metrics.
+
+    Args:
+      params: θ: ``unet``, or ``unet_lora``.
+      state: its ``ema`` is θ⁻.
+      frozen: parameters of ``unet``, the teacher's, and of what `prepare` needs, the null text included; the
+        ``schedule`` of `student_schedule`; those of ``controlnet`` for a model that has one.
+      batch: see `prepare`.
+      key: for all that is random.
+      config: of the method.
+    """
+    flags, schedule = config.flags, frozen["schedule"]
+    z0_key, drop_key, n_key, noise_key, w_key, w_image_key = jax.random.split(key, 6)
+    inputs = prepare(config.modules, frozen, batch, z0_key)
+    if config.dropout:
+        inputs = drop_conditions(inputs, drop_key, config.dropout)
+    z0, B = inputs.z0, len(inputs.z0)
+
+    times = distillation_grid(schedule.num_train_timesteps, flags.num_ddim_timesteps)
+    n = jax.random.randint(n_key, (B,), 0, flags.num_ddim_timesteps)
+    t, s = (jnp.asarray(grid)[n] for grid in times)
+    z_t = schedule.add_noise(z0, jax.random.normal(noise_key, z0.shape), t)
+    w = jax.random.uniform(w_key, (B,), minval=flags.w_min, maxval=flags.w_max)
+    w_image = None
+    if flags.w_image_min is not None and flags.w_image_max is not None:
+        w_image = jax.random.uniform(w_image_key, (B,), minval=flags.w_image_min, maxval=flags.w_image_max)
+
+    guidance = None
+    if not config.lora:
+        guidance = guidance_embedding(w, config.student.config.time_cond_proj_dim, w_image)
+    student = dataclasses.replace(config.modules, unet=config.student)
+    cond = dataclasses.replace(inputs.cond, guidance=guidance)
+
+    def f(theta: Mapping[str, Any], z: Latents, t: Array) -> Latents:
+        x0, _ = schedule.to_x0_eps(predict(student, {**frozen, **theta}, z, t, cond), z, t)
+        return schedule.consistency(z, x0, t)
+
+    x0, eps = schedule.to_x0_eps(_guided_teacher(config.modules, frozen, z_t, t, inputs, w, w_image), z_t, t)
+    z_s = schedule.ddim_step(x0, eps, s)
+    target = jax.lax.stop_gradient(f(params if state.ema is None else state.ema, z_s, s))
+    online = f(params, z_t, t)
+    distance = losses.huber(online, target, flags.huber_c) if flags.loss_type == "huber" else losses.mse(online, target)
+    return jnp.mean(distance), {}
+
+
+def _guided_teacher(
+    modules: Modules,
+    frozen: Frozen,
+    z: Latents,
+    t: Array,
+    inputs: Inputs,
+    w: Float[Array, " b"],
+    w_image: Float[Array, " b"] | None,
+) -> Latents:
+    """The teacher's raw output, guided. To guide x̂ and ε̂, as the paper does, is the same: the weights add up to one."""
+    if inputs.null is None:
+        raise ValueError("LCM needs the null text: give null_context among what is frozen.")
+    conditions = [inputs.null, inputs.cond] if w_image is None else [inputs.null, inputs.image_only, inputs.cond]
+    stacked = stack_branches(*((z, t, condition) for condition in conditions))
+    predictions = split_branches(predict(modules, frozen, *stacked), len(conditions))
+    if w_image is None:
+        uncond, cond = predictions
+        return classifier_free_guidance(uncond, cond, w + 1)
+    uncond, image_only, full = predictions
+    return instruct_pix2pix_guidance(uncond, image_only, full, w + 1, w_image + 1)
+
+
+def train_step(
+    state: TrainState,
+    frozen: Frozen,
+    batch: Batch,
+    *,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    accumulation: int = 1,
+) -> tuple[TrainState, Metrics]:
+    """One update of θ and θ⁻; see `codi_jax.optim.step`."""
+
+    def objective(params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
+        return loss(params, state, frozen, batch, key, config)
+
+    ema_decay = None if config.lora else config.flags.ema_decay
+    return optim.step(state, objective, batch, optimizer, accumulation=accumulation, ema_decay=ema_decay)
+
+
+def bake_guidance(
+    unet: Any, params: Params, guidance_scale: float | int, image_guidance_scale: float | int | None = None
+) -> tuple[Any, Params]:
+    """The student for one guidance, without the input for it: what stock diffusers pipelines sample rightly.
+
+    Exactly the same function: the projection is linear and enters before ``linear_1``, so for a fixed w it raises that
+    layer's bias by W₁ · cond_proj(embedding of w).
+
+    Args:
+      unet: the student's module.
+      params: of the student.
+      guidance_scale: of the text, w + 1.
+      image_guidance_scale: of the image, for a student that takes it.
+
+    Returns:
+      The module without ``time_cond_proj_dim``, and its parameters; those of ``linear_1``'s bias in the dtype it had.
+
+    Raises:
+      ValueError: if the UNet takes no guidance, or image guidance is given to one that takes none, or missing.
+    """
+    config = unet.config
+    if config.time_cond_proj_dim is None:
+        raise ValueError("there is no guidance to bake in: the UNet takes none (it has no time_cond_proj_dim).")
+    if config.embeds_image_guidance != (image_guidance_scale is not None):
+        takes = "takes" if config.embeds_image_guidance else "takes no"
+        raise ValueError(f"this student {takes} image guidance: give its scale if, and only if, it does.")
+    w = jnp.asarray([guidance_scale - 1], jnp.float32)
+    w_image = None if image_guidance_scale is None else jnp.asarray([image_guidance_scale - 1], jnp.float32)
+    embedding = np.asarray(guidance_embedding(w, config.time_cond_proj_dim, w_image), np.float64)[0]
+    layers = dict(params["time_embedding"])
+    projection, linear = layers.pop("cond_proj")["kernel"], layers["linear_1"]
+    rise = embedding @ np.asarray(projection, np.float64) @ np.asarray(linear["kernel"], np.float64)
+    bias = jnp.asarray(np.asarray(linear["bias"], np.float64) + rise, linear["bias"].dtype)
+    time_embedding = {**layers, "linear_1": {**linear, "bias": bias}}
+    plain = dataclasses.replace(config, time_cond_proj_dim=None, embeds_image_guidance=False)
+    return dataclasses.replace(unet, config=plain), {**params, "time_embedding": time_embedding}

@@ -1,0 +1,356 @@
+"""LCM against its equations in NumPy, in float64, and the traps of its reference code."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import standins
+import torch
+from diffusers import UNet2DConditionModel
+from numerics import numpy_gradient
+from standins import EDITING, MODULES, SMALL_SD, SMALL_XL, float64, make_batch, null_text, numpy_predict, small_unet
+
+from codi_jax import optim
+from codi_jax.methods import lcm
+from codi_jax.methods.inputs import Condition, Modules, drop_conditions, prepare
+from codi_jax.methods.lcm import Config, LcmFlags
+from codi_jax.methods.prediction import predict
+from codi_jax.models.unet import UNet2DCondition
+from codi_jax.schedule import NoiseSchedule
+
+B, N, DIM = standins.CHANNELS, 8, 12
+TEACHER = {
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+}
+CHOICES: dict[str, list[Any]] = {
+    "task": ["edit", "edit, two guidances", "text", "controlnet"],
+    "prediction_type": ["epsilon", "v_prediction"],
+    "loss_type": ["l2", "huber"],
+    "dropout": [0.0, 0.3],
+}
+
+
+def all_combinations() -> list[dict[str, Any]]:
+    combinations = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
+    return [c for c in combinations if not c["dropout"] or c["task"].startswith("edit")]
+
+
+@dataclasses.dataclass
+class Problem:
+    """One combination of flags, with parameters of which no two are alike."""
+
+    config: Config
+    state: optim.TrainState
+    frozen: dict[str, Any]
+    batch: dict[str, jax.Array]
+    key: jax.Array
+
+
+def guided_params(seed: int, width: int, *, edits: bool) -> dict[str, Any]:
+    kernel = 0.3 * np.random.default_rng(100 + seed).standard_normal((width, 1))
+    return {
+        **standins.unet_params(seed, edits=edits),
+        "time_embedding": {"cond_proj": {"kernel": jnp.asarray(kernel, jnp.float32)}},
+    }
+
+
+def make_problem(task: str, prediction_type: str, loss_type: str, dropout: float) -> Problem:
+    edits, weighs_image = task.startswith("edit"), task.endswith("two guidances")
+    # A timestep scaling so small that c_skip and c_out are far from 0 and 1, and a huber_c amid the differences.
+    flags = LcmFlags(
+        loss_type=loss_type, huber_c=0.5, num_ddim_timesteps=N, timestep_scaling_factor=0.01, w_min=1.0, w_max=4.0,
+        unet_time_cond_proj_dim=DIM, **({"w_image_min": 0.2, "w_image_max": 2.0} if weighs_image else {}),
+    )  # fmt: skip
+    modules = EDITING if edits else dataclasses.replace(MODULES, controlnet=None)
+    modules = MODULES if task == "controlnet" else modules
+    config = lcm.configure(modules, flags, dropout=dropout)
+    teacher = NoiseSchedule.from_config({**TEACHER, "prediction_type": prediction_type})
+    frozen = {"unet": standins.unet_params(1, edits=edits), "schedule": lcm.student_schedule(teacher, flags)}
+    if task == "controlnet":
+        frozen["controlnet"] = standins.controlnet_params(6)
+    width = config.student.config.time_cond_proj_dim
+    params, ema = ({"unet": guided_params(seed, width, edits=edits)} for seed in (2, 4))
+    state = dataclasses.replace(
+        optim.init_state(params, optax.identity(), jax.random.key(0), ema=True),
+        ema=ema,
+    )
+    return Problem(config, state, {**frozen, **null_text()}, make_batch(B), jax.random.key(8))
+
+
+def numpy_embedding(w: np.ndarray, dim: int) -> np.ndarray:
+    frequencies = np.exp(-np.log(10_000) * np.arange(dim // 2) / (dim // 2 - 1))
+    # In float32 as in diffusers' get_guidance_scale_embedding: an angle of thousands has no more digits.
+    angles = ((1000 * w.astype("f4"))[:, None] * frequencies.astype("f4")).astype("f8")
+    return np.concatenate([np.sin(angles), np.cos(angles)], 1)
+
+
+def numpy_loss(problem: Problem) -> Any:
+    """The method's equations as a function of θ."""
+    config, schedule = problem.config, problem.frozen["schedule"]
+    batch, frozen = float64(problem.batch), float64({k: v for k, v in problem.frozen.items() if k != "schedule"})
+    alphas_cumprod = np.asarray(schedule.alphas_cumprod, np.float64)
+    alpha, sigma = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
+    column = (slice(None), None, None, None)
+    edits = config.modules.edits
+    control = batch["conditioning"] / 255 if config.modules.controlnet is not None else None
+
+    # What is drawn.
+    keys = jax.random.split(problem.key, 6)
+    mean, logvar = np.split(batch["moments"], 2, axis=-1)
+    z0 = (mean + np.exp(logvar / 2) * float64(jax.random.normal(keys[0], mean.shape))) * 0.3
+    n = np.asarray(jax.random.randint(keys[2], (B,), 0, N))
+    noise = float64(jax.random.normal(keys[3], z0.shape))
+    w = float64(jax.random.uniform(keys[4], (B,), minval=1.0, maxval=4.0))
+    w_image = float64(jax.random.uniform(keys[5], (B,), minval=0.2, maxval=2.0))
+    k = 1000 // N
+    t = (n + 1) * k - 1
+    s = np.maximum(t - k, 0)
+    z_t = alpha[t][column] * z0 + sigma[t][column] * noise
+
+    # What there is to condition on: text, pooled text, image; image latents are the mode, not scaled.
+    image = np.split(batch["conditioning_moments"], 2, axis=-1)[0] if edits else None
+    full = batch["context"], batch["pooled"], image
+    null_context, null_pooled = (np.repeat(frozen[name], B, 0) for name in ("null_context", "null_pooled"))
+    image_only = null_context, null_pooled, image
+    null = null_context, null_pooled, np.zeros_like(image) if edits else None
+    if config.dropout:
+        r = float64(jax.random.uniform(keys[1], (B,)))
+        no_text, no_image = r < 0.6, (r >= 0.3) & (r < 0.9)
+        context = np.where(no_text[:, None, None], null_context, full[0])
+        pooled = np.where(no_text[:, None], null_pooled, full[1])
+        full = context, pooled, np.where(no_image[column], 0, image)
+
+    def x_eps(networks, z, t, given, guidance=None):
+        context, pooled, image = given
+        out = numpy_predict(networks, z, t, context, pooled, batch["time_ids"], control, image, guidance)
+        a, b = alpha[t][column], sigma[t][column]
+        if schedule.prediction_type == "epsilon":
+            return np.stack([(z - b * out) / a, out])
+        return np.stack([a * z - b * out, a * out + b * z])
+
+    # The teacher's guided step, on x̂ and ε̂ apart.
+    conditional, unconditional = x_eps(frozen, z_t, t, full), x_eps(frozen, z_t, t, null)
+    if config.flags.weighs_image:
+        of_image = x_eps(frozen, z_t, t, image_only)
+        scales = (w_image + 1)[column], (w + 1)[column]
+        guided = unconditional + scales[0] * (of_image - unconditional) + scales[1] * (conditional - of_image)
+        embedding = np.concatenate([numpy_embedding(w, DIM), numpy_embedding(w_image, DIM)], 1)
+    else:
+        guided = conditional + w[column] * (conditional - unconditional)
+        embedding = numpy_embedding(w, DIM)
+    z_s = alpha[s][column] * guided[0] + sigma[s][column] * guided[1]
+
+    def f(theta, z, t):
+        tau = (0.01 * t)[column]
+        c_skip, c_out = 0.5**2 / (tau**2 + 0.5**2), tau / np.sqrt(tau**2 + 0.5**2)
+        return c_skip * z + c_out * x_eps({**frozen, **theta}, z, t, full, embedding)[0]
+
+    target = f(float64(problem.state.ema), z_s, s)
+
+    def loss(theta):
+        difference = f(theta, z_t, t) - target
+        if config.flags.loss_type == "huber":
+            return np.mean(np.sqrt(difference**2 + 0.5**2) - 0.5)
+        return np.mean(difference**2)
+
+    return loss
+
+
+@pytest.mark.parametrize("combination", all_combinations(), ids=lambda c: "-".join(str(v) for v in c.values()))
+def test_loss_and_gradient_equal_the_equations(combination: dict[str, Any]) -> None:
+    problem = make_problem(**combination)
+    wanted = numpy_loss(problem)
+
+    def ours(params):
+        return lcm.loss(params, problem.state, problem.frozen, problem.batch, problem.key, problem.config)
+
+    (value, _), gradient = jax.value_and_grad(ours, has_aux=True)(problem.state.params)
+    np.testing.assert_allclose(value, wanted(float64(problem.state.params)), rtol=1e-5)
+    theirs = numpy_gradient(wanted, problem.state.params)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(theirs))
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(theirs), strict=True):
+        assert np.abs(b).max() > 0, "a parameter without gradient proves nothing"
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * largest)
+
+
+# ---- With the real networks, small
+
+
+def real_modules(*, is_xl: bool = False, edits: bool = True) -> tuple[Modules, dict[str, Any]]:
+    config = {**(SMALL_XL if is_xl else SMALL_SD), "in_channels": 8 if edits else 4}
+    unet, params = small_unet(config)
+    vae = standins.StandInVAE(standins.StandInVAE.Config(0.18, 4))
+    return Modules(unet, vae), params
+
+
+def conditions(is_xl: bool, size: int = 2) -> Condition:
+    rng = np.random.default_rng(5)
+    width = 44 if is_xl else 24
+    added = {"text_embeds": rng.standard_normal((size, 20)), "time_ids": rng.uniform(0, 64, (size, 6))}
+    tree = (rng.standard_normal((size, 5, width)), added if is_xl else None, rng.standard_normal((size, 8, 8, 4)))
+    context, added, image = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+    return Condition(context, added, image=image)
+
+
+@pytest.mark.parametrize("is_xl", [False, True], ids=["sd", "sdxl"])
+def test_the_student_starts_as_the_teacher(is_xl: bool) -> None:
+    """The reference leaves the projection of the guidance weights random."""
+    modules, params = real_modules(is_xl=is_xl)
+    config = lcm.configure(modules, LcmFlags())
+    state = lcm.init_state(config, params, optax.identity(), jax.random.key(0))
+    z, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 4)), jnp.array([19, 999])
+    condition = conditions(is_xl)
+    teacher = predict(modules, {"unet": params}, z, t, condition)
+    embedded = dataclasses.replace(condition, guidance=jnp.ones((2, 256)))
+    student = predict(dataclasses.replace(modules, unet=config.student), state.params, z, t, embedded)
+    assert np.abs(np.asarray(teacher)).max() > 0.01
+    np.testing.assert_array_equal(student, teacher)
+
+
+@pytest.mark.parametrize("two", [False, True], ids=["one guidance", "two guidances"])
+@pytest.mark.parametrize("is_xl", [False, True], ids=["sd", "sdxl"])
+def test_a_baked_student_is_the_student(is_xl: bool, two: bool) -> None:
+    modules, params = real_modules(is_xl=is_xl)
+    weights = {"w_image_min": 0.0, "w_image_max": 2.0} if two else {}
+    student = lcm.configure(modules, LcmFlags(unet_time_cond_proj_dim=16, **weights)).student
+    params = standins.random_params(student, 3)
+    scales = (4.5, 1.7) if two else (4.5, None)
+    baked, baked_params = lcm.bake_guidance(student, params, *scales)
+    assert baked.config == modules.unet.config
+    z, t, condition = jax.random.normal(jax.random.key(1), (2, 8, 8, 4)), jnp.array([19, 999]), conditions(is_xl)
+    embedding = np.concatenate([numpy_embedding(np.full(2, s - 1), 16) for s in scales if s is not None], 1)
+    guided = dataclasses.replace(condition, guidance=jnp.asarray(embedding, jnp.float32))
+    wanted = predict(dataclasses.replace(modules, unet=student), {"unet": params}, z, t, guided)
+    unguided = dataclasses.replace(guided, guidance=jnp.zeros_like(embedding))
+    without = predict(dataclasses.replace(modules, unet=student), {"unet": params}, z, t, unguided)
+    ours = predict(dataclasses.replace(modules, unet=baked), {"unet": baked_params}, z, t, condition)
+    largest = np.abs(np.asarray(wanted)).max()
+    assert np.abs(np.asarray(wanted - without)).max() > 0.01 * largest, "the guidance changes nothing"
+    np.testing.assert_allclose(ours, wanted, atol=1e-5 * largest)
+
+
+def test_the_guided_step_is_that_of_diffusers() -> None:
+    """Their DDIM scheduler steps from the guided prediction to the time before, on the same grid of 50."""
+    problem = make_problem("text", "epsilon", "l2", 0.0)
+    schedule = lcm.student_schedule(NoiseSchedule.from_config(TEACHER), LcmFlags())
+    options = {key: value for key, value in TEACHER.items() if key[0] != "_"}
+    scheduler = diffusers.DDIMScheduler(**options, timestep_spacing="trailing")
+    scheduler.set_timesteps(50)
+    inputs = prepare(problem.config.modules, problem.frozen, problem.batch, jax.random.key(0))
+    z, w = inputs.z0, jnp.array([3.0, 7.5, 11.0])
+    for t in (999, 519, 39):
+        times = jnp.full((B,), t)
+        guided = lcm._guided_teacher(problem.config.modules, problem.frozen, z, times, inputs, w, None)
+        ours = schedule.ddim_step(*schedule.to_x0_eps(guided, z, times), times - 20)
+        halves = [predict(problem.config.modules, problem.frozen, z, times, c) for c in (inputs.null, inputs.cond)]
+        uncond, cond = (torch.from_numpy(np.asarray(half).copy()) for half in halves)
+        # Theirs, with w = scale - 1: noise_pred = cond + w (cond - uncond).
+        noise_pred = cond + torch.from_numpy(np.array(w))[:, None, None, None] * (cond - uncond)
+        theirs = scheduler.step(noise_pred, t, torch.from_numpy(np.asarray(z).copy())).prev_sample
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_lora_student_is_the_teacher_at_first_and_the_teacher_stays() -> None:
+    modules, params = real_modules(edits=False)
+    config = lcm.configure(modules, LcmFlags(num_ddim_timesteps=10), lora=True)
+    optimizer = optax.sgd(1.0)
+    state = lcm.init_state(config, params, optimizer, jax.random.key(0), rank=2)
+    assert state.ema is None
+    rng = np.random.default_rng(0)
+    batch = {
+        "moments": jnp.asarray(rng.standard_normal((2, 8, 8, 8)), jnp.float32),
+        "context": conditions(False).context,
+    }
+    null = {"null_context": jnp.asarray(rng.standard_normal((1, 5, 24)), jnp.float32)}
+    schedule = lcm.student_schedule(NoiseSchedule.from_config(TEACHER), config.flags)
+    frozen = {"unet": params, "schedule": schedule, **null}
+    step = jax.jit(lcm.train_step, static_argnames=("config", "optimizer"))
+    after, _ = step(state, frozen, batch, config=config, optimizer=optimizer)
+    z, t, cond = jax.random.normal(jax.random.key(1), (2, 8, 8, 4)), jnp.array([19, 999]), conditions(False)
+    cond = dataclasses.replace(cond, image=None)
+    teacher = predict(modules, frozen, z, t, cond)
+    np.testing.assert_array_equal(predict(modules, {**frozen, **state.params}, z, t, cond), teacher)
+    assert np.abs(np.asarray(predict(modules, {**frozen, **after.params}, z, t, cond) - teacher)).max() > 1e-4
+
+
+def test_conditions_are_dropped_together_and_in_these_shares() -> None:
+    problem = make_problem("edit", "epsilon", "l2", 0.1)
+    batch = jax.tree.map(lambda x: jnp.concatenate([x] * 1000), problem.batch)
+    inputs = prepare(problem.config.modules, problem.frozen, batch, jax.random.key(0))
+    assert inputs.null is not None
+    dropped = drop_conditions(inputs, jax.random.key(3), 0.1)
+
+    def same(a, b):
+        return np.all(np.asarray(a == b).reshape(len(a), -1), axis=1)
+
+    text = same(dropped.cond.context, inputs.null.context)
+    pooled = same(dropped.cond.added_cond["text_embeds"], inputs.null.added_cond["text_embeds"])
+    image = same(dropped.cond.image, inputs.null.image)
+    np.testing.assert_array_equal(text, pooled)
+    np.testing.assert_array_equal(dropped.cond.added_cond["time_ids"], batch["time_ids"])
+    for share in (text & ~image, text & image, ~text & image):
+        assert abs(share.mean() - 0.1) < 0.02
+    kept = ~text & ~image
+    np.testing.assert_array_equal(dropped.cond.context[kept], inputs.cond.context[kept])
+    np.testing.assert_array_equal(dropped.cond.image[~image], inputs.cond.image[~image])
+
+
+def test_the_source_image_is_its_mode_and_not_scaled() -> None:
+    problem = make_problem("edit", "epsilon", "l2", 0.0)
+    first, second = (
+        prepare(problem.config.modules, problem.frozen, problem.batch, jax.random.key(i)).cond.image for i in (0, 1)
+    )
+    np.testing.assert_array_equal(first, second)
+    mean, _ = np.split(np.asarray(problem.batch["conditioning_moments"], "f4"), 2, axis=-1)
+    np.testing.assert_array_equal(first, mean)
+
+
+def test_diffusers_loads_a_student_of_two_guidances(tmp_path) -> None:
+    modules, _ = real_modules()
+    student = lcm.configure(modules, LcmFlags(w_image_min=0.0, w_image_max=1.0)).student
+    assert isinstance(student, UNet2DCondition)
+    values = student.config.to_dict()
+    assert values["embeds_image_guidance"] is True
+    assert "embeds_image_guidance" not in modules.unet.config.to_dict()
+    theirs = UNet2DConditionModel.from_config({k: v for k, v in values.items() if v is not None})
+    assert theirs.time_embedding.cond_proj.weight.shape == (16, 512)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"w_min": 5.0, "w_max": 4.0}, "--w_min 5.0 is not possible: it must be at most --w_max 4.0"),
+        ({"w_image_min": 1.0}, "--w_image_min and --w_image_max go together"),
+        ({"w_image_min": 2.0, "w_image_max": 1.0}, "--w_image_min 2.0 is not possible"),
+        ({"huber_c": 0.0}, "--huber_c 0.0 is not possible"),
+        ({"ema_decay": 1.0}, "--ema_decay 1.0 is not possible"),
+        ({"unet_time_cond_proj_dim": 7}, "--unet_time_cond_proj_dim 7 is not possible"),
+    ],
+)
+def test_impossible_flags_are_named(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LcmFlags(**flags).check()
+
+
+def test_models_that_cannot_be_distilled_are_named() -> None:
+    modules, _ = real_modules()
+    student = dataclasses.replace(modules, unet=lcm.configure(modules, LcmFlags()).student)
+    with pytest.raises(ValueError, match="has been distilled already"):
+        lcm.configure(student, LcmFlags())
+    text, _ = real_modules(edits=False)
+    with pytest.raises(ValueError, match="takes no image"):
+        lcm.configure(text, LcmFlags(w_image_min=0.0, w_image_max=1.0))
+    with pytest.raises(ValueError, match="there is no guidance to bake in"):
+        lcm.bake_guidance(modules.unet, {}, 4.0)
+    with pytest.raises(ValueError, match="takes no image guidance"):
+        lcm.bake_guidance(student.unet, {}, 4.0, 1.5)
