@@ -19,7 +19,7 @@ from tqdm import tqdm
 from codi_jax import command_line
 from codi_jax.features import Features, load_features
 from codi_jax.images import canny, open_image
-from codi_jax.metrics import edge_f1, edit_success, fid, kid, psnr
+from codi_jax.metrics import edge_f1, edit_success, fid, kid, preservation, psnr
 from codi_jax.models.attention import Implementation
 from codi_jax.pipeline import DiffusionPipeline, DType, resolve_dtype
 from codi_jax.report import Report, Result, Row, check_plots, markdown, write_report
@@ -56,6 +56,8 @@ class Args:
     """NAME:SCALE for models with a guidance scale of their own, such as student:1."""
     image_guidance_scale: float = 1.5
     """How strongly to keep to the image, for InstructPix2Pix."""
+    image_guidance_scales: tuple[str, ...] = ()
+    """NAME:SCALE for models with an image guidance scale of their own."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """All pictures are made once with each; the table has the mean and the standard deviation."""
     max_samples: int | None = None
@@ -83,12 +85,14 @@ class Competitor:
       places: folder, and folder of the ControlNet or ``None``: one place, or one for each seed.
       sampler: ``None`` is that of the folder.
       guidance_scale: how strongly to follow the text.
+      image_guidance_scale: how strongly to keep to the image.
     """
 
     name: str
     places: tuple[Place, ...]
     sampler: Sampler | None = None
     guidance_scale: float | int = 7.5
+    image_guidance_scale: float | int = 1.5
 
 
 @dataclass(frozen=True)
@@ -137,9 +141,10 @@ def read_models(args: Args) -> list[Competitor]:
     if not models:
         raise ValueError("--models names no model: write NAME=FOLDER.")
     samplers = _overrides("--samplers", args.samplers, models)
-    scales = _overrides("--guidance_scales", args.guidance_scales, models)
+    scales = _scales("--guidance_scales", args.guidance_scales, args.guidance_scale, models)
+    of_image = _scales("--image_guidance_scales", args.image_guidance_scales, args.image_guidance_scale, models)
     return [
-        Competitor(name, places, _sampler(samplers.get(name)), _scale(scales.get(name), args.guidance_scale))
+        Competitor(name, places, _sampler(samplers.get(name)), scales[name], of_image[name])
         for name, places in models.items()
     ]
 
@@ -173,11 +178,14 @@ def _sampler(value: str | None) -> Sampler | None:
     return value  # pyright: ignore[reportReturnType]
 
 
-def _scale(value: str | None, default: float | int) -> float | int:
-    try:
-        return default if value is None else float(value)
-    except ValueError:
-        raise ValueError(f"--guidance_scales: {value} is no number.") from None
+def _scales(flag: str, texts: Sequence[str], default: float | int, names: Mapping[str, Any]) -> dict[str, float | int]:
+    scales = dict.fromkeys(names, default)
+    for name, value in _overrides(flag, texts, names).items():
+        try:
+            scales[name] = float(value)
+        except ValueError:
+            raise ValueError(f"{flag}: {value} is no number.") from None
+    return scales
 
 
 def read_samples(folder: Path, most: int | None = None) -> Samples:
@@ -254,7 +262,7 @@ def make_pictures(
                 None if control is None else control[rows],
                 steps=steps,
                 guidance_scale=model.guidance_scale,
-                image_guidance_scale=args.image_guidance_scale,
+                image_guidance_scale=model.image_guidance_scale,
                 sampler=model.sampler,
                 height=samples.truth.shape[1],
                 width=samples.truth.shape[2],
@@ -282,6 +290,10 @@ def measure(
     if samples.variants:
         success = edit_success(pictures, samples.variants, np.asarray(samples.wanted))
         values["edit_success"] = float(success.mean())
+    if samples.inputs is not None:
+        kept = preservation(pictures, samples.inputs, samples.truth)
+        if not np.isnan(kept).all():
+            values["preservation"] = float(np.nanmean(np.minimum(kept, _MOST_PSNR)))
     return values
 
 

@@ -99,6 +99,31 @@ def psnr(pictures: UInt8[np.ndarray, "n h w c"], wanted: UInt8[np.ndarray, "n h 
         return 10 * np.log10(255**2 / error)
 
 
+def preservation(
+    outputs: UInt8[np.ndarray, "n h w c"],
+    inputs: UInt8[np.ndarray, "n h w c"],
+    wanted: UInt8[np.ndarray, "n h w c"],
+    tolerance: int = 8,
+) -> Float[np.ndarray, " n"]:
+    """How well each edit keeps what it should not change: the PSNR in dB against its input, outside the wanted edit.
+
+    Args:
+      outputs: edited pictures.
+      inputs: those before the edit.
+      wanted: those that the edit should give.
+      tolerance: by how much, in a channel, a pixel of the wanted one may differ from the input and still is outside.
+
+    Returns:
+      Infinite if nothing outside has changed; NaN where there is no outside.
+    """
+    difference = np.abs(wanted.astype(np.int16) - inputs.astype(np.int16))
+    outside = (difference <= tolerance).all(axis=-1)
+    error = ((outputs.astype(np.float64) - inputs.astype(np.float64)) ** 2).mean(axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = (error * outside).sum(axis=(1, 2)) / outside.sum(axis=(1, 2))
+        return 10 * np.log10(255**2 / mean)
+
+
 def edit_success(
     outputs: Num[np.ndarray, "n *shape"],
     variants: Sequence[Num[np.ndarray, "_v *shape"]],

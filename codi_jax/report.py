@@ -38,6 +38,7 @@ METRICS = {
     "kid_lite": Metric("KID-lite ×10³", "lower", 3, "kernel distance on the same features, without bias"),
     "edge_f1": Metric("Edge F1", "higher", 3, "canny edges of the picture against the condition, give or take a pixel"),
     "edit_success": Metric("Edit success", "higher", 3, "share of pictures nearest to the wanted variant"),
+    "preservation": Metric("Kept dB", "higher", 2, "PSNR against the picture before the edit, outside the edit"),
     "psnr": Metric("PSNR dB", "higher", 2, "against the real picture of the same text"),
     "seconds": Metric("s / image", "lower", 4, "without compilation"),
 }

@@ -163,7 +163,7 @@ def test_a_comparison(models: Models, data: Path, tmp_path: Path, monkeypatch, c
 def test_editing(models: Models, data: Path, tmp_path: Path) -> None:
     args = Args((f"editor={models('instruct-pix2pix')}",), data / "edits", steps=(1,), seeds=(0,), output_dir=tmp_path)
     (result,) = run(args).results
-    assert set(result.values) == {"fid_lite", "kid_lite", "edit_success", "psnr", "seconds"}
+    assert set(result.values) == {"fid_lite", "kid_lite", "edit_success", "preservation", "psnr", "seconds"}
     assert result.sd("psnr") is None
     assert "taller" in (tmp_path / "report.html").read_text()
 
@@ -354,8 +354,9 @@ def test_plots_are_the_same_every_time(small_report: Report) -> None:
 
 def test_models_are_read() -> None:
     models = ("a=x/y+z/w", "b=x/y,x/z,x/w+y/z")
-    args = Args(models, guidance_scales=("b:2.5",), samplers=("a:lcm",), guidance_scale=4.0)
+    scales: dict[str, Any] = {"guidance_scale": 4.0, "guidance_scales": ("b:2.5",), "image_guidance_scales": ("a:1",)}
+    args = Args(models, samplers=("a:lcm",), **scales)
     assert read_models(args) == [
-        Competitor("a", (("x/y", "z/w"),), "lcm", 4),
-        Competitor("b", (("x/y", None), ("x/z", None), ("x/w", "y/z")), None, 2.5),
+        Competitor("a", (("x/y", "z/w"),), "lcm", 4, 1.0),
+        Competitor("b", (("x/y", None), ("x/z", None), ("x/w", "y/z")), None, 2.5, 1.5),
     ]

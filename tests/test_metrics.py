@@ -10,7 +10,7 @@ from PIL import Image
 from codi_jax import features
 from codi_jax.features import load_features, weights_path
 from codi_jax.images import canny
-from codi_jax.metrics import edge_f1, edit_success, fid, kid, psnr
+from codi_jax.metrics import edge_f1, edit_success, fid, kid, preservation, psnr
 from codi_jax.models.efficientnet import RESOLUTION
 from codi_jax.weight_files import WeightsError
 
@@ -120,6 +120,22 @@ def test_edge_f1_tolerates_diagonals_and_no_wrapping() -> None:
 def test_edge_f1_is_that_of_each_picture() -> None:
     edges, wanted = np.concatenate([lines(3), lines(5)]), np.concatenate([lines(3), lines(3)])
     np.testing.assert_array_equal(edge_f1(edges, wanted), [1, 0])
+
+
+def test_preservation_looks_outside_the_edit_only() -> None:
+    rng = np.random.default_rng(0)
+    inputs = rng.integers(0, 200, (3, 8, 8, 3), dtype=np.uint8)
+    wanted, outputs = inputs.copy(), inputs.copy()
+    wanted[:, :4] += 50
+    outputs[0, :4] = 0  # inside: of no account
+    outputs[1, 4:, :4] += 10  # half of the outside
+    outputs[1, :4] = 7
+    outside = inputs[1, 4:].astype(float), outputs[1, 4:].astype(float)
+    expected = 10 * np.log10(255**2 / np.mean((outside[0] - outside[1]) ** 2))
+    found = preservation(outputs, inputs, wanted)
+    assert found[0] == found[2] == np.inf
+    np.testing.assert_allclose(found[1], expected)
+    assert np.isnan(preservation(outputs, inputs, inputs + np.uint8(40))).all()
 
 
 def test_psnr() -> None:
