@@ -3,6 +3,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 JOBS   ?= 2
 ARGS   ?=
+DEMO   ?= outputs/demo
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -16,7 +17,7 @@ NOT_TORCH := grep -vE '^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)=='
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-slow test-lowest lint format lock clean
+.PHONY: help venv demo test test-slow test-lowest lint format lock clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,20 @@ $(INSTALLED): requirements.lock pyproject.toml | $(BIN)/python
 	@touch $@
 
 venv: $(INSTALLED)  ## make .venv with the locked packages, where it is missing or out of date
+
+# The CoDi command of the README on the models in assets/: the ControlNet, and a student distilled from it in minutes.
+demo: $(INSTALLED)  ## distil a 4-step student from the models in assets/ and compare the two (10 minutes on 2 cores)
+	@test -e $(DEMO)/data || $(BIN)/python dataset_tools/emoji.py --copies 1 --output_dir $(DEMO)/data
+	$(BIN)/python training_scripts/train_codi_flax.py \
+	    --pretrained_model_name_or_path assets/emoji --controlnet_model_name_or_path assets/emoji-controlnet \
+	    --train_data_dir $(DEMO)/data/train --validation_data_dir $(DEMO)/data/validation --resolution 64 \
+	    --cache_latents --cache_dir $(DEMO)/cache --distill_learning_steps 4 --distill_x0_weight 0 \
+	    --onestepode_control_params initial --ema_decay 0.95 --train_batch_size 32 --max_train_steps 250 \
+	    --learning_rate 3e-4 --lr_scheduler cosine --lr_warmup_steps 20 --logging_steps 25 --checkpointing_steps 50 \
+	    --checkpoints_total_limit 1 --resume_from_checkpoint latest --output_dir $(DEMO)/student
+	$(BIN)/python -m codi_jax.evaluate --models ControlNet=assets/emoji+assets/emoji-controlnet \
+	    student=$(DEMO)/student --data $(DEMO)/data/validation --steps 1 2 4 50 --guidance_scale 1 --seeds 0 \
+	    --output_dir $(DEMO)/evaluation
 
 test: $(INSTALLED)  ## run the tests, except the slow ones
 	$(BIN)/python $(PYTEST) $(ARGS)

@@ -1,0 +1,111 @@
+"""The models in assets/: whole, small, good enough for what stands on them, and the same in diffusers."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from codi_jax.images import canny
+from codi_jax.metrics import edge_f1, psnr
+from codi_jax.pipeline import DiffusionPipeline
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+MODEL, CONTROLNET, RECIPE = ASSETS / "emoji", ASSETS / "emoji-controlnet", ASSETS / "recipes" / "emoji"
+NETWORKS = ("unet", "vae", "text_encoder")
+SIZE = 64
+COLOURS = {"red": 0, "green": 1, "blue": 2}
+
+
+def shapes() -> np.ndarray:
+    """Four drawings that are no emoji: a disc, a square, a triangle, a ring."""
+    drawn = []
+    for i in range(4):
+        picture = Image.new("RGB", (SIZE, SIZE), "white")
+        pen = ImageDraw.Draw(picture)
+        match i:
+            case 0:
+                pen.ellipse((10, 10, 53, 53), fill="#d03030")
+            case 1:
+                pen.rectangle((14, 14, 49, 49), fill="#3060c0")
+            case 2:
+                pen.polygon(((32, 8), (56, 54), (8, 54)), fill="#e0a020")
+            case _:
+                pen.ellipse((8, 8, 55, 55), outline="#208040", width=8)
+        drawn.append(np.asarray(picture))
+    return np.stack(drawn)
+
+
+@pytest.fixture(scope="module")
+def model() -> DiffusionPipeline:
+    return DiffusionPipeline.from_pretrained(MODEL)
+
+
+@pytest.fixture(scope="module")
+def with_controlnet() -> DiffusionPipeline:
+    return DiffusionPipeline.from_pretrained(MODEL, CONTROLNET)
+
+
+def test_they_are_small() -> None:
+    files = [path for path in ASSETS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 40e6
+    assert max(path.stat().st_size for path in files) < 13e6
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_recipe_makes_the_networks_that_are_here(name: str) -> None:
+    recipe, here = (json.loads((folder / name / "config.json").read_text()) for folder in (RECIPE, MODEL))
+    assert {key: here[key] for key in recipe} == recipe
+
+
+def test_the_recipe_has_the_vocabulary_that_is_here() -> None:
+    for file in ("vocab.json", "merges.txt"):
+        assert (MODEL / "tokenizer" / file).read_text() == (RECIPE / "tokenizer" / file).read_text()
+
+
+def test_diffusers_makes_the_same_pictures(model: DiffusionPipeline) -> None:
+    prompts, side = ["a red apple", "the flag of France"], SIZE // 8
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    noise = np.random.default_rng(0).standard_normal((2, side, side, 8), np.float32)
+    latents = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
+    wanted = theirs(prompts, num_inference_steps=8, guidance_scale=3.0, latents=latents, output_type="np").images
+    ours = model(prompts, steps=8, guidance_scale=3.0, latents=noise)
+    assert np.abs(ours.astype(float) - 255 * wanted).max() <= 2.5
+
+
+def test_the_autoencoder_keeps_what_is_drawn(model: DiffusionPipeline) -> None:
+    pictures = shapes()
+    vae, params = model.modules["vae"], {"params": model.params["vae"]}
+    latents = vae.apply(params, jnp.asarray(pictures, jnp.float32) / 127.5 - 1, method="encode").mode()
+    decoded = np.asarray(vae.apply(params, latents, method="decode"))
+    again = np.clip(127.5 * decoded + 127.5, 0, 255).round().astype(np.uint8)
+    assert psnr(again, pictures).min() > 20
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_the_text_decides_the_colour(model: DiffusionPipeline, colour: str) -> None:
+    pictures = model([f"{colour} heart"] * 4, steps=10, guidance_scale=3.0).astype(float)
+    inner = pictures[:, 24:40, 24:40].mean(axis=(0, 1, 2))
+    others = np.delete(inner, COLOURS[colour])
+    assert inner[COLOURS[colour]] > others.max() + 30
+
+
+def test_the_controlnet_follows_edges_it_has_never_seen(
+    model: DiffusionPipeline, with_controlnet: DiffusionPipeline
+) -> None:
+    edges = np.stack([canny(picture) for picture in shapes()]) > 0
+    control = np.repeat(255 * edges[..., None].astype(np.uint8), 3, axis=-1)
+    prompts = ["red circle", "blue square", "yellow triangle", "green ring"]
+
+    def agreement(pictures: np.ndarray) -> float:
+        return float(edge_f1(np.stack([canny(picture) for picture in pictures]) > 0, edges).mean())
+
+    followed = agreement(with_controlnet(prompts, control_image=control, steps=10, guidance_scale=1.0))
+    by_chance = agreement(model(prompts, steps=10, guidance_scale=1.0))
+    assert followed > 0.6
+    assert followed > 2 * by_chance
