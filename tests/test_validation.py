@@ -132,6 +132,8 @@ def test_the_data_to_train_on_is_looked_for_even_where_other_samples_are_shown(d
 class Pipeline:
     """Notes what it is called with."""
 
+    task = "text-to-image"
+
     def __init__(self, *modules: str) -> None:
         self.modules = dict.fromkeys(modules)
         self.params: dict[str, Any] = {"unet": "old", "vae": "v"}
@@ -155,7 +157,11 @@ def test_generating_puts_the_parameters_back() -> None:
     assert params == {"unet": "new", "vae": "v"}
     assert prompts == ["a"]
     # A pipeline without a ControlNet refuses conditions; the size is then that of nothing else.
-    assert options == {"control_image": None, "steps": 3, "height": 16, "width": 16}
+    assert options == {"steps": 3, "height": 16, "width": 16}
     with_controlnet = Pipeline("unet", "controlnet")
     generate_with.__wrapped__(with_controlnet, {}, samples)
     assert with_controlnet.calls[0][2]["control_image"] is samples.conditions
+    editor = Pipeline("unet")
+    editor.task = "edit"
+    generate_with.__wrapped__(editor, {}, samples)
+    assert editor.calls[0][2]["image"] is samples.conditions
