@@ -69,7 +69,6 @@ def test_shards_of_a_range(folder: Path) -> None:
 
 
 def test_shards_from_a_web_server(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("aiohttp", reason="the extra data is not installed")
     monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", False)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     assert_all_samples(take(load(f"{server}/{{000..001}}.tar"), 30))
