@@ -17,6 +17,7 @@ from codi_jax.images import labelled_rows
 from codi_jax.lora import merge_lora
 from codi_jax.lora_files import save_lora
 from codi_jax.methods import lcm
+from codi_jax.methods.baking import bake_guidance
 from codi_jax.models.config import Params
 from codi_jax.pipeline import DiffusionPipeline
 from codi_jax.pretrained import (
@@ -191,7 +192,7 @@ def distil(
 def _exported(args: LcmTrainingFlags, unet: Any, params: Params) -> tuple[Any, Params]:
     if args.bake_guidance_scale is None:
         return unet, params["unet"]
-    return lcm.bake_guidance(unet, params["unet"], args.bake_guidance_scale, args.bake_image_guidance_scale)
+    return bake_guidance(unet, params["unet"], args.bake_guidance_scale, args.bake_image_guidance_scale)
 
 
 def _with_vae(pipeline: DiffusionPipeline, args: Any, mesh: Mesh) -> DiffusionPipeline:

@@ -32,6 +32,7 @@ from test_training_scripts import (
 
 from codi_jax import command_line
 from codi_jax.methods import lcm as lcm_method
+from codi_jax.methods.baking import bake_guidance
 from codi_jax.methods.inputs import Modules
 from codi_jax.pipeline import DiffusionPipeline
 from training_scripts import train_instruct_pix2pix_flax as edit
@@ -131,7 +132,7 @@ def test_a_baked_student_is_right_in_the_stock_pipeline(models: Models, tmp_path
         params={**teacher.params, "unet": student},
         schedule=lcm_method.student_schedule(teacher.schedule, flags),
     )
-    unet, params = lcm_method.bake_guidance(ours.modules["unet"], ours.params["unet"], 3.5)
+    unet, params = bake_guidance(ours.modules["unet"], ours.params["unet"], 3.5)
     parts = {"modules": {**ours.modules, "unet": unet}, "params": {**ours.params, "unet": params}}
     dataclasses.replace(ours, **parts).save_pretrained(tmp_path)
     theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path)

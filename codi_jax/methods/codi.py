@@ -239,11 +239,14 @@ def train_step(
     accumulation: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """One update of θ and θ⁻; see `codi_jax.optim.step`."""
-
-    def objective(params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
-        return loss(params, state, frozen, batch, key, config)
-
-    return optim.step(state, objective, batch, optimizer, accumulation=accumulation, ema_decay=config.flags.ema_decay)
+    return optim.step(
+        state,
+        lambda params, batch, key: loss(params, state, frozen, batch, key, config),
+        batch,
+        optimizer,
+        accumulation=accumulation,
+        ema_decay=config.flags.ema_decay,
+    )
 
 
 def consistency(

@@ -86,8 +86,11 @@ def train_step(
     optimizer: optax.GradientTransformation,
 ) -> tuple[optim.TrainState, optim.Metrics]:
     """One update of the parameters by name."""
-
-    def of_batch(params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], optim.Metrics]:
-        return loss(params, frozen, batch, key, config)
-
-    return optim.step(state, of_batch, batch, optimizer, accumulation=config.accumulation, ema_decay=config.ema_decay)
+    return optim.step(
+        state,
+        lambda params, batch, key: loss(params, frozen, batch, key, config),
+        batch,
+        optimizer,
+        accumulation=config.accumulation,
+        ema_decay=config.ema_decay,
+    )

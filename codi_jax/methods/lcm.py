@@ -25,7 +25,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Key
 
@@ -275,47 +274,11 @@ def train_step(
     accumulation: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """One update of θ and θ⁻; see `codi_jax.optim.step`."""
-
-    def objective(params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
-        return loss(params, state, frozen, batch, key, config)
-
-    ema_decay = None if config.lora else config.flags.ema_decay
-    return optim.step(state, objective, batch, optimizer, accumulation=accumulation, ema_decay=ema_decay)
-
-
-def bake_guidance(
-    unet: Any, params: Params, guidance_scale: float | int, image_guidance_scale: float | int | None = None
-) -> tuple[Any, Params]:
-    """The student for one guidance, without the input for it: what stock diffusers pipelines sample rightly.
-
-    Exactly the same function: the projection is linear and enters before ``linear_1``, so for a fixed w it raises that
-    layer's bias by W₁ · cond_proj(embedding of w).
-
-    Args:
-      unet: the student's module.
-      params: of the student.
-      guidance_scale: of the text, w + 1.
-      image_guidance_scale: of the image, for a student that takes it.
-
-    Returns:
-      The module without ``time_cond_proj_dim``, and its parameters; those of ``linear_1``'s bias in the dtype it had.
-
-    Raises:
-      ValueError: if the UNet takes no guidance, or image guidance is given to one that takes none, or missing.
-    """
-    config = unet.config
-    if config.time_cond_proj_dim is None:
-        raise ValueError("there is no guidance to bake in: the UNet takes none (it has no time_cond_proj_dim).")
-    if config.embeds_image_guidance != (image_guidance_scale is not None):
-        takes = "takes" if config.embeds_image_guidance else "takes no"
-        raise ValueError(f"this student {takes} image guidance: give its scale if, and only if, it does.")
-    w = jnp.asarray([guidance_scale - 1], jnp.float32)
-    w_image = None if image_guidance_scale is None else jnp.asarray([image_guidance_scale - 1], jnp.float32)
-    embedding = np.asarray(guidance_embedding(w, config.time_cond_proj_dim, w_image), np.float64)[0]
-    layers = dict(params["time_embedding"])
-    projection, linear = layers.pop("cond_proj")["kernel"], layers["linear_1"]
-    rise = embedding @ np.asarray(projection, np.float64) @ np.asarray(linear["kernel"], np.float64)
-    bias = jnp.asarray(np.asarray(linear["bias"], np.float64) + rise, linear["bias"].dtype)
-    time_embedding = {**layers, "linear_1": {**linear, "bias": bias}}
-    plain = dataclasses.replace(config, time_cond_proj_dim=None, embeds_image_guidance=False)
-    return dataclasses.replace(unet, config=plain), {**params, "time_embedding": time_embedding}
+    return optim.step(
+        state,
+        lambda params, batch, key: loss(params, state, frozen, batch, key, config),
+        batch,
+        optimizer,
+        accumulation=accumulation,
+        ema_decay=None if config.lora else config.flags.ema_decay,
+    )

@@ -30,6 +30,15 @@ SMALL_XL = {
 }
 
 
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+}
+
+
 def small_unet(config: dict[str, Any]) -> tuple[UNet2DCondition, dict[str, Any]]:
     """A UNet and random parameters."""
     unet = UNet2DCondition(UNetConfig.from_dict(config))

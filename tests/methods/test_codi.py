@@ -16,13 +16,12 @@ import numpy as np
 import optax
 import pytest
 import standins
-from numerics import numpy_gradient
+from numerics import COLUMN, Problem, alpha_sigma, assert_equals, boundary_scalings, draw_latents, x_and_eps
 from published import TINY_VAE
-from standins import MODULES, SMALL_SD, float64, make_batch, null_text, numpy_predict, small_unet
+from standins import MODULES, SCHEDULER, SMALL_SD, float64, make_batch, null_text, numpy_predict, small_unet
 
-from codi_jax import optim
 from codi_jax.methods import codi
-from codi_jax.methods.codi import CodiFlags, Config
+from codi_jax.methods.codi import CodiFlags
 from codi_jax.methods.inputs import Condition, Modules
 from codi_jax.methods.prediction import predict
 from codi_jax.models.vae import AutoencoderKL, VAEConfig
@@ -31,13 +30,6 @@ from codi_jax.schedule import NoiseSchedule
 SGD = optax.sgd(0.1)
 train_step = jax.jit(codi.train_step, static_argnames=("config", "optimizer", "accumulation"))
 B = standins.CHANNELS
-TEACHER = {
-    "_class_name": "DDIMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-}
 # Every flag that changes the loss, with all of its values. What a network combination ignores is left out of it.
 NETWORKS = {
     "uncontrol": {"onestepode": "uncontrol"},
@@ -79,20 +71,6 @@ def covering_combinations() -> list[dict[str, Any]]:
     return chosen
 
 
-@dataclasses.dataclass
-class Problem:
-    """One combination of flags, with parameters of which no two are alike."""
-
-    config: Config
-    state: optim.TrainState
-    frozen: dict[str, Any]
-    batch: dict[str, jax.Array]
-    key: jax.Array
-
-    def loss(self) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return codi.loss(self.state.params, self.state, self.frozen, self.batch, self.key, self.config)
-
-
 def make_problem(combination: dict[str, Any], **more: Any) -> Problem:
     chosen = dict(combination)
     flags = CodiFlags(
@@ -100,7 +78,7 @@ def make_problem(combination: dict[str, Any], **more: Any) -> Problem:
         distill_x0_weight=0.7, **{k: v for k, v in chosen.items() if k != "prediction_type"}, **more,
     )  # fmt: skip
     # A timestep scaling so small that c_skip and c_out are far from 0 and 1.
-    teacher = NoiseSchedule.from_config({**TEACHER, "prediction_type": chosen["prediction_type"]})
+    teacher = NoiseSchedule.from_config({**SCHEDULER, "prediction_type": chosen["prediction_type"]})
     config = codi.configure(MODULES, flags)
     frozen = {"unet": standins.unet_params(1), "schedule": codi.student_schedule(teacher, flags), **null_text()}
     if flags.needs_initial_controlnet:
@@ -115,22 +93,19 @@ def make_problem(combination: dict[str, Any], **more: Any) -> Problem:
         params={name: params[name] for name in trained.params},
         ema={name: ema[name] for name in trained.params},
     )
-    return Problem(config, state, frozen, make_batch(B), jax.random.key(7))
+    return Problem(codi, config, state, frozen, make_batch(B), jax.random.key(7))
 
 
 def numpy_loss(problem: Problem) -> Any:
     """The method's equations as a function of θ."""
     flags, schedule = problem.config.flags, problem.frozen["schedule"]
-    batch, frozen = float64(problem.batch), float64({k: v for k, v in problem.frozen.items() if k != "schedule"})
-    alphas_cumprod = np.asarray(schedule.alphas_cumprod, np.float64)
-    alpha, sigma = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
-    column = (slice(None), None, None, None)
+    batch, frozen = problem.float64()
+    alpha, sigma = alpha_sigma(schedule)
     control = batch["conditioning"] / 255 if flags.distill_type == "conditional" else None
 
     # What is drawn.
     keys = jax.random.split(problem.key, 4)
-    mean, logvar = np.split(batch["moments"], 2, axis=-1)
-    z0 = (mean + np.exp(logvar / 2) * float64(jax.random.normal(keys[0], mean.shape))) * 0.3
+    z0 = draw_latents(batch, keys[0])
     n = np.asarray(jax.random.randint(keys[1], (B,), 0, 8))
     noise = float64(jax.random.normal(keys[2], z0.shape))
     w = 2 + 12 * float64(jax.random.uniform(keys[3], (B,)))
@@ -143,24 +118,16 @@ def numpy_loss(problem: Problem) -> Any:
         if guided:
             context, pooled = (np.repeat(frozen[name], B, 0) for name in ("null_context", "null_pooled"))
             uncond = numpy_predict(networks, z, t, context, pooled, batch["time_ids"], control)
-            out = uncond + w[column] * (out - uncond)
-        a, b = alpha[t][column], sigma[t][column]
-        match schedule.prediction_type:
-            case "epsilon":
-                return (z - b * out) / a, out
-            case "v_prediction":
-                return a * z - b * out, a * out + b * z
-            case "sample":
-                return out, (z - a * out) / b
+            out = uncond + w[COLUMN] * (out - uncond)
+        return x_and_eps(schedule.prediction_type, out, z, alpha[t][COLUMN], sigma[t][COLUMN])
 
     def f(networks, z, t):
-        tau = (0.01 * t)[column]
-        c_skip, c_out = 0.5**2 / (tau**2 + 0.5**2), tau / np.sqrt(tau**2 + 0.5**2)
+        c_skip, c_out = boundary_scalings(t, 0.01)
         x, eps = x_eps(networks, z, t, flags.cfg_aware_distill, control)
         return c_skip * z + c_out * x, c_skip * z + c_out * eps
 
     theta_now, theta_minus = float64(problem.state.params), float64(problem.state.ema)
-    z_t = alpha[t][column] * z0 + sigma[t][column] * noise
+    z_t = alpha[t][COLUMN] * z0 + sigma[t][COLUMN] * noise
     with_control = flags.onestepode == "control" and control is not None
     sources = {"target": theta_minus, "online": theta_now, "initial": frozen}
     source = sources[flags.onestepode_control_params] if with_control else {}
@@ -168,7 +135,7 @@ def numpy_loss(problem: Problem) -> Any:
     x, eps = x_eps(teacher, z_t, t, flags.onestepode_cfg, control if with_control else None)
     if flags.onestepode_sample_eps == "epsilon":
         eps = noise
-    z_s = alpha[s][column] * x + sigma[s][column] * eps
+    z_s = alpha[s][COLUMN] * x + sigma[s][COLUMN] * eps
     target = f({"unet": frozen["unet"], **theta_minus}, z_s, s)
 
     snr = (alpha[t] / sigma[t]) ** 2
@@ -185,18 +152,7 @@ def numpy_loss(problem: Problem) -> Any:
 
 
 def assert_equals_numpy(problem: Problem) -> None:
-    wanted = numpy_loss(problem)
-
-    def ours(params):
-        return codi.loss(params, problem.state, problem.frozen, problem.batch, problem.key, problem.config)
-
-    (value, _), gradient = jax.value_and_grad(ours, has_aux=True)(problem.state.params)
-    np.testing.assert_allclose(value, wanted(float64(problem.state.params)), rtol=1e-5)
-    theirs = numpy_gradient(wanted, problem.state.params)
-    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(theirs))
-    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(theirs), strict=True):
-        assert np.abs(b).max() > 0, "a parameter without gradient proves nothing"
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * largest)
+    assert_equals(problem, numpy_loss(problem))
 
 
 @pytest.mark.parametrize("combination", covering_combinations(), ids=lambda c: "-".join(str(v) for v in c.values()))
@@ -219,7 +175,7 @@ def real_model() -> tuple[Modules, dict[str, Any], NoiseSchedule]:
     vae = AutoencoderKL(VAEConfig.from_dict(TINY_VAE))
     rng = np.random.default_rng(3)
     null = {"null_context": jnp.asarray(rng.standard_normal((1, 5, 24)), jnp.float32)}
-    return Modules(unet, vae), {"unet": unet_params, **null}, NoiseSchedule.from_config(TEACHER)
+    return Modules(unet, vae), {"unet": unet_params, **null}, NoiseSchedule.from_config(SCHEDULER)
 
 
 def real_problem(flags: CodiFlags, size: int = 4, **init: Any) -> Problem:
@@ -233,7 +189,7 @@ def real_problem(flags: CodiFlags, size: int = 4, **init: Any) -> Problem:
         "conditioning": rng.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8),
     }
     state = codi.init_state(config, frozen["unet"], SGD, jax.random.key(0), **init)
-    return Problem(config, state, frozen, jax.tree.map(jnp.asarray, batch), jax.random.key(7))
+    return Problem(codi, config, state, frozen, jax.tree.map(jnp.asarray, batch), jax.random.key(7))
 
 
 def perturbed(tree: Any, seed: int) -> Any:
@@ -396,19 +352,19 @@ def test_microbatches_draw_apart_too() -> None:
 
 def test_the_schedule_of_the_student_has_the_grid() -> None:
     flags = CodiFlags(distill_learning_steps=20, distill_grid="leading", distill_timestep_scaling=3.0)
-    schedule = codi.student_schedule(NoiseSchedule.from_config(TEACHER), flags)
+    schedule = codi.student_schedule(NoiseSchedule.from_config(SCHEDULER), flags)
     t, s = codi.grid(schedule)
     np.testing.assert_array_equal(t, np.arange(20) * 50)
     np.testing.assert_array_equal(s, np.maximum(t - 50, 0))
     assert schedule.timestep_scaling == 3
-    t, s = codi.grid(codi.student_schedule(NoiseSchedule.from_config(TEACHER), CodiFlags()))
+    t, s = codi.grid(codi.student_schedule(NoiseSchedule.from_config(SCHEDULER), CodiFlags()))
     assert (len(t), t[0], t[-1], s[0], s[-1]) == (50, 19, 999, 0, 979)
     with pytest.raises(ValueError, match="student_schedule"):
-        codi.grid(NoiseSchedule.from_config(TEACHER))
+        codi.grid(NoiseSchedule.from_config(SCHEDULER))
 
 
 def test_the_teachers_prediction_type_is_not_overridden() -> None:
-    teacher = NoiseSchedule.from_config(TEACHER)
+    teacher = NoiseSchedule.from_config(SCHEDULER)
     for name in ("v_prediction", "vprediction", "x_prediction", "xprediction"):
         with pytest.warns(UserWarning, match=f"--onestepode_sample_eps {name} has no effect.*epsilon"):
             schedule = codi.student_schedule(teacher, CodiFlags(onestepode_sample_eps=name))
@@ -417,7 +373,7 @@ def test_the_teachers_prediction_type_is_not_overridden() -> None:
         warnings.simplefilter("error")
         for name in (None, "epsilon", "nprediction"):
             codi.student_schedule(teacher, CodiFlags(onestepode_sample_eps=name))
-        of_v = NoiseSchedule.from_config({**TEACHER, "prediction_type": "v_prediction"})
+        of_v = NoiseSchedule.from_config({**SCHEDULER, "prediction_type": "v_prediction"})
         codi.student_schedule(of_v, CodiFlags(onestepode_sample_eps="vprediction"))
 
 

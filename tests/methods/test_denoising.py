@@ -10,7 +10,8 @@ import optax
 import pytest
 import standins
 import torch
-from standins import MODULES, float64, make_batch, numpy_predict
+from numerics import draw_latents
+from standins import MODULES, SCHEDULER, float64, make_batch, numpy_predict
 
 from codi_jax import optim
 from codi_jax.methods import denoising
@@ -19,13 +20,6 @@ from codi_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from codi_jax.schedule import NoiseSchedule
 
 B = standins.CHANNELS
-SCHEDULER = {
-    "_class_name": "DDPMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-}
 TRAINED = {"unet": ("unet",), "controlnet": ("controlnet",), "both": ("unet", "controlnet")}
 OPTIONS = [{}, {"snr_gamma": 0.3}, {"noise_offset": 0.2, "input_perturbation": 0.3}]
 
@@ -37,8 +31,7 @@ def numpy_loss(params, frozen, batch, key, config):
     scheduler.register_to_config(prediction_type=schedule.prediction_type)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     keys = jax.random.split(key, 5)
-    mean, logvar = np.split(batch["moments"], 2, axis=-1)
-    z0 = (mean + np.exp(logvar / 2) * float64(jax.random.normal(keys[0], mean.shape))) * 0.3
+    z0 = draw_latents(batch, keys[0])
     t = np.asarray(jax.random.randint(keys[1], (B,), 0, 1000))
     noise = float64(jax.random.normal(keys[2], z0.shape))
     noise = noise + config.noise_offset * float64(jax.random.normal(keys[3], (B, 1, 1, B)))

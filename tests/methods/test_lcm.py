@@ -13,25 +13,30 @@ import pytest
 import standins
 import torch
 from diffusers import UNet2DConditionModel
-from numerics import numpy_gradient
-from standins import EDITING, MODULES, SMALL_SD, SMALL_XL, float64, make_batch, null_text, numpy_predict, small_unet
+from numerics import COLUMN, Problem, alpha_sigma, assert_equals, boundary_scalings, draw_latents, x_and_eps
+from standins import (
+    EDITING,
+    MODULES,
+    SCHEDULER,
+    SMALL_SD,
+    SMALL_XL,
+    float64,
+    make_batch,
+    null_text,
+    numpy_predict,
+    small_unet,
+)
 
 from codi_jax import optim
 from codi_jax.methods import lcm
+from codi_jax.methods.baking import bake_guidance
 from codi_jax.methods.inputs import Condition, Modules, drop_conditions, prepare
-from codi_jax.methods.lcm import Config, LcmFlags
+from codi_jax.methods.lcm import LcmFlags
 from codi_jax.methods.prediction import predict
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.schedule import NoiseSchedule
 
 B, N, DIM = standins.CHANNELS, 8, 12
-TEACHER = {
-    "_class_name": "DDIMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-}
 CHOICES: dict[str, list[Any]] = {
     "task": ["edit", "edit, two guidances", "text", "controlnet"],
     "prediction_type": ["epsilon", "v_prediction"],
@@ -43,17 +48,6 @@ CHOICES: dict[str, list[Any]] = {
 def all_combinations() -> list[dict[str, Any]]:
     combinations = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
     return [c for c in combinations if not c["dropout"] or c["task"].startswith("edit")]
-
-
-@dataclasses.dataclass
-class Problem:
-    """One combination of flags, with parameters of which no two are alike."""
-
-    config: Config
-    state: optim.TrainState
-    frozen: dict[str, Any]
-    batch: dict[str, jax.Array]
-    key: jax.Array
 
 
 def guided_params(seed: int, width: int, *, edits: bool) -> dict[str, Any]:
@@ -74,7 +68,7 @@ def make_problem(task: str, prediction_type: str, loss_type: str, dropout: float
     modules = EDITING if edits else dataclasses.replace(MODULES, controlnet=None)
     modules = MODULES if task == "controlnet" else modules
     config = lcm.configure(modules, flags, dropout=dropout)
-    teacher = NoiseSchedule.from_config({**TEACHER, "prediction_type": prediction_type})
+    teacher = NoiseSchedule.from_config({**SCHEDULER, "prediction_type": prediction_type})
     frozen = {"unet": standins.unet_params(1, edits=edits), "schedule": lcm.student_schedule(teacher, flags)}
     if task == "controlnet":
         frozen["controlnet"] = standins.controlnet_params(6)
@@ -84,7 +78,7 @@ def make_problem(task: str, prediction_type: str, loss_type: str, dropout: float
         optim.init_state(params, optax.identity(), jax.random.key(0), ema=True),
         ema=ema,
     )
-    return Problem(config, state, {**frozen, **null_text()}, make_batch(B), jax.random.key(8))
+    return Problem(lcm, config, state, {**frozen, **null_text()}, make_batch(B), jax.random.key(8))
 
 
 def numpy_embedding(w: np.ndarray, dim: int) -> np.ndarray:
@@ -97,17 +91,14 @@ def numpy_embedding(w: np.ndarray, dim: int) -> np.ndarray:
 def numpy_loss(problem: Problem) -> Any:
     """The method's equations as a function of θ."""
     config, schedule = problem.config, problem.frozen["schedule"]
-    batch, frozen = float64(problem.batch), float64({k: v for k, v in problem.frozen.items() if k != "schedule"})
-    alphas_cumprod = np.asarray(schedule.alphas_cumprod, np.float64)
-    alpha, sigma = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
-    column = (slice(None), None, None, None)
+    batch, frozen = problem.float64()
+    alpha, sigma = alpha_sigma(schedule)
     edits = config.modules.edits
     control = batch["conditioning"] / 255 if config.modules.controlnet is not None else None
 
     # What is drawn.
     keys = jax.random.split(problem.key, 6)
-    mean, logvar = np.split(batch["moments"], 2, axis=-1)
-    z0 = (mean + np.exp(logvar / 2) * float64(jax.random.normal(keys[0], mean.shape))) * 0.3
+    z0 = draw_latents(batch, keys[0])
     n = np.asarray(jax.random.randint(keys[2], (B,), 0, N))
     noise = float64(jax.random.normal(keys[3], z0.shape))
     w = float64(jax.random.uniform(keys[4], (B,), minval=1.0, maxval=4.0))
@@ -115,7 +106,7 @@ def numpy_loss(problem: Problem) -> Any:
     k = 1000 // N
     t = (n + 1) * k - 1
     s = np.maximum(t - k, 0)
-    z_t = alpha[t][column] * z0 + sigma[t][column] * noise
+    z_t = alpha[t][COLUMN] * z0 + sigma[t][COLUMN] * noise
 
     # What there is to condition on: text, pooled text, image; image latents are the mode, not scaled.
     image = np.split(batch["conditioning_moments"], 2, axis=-1)[0] if edits else None
@@ -128,31 +119,27 @@ def numpy_loss(problem: Problem) -> Any:
         no_text, no_image = r < 0.6, (r >= 0.3) & (r < 0.9)
         context = np.where(no_text[:, None, None], null_context, full[0])
         pooled = np.where(no_text[:, None], null_pooled, full[1])
-        full = context, pooled, np.where(no_image[column], 0, image)
+        full = context, pooled, np.where(no_image[COLUMN], 0, image)
 
     def x_eps(networks, z, t, given, guidance=None):
         context, pooled, image = given
         out = numpy_predict(networks, z, t, context, pooled, batch["time_ids"], control, image, guidance)
-        a, b = alpha[t][column], sigma[t][column]
-        if schedule.prediction_type == "epsilon":
-            return np.stack([(z - b * out) / a, out])
-        return np.stack([a * z - b * out, a * out + b * z])
+        return x_and_eps(schedule.prediction_type, out, z, alpha[t][COLUMN], sigma[t][COLUMN])
 
     # The teacher's guided step, on x̂ and ε̂ apart.
     conditional, unconditional = x_eps(frozen, z_t, t, full), x_eps(frozen, z_t, t, null)
     if config.flags.weighs_image:
         of_image = x_eps(frozen, z_t, t, image_only)
-        scales = (w_image + 1)[column], (w + 1)[column]
+        scales = (w_image + 1)[COLUMN], (w + 1)[COLUMN]
         guided = unconditional + scales[0] * (of_image - unconditional) + scales[1] * (conditional - of_image)
         embedding = np.concatenate([numpy_embedding(w, DIM), numpy_embedding(w_image, DIM)], 1)
     else:
-        guided = conditional + w[column] * (conditional - unconditional)
+        guided = conditional + w[COLUMN] * (conditional - unconditional)
         embedding = numpy_embedding(w, DIM)
-    z_s = alpha[s][column] * guided[0] + sigma[s][column] * guided[1]
+    z_s = alpha[s][COLUMN] * guided[0] + sigma[s][COLUMN] * guided[1]
 
     def f(theta, z, t):
-        tau = (0.01 * t)[column]
-        c_skip, c_out = 0.5**2 / (tau**2 + 0.5**2), tau / np.sqrt(tau**2 + 0.5**2)
+        c_skip, c_out = boundary_scalings(t, 0.01)
         return c_skip * z + c_out * x_eps({**frozen, **theta}, z, t, full, embedding)[0]
 
     target = f(float64(problem.state.ema), z_s, s)
@@ -169,18 +156,7 @@ def numpy_loss(problem: Problem) -> Any:
 @pytest.mark.parametrize("combination", all_combinations(), ids=lambda c: "-".join(str(v) for v in c.values()))
 def test_loss_and_gradient_equal_the_equations(combination: dict[str, Any]) -> None:
     problem = make_problem(**combination)
-    wanted = numpy_loss(problem)
-
-    def ours(params):
-        return lcm.loss(params, problem.state, problem.frozen, problem.batch, problem.key, problem.config)
-
-    (value, _), gradient = jax.value_and_grad(ours, has_aux=True)(problem.state.params)
-    np.testing.assert_allclose(value, wanted(float64(problem.state.params)), rtol=1e-5)
-    theirs = numpy_gradient(wanted, problem.state.params)
-    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(theirs))
-    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(theirs), strict=True):
-        assert np.abs(b).max() > 0, "a parameter without gradient proves nothing"
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * largest)
+    assert_equals(problem, numpy_loss(problem))
 
 
 # ---- With the real networks, small
@@ -225,7 +201,7 @@ def test_a_baked_student_is_the_student(is_xl: bool, two: bool) -> None:
     student = lcm.configure(modules, LcmFlags(unet_time_cond_proj_dim=16, **weights)).student
     params = standins.random_params(student, 3)
     scales = (4.5, 1.7) if two else (4.5, None)
-    baked, baked_params = lcm.bake_guidance(student, params, *scales)
+    baked, baked_params = bake_guidance(student, params, *scales)
     assert baked.config == modules.unet.config
     z, t, condition = jax.random.normal(jax.random.key(1), (2, 8, 8, 4)), jnp.array([19, 999]), conditions(is_xl)
     embedding = np.concatenate([numpy_embedding(np.full(2, s - 1), 16) for s in scales if s is not None], 1)
@@ -242,8 +218,8 @@ def test_a_baked_student_is_the_student(is_xl: bool, two: bool) -> None:
 def test_the_guided_step_is_that_of_diffusers() -> None:
     """Their DDIM scheduler steps from the guided prediction to the time before, on the same grid of 50."""
     problem = make_problem("text", "epsilon", "l2", 0.0)
-    schedule = lcm.student_schedule(NoiseSchedule.from_config(TEACHER), LcmFlags())
-    options = {key: value for key, value in TEACHER.items() if key[0] != "_"}
+    schedule = lcm.student_schedule(NoiseSchedule.from_config(SCHEDULER), LcmFlags())
+    options = {key: value for key, value in SCHEDULER.items() if key[0] != "_"}
     scheduler = diffusers.DDIMScheduler(**options, timestep_spacing="trailing")
     scheduler.set_timesteps(50)
     inputs = prepare(problem.config.modules, problem.frozen, problem.batch, jax.random.key(0))
@@ -272,7 +248,7 @@ def test_a_lora_student_is_the_teacher_at_first_and_the_teacher_stays() -> None:
         "context": conditions(False).context,
     }
     null = {"null_context": jnp.asarray(rng.standard_normal((1, 5, 24)), jnp.float32)}
-    schedule = lcm.student_schedule(NoiseSchedule.from_config(TEACHER), config.flags)
+    schedule = lcm.student_schedule(NoiseSchedule.from_config(SCHEDULER), config.flags)
     frozen = {"unet": params, "schedule": schedule, **null}
     step = jax.jit(lcm.train_step, static_argnames=("config", "optimizer"))
     after, _ = step(state, frozen, batch, config=config, optimizer=optimizer)
@@ -351,6 +327,6 @@ def test_models_that_cannot_be_distilled_are_named() -> None:
     with pytest.raises(ValueError, match="takes no image"):
         lcm.configure(text, LcmFlags(w_image_min=0.0, w_image_max=1.0))
     with pytest.raises(ValueError, match="there is no guidance to bake in"):
-        lcm.bake_guidance(modules.unet, {}, 4.0)
+        bake_guidance(modules.unet, {}, 4.0)
     with pytest.raises(ValueError, match="takes no image guidance"):
-        lcm.bake_guidance(student.unet, {}, 4.0, 1.5)
+        bake_guidance(student.unet, {}, 4.0, 1.5)

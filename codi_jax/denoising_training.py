@@ -1,0 +1,107 @@
+"""What the scripts of plain training share: all of it but their flags of data and the networks that they train."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from codi_jax import optim, train
+from codi_jax.images import labelled_rows
+from codi_jax.methods import denoising
+from codi_jax.pipeline import DiffusionPipeline
+from codi_jax.pretrained import ModelFlags, modules_of, save_trained
+from codi_jax.validation import Samples, ValidationFlags, generate_with
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingTrainingFlags(ModelFlags, train.LoopFlags, optim.OptimizerFlags, ValidationFlags):
+    """The flags of a run of plain training, but for data and conditions."""
+
+    snr_gamma: float | None = None
+    """Gamma of the min-SNR weights of the loss, usually 5. If left out: no weights. With a model that predicts v
+    they leave the noisiest times next to untrained."""
+    use_ema: bool = False
+    """Keep a moving average of the parameters, and show and save that."""
+    ema_decay: float = 0.9999
+    """Its decay."""
+    validation_sampling_steps: int = 50
+    """Steps of the sampler for validation pictures."""
+    guidance_scale: float = 7.5
+    """Guidance scale of the text in validation pictures."""
+
+
+def denoise(
+    args: Any,
+    run_config: Mapping[str, Any],
+    pipeline: DiffusionPipeline,
+    names: Sequence[str],
+    loader: train.Loader,
+    samples: Samples,
+    mesh: Mesh,
+    *,
+    null_text: Mapping[str, Any] | None = None,
+    image_guidance_scale: float | int | None = None,
+    **options: Any,
+) -> None:
+    """Trains networks of a model by denoising, and writes the model.
+
+    Args:
+      args: `DenoisingTrainingFlags` and `codi_jax.data.DataFlags`, from `codi_jax.train.start`.
+      run_config: what a run that is resumed must share with the one that was stopped.
+      pipeline: the model, with float32 parameters of what is trained. These are taken out of it: they would lie in
+        memory beside those of the state.
+      names: of the networks that are trained.
+      loader: of the data.
+      samples: for validation pictures.
+      mesh: that all of it lies on.
+      null_text: see `codi_jax.methods.inputs.null_text`; where conditions are dropped.
+      image_guidance_scale: in validation pictures, for editors.
+      **options: further attributes of `codi_jax.methods.denoising.Config`.
+    """
+    config = denoising.Config(
+        modules_of(pipeline, names, args),
+        args.snr_gamma,
+        ema_decay=args.ema_decay if args.use_ema else None,
+        accumulation=args.gradient_accumulation_steps,
+        **options,
+    )
+    num_steps = train.num_steps(args, loader.samples_per_epoch)
+    optimizer = optim.make_optimizer(args, num_steps, batch_size=train.global_batch_size(args))
+    state = optim.init_state(
+        {name: pipeline.params.pop(name) for name in names},
+        optimizer,
+        jax.random.key(args.seed),
+        ema=args.use_ema,
+        mixed_precision=args.mixed_precision,
+    )
+    scales = {"guidance_scale": args.guidance_scale}
+    if image_guidance_scale is not None:
+        scales["image_guidance_scale"] = image_guidance_scale
+    given, wanted = ("source", "wanted") if pipeline.task == "edit" else ("condition", "data")
+
+    def validate(state: Any, step: int) -> dict[str, np.ndarray]:
+        steps = args.validation_sampling_steps
+        made = generate_with(pipeline, state.result, samples, steps=steps, **scales)
+        rows = {given: samples.conditions, f"{steps} steps": made, wanted: samples.pictures}
+        return {"samples": labelled_rows(rows)}
+
+    def export(state: Any, folder: Path) -> None:
+        trained = {name: (pipeline.modules[name], params) for name, params in state.result.items()}
+        save_trained(args, pipeline, folder, trained)
+
+    train.train(
+        functools.partial(denoising.train_step, config=config, optimizer=optimizer),
+        state,
+        {**pipeline.params, **(null_text or {}), "schedule": pipeline.schedule},
+        loader,
+        args,
+        mesh=mesh,
+        validate=validate,
+        export=export,
+        run_config=run_config,
+    )
