@@ -105,7 +105,7 @@ def measure(args: Args) -> tuple[Turns, TimedLoader]:
     loader = load_batches(args, teacher, open_training_data(args, "column"), "column")
     config = codi.configure(modules_of(teacher, ("controlnet",), args), flags)
     optimizer = optim.make_optimizer(args, args.max_train_steps or 1)
-    unet = trainable(args, teacher, "unet", mesh)
+    unet = trainable(teacher, "unet", mesh)
     state = sharding.put(mesh, codi.init_state(config, unet, optimizer, jax.random.key(args.seed)))
     frozen = sharding.put(mesh, {**teacher.params, "schedule": codi.student_schedule(teacher.schedule, flags)})
     step = functools.partial(codi.train_step, config=config, optimizer=optimizer)

@@ -22,7 +22,6 @@ from codi_jax.models.config import Params
 from codi_jax.pipeline import DiffusionPipeline
 from codi_jax.pretrained import (
     ModelFlags,
-    hub_of,
     load_batches,
     load_pretrained,
     modules_of,
@@ -135,7 +134,7 @@ def distil(
     optimizer = optim.make_optimizer(args, num_steps, batch_size=train.global_batch_size(args))
     state = lcm.init_state(
         config,
-        teacher.params["unet"] if lora is not None else trainable(args, teacher, "unet", mesh),
+        teacher.params["unet"] if lora is not None else trainable(teacher, "unet", mesh),
         optimizer,
         key,
         mixed_precision=args.mixed_precision,
@@ -200,12 +199,12 @@ def _with_vae(pipeline: DiffusionPipeline, args: Any, mesh: Mesh) -> DiffusionPi
     path = args.pretrained_vae_model_name_or_path
     if path is None and args.vae_precision is None:
         return pipeline
-    source = pipeline.sources["vae"] if path is None else (str(Path(path).expanduser()), None)
+    source = pipeline.sources["vae"]
+    if path is not None:
+        source = {"source": path, "subfolder": None, "cache_dir": args.cache_dir}
     own = pipeline.modules["vae"]
     dtype = own.dtype if args.vae_precision is None else _PRECISIONS[args.vae_precision]
-    vae, params = load_model(
-        *source, dtype, attention=args.attention, place=sharding.place(mesh), **hub_of(args, source)
-    )
+    vae, params = load_model(**source, dtype=dtype, attention=args.attention, place=sharding.place(mesh))
     if vae.config.latent_channels != own.config.latent_channels or vae.config.downscale != own.config.downscale:
         raise ValueError(
             f"--pretrained_vae_model_name_or_path {path}: its latents have {vae.config.latent_channels} channels and "

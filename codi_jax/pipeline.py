@@ -55,7 +55,7 @@ class DiffusionPipeline:
       tokenizers: ``tokenizer`` and, for SDXL, ``tokenizer_2``.
       schedule: the noise schedule.
       tokenizer_files: the files of each tokenizer, which `save_pretrained` copies.
-      sources: folder or repository, and subfolder, that each module was loaded from.
+      sources: where each module was loaded from, as the arguments of `codi_jax.weights.load_model` that say so.
       zeros_for_empty_prompt: whether the null text is zeros, SDXL's ``force_zeros_for_empty_prompt``.
       compile_seconds: what compiling took in the last call; 0 if the program was there already.
       seconds: what the last call took without compilation.
@@ -66,7 +66,7 @@ class DiffusionPipeline:
     tokenizers: dict[str, Any]
     schedule: NoiseSchedule
     tokenizer_files: dict[str, tuple[Path, ...]] = dataclasses.field(default_factory=dict)
-    sources: dict[str, tuple[str, str | None]] = dataclasses.field(default_factory=dict)
+    sources: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     zeros_for_empty_prompt: bool = False
     compile_seconds: float = 0.0
     seconds: float = 0.0
@@ -143,6 +143,7 @@ class DiffusionPipeline:
         upcast = jnp.dtype(dtype) == jnp.float16 and folder.part("vae").read_json("config.json").get(
             "force_upcast", True
         )
+        sources = {name: {"source": str(source), "subfolder": name, "variant": variant, **hub} for name in names}
         models = {}
         for name in names:
             of_part = jnp.float32 if name == "vae" and upcast else dtype
@@ -150,13 +151,11 @@ class DiffusionPipeline:
                 module, key = build_module(folder.part(name), of_part, attention=attention), untrained[name]
                 models[name] = module, None if key is None else module.random_params(key)
                 continue
-            models[name] = load_model(source, name, of_part, variant=variant, attention=attention, place=place, **hub)
-        sources = {name: (str(source), name) for name in models}
+            models[name] = load_model(**sources[name], dtype=of_part, attention=attention, place=place)
         if controlnet is not None:
-            hub |= {"revision": controlnet_revision}
-            sources["controlnet"] = _find_controlnet(controlnet, hub)
+            sources["controlnet"] = _find_controlnet(controlnet, {**hub, "revision": controlnet_revision})
             models["controlnet"] = _load_controlnet(
-                sources["controlnet"], dtype=dtype, attention=attention, place=place, **hub
+                sources["controlnet"], dtype=dtype, attention=attention, place=place
             )
         pipeline = cls(
             modules={name: module for name, (module, _) in models.items()},
@@ -555,14 +554,15 @@ def _is_present(index: Mapping[str, Any], name: str) -> bool:
     return bool(index.get(name)) and index[name][0] is not None
 
 
-def _find_controlnet(source: str | Path, hub: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Folder and subfolder. A ControlNet is published on its own; a training run's output has it among other parts."""
+def _find_controlnet(source: str | Path, hub: Mapping[str, Any]) -> dict[str, Any]:
+    """Where `load_model` finds it. It is published on its own; a training run's output has it among other parts."""
     folder = ModelFolder(str(Path(source).expanduser()), **hub)
-    return folder.source, "controlnet" if folder.find("config.json") is None else None
+    subfolder = "controlnet" if folder.find("config.json") is None else None
+    return {"source": folder.source, "subfolder": subfolder, **hub}
 
 
-def _load_controlnet(source: tuple[str, str | None], **options: Any) -> tuple[Model, Params]:
-    module, params = load_model(*source, **options)
+def _load_controlnet(source: dict[str, Any], **options: Any) -> tuple[Model, Params]:
+    module, params = load_model(**source, **options)
     if not isinstance(module, ControlNet):
-        raise WeightsError(f"{source[0]} is a {type(module).__name__}, not a ControlNet.")
+        raise WeightsError(f"{source['source']} is a {type(module).__name__}, not a ControlNet.")
     return module, params

@@ -131,7 +131,9 @@ def load_pretrained(
         untrained=untrained,
         tokenizer=flags.tokenizer_name,
         place=sharding.place(mesh),
-        **hub_of(flags, (flags.pretrained_model_name_or_path, None)),
+        revision=flags.revision,
+        variant=flags.variant,
+        cache_dir=flags.cache_dir,
     )
     pipeline.params = sharding.put(mesh, pipeline.params)  # those of --from_scratch are not there yet
     return pipeline
@@ -194,12 +196,12 @@ def modules_of(pipeline: DiffusionPipeline, trained: Sequence[str], flags: Any) 
     )
 
 
-def trainable(flags: Any, pipeline: DiffusionPipeline, name: str, mesh: Mesh) -> Params:
+def trainable(pipeline: DiffusionPipeline, name: str, mesh: Mesh) -> Params:
     """The parameters of one network in float32, to start training from."""
     params = pipeline.params[name]
     if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
         return params
-    return load_model(*pipeline.sources[name], place=sharding.place(mesh), **hub_of(flags, pipeline.sources[name]))[1]
+    return load_model(**pipeline.sources[name], place=sharding.place(mesh))[1]
 
 
 def with_controlnet(pipeline: DiffusionPipeline, controlnet: Model | None) -> DiffusionPipeline:
@@ -324,22 +326,9 @@ def save_trained(
     modules, params = dict(pipeline.modules), {}
     for name in pipeline.modules.keys() - trained.keys():
         # As precise as the files that they came from, whatever training computed with.
-        source = pipeline.sources[name]
-        params[name] = load_model(*source, None, place=lambda _, array: array, **hub_of(flags, source))[1]
+        params[name] = load_model(**pipeline.sources[name], dtype=None, place=lambda _, array: array)[1]
     modules |= {name: module for name, (module, _) in trained.items()}
     params |= {name: of_network for name, (_, of_network) in trained.items()}
     whole = dataclasses.replace(pipeline, modules=modules, params=params)
     of_file: dict[str, Any] = dict.fromkeys(trained, flags.save_dtype)
     whole.save_pretrained(folder, dtype=of_file)
-
-
-def hub_of(flags: Any, source: tuple[str, str | None]) -> dict[str, Any]:
-    """Where on the hub a part lies: revision and variant are those of the model's own parts, and of no other's.
-
-    Args:
-      flags: `PretrainedFlags`.
-      source: of the part, see `DiffusionPipeline`.
-    """
-    is_own = source[0] == flags.pretrained_model_name_or_path
-    of_model = {"revision": flags.revision, "variant": flags.variant} if is_own else {}
-    return {"cache_dir": flags.cache_dir, **of_model}

@@ -69,7 +69,7 @@ def test_training_in_half_precision_starts_from_and_saves_the_whole_numbers(
     """The student starts from the file's float32, not from the teacher's bfloat16; frozen parts stay as they were."""
     flags, pipeline = load(model, mixed_precision="bf16", save_dtype="bfloat16")
     assert dtypes(pipeline.params["unet"]) == {jnp.dtype(jnp.bfloat16)}
-    unet = trainable(flags, pipeline, "unet", sharding.make_mesh())
+    unet = trainable(pipeline, "unet", sharding.make_mesh())
     assert_same(unet, exact.params["unet"])
     save_trained(flags, pipeline, tmp_path, {"unet": (pipeline.modules["unet"], unet)})
     saved = DiffusionPipeline.from_pretrained(tmp_path)
@@ -80,18 +80,30 @@ def test_training_in_half_precision_starts_from_and_saves_the_whole_numbers(
 
 
 def test_in_full_precision_nothing_is_read_twice(model: Path):
-    flags, pipeline = load(model)
-    assert trainable(flags, pipeline, "unet", sharding.make_mesh()) is pipeline.params["unet"]
+    _, pipeline = load(model)
+    assert trainable(pipeline, "unet", sharding.make_mesh()) is pipeline.params["unet"]
 
 
 def test_weights_are_loaded_to_the_devices_that_keep_them(model: Path, monkeypatch: pytest.MonkeyPatch):
     """Straight from the file: one device alone may not have the memory for all."""
     placed: list[np.ndarray] = []
     monkeypatch.setattr(sharding, "place", lambda mesh: lambda _, array: [placed.append(array), jnp.array(array)][1])
-    flags, pipeline = load(model, mixed_precision="bf16")
-    everything = [pipeline.params, trainable(flags, pipeline, "unet", sharding.make_mesh())]
+    _, pipeline = load(model, mixed_precision="bf16")
+    everything = [pipeline.params, trainable(pipeline, "unet", sharding.make_mesh())]
     assert len(placed) == len(jax.tree.leaves(everything))
     assert not any(isinstance(array, jax.Array) for array in placed)
+
+
+def test_what_is_read_again_is_of_the_same_revision(model: Path, monkeypatch: pytest.MonkeyPatch):
+    """The ControlNet's is its own, not the model's."""
+    flags = flags_of(model, mixed_precision="bf16", revision="one")
+    pipeline = load_pretrained(flags, sharding.make_mesh(), model, "two")
+    asked: list[Any] = []
+    real = pretrained.load_model
+    monkeypatch.setattr(pretrained, "load_model", lambda **given: [asked.append(given["revision"]), real(**given)][1])
+    for name in ("unet", "controlnet"):
+        assert dtypes(trainable(pipeline, name, sharding.make_mesh())) == {jnp.dtype(jnp.float32)}
+    assert asked == ["one", "two"]
 
 
 def test_a_controlnet_can_be_taken_away(model: Path, tmp_path: Path):

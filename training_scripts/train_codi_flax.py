@@ -89,10 +89,10 @@ def main(args: Args) -> None:
     optimizer = optim.make_optimizer(args, num_steps, batch_size=train.global_batch_size(args))
     state = codi.init_state(
         config,
-        trainable(args, teacher, "unet", mesh),
+        trainable(teacher, "unet", mesh),
         optimizer,
         key,
-        controlnet_params=trainable(args, teacher, "controlnet", mesh) if "controlnet" in teacher.modules else None,
+        controlnet_params=trainable(teacher, "controlnet", mesh) if "controlnet" in teacher.modules else None,
         mixed_precision=args.mixed_precision,
     )
     frozen = {**teacher.params, "schedule": schedule}

@@ -42,12 +42,12 @@ def main(args: Args) -> None:
     pipeline = load_pretrained(args, mesh, args.controlnet_model_name_or_path)
     loader = load_batches(args, pipeline, data, args.condition)
     if "controlnet" in pipeline.modules:
-        pipeline.params["controlnet"] = trainable(args, pipeline, "controlnet", mesh)
+        pipeline.params["controlnet"] = trainable(pipeline, "controlnet", mesh)
     else:
         modules = add_controlnet(modules_of(pipeline, (), args))
         pipeline = with_controlnet(pipeline, modules.controlnet)
         key = jax.random.fold_in(jax.random.key(args.seed), 0)
-        pipeline.params["controlnet"] = init_controlnet(modules, trainable(args, pipeline, "unet", mesh), key)
+        pipeline.params["controlnet"] = init_controlnet(modules, trainable(pipeline, "unet", mesh), key)
     denoise(args, run_config, pipeline, ["controlnet"], loader, samples, mesh)
 
 

@@ -39,7 +39,7 @@ def main(args: Args) -> None:
     samples = validation_samples(args, args.condition)
     mesh = sharding.make_mesh(args.fsdp)
     pipeline = load_pretrained(args, mesh)
-    pipeline.params["unet"] = trainable(args, pipeline, "unet", mesh)
+    pipeline.params["unet"] = trainable(pipeline, "unet", mesh)
     if pipeline.task == "text-to-image":
         unet, pipeline.params["unet"] = widen_for_edits(pipeline.modules["unet"], pipeline.params["unet"])
         pipeline = dataclasses.replace(pipeline, modules=pipeline.modules | {"unet": unet})

@@ -47,7 +47,7 @@ def main(args: Args) -> None:
     if args.prediction_type is not None:
         pipeline.schedule = pipeline.schedule.with_config(prediction_type=args.prediction_type)
     loader = load_batches(args, pipeline, data, cache_text=not args.train_text_encoder)
-    pipeline.params |= {name: trainable(args, pipeline, name, mesh) for name in names}
+    pipeline.params |= {name: trainable(pipeline, name, mesh) for name in names}
     denoise(
         args, run_config, pipeline, names, loader, samples, mesh,
         noise_offset=args.noise_offset, input_perturbation=args.input_perturbation,
