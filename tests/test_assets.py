@@ -15,7 +15,8 @@ from codi_jax.metrics import edge_f1, psnr
 from codi_jax.pipeline import DiffusionPipeline
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-MODEL, CONTROLNET, RECIPE = ASSETS / "emoji", ASSETS / "emoji-controlnet", ASSETS / "recipes" / "emoji"
+MODEL, CONTROLNET, EDITOR = ASSETS / "emoji", ASSETS / "emoji-controlnet", ASSETS / "emoji-edit"
+RECIPE = ASSETS / "recipes" / "emoji"
 NETWORKS = ("unet", "vae", "text_encoder")
 SIZE = 64
 COLOURS = {"red": 0, "green": 1, "blue": 2}
@@ -50,8 +51,14 @@ def with_controlnet() -> DiffusionPipeline:
     return DiffusionPipeline.from_pretrained(MODEL, CONTROLNET)
 
 
+@pytest.fixture(scope="module")
+def editor() -> DiffusionPipeline:
+    return DiffusionPipeline.from_pretrained(EDITOR)
+
+
 def test_they_are_small() -> None:
-    files = [path for path in ASSETS.rglob("*") if path.is_file()]
+    # The editor shares all but its UNet with the model that it comes from: links, which git keeps.
+    files = [path for path in ASSETS.rglob("*") if path.is_file() and path.resolve() == path]
     assert sum(path.stat().st_size for path in files) < 40e6
     assert max(path.stat().st_size for path in files) < 13e6
 
@@ -109,3 +116,33 @@ def test_the_controlnet_follows_edges_it_has_never_seen(
     by_chance = agreement(model(prompts, steps=10, guidance_scale=1.0))
     assert followed > 0.6
     assert followed > 2 * by_chance
+
+
+def test_diffusers_makes_the_same_edits(editor: DiffusionPipeline) -> None:
+    theirs = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(EDITOR, torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    noise = np.random.default_rng(0).standard_normal((1, SIZE // 8, SIZE // 8, 8), np.float32)
+    scales = {"guidance_scale": 3.0, "image_guidance_scale": 1.5}
+    wanted = theirs(
+        "make it blue",
+        image=Image.fromarray(shapes()[0]),
+        num_inference_steps=4,
+        latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
+        output_type="np",
+        **scales,
+    ).images
+    ours = editor(["make it blue"], image=shapes()[:1], steps=4, latents=noise, **scales)
+    assert np.abs(ours.astype(float) - 255 * wanted).max() <= 2.5
+
+
+def test_the_instruction_decides_the_skin_tone_and_the_image_the_rest(editor: DiffusionPipeline) -> None:
+    picture = Image.new("RGB", (SIZE, SIZE), "white")
+    ImageDraw.Draw(picture).ellipse((12, 12, 51, 51), fill="#ffdc5d")
+    tones = ["light", "medium", "dark"]
+    prompts = [f"make the skin tone {tone}" for tone in tones]
+    scales = {"guidance_scale": 3.0, "image_guidance_scale": 1.5}
+    edited = editor(prompts, image=np.stack([np.asarray(picture)] * 3), steps=20, **scales).astype(float)
+    light, medium, dark = edited[:, 24:40, 24:40].mean(axis=(1, 2, 3))
+    assert light > medium + 10 > dark + 20
+    corners = edited[:, [2, 2, 61, 61], [2, 61, 2, 61]]
+    assert corners.min() > 230
