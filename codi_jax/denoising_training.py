@@ -44,8 +44,10 @@ def denoise(
     samples: Samples,
     mesh: Mesh,
     *,
-    null_text: Mapping[str, Any] | None = None,
+    frozen: Mapping[str, Any] | None = None,
     image_guidance_scale: float | int | None = None,
+    method: Any = denoising,
+    teacher: DiffusionPipeline | None = None,
     **options: Any,
 ) -> None:
     """Trains networks of a model by denoising, and writes the model.
@@ -59,11 +61,13 @@ def denoise(
       loader: of the data.
       samples: for validation pictures.
       mesh: that all of it lies on.
-      null_text: see `codi_jax.methods.inputs.null_text`; where conditions are dropped.
+      frozen: what the step reads beyond the model's other networks and its schedule, such as the null text.
       image_guidance_scale: in validation pictures, for editors.
-      **options: further attributes of `codi_jax.methods.denoising.Config`.
+      method: `codi_jax.methods.denoising`, or one beyond it, with a ``Config`` and a ``train_step`` like it.
+      teacher: shown in validation pictures too.
+      **options: further attributes of the method's ``Config``.
     """
-    config = denoising.Config(
+    config = method.Config(
         modules_of(pipeline, names, args),
         args.snr_gamma,
         ema_decay=args.ema_decay if args.use_ema else None,
@@ -84,10 +88,15 @@ def denoise(
         scales["image_guidance_scale"] = image_guidance_scale
     given, wanted = ("source", "wanted") if pipeline.task == "edit" else ("condition", "data")
 
-    def validate(state: Any, step: int) -> dict[str, np.ndarray]:
-        steps = args.validation_sampling_steps
+    steps = args.validation_sampling_steps
+
+    @functools.cache
+    def by_teacher() -> np.ndarray | None:
+        return None if teacher is None else generate_with(teacher, {}, samples, steps=steps, **scales)
+
+    def validate(state: Any, _: int) -> dict[str, np.ndarray]:
         made = generate_with(pipeline, state.result, samples, steps=steps, **scales)
-        rows = {given: samples.conditions, f"{steps} steps": made, wanted: samples.pictures}
+        rows = {given: samples.conditions, "teacher": by_teacher(), f"{steps} steps": made, wanted: samples.pictures}
         return {"samples": labelled_rows(rows)}
 
     def export(state: Any, folder: Path) -> None:
@@ -95,9 +104,9 @@ def denoise(
         save_trained(args, pipeline, folder, trained)
 
     train.train(
-        functools.partial(denoising.train_step, config=config, optimizer=optimizer),
+        functools.partial(method.train_step, config=config, optimizer=optimizer),
         state,
-        {**pipeline.params, **(null_text or {}), "schedule": pipeline.schedule},
+        {**pipeline.params, **(frozen or {}), "schedule": pipeline.schedule},
         loader,
         args,
         mesh=mesh,

@@ -151,6 +151,18 @@ def pretrained_schedule(flags: Any) -> NoiseSchedule:
     return load_schedule(_folder(flags))
 
 
+def pretrained_unet(flags: Any) -> Model:
+    """The model's UNet without its weights, before they are downloaded and read.
+
+    Args:
+      flags: `PretrainedFlags`.
+
+    Raises:
+      ValueError: if there is none, or it cannot be built.
+    """
+    return build_module(_folder(flags).part("unet"))
+
+
 def _folder(flags: Any) -> ModelFolder:
     folder = ModelFolder(
         str(Path(flags.pretrained_model_name_or_path).expanduser()), None, flags.revision, flags.cache_dir
@@ -163,7 +175,7 @@ def _check_resolution(flags: Any) -> None:
     """Before weights are downloaded and read: the configurations say enough."""
     folder = _folder(flags)
     vae: Any = build_module(folder.part("vae")).config
-    unet: Any = build_module(folder.part("unet")).config
+    unet: Any = pretrained_unet(flags).config
     flags.check_resolution(vae.downscale * 2 ** (unet.num_blocks - 1), f"the model {folder}")
 
 

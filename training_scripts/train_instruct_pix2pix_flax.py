@@ -47,7 +47,7 @@ def main(args: Args) -> None:
     loader = load_batches(args, pipeline, data, args.condition)
     denoise(
         args, run_config, pipeline, ["unet"], loader, samples, mesh,
-        null_text=null_text_of(pipeline), image_guidance_scale=args.image_guidance_scale,
+        frozen=null_text_of(pipeline), image_guidance_scale=args.image_guidance_scale,
         dropout=args.conditioning_dropout_prob,
     )  # fmt: skip
 

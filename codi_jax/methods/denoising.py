@@ -10,18 +10,19 @@ trained is what ``params`` holds.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from codi_jax import optim
 from codi_jax.losses import min_snr_weights, mse
-from codi_jax.methods.inputs import Batch, Modules, drop_conditions, prepare
+from codi_jax.methods.inputs import Batch, Condition, Modules, drop_conditions, prepare
 from codi_jax.methods.prediction import predict
 from codi_jax.models.config import Params
+from codi_jax.schedule import Latents
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,39 @@ class Config:
     dropout: float | int = 0.0
 
 
-def loss(
-    params: Mapping[str, Params], frozen: Mapping[str, Any], batch: Batch, key: Key[Array, ""], config: Config
-) -> tuple[Float[Array, ""], optim.Metrics]:
-    """L, without further metrics.
+class Task(NamedTuple):
+    """What a network is asked, and what it should answer.
+
+    Attributes:
+      z_t: noisy latents.
+      t: one time for each.
+      condition: one for each.
+      target: y.
+      weights: w(t).
+    """
+
+    z_t: Latents
+    t: Int[Array, " b"]
+    condition: Condition
+    target: Latents
+    weights: Float[Array, " b"]
+
+    def distance(self, prediction: Latents) -> Float[Array, ""]:
+        """L of an answer, as a mean over the batch."""
+        return jnp.mean(self.weights * mse(prediction, self.target))
+
+
+def draw(networks: Mapping[str, Any], batch: Batch, key: Key[Array, ""], config: Config) -> Task:
+    """Latents, times and noise.
 
     Args:
-      params: of the networks that are trained, by name.
-      frozen: of the others, and ``schedule``; the null text where conditions are dropped.
+      networks: parameters by name, and ``schedule``; the null text where conditions are dropped.
       batch: see `codi_jax.methods.inputs.prepare`.
       key: of latents, times and noise.
       config: the configuration.
     """
     latents_key, time_key, noise_key, offset_key, perturbation_key = jax.random.split(key, 5)
-    networks, schedule = {**frozen, **params}, frozen["schedule"]
+    schedule = networks["schedule"]
     inputs = prepare(config.modules, networks, batch, latents_key)
     if config.dropout:
         inputs = drop_conditions(inputs, jax.random.fold_in(key, 5), config.dropout)
@@ -72,9 +92,25 @@ def loss(
     noise = noise + config.noise_offset * offset
     perturbation = config.input_perturbation * jax.random.normal(perturbation_key, z0.shape)
     z_t = schedule.add_noise(z0, noise + perturbation, t)
-    prediction = predict(config.modules, networks, z_t, t, inputs.cond)
     weights = min_snr_weights(schedule.snr(t), config.snr_gamma, schedule.prediction_type)
-    return jnp.mean(weights * mse(prediction, schedule.target(z0, noise, t))), {}
+    return Task(z_t, t, inputs.cond, schedule.target(z0, noise, t), weights)
+
+
+def loss(
+    params: Mapping[str, Params], frozen: Mapping[str, Any], batch: Batch, key: Key[Array, ""], config: Config
+) -> tuple[Float[Array, ""], optim.Metrics]:
+    """L, without further metrics.
+
+    Args:
+      params: of the networks that are trained, by name.
+      frozen: of the others, and what else `draw` needs.
+      batch: see `draw`.
+      key: likewise.
+      config: the configuration.
+    """
+    networks = {**frozen, **params}
+    task = draw(networks, batch, key, config)
+    return task.distance(predict(config.modules, networks, task.z_t, task.t, task.condition)), {}
 
 
 def train_step(

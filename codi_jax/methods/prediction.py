@@ -25,6 +25,18 @@ def predict(
     condition: Condition,
     features: Features | None = None,
 ) -> Latents:
+    """The raw output of the UNet, float32: that of `predict_with_taps`, which says what it takes and raises."""
+    return predict_with_taps(modules, params, z, t, condition, features)[0]
+
+
+def predict_with_taps(
+    modules: Modules,
+    params: Mapping[str, Any],
+    z: Latents,
+    t: Int[Array, " b"],
+    condition: Condition,
+    features: Features | None = None,
+) -> tuple[Latents, dict[str, Array]]:
     """The raw output of the UNet, with the ControlNet's residuals if there are parameters of one.
 
     Args:
@@ -36,20 +48,17 @@ def predict(
       features: of `encode` for the same UNet and inputs, to save computing them.
 
     Returns:
-      The prediction, float32.
+      The prediction, float32, and the outputs of the UNet's blocks by name.
 
     Raises:
       ValueError: if there is a ControlNet and no condition image.
     """
     if features is None:
         features = encode(modules, params, z, t, condition)
-    x, skips, temb, context = features
     residuals = _control_residuals(modules, params, z, t, condition)
     with adapted(params.get("unet_lora")):
-        prediction, _ = modules.unet.apply(
-            {"params": params["unet"]}, x, skips, {}, temb, context, *residuals, method="decode"
-        )
-    return prediction.astype(jnp.float32)
+        prediction, taps = modules.unet.apply({"params": params["unet"]}, *features, *residuals, method="decode")
+    return prediction.astype(jnp.float32), taps
 
 
 def guided(
@@ -119,7 +128,7 @@ def encode(
       condition: one for each; the latents of its image are put beside the noisy ones.
 
     Returns:
-      The lowest features, the skip connections, the embedding of the time, and the text features.
+      The lowest features, the skip connections, the taps so far, the embedding of the time, and the text features.
     """
     with adapted(params.get("unet_lora")):
         return modules.unet.apply({"params": params["unet"]}, z, t, condition, method=_encode)
@@ -131,8 +140,7 @@ def _encode(unet: Any, z: Latents, t: Array, condition: Condition) -> Features:
     unet.check_inputs(z, condition.context)
     context = condition.context.astype(unet.dtype)
     temb = unet.embed_time(t, condition.guidance, condition.added_cond)
-    x, skips, _ = unet.encode(unet.conv_in(z.astype(unet.dtype)), temb, context)
-    return x, skips, temb, context
+    return *unet.encode(unet.conv_in(z.astype(unet.dtype)), temb, context), temb, context
 
 
 def _control_residuals(

@@ -1,0 +1,375 @@
+"""Pruned UNets: which blocks of a UNet stay, as data, and the surgery that keeps them (Kim et al., 2023, section 3).
+
+A `Surgery` lists, from the largest resolution to the lowest, the layers that stay: of the down block, and of the up
+block of the same resolution. A layer is a residual block and, where there is one, the attention behind it; the layers
+that stay close up, so that the student's layer 1 may be the teacher's layer 2. Without its lowest resolutions a student
+has fewer blocks: its first up block is then a later one of the teacher. `LEVELS` has the published ones in the notation
+in which users write their own (`Surgery.from_dict`).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from codi_jax.models.config import ConfigError, Params
+from codi_jax.models.unet import UNet2DCondition
+from codi_jax.models.unet_config import UNetConfig
+
+Mid = Literal["keep", "first", "drop"]
+Features = tuple[tuple[str, str], ...]
+"""Names of taps that are compared: the student's, and the teacher's."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the teacher that stays.
+
+    Attributes:
+      index: in its block.
+      transformer_blocks: those that stay of its attention; ``None`` for all.
+    """
+
+    index: int
+    transformer_blocks: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The layers that stay at one resolution, going down and going up."""
+
+    down: tuple[Layer, ...]
+    up: tuple[Layer, ...]
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """What stays of a UNet.
+
+    Attributes:
+      name: in messages.
+      resolutions: one for each of the teacher's, from the largest; ``None`` for the lowest ones, if they go.
+      mid: the mid block stays, or its first residual block, or nothing of it.
+      features: teacher's taps by the student's, where they are not those of `feature_pairs`.
+    """
+
+    name: str
+    resolutions: tuple[Resolution | None, ...]
+    mid: Mid = "keep"
+    features: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, name: str, mapping: Any) -> "Surgery":
+        """Reads the notation of `LEVELS`.
+
+        ``{"resolutions": [{"down": LAYERS, "up": LAYERS} or None, …], "mid": "keep" | "first" | "drop", "features":
+        {student's tap: teacher's tap}}``, of which the last two may be left out. LAYERS is a list of numbers, or, where
+        transformer blocks go, ``{number: [numbers of those that stay]}``.
+
+        Args:
+          name: for messages.
+          mapping: the notation, from a YAML file for instance.
+
+        Raises:
+          ConfigError: if it is something else.
+        """
+        known = {"resolutions", "mid", "features"}
+        if not isinstance(mapping, Mapping) or "resolutions" not in mapping or not mapping.keys() <= known:
+            raise ConfigError(f"{name}: a level has resolutions, and if need be mid and features: {mapping}.")
+        if (mid := mapping.get("mid", "keep")) not in get_args(Mid):
+            raise ConfigError(f"{name}: mid = {mid!r} is not possible: it is one of {', '.join(get_args(Mid))}.")
+        resolutions, features = mapping["resolutions"], mapping.get("features", {})
+        if not isinstance(resolutions, list) or not isinstance(features, Mapping):
+            raise ConfigError(f"{name}: resolutions is a list, one entry for each, and features maps taps to taps.")
+        return cls(name, tuple(_read_resolution(name, entry) for entry in resolutions), mid, dict(features))
+
+    @property
+    def kept(self) -> tuple[Resolution, ...]:
+        """The resolutions that stay."""
+        return tuple(resolution for resolution in self.resolutions if resolution is not None)
+
+
+def _read_resolution(name: str, entry: Any) -> Resolution | None:
+    if entry is None:
+        return None
+    if not isinstance(entry, Mapping) or entry.keys() != {"down", "up"}:
+        raise ConfigError(f"{name}: a resolution has the layers of down and of up, or is null: {entry}.")
+    return Resolution(*(_read_layers(name, entry[direction]) for direction in ("down", "up")))
+
+
+def _read_layers(name: str, entry: Any) -> tuple[Layer, ...]:
+    blocks = entry if isinstance(entry, Mapping) else dict.fromkeys(entry) if isinstance(entry, list) else {}
+    layers = tuple(Layer(i, None if kept is None else tuple(kept)) for i, kept in blocks.items())
+    for indices in ([layer.index for layer in layers], *(layer.transformer_blocks or (0,) for layer in layers)):
+        if not indices or any(type(i) is not int or i < 0 for i in indices) or list(indices) != sorted(set(indices)):
+            raise ConfigError(f"{name}: layers are rising numbers, such as [0, 2] or {{0: [0, 1], 2: [0]}}: {entry}.")
+    return layers
+
+
+# ---- The levels that are published
+
+
+_PLAIN = {"down": [0], "up": [0, 2]}
+_BK_TINY = {"resolutions": [_PLAIN, _PLAIN, _PLAIN, None], "mid": "drop"}
+_WHOLE = {"down": [0, 1], "up": [0, 1, 2]}
+
+
+def _shallow(down: tuple[int, ...], up: tuple[int, ...]) -> dict[str, dict[int, list[int]]]:
+    """A resolution with all its layers, and so many transformer blocks of each, the first ones."""
+    return {"down": {i: [*range(n)] for i, n in enumerate(down)}, "up": {i: [*range(n)] for i, n in enumerate(up)}}
+
+
+LEVELS: dict[str, dict[str, Any]] = {
+    # SD 1.x and 2.x (Kim et al., 2023, section 3.1).
+    "bk_base": {"resolutions": [_PLAIN] * 4},
+    "bk_small": {"resolutions": [_PLAIN] * 4, "mid": "drop"},
+    "bk_tiny": _BK_TINY,
+    # segmind/small-sd and segmind/tiny-sd; in the second, what stands in for the first up block is trained to be it.
+    "sd_small": {"resolutions": [_PLAIN] * 4},
+    "sd_tiny": {**_BK_TINY, "features": {"down_blocks_2": "up_blocks_0"}},
+    # SDXL (Gupta et al., 2024). The configurations of segmind/SSD-1B and segmind/Segmind-Vega say how many transformer
+    # blocks stay, and not which.
+    "ssd_1b": {"resolutions": [_WHOLE, _shallow((2, 2), (2, 1, 1)), _shallow((4, 4), (4, 4, 10))], "mid": "first"},
+    "vega": {"resolutions": [_WHOLE, _shallow((1, 1), (1, 1, 1)), _shallow((2, 2), (2, 2, 2))], "mid": "first"},
+}
+"""The levels by name. Those of the seed, ``sd_small`` and ``sd_tiny``, are BK-SDM's base and tiny."""
+
+
+def whole(config: UNetConfig) -> Surgery:
+    """The surgery that leaves a UNet as it is."""
+    layers = [(tuple(map(Layer, range(n))), tuple(map(Layer, range(n + 1)))) for n in config.layers]
+    mid: Mid = "drop" if config.mid_block_type is None else "keep"
+    return Surgery("the whole UNet", tuple(Resolution(*each) for each in layers), mid)
+
+
+# ---- The surgery
+
+
+def prune(unet: UNet2DCondition, params: Params, surgery: Surgery) -> tuple[UNet2DCondition, Params]:
+    """The student that starts as what stays of the teacher.
+
+    Args:
+      unet: the teacher's module.
+      params: of the teacher; the student's share their arrays. Abstract ones work too.
+      surgery: what stays.
+
+    Returns:
+      The student's module, with a complete configuration, and its parameters.
+
+    Raises:
+      ConfigError: if the surgery is for another architecture, or the blocks that stay do not fit each other.
+    """
+    config = pruned_config(unet.config, surgery)
+    offset = unet.config.num_blocks - config.num_blocks
+    pruned = {
+        name: tree for name, tree in params.items() if not name.startswith(("down_blocks_", "up_blocks_", "mid_"))
+    }
+    for i, resolution in enumerate(surgery.kept):
+        up = config.num_blocks - 1 - i
+        pruned[f"down_blocks_{i}"] = _prune_block(params[f"down_blocks_{i}"], resolution.down)
+        pruned[f"up_blocks_{up}"] = _prune_block(params[f"up_blocks_{up + offset}"], resolution.up)
+    pruned[f"down_blocks_{config.num_blocks - 1}"].pop("downsamplers_0", None)
+    if surgery.mid != "drop":
+        # diffusers takes the depth of the mid block's attention from the lowest down block.
+        blocks = surgery.kept[-1].down[0].transformer_blocks
+        layers = (Layer(0, blocks), Layer(1)) if surgery.mid == "keep" else (Layer(0),)
+        pruned["mid_block"] = _prune_block(params["mid_block"], layers)
+        if surgery.mid == "first":
+            pruned["mid_block"].pop("attentions_0", None)
+    return dataclasses.replace(unet, config=config), pruned
+
+
+def _prune_block(block: Params, layers: Sequence[Layer]) -> Params:
+    pruned = {name: tree for name, tree in block.items() if not name.startswith(("resnets_", "attentions_"))}
+    for i, layer in enumerate(layers):
+        if f"resnets_{layer.index}" in block:
+            pruned[f"resnets_{i}"] = block[f"resnets_{layer.index}"]
+        if f"attentions_{layer.index}" in block:
+            pruned[f"attentions_{i}"] = _prune_attention(block[f"attentions_{layer.index}"], layer.transformer_blocks)
+    return pruned
+
+
+def _prune_attention(attention: Params, kept: tuple[int, ...] | None) -> Params:
+    if kept is None:
+        return attention
+    pruned = {name: tree for name, tree in attention.items() if not name.startswith("transformer_blocks_")}
+    return pruned | {f"transformer_blocks_{i}": attention[f"transformer_blocks_{j}"] for i, j in enumerate(kept)}
+
+
+def pruned_config(config: UNetConfig, surgery: Surgery) -> UNetConfig:
+    """The student's ``config.json``.
+
+    Args:
+      config: the teacher's.
+      surgery: what stays.
+
+    Raises:
+      ConfigError: as `prune`.
+    """
+    _check(config, surgery)
+    count = len(surgery.kept)
+
+    def kept(value: Any) -> Any:
+        return value[:count] if isinstance(value, tuple) else value
+
+    down, up = _depths(config, surgery)
+    is_nested = any(len({*d, *u}) > 1 for d, u in zip(down, reversed(up), strict=True))
+    student = dataclasses.replace(
+        config,
+        **{key: kept(getattr(config, key)) for key in _PER_BLOCK},
+        up_block_types=config.up_block_types[-count:],
+        layers_per_block=_as_one([len(resolution.down) for resolution in surgery.kept]),
+        transformer_layers_per_block=_as_one([_as_one(depths) for depths in down]),
+        reverse_transformer_layers_per_block=tuple(map(_as_one, up)) if is_nested else None,
+        mid_block_type={"keep": config.mid_block_type, "first": "UNetMidBlock2D", "drop": None}[surgery.mid],
+    )
+    _check_widths(config, student, surgery)
+    return student
+
+
+_PER_BLOCK = (
+    "block_out_channels", "down_block_types", "attention_head_dim", "num_attention_heads", "cross_attention_dim",
+    "only_cross_attention",
+)  # fmt: skip
+
+
+def _as_one(values: Sequence[Any]) -> Any:
+    """The value that all of them are, or all of them."""
+    return values[0] if len(set(values)) == 1 else tuple(values)
+
+
+def _depths(config: UNetConfig, surgery: Surgery) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """How many transformer blocks stay of each attention, going down and going up; one number without attention."""
+
+    def of_layers(depths: tuple[int, ...], layers: tuple[Layer, ...], i: int) -> tuple[int, ...]:
+        if not depths:
+            return (config.transformer_layers[i],)  # which changes nothing
+        return tuple(depths[x.index] if x.transformer_blocks is None else len(x.transformer_blocks) for x in layers)
+
+    down, up = [], []
+    for i, resolution in enumerate(surgery.kept):
+        down.append(of_layers(config.down_transformer_layers(i), resolution.down, i))
+        up.insert(0, of_layers(config.up_transformer_layers(config.num_blocks - 1 - i), resolution.up, i))
+    return down, up
+
+
+def feature_pairs(config: UNetConfig, surgery: Surgery) -> Features:
+    """The taps to compare: of every block that stays, its output in the student and in the teacher.
+
+    What a student's lowest block puts out goes through no downsampler, so it is compared with what the teacher's has
+    before its own (Kim et al., 2023, section 3.2).
+
+    Args:
+      config: the teacher's.
+      surgery: what stays.
+
+    Raises:
+      ConfigError: as `prune`, or if ``surgery.features`` names a tap that is not there.
+    """
+    student = pruned_config(config, surgery)
+    lowest, offset = student.num_blocks - 1, config.num_blocks - student.num_blocks
+    pairs = {f"down_blocks_{i}": f"down_blocks_{i}" for i in range(student.num_blocks)}
+    if offset:
+        pairs[f"down_blocks_{lowest}"] = f"down_blocks_{lowest}/before_downsampler"
+    if student.mid_block_type is not None:
+        pairs["mid_block"] = "mid_block"
+    pairs |= {f"up_blocks_{i}": f"up_blocks_{i + offset}" for i in range(student.num_blocks)}
+    pairs |= surgery.features
+    for name, taps in (("student", pairs.keys()), ("teacher", pairs.values())):
+        if absent := sorted(set(taps) - _taps(student if name == "student" else config)):
+            raise ConfigError(f"{surgery.name}: the {name} has no {absent[0]} to compare features of.")
+    return tuple(pairs.items())
+
+
+def _taps(config: UNetConfig) -> set[str]:
+    taps = {"mid_block"} if config.mid_block_type is not None else set()
+    for i in range(config.num_blocks):
+        taps |= {f"down_blocks_{i}", f"down_blocks_{i}/before_downsampler", f"up_blocks_{i}"}
+    return taps
+
+
+# ---- What does not fit
+
+
+def _check(config: UNetConfig, surgery: Surgery) -> None:
+    """Refuses a surgery that takes or leaves what this UNet does not have, or that leaves skip connections over."""
+    n, kept = config.num_blocks, surgery.kept
+    if len(surgery.resolutions) != n:
+        fitting = [name for name, level in LEVELS.items() if len(level["resolutions"]) == n]
+        raise ConfigError(
+            f"{surgery.name} is for UNets of {len(surgery.resolutions)} resolutions, and this one has {n}: take "
+            f"{', '.join(fitting) + ', or ' if fitting else ''}a table of your own."
+        )
+    if not kept or surgery.resolutions[: len(kept)] != kept:
+        raise ConfigError(
+            f"{surgery.name}: only the lowest resolutions can go: null stands at the end, after one that stays."
+        )
+    if surgery.mid != "drop" and config.mid_block_type is None:
+        raise ConfigError(f"{surgery.name} keeps the mid block, and this UNet has none.")
+    for i, resolution in enumerate(kept):
+        up = n - 1 - i
+        depths = config.down_transformer_layers(i)
+        _check_layers(surgery.name, f"down_blocks.{i}", resolution.down, config.layers[i], depths)
+        depths = config.up_transformer_layers(up)
+        _check_layers(surgery.name, f"up_blocks.{up}", resolution.up, config.layers[i] + 1, depths)
+        skips, layers = len(resolution.down) + 1, len(resolution.up)
+        if skips != layers:
+            raise ConfigError(
+                f"{surgery.name} leaves {skips} skip connections to up_blocks.{up}, those of down_blocks.{i} and the "
+                f"one into it, and keeps {layers} layers there: keep one for each."
+            )
+
+
+def _check_layers(name: str, block: str, layers: tuple[Layer, ...], count: int, depths: tuple[int, ...]) -> None:
+    for layer in layers:
+        if layer.index >= count:
+            raise ConfigError(f"{name} keeps layer {layer.index} of {block}, which has {count}, from 0 to {count - 1}.")
+        if layer.transformer_blocks is None:
+            continue
+        depth = depths[layer.index] if depths else 0
+        if layer.transformer_blocks[-1] >= depth:
+            raise ConfigError(
+                f"{name} keeps transformer block {layer.transformer_blocks[-1]} in layer {layer.index} of {block}, "
+                f"which has {depth} of them."
+            )
+
+
+def _check_widths(config: UNetConfig, student: UNetConfig, surgery: Surgery) -> None:
+    """Refuses layers that would read other inputs than they were made for."""
+    offset = config.num_blocks - student.num_blocks
+    teachers, students = _inputs(config), _inputs(student)
+    for i, resolution in enumerate(surgery.kept):
+        up = student.num_blocks - 1 - i
+        for here, there, layers in (
+            (f"down_blocks.{i}", f"down_blocks.{i}", resolution.down),
+            (f"up_blocks.{up}", f"up_blocks.{up + offset}", resolution.up),
+        ):
+            for j, layer in enumerate(layers):
+                wanted, given = teachers[there, layer.index], students[here, j]
+                if wanted != given:
+                    where = f"{surgery.name}: layer {layer.index} of {there}"
+                    raise ConfigError(f"{where} takes {wanted}, and what stays gives it {given}.")
+    lowest = [(each.block_out_channels[-1], each.heads[-1]) for each in (config, student)]
+    if surgery.mid != "drop" and lowest[0] != lowest[1]:
+        raise ConfigError(
+            f"{surgery.name} keeps the mid block, which takes {lowest[0][0]} channels in {lowest[0][1]} heads, and "
+            f"what stays gives it {lowest[1][0]} in {lowest[1][1]}: drop it too."
+        )
+
+
+def _inputs(config: UNetConfig) -> dict[tuple[str, int], str]:
+    """What each layer of each block reads, in words."""
+    channels, skips = config.block_out_channels, [config.block_out_channels[0]]
+    inputs, below = {}, channels[0]
+    for i, width in enumerate(channels):
+        for j in range(config.layers[i]):
+            inputs[f"down_blocks.{i}", j] = f"{below} channels"
+            below = width
+            skips.append(width)
+        if i < config.num_blocks - 1:
+            skips.append(width)
+    for i, width in enumerate(channels[::-1]):
+        for j in range(config.layers[::-1][i] + 1):
+            inputs[f"up_blocks.{i}", j] = f"{below} channels and a skip connection of {skips.pop()}"
+            below = width
+    return inputs

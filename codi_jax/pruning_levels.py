@@ -1,0 +1,37 @@
+"""Levels of pruning by name: those that are published, and those of a user's own file."""
+
+from pathlib import Path
+
+import yaml
+
+from codi_jax.models.pruning import LEVELS, Surgery
+
+
+def find_level(name: str, table: Path | None = None) -> Surgery:
+    """The surgery of a level.
+
+    Args:
+      name: of the level.
+      table: a YAML file of levels by name, in the notation of `codi_jax.models.pruning.Surgery.from_dict`; ``None`` for
+        those of `codi_jax.models.pruning.LEVELS`.
+
+    Raises:
+      ConfigError: if the level is not one.
+      ValueError: if it is not there, or the file cannot be read.
+    """
+    levels = LEVELS if table is None else _read(table.expanduser())
+    if name not in levels:
+        where = "" if table is None else f" in --distill_table {table}"
+        raise ValueError(f"--distill_level {name}: there is no such level{where}; there are {', '.join(levels)}.")
+    return Surgery.from_dict(name, levels[name])
+
+
+def _read(table: Path) -> dict:
+    try:
+        levels = yaml.safe_load(table.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--distill_table {table} cannot be read as YAML: {reason}.") from None
+    if not isinstance(levels, dict):
+        raise ValueError(f"--distill_table {table} holds no levels by name.")
+    return levels
