@@ -43,7 +43,8 @@ class Args:
 
     models: tuple[str, ...]
     """NAME=FOLDER, or NAME=FOLDER+CONTROLNET_FOLDER; several separated by spaces. Hub ids work as folders do.
-    NAME=FOLDER,FOLDER,... is one model trained several times: one folder for each of --seeds."""
+    NAME=FOLDER,FOLDER,... is one model trained several times: one folder for each of --seeds. NAME@STEPS,...=FOLDER has
+    steps of its own, and may be there again with other steps: base@50=runs/base base@4,1=runs/base-lcm is one curve."""
     data: Path = Path("data/emoji/validation")
     """Folder with metadata.jsonl; made by dataset_tools/emoji.py. Its subfolder edits/validation compares editors."""
     steps: tuple[int, ...] = (1, 2, 4, 8, 50)
@@ -86,6 +87,7 @@ class Competitor:
       sampler: ``None`` is that of the folder.
       guidance_scale: how strongly to follow the text.
       image_guidance_scale: how strongly to keep to the image.
+      steps: of the sampler.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Competitor:
     sampler: Sampler | None = None
     guidance_scale: float | int = 7.5
     image_guidance_scale: float | int = 1.5
+    steps: tuple[int, ...] = (1, 2, 4, 8, 50)
 
 
 @dataclass(frozen=True)
@@ -143,10 +146,24 @@ def read_models(args: Args) -> list[Competitor]:
     samplers = _overrides("--samplers", args.samplers, models)
     scales = _scales("--guidance_scales", args.guidance_scales, args.guidance_scale, models)
     of_image = _scales("--image_guidance_scales", args.image_guidance_scales, args.image_guidance_scale, models)
-    return [
-        Competitor(name, places, _sampler(samplers.get(name)), scales[name], of_image[name])
-        for name, places in models.items()
-    ]
+    found = []
+    for name, places in models.items():
+        label, steps = _read_steps(name, args)
+        found.append(Competitor(label, places, _sampler(samplers.get(name)), scales[name], of_image[name], steps))
+    named = [(model.name, steps) for model in found for steps in model.steps]
+    if twice := next((each for each in named if named.count(each) > 1), None):
+        raise ValueError(f"--models has two models of the name {twice[0]} with {twice[1]} steps: name one otherwise.")
+    return found
+
+
+def _read_steps(text: str, args: Args) -> tuple[str, tuple[int, ...]]:
+    """``NAME@4,1`` -> name and steps; those of all models where there are none."""
+    name, at, steps = text.partition("@")
+    if not at:
+        return name, args.steps
+    if not name or not all(number.isdecimal() and int(number) > 0 for number in steps.split(",")):
+        raise ValueError(f"--models {text}: write NAME@STEPS, such as base@4,1.")
+    return name, tuple(map(int, steps.split(",")))
 
 
 def _read_place(text: str, place: str) -> Place:
@@ -344,10 +361,11 @@ def run(args: Args) -> Report:
     shown = np.linspace(0, len(samples.prompts) - 1, min(args.num_shown, len(samples.prompts))).round().astype(int)
     benchmark = Benchmark(samples, features, features(samples.truth), shown)
     results = [result for model in models for result in _evaluate(model, benchmark, args)]
+    names = {model.name for model in models}
     if not results:
         raise ValueError("no model can be run with any of --steps: see the warnings above.")
     report = Report(
-        title=f"{len(models)} models on {args.data}" if len(models) > 1 else f"{models[0].name} on {args.data}",
+        title=f"{len(names)} models on {args.data}" if len(names) > 1 else f"{models[0].name} on {args.data}",
         results=results,
         rows=[_row(samples, int(i)) for i in shown],
         facts=_facts(args, len(samples.prompts)),
@@ -367,7 +385,7 @@ def _evaluate(model: Competitor, benchmark: Benchmark, args: Args) -> list[Resul
         pipeline = _load(place, args)
         _check_task(pipeline, model, benchmark.samples, args.data)
         sampler = model.sampler or default_sampler(pipeline.schedule)
-        for steps in _possible_steps(pipeline, model, args.steps):
+        for steps in _possible_steps(pipeline, model, model.steps):
             for seed in _progress(seeds, f"{model.name}, {steps} steps"):
                 made, seconds = make_pictures(pipeline, model, benchmark.samples, steps, seed, args)
                 measured = measure(made, benchmark.samples, benchmark.features, benchmark.of_truth)

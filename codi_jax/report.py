@@ -205,7 +205,7 @@ def _plot(report: Report, across: str, key: str) -> str:
         for i, model in enumerate(dict.fromkeys(result.model for result in report.results)):
             own = [result for result in report.results if result.model == model and key in result.values]
             axes.errorbar(
-                [result.steps if across == "steps" else result.mean("seconds") for result in own],
+                [result.steps if across == "steps" else 1000 * result.mean("seconds") for result in own],
                 [result.mean(key) for result in own],
                 [result.sd(key) or 0 for result in own],
                 label=model, color=_COLOURS[i % len(_COLOURS)], marker="o", markersize=5, linewidth=2, capsize=3,
@@ -217,7 +217,7 @@ def _plot(report: Report, across: str, key: str) -> str:
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("steps" if across == "steps" else "seconds per image")
+        axes.set_xlabel("steps" if across == "steps" else "milliseconds per image")
         axes.set_ylabel(f"{METRICS[key].label}  ({METRICS[key].better} is better)")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.18, color=_INK)
@@ -277,7 +277,7 @@ def _cell(result: Result, key: str, best: bool) -> str:
 
 def _figure(name: str, svg: str) -> str:
     key, _, across = name.partition("-")
-    label = f"{METRICS[key].label} against {'steps' if across == 'steps' else 'seconds per image'}"
+    label = f"{METRICS[key].label} against {'steps' if across == 'steps' else 'milliseconds per image'}"
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     # Ids of several plots would meet on one page.
     prefix = re.sub(r"\W", "_", name)
