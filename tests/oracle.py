@@ -74,6 +74,27 @@ def torch_shapes(module: Any) -> dict[str, tuple[int, ...]]:
     return {name: value.shape for name, value in weights.to_state_dict(zeros)}
 
 
+def prune_sd(model: torch.nn.Module, name: str) -> torch.nn.Module:
+    """Deletes modules as BK-SDM's reference code does for the level of this name, for any number of resolutions."""
+    tiny = name.endswith("tiny")
+    if tiny or name == "bk_small":
+        model.mid_block = None
+    for block in model.down_blocks:
+        block.resnets = block.resnets[:1]
+        if hasattr(block, "attentions"):
+            block.attentions = block.attentions[:1]
+    if tiny:
+        model.down_blocks = model.down_blocks[:-1]
+        model.down_blocks[-1].downsamplers = None
+    for block in model.up_blocks:
+        block.resnets = torch.nn.ModuleList([block.resnets[0], block.resnets[2]])
+        if hasattr(block, "attentions"):
+            block.attentions = torch.nn.ModuleList([block.attentions[0], block.attentions[2]])
+    if tiny:
+        model.up_blocks = model.up_blocks[1:]
+    return model
+
+
 def nchw(x: Any) -> torch.Tensor:
     """NHWC array to NCHW tensor."""
     return torch.from_numpy(np.array(x)).permute(0, 3, 1, 2)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel as TorchUNet
-from oracle import assert_close, make_pair, nchw, nhwc, torch_shapes
+from oracle import assert_close, make_pair, nchw, nhwc, prune_sd, torch_shapes
 from published import TINY_SD15, TINY_SD21, TINY_SDXL
 
 from codi_jax.models import pruning
@@ -40,27 +40,6 @@ def level(name: str) -> Surgery:
 
 def unet(config: dict[str, Any]) -> UNet2DCondition:
     return UNet2DCondition(UNetConfig.from_dict(config))
-
-
-def prune_sd(model: torch.nn.Module, name: str) -> torch.nn.Module:
-    """The rule of the reference code, which deletes modules."""
-    tiny = name.endswith("tiny")
-    if tiny or name == "bk_small":
-        model.mid_block = None
-    for block in model.down_blocks:
-        block.resnets = block.resnets[:1]
-        if hasattr(block, "attentions"):
-            block.attentions = block.attentions[:1]
-    if tiny:
-        model.down_blocks = model.down_blocks[:3]
-        model.down_blocks[2].downsamplers = None
-    for block in model.up_blocks:
-        block.resnets = torch.nn.ModuleList([block.resnets[0], block.resnets[2]])
-        if hasattr(block, "attentions"):
-            block.attentions = torch.nn.ModuleList([block.attentions[0], block.attentions[2]])
-    if tiny:
-        model.up_blocks = model.up_blocks[1:]
-    return model
 
 
 def prune_sdxl(model: torch.nn.Module, name: str) -> torch.nn.Module:
