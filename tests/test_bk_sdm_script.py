@@ -190,8 +190,9 @@ def parse(words: list[str]) -> Any:
 
 def test_the_command_line_of_the_seed() -> None:
     known = (
-        "--pretrained_model_name_or_path=SG161222/Realistic_Vision_V4.0 --dataset_name=lambdalabs/pokemon-blip-captions "
-        "--use_ema --resolution=512 --center_crop --random_flip --train_batch_size=1 --gradient_accumulation_steps=4 "
+        "--pretrained_model_name_or_path=SG161222/Realistic_Vision_V4.0 "
+        "--dataset_name=lambdalabs/pokemon-blip-captions --use_ema "
+        "--resolution=512 --center_crop --random_flip --train_batch_size=1 --gradient_accumulation_steps=4 "
         "--gradient_checkpointing --max_train_steps=15000 --distill_level=sd_small --output_weight=0.5 "
         "--feature-weight=0.5 --learning_rate=1e-05 --max_grad_norm=1 --lr_scheduler=constant --lr_warmup_steps=0 "
         "--output_dir=sd-pokemon-model"

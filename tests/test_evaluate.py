@@ -237,6 +237,12 @@ def test_max_samples_are_spread_over_the_folder(data: Path) -> None:
         ({"models": ("a=./none",)}, r"--models a=\./none: there is no folder \./none\."),
         ({"models": ("a=o/r+/none",)}, r"--models a=o/r\+/none: there is no folder /none\."),
         ({"models": ("a=o/r", "a=o/s")}, "--models has two models of the name a: give each a name of its own"),
+        ({"models": ("a@4,x=o/r",)}, "--models a@4,x: write NAME@STEPS, such as base@4,1"),
+        ({"models": ("a@0=o/r",)}, "--models a@0: write NAME@STEPS"),
+        (
+            {"models": ("a@50=o/r", "a@4,50=o/s")},
+            "--models has two models of the name a with 50 steps: name one otherwise",
+        ),
         ({"samplers": ("b:ddim",)}, "--samplers b:ddim: --models names no b, only a"),
         ({"samplers": ("a:best",)}, "--samplers: there is no sampler best; there are ddim, euler, "),
         ({"guidance_scales": ("a",)}, "--guidance_scales a: write NAME:VALUE"),
@@ -360,3 +366,10 @@ def test_models_are_read() -> None:
         Competitor("a", (("x/y", "z/w"),), "lcm", 4, 1.0),
         Competitor("b", (("x/y", None), ("x/z", None), ("x/w", "y/z")), None, 2.5, 1.5),
     ]
+
+
+def test_models_have_steps_of_their_own() -> None:
+    """And may share a name, which makes them one curve."""
+    args = Args(("base@50=x/y", "base@4,1=x/z", "other=x/w"), steps=(2, 8), guidance_scales=("base@4,1:1",))
+    read = [(model.name, model.places[0][0], model.steps, model.guidance_scale) for model in read_models(args)]
+    assert read == [("base", "x/y", (50,), 7.5), ("base", "x/z", (4, 1), 1.0), ("other", "x/w", (2, 8), 7.5)]

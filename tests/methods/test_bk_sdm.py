@@ -72,10 +72,11 @@ def run_torch(model: torch.nn.Module, z: np.ndarray, t: np.ndarray, context: np.
     def record(name: str) -> Any:
         return lambda _, args, out: seen.__setitem__(name, nhwc(out[0] if isinstance(out, tuple) else out))
 
-    for kind in ("down_blocks", "up_blocks"):
-        for i, block in enumerate(getattr(model, kind)):
-            block.register_forward_hook(record(f"{kind}_{i}"))
-    out = nhwc(model(nchw(z), torch.from_numpy(t), torch.from_numpy(context)).sample)
+    blocks = {f"{kind}_{i}": x for kind in ("down_blocks", "up_blocks") for i, x in enumerate(getattr(model, kind))}
+    hooks = [block.register_forward_hook(record(name)) for name, block in blocks.items()]
+    out = nhwc(model(nchw(z), torch.tensor(t), torch.tensor(context)).sample)
+    for hook in hooks:
+        hook.remove()
     return out, seen
 
 
