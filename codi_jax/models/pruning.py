@@ -8,6 +8,7 @@ in which users write their own (`Surgery.from_dict`).
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -98,12 +99,17 @@ def _read_resolution(name: str, entry: Any) -> Resolution | None:
 
 
 def _read_layers(name: str, entry: Any) -> tuple[Layer, ...]:
-    blocks = entry if isinstance(entry, Mapping) else dict.fromkeys(entry) if isinstance(entry, list) else {}
-    layers = tuple(Layer(i, None if kept is None else tuple(kept)) for i, kept in blocks.items())
-    for indices in ([layer.index for layer in layers], *(layer.transformer_blocks or (0,) for layer in layers)):
-        if not indices or any(type(i) is not int or i < 0 for i in indices) or list(indices) != sorted(set(indices)):
-            raise ConfigError(f"{name}: layers are rising numbers, such as [0, 2] or {{0: [0, 1], 2: [0]}}: {entry}.")
-    return layers
+    indices = list(entry) if isinstance(entry, list | Mapping) else []
+    blocks = [entry[i] for i in indices] if isinstance(entry, Mapping) else [None] * len(indices)
+    if not all(_is_rising(numbers) for numbers in (indices, *blocks) if numbers is not None):
+        raise ConfigError(f"{name}: layers are rising numbers, such as [0, 2] or {{0: [0, 1], 2: [0]}}: {entry}.")
+    return tuple(Layer(i, None if kept is None else tuple(kept)) for i, kept in zip(indices, blocks, strict=True))
+
+
+def _is_rising(numbers: Any) -> bool:
+    if not isinstance(numbers, list) or not numbers or not all(type(number) is int for number in numbers):
+        return False
+    return numbers[0] >= 0 and all(low < high for low, high in itertools.pairwise(numbers))
 
 
 # ---- The levels that are published

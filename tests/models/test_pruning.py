@@ -182,7 +182,7 @@ def test_a_pruned_teacher_is_pruned_again() -> None:
     table["resolutions"][1]["down"] = {0: [1]}
     student, pruned = prune(teacher, params, Surgery.from_dict("mine", table))
     assert student.config.transformer_layers_per_block == (1, 1, 2)
-    assert student.config.reverse_transformer_layers_per_block == ((1, 2), (1, 1), (1, 1))
+    assert student.config.reverse_transformer_layers_per_block == ((1, 2), 1, 1)
     ours = pruned["up_blocks_0"]["attentions_1"]["transformer_blocks_1"]
     assert ours is params["up_blocks_0"]["attentions_2"]["transformer_blocks_9"]
     assert (
@@ -297,6 +297,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(case: str) -> None:
         ({"resolutions": [{"down": [], "up": [0]}]}, "rising numbers"),
         ({"resolutions": [{"down": 0, "up": [0]}]}, "rising numbers"),
         ({"resolutions": [{"down": ["0"], "up": [0]}]}, "rising numbers"),
+        ({"resolutions": [{"down": [0, 0], "up": [0, 1, 2]}]}, "rising numbers"),
         ({"resolutions": [{"down": {0: []}, "up": [0, 1]}]}, "rising numbers"),
         ({"resolutions": [{"down": {0: 1}, "up": [0, 1]}]}, "rising numbers"),
     ],
