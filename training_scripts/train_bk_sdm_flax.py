@@ -9,7 +9,7 @@ python3 training_scripts/train_bk_sdm_flax.py \
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from jax.sharding import Mesh
@@ -70,7 +70,7 @@ def main(args: Args) -> None:
     args = train.start(args, run_config)
     data = open_training_data(args)
     samples = validation_samples(args)
-    unet = pretrained_unet(args)
+    unet: Any = pretrained_unet(args)
     surgery = surgery or whole(unet.config)
     bk_sdm.make_student(unet, unet.abstract_params(), surgery)  # refuses what does not fit before weights are loaded
     mesh = sharding.make_mesh(args.fsdp)
@@ -95,7 +95,7 @@ def _load_teacher(args: Args, mesh: Mesh) -> DiffusionPipeline:
         )
     if args.non_ema_revision is None:
         return teacher
-    source = teacher.sources["unet"] | {"revision": args.non_ema_revision}
+    source: dict[str, Any] = teacher.sources["unet"] | {"revision": args.non_ema_revision}
     unet, params = load_model(
         **source, dtype=teacher.modules["unet"].dtype, attention=args.attention, place=sharding.place(mesh)
     )

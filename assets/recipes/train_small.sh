@@ -17,7 +17,7 @@ run=(--train_data_dir "$work/data/train" --validation_data_dir "$work/data/valid
      --logging_steps 100 --checkpointing_steps 500 --checkpoints_total_limit 2 --resume_from_checkpoint latest
      --num_validation_images 16 --validation_steps 0 --guidance_scale 3 --save_dtype float16)
 
-# Without --feature_normalize the features are a hundred times the other terms.
+# Without --feature_normalize the term of the features starts at fifty times the others.
 prune=(--pretrained_model_name_or_path "$model" --distill_table assets/recipes/emoji-levels.yaml
        --proportion_empty_prompts 0.1 --learning_rate 4e-4 --use_ema --ema_decay 0.99
        --max_train_steps "${BK_STEPS:-600}")

@@ -244,15 +244,16 @@ def _as_one(values: Sequence[Any]) -> Any:
     return values[0] if len(set(values)) == 1 else tuple(values)
 
 
-def _depths(config: UNetConfig, surgery: Surgery) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+def _depths(config: UNetConfig, surgery: Surgery) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
     """How many transformer blocks stay of each attention, going down and going up; one number without attention."""
 
-    def of_layers(depths: tuple[int, ...], layers: tuple[Layer, ...], i: int) -> tuple[int, ...]:
+    def of_layers(depths: tuple[int, ...], layers: tuple[Layer, ...], i: int) -> tuple[Any, ...]:
         if not depths:
             return (config.transformer_layers[i],)  # which changes nothing
         return tuple(depths[x.index] if x.transformer_blocks is None else len(x.transformer_blocks) for x in layers)
 
-    down, up = [], []
+    down: list[tuple[Any, ...]] = []
+    up: list[tuple[Any, ...]] = []
     for i, resolution in enumerate(surgery.kept):
         down.append(of_layers(config.down_transformer_layers(i), resolution.down, i))
         up.insert(0, of_layers(config.up_transformer_layers(config.num_blocks - 1 - i), resolution.up, i))
