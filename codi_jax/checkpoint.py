@@ -58,6 +58,11 @@ def list_checkpoints(output_dir: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
+def step_of(checkpoint: Path) -> int:
+    """The steps that were done when a checkpoint was made, from the name of its folder."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
 def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
     """The folder of the checkpoint that ``--resume_from_checkpoint`` means; ``None`` to start afresh.
 
@@ -169,7 +174,7 @@ class Checkpoints:
         Raises:
           CheckpointError: if the state has other arrays than ``like``.
         """
-        step = int(checkpoint.name.removeprefix("checkpoint-"))
+        step = step_of(checkpoint)
         args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(like), _DATA: ocp.args.JsonRestore()})
         _check_arrays(checkpoint, like)
         restored = self._manager.restore(step, args=args, directory=checkpoint.absolute().parent)

@@ -48,11 +48,14 @@ class Args:
     lora_scale: float = 1.0
     """Strength of every LoRA."""
     steps: int | None = None
-    """Steps of the sampler. If left out: 4 for students (samplers lcm and codi), 50 for the others."""
-    guidance_scale: float = 7.5
-    """How strongly to follow the prompt; 1 is no guidance, which takes half the time."""
-    image_guidance_scale: float = 1.5
-    """How strongly to keep to the image, for InstructPix2Pix; at 1 a step takes two passes instead of three."""
+    """Steps of the sampler. If left out: 4 for students (samplers lcm and codi), as many as it was trained for for a
+    generator of one or few steps, 50 for the others."""
+    guidance_scale: float | None = None
+    """How strongly to follow the prompt; 1 is no guidance, which takes half the time. If left out: 7.5, and 1 for a
+    generator of one or few steps."""
+    image_guidance_scale: float | None = None
+    """How strongly to keep to the image, for InstructPix2Pix; at 1 a step takes two passes instead of three. If left
+    out: 1.5, and 1 for a generator of one or few steps."""
     controlnet_conditioning_scale: float = 1.0
     """How strongly to follow the control image."""
     sampler: Sampler | None = None

@@ -1,8 +1,8 @@
 """Optimisation: AdamW and its learning rate from flags, and one update of the trained parameters as a pure function.
 
-`step` is what every method with one optimiser does: gradients, accumulated over microbatches inside the program; the
-update, unless a number is not finite; the moving average. A method with two optimisers puts it together from
-`accumulate_gradients` and `apply_gradients`.
+`step` is one update of one set of parameters: gradients, accumulated over microbatches inside the program; the update,
+unless a number is not finite; the moving average. A method that trains two networks against each other has a
+`TrainState` and an optimiser for each, and takes a `step` of each.
 """
 
 import math
@@ -405,9 +405,13 @@ def apply_gradients(
         skipped=state.skipped + ~finite,
         skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
     )
-    counters = {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
-    injected = optax.tree.get(opt_state, "hyperparams", {})  # the learning rate
-    return state, {"grad_norm": grad_norm, **injected, **metrics, **counters}
+    return state, {"grad_norm": grad_norm, **metrics, **status(state)}
+
+
+def status(state: TrainState) -> Metrics:
+    """The metrics that follow from the state alone: ``learning_rate``, ``skipped`` and ``skipped_in_a_row``."""
+    injected = optax.tree.get(state.opt_state, "hyperparams", {})  # the learning rate
+    return {**injected, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
 
 
 def ema_update(ema: Tree, params: Tree, decay: float | Float[Array, ""]) -> Tree:

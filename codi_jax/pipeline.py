@@ -36,6 +36,7 @@ from codi_jax.weights import Model, Place, WeightsError, build_module, load_mode
 
 # Steps that a sampler is made for: the few of a distilled student, or those of diffusers' pipelines.
 _FEW_STEPS, _MANY_STEPS = 4, 50
+_GUIDANCE_SCALE, _IMAGE_GUIDANCE_SCALE = 7.5, 1.5  # those of diffusers' pipelines
 _ROOMS = (8, 64)  # numbers of steps that programs are compiled for, where a sampler can stop before
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -197,8 +198,8 @@ class DiffusionPipeline:
         mask_image: Picture | Sequence[Picture] | None = None,
         negative_prompt: str | None = None,
         steps: int | None = None,
-        guidance_scale: float | int = 7.5,
-        image_guidance_scale: float | int = 1.5,
+        guidance_scale: float | int | None = None,
+        image_guidance_scale: float | int | None = None,
         controlnet_conditioning_scale: float | int = 1.0,
         sampler: Sampler | None = None,
         timesteps: Sequence[int] | None = None,
@@ -218,9 +219,12 @@ class DiffusionPipeline:
           control_image: the ControlNet's condition, likewise.
           mask_image: white where an inpainting model shall paint.
           negative_prompt: the text that guidance leads away from; ``None`` is the model's null text.
-          steps: network evaluations of the sampler; ``None`` is 4 for the samplers of few-step students, else 50.
-          guidance_scale: of the text; 1 is none. A model with a guidance embedding takes it as an input.
-          image_guidance_scale: of the image, for InstructPix2Pix; 1 needs two passes a step instead of three.
+          steps: network evaluations of the sampler; ``None`` is 4 for the samplers of few-step students, or as many as
+            a generator was trained for, else 50.
+          guidance_scale: of the text; 1 is none. A model with a guidance embedding takes it as an input. ``None`` is
+            7.5, and none for a generator, which was trained to need none.
+          image_guidance_scale: of the image, for InstructPix2Pix; 1 needs two passes a step instead of three. ``None``
+            is 1.5, and none for a generator.
           controlnet_conditioning_scale: a factor on the ControlNet's outputs.
           sampler: ``None`` is what the folder's scheduler says.
           timesteps: times of one's own instead of ``steps``, see `times`.
@@ -242,6 +246,10 @@ class DiffusionPipeline:
         if not prompts:
             raise ValueError("there is no prompt: give at least one.")
         sampler = sampler or default_sampler(self.schedule)
+        is_generator = self.schedule.generator_timesteps is not None
+        defaults = (1.0, 1.0) if is_generator else (_GUIDANCE_SCALE, _IMAGE_GUIDANCE_SCALE)
+        guidance_scale = defaults[0] if guidance_scale is None else guidance_scale
+        image_guidance_scale = defaults[1] if image_guidance_scale is None else image_guidance_scale
         times = self.times(steps, sampler, timesteps)
         size = self._size(height, width, image if image is not None else control_image)
         inputs = {
@@ -296,7 +304,11 @@ class DiffusionPipeline:
         """
         sampler = sampler or default_sampler(self.schedule)
         if timesteps is None:
-            few = {"lcm": self.schedule.original_inference_steps, "codi": self.schedule.distill_learning_steps}
+            generator = len(self.schedule.generator_timesteps or ())
+            few = {
+                "lcm": generator or self.schedule.original_inference_steps,
+                "codi": self.schedule.distill_learning_steps,
+            }
             default = min(_FEW_STEPS, few[sampler] or _FEW_STEPS) if sampler in few else _MANY_STEPS
             return timesteps_for(sampler, self.schedule, default if steps is None else steps)
         times, T = np.asarray(timesteps, np.int32), self.schedule.num_train_timesteps

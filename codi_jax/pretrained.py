@@ -236,17 +236,18 @@ def null_text_of(pipeline: DiffusionPipeline) -> dict[str, Array]:
     return null_text(Modules(**pipeline.modules), pipeline.params, ids, zeros=pipeline.zeros_for_empty_prompt)
 
 
-def open_training_data(flags: Any, condition: ConditionOf = None) -> Source:
+def open_training_data(flags: Any, condition: ConditionOf = None, *, has_images: bool = True) -> Source:
     """The data, before the model is loaded.
 
     Args:
       flags: `PretrainedFlags` and `codi_jax.train.LoopFlags`.
       condition: see `codi_jax.data.load_data`.
+      has_images: whether images are read, or prompts alone.
 
     Raises:
       ValueError: as `codi_jax.data.open_data`.
     """
-    return open_data(flags, batch_size=global_batch_size(flags), condition=condition)
+    return open_data(flags, batch_size=global_batch_size(flags), condition=condition, has_images=has_images)
 
 
 def load_batches(

@@ -229,6 +229,11 @@ def _dpm_solver_times(schedule: NoiseSchedule, steps: int) -> Int[np.ndarray, " 
 
 
 def _lcm_times(schedule: NoiseSchedule, steps: int) -> Int[np.ndarray, " n"]:
+    if schedule.generator_timesteps is not None:
+        # The first ones: a generator has seen nothing but what it makes of noise at the times before.
+        times = np.asarray(schedule.generator_timesteps, np.int32)
+        _check_steps(steps, len(times), " (the timesteps that the generator was trained at)")
+        return times[:steps]
     grid, _ = distillation_grid(schedule.num_train_timesteps, schedule.original_inference_steps)
     return _thinned(grid, steps, "original_inference_steps")
 

@@ -10,7 +10,7 @@ is computed in float64 on the host and kept in float32; so are x̂, ε̂ and the
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -33,6 +33,8 @@ PerSample = Float[Array, "b 1 1 1"] | Float[Array, "1 1 1 1"]
 """One number for each sample, in the rank of latents; one for all of them where the timestep was a scalar."""
 
 CONFIG_NAME = "scheduler_config.json"
+# diffusers passes over keys that begin with an underscore, and warns of any other that it does not know.
+_GENERATOR_TIMESTEPS = "_generator_timesteps"
 SIGMA_DATA = 0.5  # σ_d of the boundary scalings; no configuration file holds it
 
 # What diffusers takes for a key that the file leaves out, in most of its schedulers ...
@@ -52,6 +54,7 @@ _DEFAULTS: dict[str, Any] = {
     "distill_learning_steps": None,
     "distill_grid": "trailing",
     "distill_timestep_scaling": 10.0,
+    _GENERATOR_TIMESTEPS: None,
 }
 # ... and where a scheduler differs. Only these are read: another one may not have an ᾱ at all (flow matching, EDM).
 _STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012}
@@ -114,6 +117,8 @@ class NoiseSchedule:
       timestep_scaling: the factor from t to τ in `boundary_scalings`.
       distill_learning_steps: the size of the grid that a CoDi student was distilled on; ``None`` for other models.
       distill_grid: which grid that was.
+      generator_timesteps: the descending times that a generator of one or few steps was trained at; ``None`` for other
+        models.
       config_json: the whole configuration file.
     """
 
@@ -127,6 +132,7 @@ class NoiseSchedule:
     timestep_scaling: float = field(metadata=_STATIC)
     distill_learning_steps: int | None = field(metadata=_STATIC)
     distill_grid: DistillationGrid = field(metadata=_STATIC)
+    generator_timesteps: tuple[int, ...] | None = field(metadata=_STATIC)
     config_json: str = field(metadata=_STATIC, repr=False)
 
     @classmethod
@@ -154,6 +160,7 @@ class NoiseSchedule:
                 "network predicts v or z_0."
             )
         is_codi = values["distill_learning_steps"] is not None
+        times = values[_GENERATOR_TIMESTEPS]
         return cls(
             alphas_cumprod=jnp.asarray(alphas_cumprod, jnp.float32),
             prediction_type=values["prediction_type"],
@@ -165,6 +172,7 @@ class NoiseSchedule:
             timestep_scaling=float(values["distill_timestep_scaling" if is_codi else "timestep_scaling"]),
             distill_learning_steps=values["distill_learning_steps"],
             distill_grid=values["distill_grid"],
+            generator_timesteps=None if times is None else tuple(times),
             config_json=json.dumps(dict(config)),
         )
 
@@ -239,6 +247,16 @@ class NoiseSchedule:
             distill_grid=kind,
             distill_timestep_scaling=timestep_scaling,
         )
+
+    def with_generator_timesteps(self, timesteps: Sequence[int]) -> "NoiseSchedule":
+        """Returns the schedule of a generator that is sampled at these descending times, by the LCM sampler.
+
+        diffusers samples it with its ``LCMScheduler``, when it is given the times: ``timesteps=[399]``.
+
+        Raises:
+          ConfigError: if they do not descend, or lie outside of 0 to T − 1.
+        """
+        return self.with_config(_class_name="LCMScheduler", clip_sample=False, **{_GENERATOR_TIMESTEPS: [*timesteps]})
 
     @property
     def num_train_timesteps(self) -> int:
@@ -403,7 +421,19 @@ def _read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     _checked_integer(values, "original_inference_steps", where, at_least=1)
     if values["distill_learning_steps"] is not None:
         _checked_integer(values, "distill_learning_steps", where, at_least=1, at_most=T)
+    _check_generator_timesteps(values[_GENERATOR_TIMESTEPS], T, where)
     return values
+
+
+def _check_generator_timesteps(times: Any, T: int, where: str) -> None:
+    if times is None:
+        return
+    are_integers = isinstance(times, list) and all(type(t) is int for t in times)
+    if not are_integers or not times or times[0] >= T or times[-1] < 0 or np.any(np.diff(times) >= 0):
+        raise ConfigError(
+            f"{where}: {_GENERATOR_TIMESTEPS} = {times!r} must be timesteps of the schedule, 0 to {T - 1}, the "
+            "highest first."
+        )
 
 
 def _checked_integer(values: Mapping[str, Any], key: str, where: str, at_least: int, at_most: int | None = None) -> int:

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from codi_jax import sharding
-from codi_jax.checkpoint import CheckpointFlags, Checkpoints, check_run_config, find_checkpoint
+from codi_jax.checkpoint import CheckpointFlags, Checkpoints, check_run_config, find_checkpoint, step_of
 from codi_jax.monitor import Metrics, Monitor
 from codi_jax.tracking import Profiler, Tracker, TrackingFlags, say
 
@@ -70,6 +70,43 @@ class Loader(Protocol):
     def close(self) -> None:
         """Ends whatever reads ahead."""
         ...
+
+
+@runtime_checkable
+class Changing(Protocol):
+    """Frozen trees that are not the same in every step, such as a target that moves."""
+
+    def at(self, step: int) -> Any:
+        """The trees for the step that follows ``step`` steps.
+
+        On the mesh already, and of the same structure, shapes and shardings at every step, since one program takes them
+        all. It is called before every step and must not wait for the device.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """Frozen trees that are."""
+
+    trees: Any
+
+    def at(self, _: int) -> Any:
+        return self.trees
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is written every so often while a run goes on, besides its checkpoints.
+
+    Attributes:
+      write: called with the state and the number of steps done; before the checkpoint of the same step, so that what a
+        run that is resumed does not write again is there.
+      every: steps between two calls.
+    """
+
+    write: Callable[[Any, int], None]
+    every: int
 
 
 @dataclass(frozen=True)
@@ -187,6 +224,7 @@ def train(
     *,
     mesh: Mesh,
     validate: Callable[[State, int], Pictures] | None = None,
+    record: Record | None = None,
     export: Callable[[State, Path], None] | None = None,
     run_config: Mapping[str, Any] | None = None,
 ) -> State:
@@ -195,11 +233,12 @@ def train(
     Args:
       train_step: pure and not jitted; takes the state, the frozen trees and a batch, gives the state and scalars.
       state: to start from; has a field ``step``. Its arrays are donated: use the returned state instead.
-      frozen: trees that the step reads and that do not change.
+      frozen: trees that the step reads and does not change; or an object that has those of each step, see `Changing`.
       loader: gives batches; is closed at the end.
       flags: of the loop.
       mesh: from `codi_jax.sharding.make_mesh`.
       validate: makes pictures by name from the state.
+      record: writes something of the state every so often.
       export: writes the trained model into a folder.
       run_config: what a run that is resumed must share, JSON; goes into every checkpoint.
 
@@ -217,18 +256,18 @@ def train(
     checkpoint = find_checkpoint(flags.resume_from_checkpoint, output_dir)
     if checkpoint is not None:
         check_run_config(checkpoint, run_config)
-    frozen = sharding.put(mesh, frozen)
-    state = _own(sharding.put(mesh, state), frozen)
+    first = 0 if checkpoint is None else step_of(checkpoint)
+    frozen = frozen if isinstance(frozen, Changing) else _Constant(sharding.put(mesh, frozen))
+    state = _own(sharding.put(mesh, state), frozen.at(first))
     with contextlib.closing(loader), contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(output_dir, flags.checkpoints_total_limit)))
         if checkpoint is not None:
             state, position = checkpoints.restore(checkpoint, _forgotten(state))
             loader.set_state(position)
             say(f"going on from {checkpoint}")
-        first = int(state.step)
         tracker = stack.enter_context(contextlib.closing(Tracker(flags, output_dir, _arguments(flags), first)))
         if first < total:
-            run = _Run(flags, mesh, first, total, tracker, checkpoints, validate, run_config)
+            run = _Run(flags, mesh, first, total, tracker, checkpoints, validate, record, run_config)
             state = _loop(train_step, state, frozen, loader, run)
     if export is not None:
         export(state, output_dir)
@@ -253,6 +292,7 @@ class _Run:
     tracker: Tracker
     checkpoints: Checkpoints
     validate: Callable[[Any, int], Pictures] | None
+    record: Record | None
     config: dict[str, Any]
 
     def saves_at(self, step: int) -> bool:
@@ -264,7 +304,7 @@ class _Run:
         return self.validate is not None and (step == self.total or (every > 0 and step % every == 0))
 
 
-def _loop(train_step: TrainStep[State], state: State, frozen: Any, loader: Loader, run: _Run) -> State:
+def _loop(train_step: TrainStep[State], state: State, frozen: Changing, loader: Loader, run: _Run) -> State:
     """The steps ``first + 1`` to ``total``."""
     batch, position = _fetch(loader, run.mesh)
     with contextlib.ExitStack() as stack:
@@ -272,7 +312,7 @@ def _loop(train_step: TrainStep[State], state: State, frozen: Any, loader: Loade
             # Not `jax.config.update`: JAX overlooks that in a thread that has used the context manager before.
             stack.enter_context(jax.debug_nans(True))
         stack.enter_context(sharding.context_of(state))
-        program = _compile(train_step, state, frozen, batch, run)
+        program = _compile(train_step, state, frozen.at(run.first), batch, run)
         monitor = stack.enter_context(contextlib.closing(_monitor(run, batch)))
         profiler = Profiler(run.flags, Path(run.flags.output_dir), run.first, monitor.pause)
         stack.enter_context(contextlib.closing(profiler))
@@ -282,7 +322,7 @@ def _loop(train_step: TrainStep[State], state: State, frozen: Any, loader: Loade
         stopped_by = stack.enter_context(_stop_signals())
         for step in range(run.first + 1, run.total + 1):
             profiler.before(step)
-            state, metrics = program(state, frozen, batch)
+            state, metrics = program(state, frozen.at(step - 1), batch)
             monitor.add(step, metrics)
             position_here = position
             try:
@@ -295,6 +335,9 @@ def _loop(train_step: TrainStep[State], state: State, frozen: Any, loader: Loade
                     raise
             monitor.settle(0 if run.flags.debug else _IN_FLIGHT)
             stop = stopped_by(step)
+            if run.record is not None and step % run.record.every == 0:
+                with monitor.pause():
+                    run.record.write(state, step)
             if run.saves_at(step) or (stop and run.flags.checkpointing_steps):
                 with monitor.pause():
                     run.checkpoints.save(step, state, position_here, run.config)

@@ -8,7 +8,7 @@ import numpy as np
 import tyro
 from jaxtyping import UInt8
 
-from codi_jax.data import load_data
+from codi_jax.data import load_data, open_data
 from codi_jax.flags import Flags
 from codi_jax.images import open_image, to_pixels
 from codi_jax.models.config import Params
@@ -57,18 +57,19 @@ class Samples:
     conditions: UInt8[np.ndarray, "n h w 3"] | None = None
 
 
-def validation_samples(flags: Any, condition: Any = None) -> Samples:
+def validation_samples(flags: Any, condition: Any = None, *, has_images: bool = True) -> Samples:
     """The samples that the flags ask for: prompts of the user, else of a data set, in every run the same.
 
     Args:
       flags: `codi_jax.data.DataFlags` and `ValidationFlags`.
       condition: see `codi_jax.data.load_data`.
+      has_images: whether the training data has images; that of ``validation_data_dir`` always does.
 
     Raises:
       ValueError: if data or images cannot be read, or prompts lack the condition images that the task has.
     """
     if not flags.validation_prompt:
-        return held_out(flags, flags.num_validation_images, condition)
+        return held_out(flags, flags.num_validation_images, condition, has_images=has_images)
     if condition is not None and not flags.validation_image:
         raise ValueError(
             "--validation_prompt needs --validation_image here: a condition image for all, or one for each."
@@ -81,7 +82,9 @@ def validation_samples(flags: Any, condition: Any = None) -> Samples:
     return Samples(prompts, flags.resolution, conditions=np.round(np.stack(images) * 255).astype(np.uint8))
 
 
-def held_out(flags: Any, count: int, condition: Any = None, *, has_text: bool = True) -> Samples:
+def held_out(
+    flags: Any, count: int, condition: Any = None, *, has_text: bool = True, has_images: bool = True
+) -> Samples:
     """The first samples of the shuffled validation data, without augmentation; all of them if there are not so many.
 
     Args:
@@ -89,6 +92,7 @@ def held_out(flags: Any, count: int, condition: Any = None, *, has_text: bool = 
       count: how many.
       condition: see `codi_jax.data.load_data`.
       has_text: whether the data has captions; else prompts are empty.
+      has_images: see `validation_samples`.
 
     Raises:
       ValueError: as `codi_jax.data.load_data`.
@@ -102,8 +106,9 @@ def held_out(flags: Any, count: int, condition: Any = None, *, has_text: bool = 
         dataloader_num_workers=0,
     )
     if flags.validation_data_dir is not None:
-        other = {"dataset_name": None, "train_shards_path_or_url": None, "max_train_samples": None}
-        flags = replace(flags, train_data_dir=flags.validation_data_dir, **other)
+        others: dict[str, Any] = dict.fromkeys((*flags.sources, "max_train_samples"))
+        flags = replace(flags, **{**others, "train_data_dir": flags.validation_data_dir})
+        has_images = True
     captions: list[str] = []
 
     def keep(texts: list[str]) -> dict[str, Any]:
@@ -111,7 +116,9 @@ def held_out(flags: Any, count: int, condition: Any = None, *, has_text: bool = 
         return {}
 
     try:
-        loader = load_data(flags, keep if has_text else None, batch_size=1, seed=0, condition=condition)
+        source = open_data(flags, batch_size=1, condition=condition, has_text=has_text, has_images=has_images)
+        tokenize = keep if has_text else None
+        loader = load_data(flags, tokenize, batch_size=1, seed=0, condition=condition, source=source)
     except ValueError as error:
         if flags.validation_data_dir is None:
             raise
@@ -125,7 +132,7 @@ def held_out(flags: Any, count: int, condition: Any = None, *, has_text: bool = 
         name: np.concatenate([row[name] for row in rows]) for name in ("pixels", "conditioning") if name in rows[0]
     }
     prompts = captions[:count] if has_text else [""] * count
-    return Samples(prompts, flags.resolution, batch["pixels"], batch.get("conditioning"))
+    return Samples(prompts, flags.resolution, batch.get("pixels"), batch.get("conditioning"))
 
 
 def generate_with(

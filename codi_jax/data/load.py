@@ -98,12 +98,11 @@ class DataFlags(Flags):
     def check(self) -> None:
         """The same, and refuses a folder that is not there."""
         super().check()
-        sources = ("dataset_name", "train_data_dir", "train_shards_path_or_url")
-        given = [f"--{name}" for name in sources if getattr(self, name)]
+        given = [f"--{name}" for name in self.sources if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other: give one of them.")
         if not given:
-            raise ValueError("there is no data to train on: give --dataset_name or --train_data_dir.")
+            raise ValueError(f"there is no data to train on: give --{' or --'.join(self.sources[:2])}.")
         if self.train_data_dir:
             require_folder(self.train_data_dir)
         self.require_at_least(1, "max_train_samples", "resolution")
@@ -113,13 +112,38 @@ class DataFlags(Flags):
         if self.cache_latents and (self.streaming or self.train_shards_path_or_url):
             raise ValueError(f"--cache_latents needs the whole data set, which {streams} does not read: drop one.")
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The flags that say where the data is, one of which must be given."""
+        return ("dataset_name", "train_data_dir", "train_shards_path_or_url")
+
     def check_resolution(self, multiple: int, model: str) -> None:
         """Refuses a resolution that is no multiple of what ``model``, a noun, scales images down by."""
         if self.resolution % multiple:
             raise ValueError(f"--resolution {self.resolution} is not possible: {model} takes multiples of {multiple}.")
 
 
-def open_data(flags: DataFlags, *, batch_size: int, condition: ConditionOf = None, has_text: bool = True) -> Source:
+@dataclass(frozen=True)
+class PromptFlags(DataFlags):
+    """Which data, for training that needs no images."""
+
+    train_prompt_path: str | None = None
+    """File of prompts to train on: one a line, or parquet with --caption_column. Or give any of the data sets above,
+    of which the captions alone are read, unless images are needed."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return ("train_prompt_path", "train_data_dir", "dataset_name", "train_shards_path_or_url")
+
+
+def open_data(
+    flags: DataFlags,
+    *,
+    batch_size: int,
+    condition: ConditionOf = None,
+    has_text: bool = True,
+    has_images: bool = True,
+) -> Source:
     """Opens the data and says what is wrong with it, before anything else is loaded.
 
     Args:
@@ -127,12 +151,15 @@ def open_data(flags: DataFlags, *, batch_size: int, condition: ConditionOf = Non
       batch_size: samples of one optimiser step, of all processes together.
       condition: where "conditioning" comes from.
       has_text: whether captions are read.
+      has_images: whether images are read; without, there are no conditions either.
 
     Raises:
       ValueError: for flags that make no sense, data that is not there, or too little of it.
     """
     flags.check()
-    source = _open(flags, condition, has_text)
+    if flags.cache_latents and not has_images:
+        raise ValueError("--cache_latents is for images, and this training reads none: leave it out.")
+    source = _open(flags, condition, has_text, has_images)
     if not source.is_streaming and len(source) < batch_size:
         raise ValueError(
             f"{source.name} has {len(source)} samples, fewer than one batch of {batch_size} takes: "
@@ -171,9 +198,9 @@ def load_data(
       process_count: how many there are.
 
     Returns:
-      Batches with "pixels", "conditioning" if there is a condition, "input_ids" if there is a tokenizer, and "time_ids"
-      if asked for. With cached latents, "moments" in place of "pixels", and "context" (and "pooled") in place of
-      "input_ids".
+      Batches with "pixels" unless the source has none, "conditioning" if there is a condition, "input_ids" if there is
+      a tokenizer, and "time_ids" if asked for. With cached latents, "moments" in place of "pixels", and "context" (and
+      "pooled") in place of "input_ids".
 
     Raises:
       ValueError: as `open_data`, and for images that cannot be read.
@@ -227,16 +254,23 @@ def _stream(reader: Reader, shard: Shard, tokenize: Tokenize | None, flags: Data
     return Loader(open_at, identity, None, flags.max_unreadable_share)
 
 
-def _open(flags: DataFlags, condition: ConditionOf, has_text: bool) -> Source:
+def _open(flags: DataFlags, condition: ConditionOf, has_text: bool, has_images: bool) -> Source:
+    prompts = flags.train_prompt_path if isinstance(flags, PromptFlags) else None
+    if prompts is not None and has_images:
+        raise ValueError(
+            "--train_prompt_path has no images, and with these flags training needs some: give --train_data_dir or "
+            "--dataset_name instead."
+        )
     return open_source(
         dataset_name=flags.dataset_name,
         dataset_config_name=flags.dataset_config_name,
         train_data_dir=flags.train_data_dir,
         train_shards=flags.train_shards_path_or_url,
+        train_prompts=prompts,
         load_from_disk=flags.load_from_disk,
         streaming=flags.streaming,
         cache_dir=flags.cache_dir,
-        image_column=flags.image_column,
+        image_column=flags.image_column if has_images else None,
         caption_column=flags.caption_column if has_text else None,
         condition_column=flags.conditioning_image_column if condition in ("column", "canny") else None,
         condition_is_optional=condition == "canny",

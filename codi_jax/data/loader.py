@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from absl import flags as absl_flags
 from jaxtyping import Int
@@ -79,7 +80,7 @@ class Loader:
         batch = next(self._iterator)
         self._cursor = json.loads(batch.pop("cursor"))
         unreadable = batch.pop("unreadable")
-        size = len(next(value for value in batch.values() if isinstance(value, np.ndarray)))
+        size = max((len(leaf) for leaf in jax.tree.leaves(batch)), default=0)
         self._tried += size + len(unreadable)
         for key, reason in unreadable:
             self._count(key, reason)

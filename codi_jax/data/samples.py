@@ -44,10 +44,11 @@ class Transform:
     interpolation: Interpolation = "lanczos"
     fixed_sizes: bool = False
 
-    def time_ids(self, placement: Placement) -> Float[np.ndarray, "6"]:
-        """What SDXL is told of the sizes of a sample."""
+    def time_ids(self, placement: Placement | None) -> Float[np.ndarray, "6"]:
+        """What SDXL is told of the sizes of a sample; of one without a picture, that it is whole, and of this size."""
         size = (self.resolution, self.resolution)
-        return (Placement(size, size, (0, 0), self.resolution) if self.fixed_sizes else placement).time_ids()
+        whole = Placement(size, size, (0, 0), self.resolution)
+        return (whole if self.fixed_sizes or placement is None else placement).time_ids()
 
 
 class Choices:
@@ -123,9 +124,11 @@ class Reader:
 
     def pictures(
         self, row: Mapping[str, Any], number: int, choices: Choices
-    ) -> tuple[dict[str, UInt8[np.ndarray, "r r 3"]], Placement]:
+    ) -> tuple[dict[str, UInt8[np.ndarray, "r r 3"]], Placement | None]:
         """The pictures of a sample, cropped alike and not flipped, and where the crop lies; raises as `sample`."""
         columns, folder = self.source.columns, self.source.folder
+        if columns.image is None:
+            return {}, None
         image = read_image(row[columns.image], folder)
         size = (image.height, image.width)
         placement = place(size, self.transform.resolution, self.transform.center_crop, choices.position)

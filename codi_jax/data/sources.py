@@ -36,12 +36,12 @@ class Columns:
     """The names of the columns that are read.
 
     Attributes:
-      image: pictures to generate.
+      image: pictures to generate; ``None`` if they are not read.
       caption: their texts, one or a list for each; ``None`` if they are not read.
       condition: pictures that they are conditioned on, if the data has them.
     """
 
-    image: str
+    image: str | None
     caption: str | None
     condition: str | None = None
 
@@ -88,10 +88,11 @@ def open_source(
     dataset_config_name: str | None = None,
     train_data_dir: str | None = None,
     train_shards: str | None = None,
+    train_prompts: str | None = None,
     load_from_disk: bool = False,
     streaming: bool = False,
     cache_dir: str | None = None,
-    image_column: str = "image",
+    image_column: str | None = "image",
     caption_column: str | None = "text",
     condition_column: str | None = None,
     condition_is_optional: bool = False,
@@ -104,10 +105,11 @@ def open_source(
       dataset_config_name: its configuration.
       train_data_dir: a folder.
       train_shards: tar files of a WebDataset.
+      train_prompts: a file of nothing but texts, one a line, or of parquet.
       load_from_disk: the folder was made by `datasets`' save_to_disk; which is found out without it, too.
       streaming: read row after row.
       cache_dir: of `datasets`.
-      image_column: name of a column.
+      image_column: name of a column; ``None`` for training on texts alone.
       caption_column: name of a column; ``None`` for training without text.
       condition_column: name of a column; ``None`` for a task without conditions.
       condition_is_optional: do without the condition column where it is missing.
@@ -116,7 +118,7 @@ def open_source(
     Raises:
       ValueError: if there is no such data set, a column is missing, or it has no rows.
     """
-    where = train_data_dir or train_shards or dataset_name
+    where = train_prompts or train_data_dir or train_shards or dataset_name
     if where is None:
         raise ValueError("there is no data to train on: give --dataset_name or --train_data_dir.")
     rows: Rows
@@ -125,7 +127,10 @@ def open_source(
     if train_data_dir is not None:
         require_folder(train_data_dir)
     metadata = next((folder / name for name in METADATA_FILES if (folder / name).is_file()), None)
-    if train_shards is not None:
+    if train_prompts is not None:
+        source = _from_rows(_load_prompts(folder, wanted), wanted, condition_is_optional, folder, where)
+        rows = source.rows
+    elif train_shards is not None:
         source = _from_rows(_load_shards(train_shards), wanted, condition_is_optional, folder, where)
         rows = source.rows
     elif metadata is not None:
@@ -182,6 +187,25 @@ def _load(
     except Exception as error:
         raise ValueError(_explained(error, where, folder, load_from_disk)) from error
     return _training_split(loaded, where)
+
+
+def _load_prompts(file: Path, wanted: Columns) -> Dataset:
+    """The texts of a file: its lines, empty ones left out, or the columns of parquet."""
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}: check --train_prompt_path.")
+    if file.suffix == ".parquet":
+        try:
+            return Dataset.from_parquet(str(file))  # pyright: ignore[reportReturnType]
+        except Exception as error:
+            raise ValueError(f"--train_prompt_path {file} could not be read as parquet: {error}.") from error
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise ValueError(f"--train_prompt_path {file} is no text: give a prompt a line, or a .parquet file.") from None
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise ValueError(f"--train_prompt_path {file} is empty: write a prompt a line.")
+    return Dataset.from_dict({wanted.caption or "text": prompts})
 
 
 def _load_shards(pattern: str) -> IterableDataset:
@@ -321,7 +345,7 @@ def _find_columns(wanted: Columns, names: Sequence[str], where: str, condition_i
     if condition is not None and condition_is_optional and condition not in names:
         condition = None
     return Columns(
-        _find_column(wanted.image, names, where, "--image_column"),
+        None if wanted.image is None else _find_column(wanted.image, names, where, "--image_column"),
         None if wanted.caption is None else _find_column(wanted.caption, names, where, "--caption_column"),
         condition and _find_column(condition, names, where, "--conditioning_image_column"),
     )
@@ -337,4 +361,5 @@ def _find_column(name: str, names: Sequence[str], where: str, flag: str) -> str:
 
 def describe_row(source: Source, row: Mapping[str, Any], number: int) -> str:
     """The name of a sample, for messages."""
-    return f"row {number} of {source.name} ({describe_cell(row[source.columns.image])})"
+    image = source.columns.image
+    return f"row {number} of {source.name}" + ("" if image is None else f" ({describe_cell(row[image])})")

@@ -109,7 +109,7 @@ class Inputs:
     """A batch, ready for a method.
 
     Attributes:
-      z0: clean latents, times the scaling factor, float32.
+      z0: clean latents, times the scaling factor, float32; ``None`` where the batch has none, but prompts alone.
       cond: the condition.
       null: what guidance leads away from, where ``frozen`` has the null text: that text in place of the prompt, and
         for an edit zeros in place of the image.
@@ -129,12 +129,15 @@ def prepare(modules: Modules, frozen: Frozen, batch: Batch, key: Key[Array, ""])
       modules: of the model.
       frozen: parameters of ``vae``, ``text_encoder`` and ``text_encoder_2``, unless the batch has their outputs; and
         ``null_context`` (and ``null_pooled``) where the null text is needed.
-      batch: ``pixels`` or ``moments``; ``input_ids`` or ``context`` (and ``pooled``); ``conditioning`` where the task
-        has condition images, or for an edit ``conditioning_moments``; ``time_ids`` for SDXL, and only for SDXL.
+      batch: ``pixels`` or ``moments``, or neither; ``input_ids`` or ``context`` (and ``pooled``); ``conditioning``
+        where the task has condition images, or for an edit ``conditioning_moments``; ``time_ids`` for SDXL, and only
+        for SDXL.
       key: for the latents' sample.
     """
     context, pooled = _text(modules, frozen, batch)
-    z0 = posterior(modules.vae, frozen, batch, modules.vae_parts).sample(key) * modules.vae.config.scaling_factor
+    z0 = None
+    if "pixels" in batch or "moments" in batch:
+        z0 = posterior(modules.vae, frozen, batch, modules.vae_parts).sample(key) * modules.vae.config.scaling_factor
     control = image = None
     if modules.edits:
         image = image_latents(modules.vae, frozen, batch, modules.vae_parts)

@@ -31,17 +31,11 @@ from jaxtyping import Array, Float, Key
 from codi_jax import losses, optim
 from codi_jax.flags import Flags
 from codi_jax.lora import init_lora
-from codi_jax.methods.inputs import Batch, Frozen, Inputs, Modules, drop_conditions, prepare
-from codi_jax.methods.prediction import predict
+from codi_jax.methods.inputs import Batch, Frozen, Modules, drop_conditions, prepare
+from codi_jax.methods.prediction import guided, predict
 from codi_jax.models.config import Params
 from codi_jax.optim import Metrics, MixedPrecision, TrainState
-from codi_jax.sampling import (
-    classifier_free_guidance,
-    guidance_embedding,
-    instruct_pix2pix_guidance,
-    split_branches,
-    stack_branches,
-)
+from codi_jax.sampling import guidance_embedding
 from codi_jax.schedule import Latents, NoiseSchedule, distillation_grid
 
 
@@ -234,34 +228,15 @@ def loss(
         x0, _ = schedule.to_x0_eps(predict(student, {**frozen, **theta}, z, t, cond), z, t)
         return schedule.consistency(z, x0, t)
 
-    x0, eps = schedule.to_x0_eps(_guided_teacher(config.modules, frozen, z_t, t, inputs, w, w_image), z_t, t)
+    # LCM's w is the guidance scale minus one.
+    s_I = None if w_image is None else w_image + 1
+    teacher = guided(config.modules, frozen, z_t, t, inputs, w + 1, image_guidance_scale=s_I)
+    x0, eps = schedule.to_x0_eps(teacher, z_t, t)
     z_s = schedule.ddim_step(x0, eps, s)
     target = jax.lax.stop_gradient(f(params if state.ema is None else state.ema, z_s, s))
     online = f(params, z_t, t)
     distance = losses.huber(online, target, flags.huber_c) if flags.loss_type == "huber" else losses.mse(online, target)
     return jnp.mean(distance), {}
-
-
-def _guided_teacher(
-    modules: Modules,
-    frozen: Frozen,
-    z: Latents,
-    t: Array,
-    inputs: Inputs,
-    w: Float[Array, " b"],
-    w_image: Float[Array, " b"] | None,
-) -> Latents:
-    """The teacher's raw output, guided. To guide x̂ and ε̂, as the paper does, is the same: the weights add up to one."""
-    if inputs.null is None:
-        raise ValueError("LCM needs the null text: give null_context among what is frozen.")
-    conditions = [inputs.null, inputs.cond] if w_image is None else [inputs.null, inputs.image_only, inputs.cond]
-    stacked = stack_branches(*((z, t, condition) for condition in conditions))
-    predictions = split_branches(predict(modules, frozen, *stacked), len(conditions))
-    if w_image is None:
-        uncond, cond = predictions
-        return classifier_free_guidance(uncond, cond, w + 1)
-    uncond, image_only, full = predictions
-    return instruct_pix2pix_guidance(uncond, image_only, full, w + 1, w_image + 1)
 
 
 def train_step(

@@ -10,7 +10,12 @@ from jaxtyping import Array, Float, Int
 from codi_jax.lora import adapted
 from codi_jax.methods.inputs import Condition, Inputs, Modules
 from codi_jax.models.config import Params
-from codi_jax.sampling import classifier_free_guidance, split_branches, stack_branches
+from codi_jax.sampling import (
+    classifier_free_guidance,
+    instruct_pix2pix_guidance,
+    split_branches,
+    stack_branches,
+)
 from codi_jax.schedule import Latents
 
 Features = tuple[Any, ...]
@@ -69,8 +74,12 @@ def guided(
     inputs: Inputs,
     guidance_scale: Float[Array, " b"] | None = None,
     features: Features | None = None,
+    *,
+    image_guidance_scale: Float[Array, " b"] | None = None,
 ) -> Latents:
-    """The raw output, led away from the null text by a guidance scale of each sample; ``None`` is not guided.
+    """The raw output, led away from the null condition by a guidance scale of each sample; ``None`` is not guided.
+
+    To guide x̂ or ε̂ would be the same: they are linear in the output, and the weights add up to one.
 
     Args:
       modules: of the networks.
@@ -80,6 +89,8 @@ def guided(
       inputs: the condition, and the null condition.
       guidance_scale: of `classifier_free_guidance`.
       features: of `encode`, for the condition or for the stack ``[null, cond]``, of which what is needed is taken.
+      image_guidance_scale: of an edit's image apart, for which there is a third pass, see `instruct_pix2pix_guidance`;
+        ``None`` leads away from text and image together.
 
     Returns:
       The prediction, float32.
@@ -87,6 +98,11 @@ def guided(
     Raises:
       ValueError: if there is a ControlNet and no condition image, or guidance and no null text.
     """
+    if guidance_scale is not None and image_guidance_scale is not None:
+        given = (inputs.null, inputs.image_only, inputs.cond)
+        stacked = stack_branches(*((z, t, _required(condition)) for condition in given))
+        uncond, image_only, full = split_branches(predict(modules, params, *stacked), 3)
+        return instruct_pix2pix_guidance(uncond, image_only, full, guidance_scale, image_guidance_scale)
     is_guided = guidance_scale is not None
     z, t, condition = branches(z, t, inputs, is_guided)
     if features is not None:
@@ -108,9 +124,13 @@ def branches(
     """
     if not is_guided:
         return z, t, inputs.cond
-    if inputs.null is None:
+    return stack_branches((z, t, _required(inputs.null)), (z, t, inputs.cond))
+
+
+def _required(condition: Condition | None) -> Condition:
+    if condition is None:
         raise ValueError("Guidance needs the null text: give null_context among what is frozen.")
-    return stack_branches((z, t, inputs.null), (z, t, inputs.cond))
+    return condition
 
 
 def encode(

@@ -1,0 +1,153 @@
+"""A generator of one step, or of few: what distribution matching trains, and how it makes samples of noise.
+
+One step (Yin et al., 2024, arXiv:2311.18828): x = x̂(z, t*; G), a teacher's network asked at one time t* for the clean
+latents of pure noise z. Several (DMD2, arXiv:2405.14867, section 4.4): the same at descending times, with fresh noise
+up to the next one in between, which is the sampler of consistency models.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+from codi_jax.flags import Flags
+from codi_jax.lora import init_lora, merge_lora
+from codi_jax.methods.inputs import Condition, Frozen, Inputs, Modules
+from codi_jax.methods.prediction import predict
+from codi_jax.models.config import Params
+from codi_jax.schedule import Latents, NoiseSchedule
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorFlags(Flags):
+    """What the generator is. The names are those of DMD2's reference code."""
+
+    conditioning_timestep: int = 399
+    """t*, the time at which the generator takes noise."""
+    denoising: bool = False
+    """Train a generator of --num_denoising_step steps. Where it starts between them: from noised real images, or as
+    --backward_simulation says."""
+    num_denoising_step: int = 1
+    """Steps of such a generator."""
+    denoising_timestep: int = 1000
+    """Its times are spread evenly below this one."""
+    backward_simulation: bool = False
+    """Let such a generator start from what it made itself in the steps before, as it does when it is sampled."""
+    generator_lora: bool = False
+    """Train a LoRA on the teacher as the generator."""
+    lora_rank: int = 64
+    """Rank of the LoRA."""
+    lora_alpha: float = 8.0
+    """Its factor is alpha / rank."""
+
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(1, "num_denoising_step", "denoising_timestep", "lora_rank")
+        possible = self.num_denoising_step < self.denoising_timestep
+        self.require("num_denoising_step", possible, f"less than --denoising_timestep {self.denoising_timestep}")
+        for flag, given in (
+            ("num_denoising_step", self.num_denoising_step > 1),
+            ("backward_simulation", self.backward_simulation),
+        ):
+            if given and not self.denoising:
+                raise ValueError(f"--{flag} is for generators of several steps: give --denoising, too.")
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """The descending times at which the generator is trained and sampled."""
+        if not self.denoising:
+            return (self.conditioning_timestep,)
+        stride = self.denoising_timestep // self.num_denoising_step
+        return tuple(self.denoising_timestep - 1 - i * stride for i in range(self.num_denoising_step))
+
+
+def generator_schedule(schedule: NoiseSchedule, flags: GeneratorFlags) -> NoiseSchedule:
+    """The schedule to save with the generator: the teacher's, for the LCM sampler at the generator's times.
+
+    Raises:
+      ValueError: if the schedule has not these times.
+    """
+    last = schedule.num_train_timesteps - 1
+    if not 0 <= flags.timesteps[-1] <= flags.timesteps[0] <= last:
+        flag, value = "conditioning_timestep", flags.conditioning_timestep
+        if flags.denoising:
+            flag, value = "denoising_timestep", flags.denoising_timestep
+        raise ValueError(f"--{flag} {value} is off the model's schedule, which has the timesteps 0 to {last}.")
+    return schedule.with_generator_timesteps(flags.timesteps)
+
+
+def init_generator(flags: GeneratorFlags, teacher_params: Params, key: Key[Array, ""]) -> Params:
+    """The generator as the teacher: ``unet``, or ``unet_lora``, which changes nothing yet.
+
+    Args:
+      flags: which of them.
+      teacher_params: of the teacher's UNet.
+      key: for the LoRA.
+    """
+    if flags.generator_lora:
+        return {"unet_lora": init_lora(key, teacher_params, flags.lora_rank, flags.lora_alpha)}
+    return {"unet": teacher_params}
+
+
+def generator_unet(params: Params, teacher_params: Params) -> Params:
+    """The generator's UNet as one network: a LoRA is merged into the teacher's."""
+    return params["unet"] if "unet" in params else merge_lora(teacher_params, params["unet_lora"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """How samples are made, for all parameters.
+
+    Attributes:
+      modules: of the teacher.
+      flags: of the generator.
+      latent_shape: of one sample, [h, w, c]: prompts do not say it.
+    """
+
+    modules: Modules
+    flags: GeneratorFlags
+    latent_shape: tuple[int, int, int]
+
+    def __call__(self, params: Params, frozen: Frozen, inputs: Inputs, key: Key[Array, ""]) -> Latents:
+        """One x for each condition: of noise, or from where the generator's step before would have ended.
+
+        Args:
+          params: of `init_generator`.
+          frozen: ``teacher``, the UNet that a LoRA adapts; ``schedule``; ``controlnet`` for a model that has one.
+          inputs: the conditions, and real latents for a generator that starts from them.
+          key: of the noise.
+        """
+        networks = {**frozen, "unet": frozen.get("teacher"), **params}
+        z, t = self._start(networks, inputs, key)
+        return self._x0(networks, z, t, inputs.cond)
+
+    def _x0(self, networks: Mapping[str, Any], z: Latents, t: Int[Array, " b"], cond: Condition) -> Latents:
+        x0, _ = networks["schedule"].to_x0_eps(predict(self.modules, networks, z, t, cond), z, t)
+        return x0
+
+    def _start(
+        self, networks: Mapping[str, Any], inputs: Inputs, key: Key[Array, ""]
+    ) -> tuple[Latents, Int[Array, " b"]]:
+        """What the network is given, and at which time."""
+        schedule, B = networks["schedule"], len(inputs.cond.context)
+        noise_key, n_key, steps_key = jax.random.split(key, 3)
+        noise = jax.random.normal(noise_key, (B, *self.latent_shape))
+        times = jnp.asarray(self.flags.timesteps)
+        if len(times) == 1:
+            return noise, jnp.broadcast_to(times, (B,))
+        if not self.flags.backward_simulation:
+            n = jax.random.randint(n_key, (B,), 0, len(times))
+            z = schedule.add_noise(inputs.z0, noise, times[n])
+            return jnp.where((n == 0)[:, None, None, None], noise, z), times[n]
+        # One n for all: the loop over the steps before is as long for one sample as for the others.
+        n = jax.random.randint(n_key, (), 0, len(times))
+        networks = jax.lax.stop_gradient(networks)
+
+        def step(i: Array, z: Latents) -> Latents:
+            x = self._x0(networks, z, jnp.broadcast_to(times[i], (B,)), inputs.cond)
+            return schedule.add_noise(x, jax.random.normal(jax.random.fold_in(steps_key, i), x.shape), times[i + 1])
+
+        return jax.lax.fori_loop(0, n, step, noise), jnp.broadcast_to(times[n], (B,))

@@ -1,0 +1,48 @@
+"""The head that tells real latents from generated ones by a UNet's lowest features (DMD2: Yin et al., 2024, 4.3)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from codi_jax.models.config import Params
+from codi_jax.models.group_norm import GroupNorm
+from codi_jax.models.layers import conv
+
+_NUM_GROUPS = 32
+
+
+class DiscriminatorHead(nn.Module):
+    """Two halvings, and the mean over all positions of what is left, so that it takes features of any size.
+
+    The reference halves until one position is left, by as many layers as that takes at its one resolution.
+
+    Attributes:
+      features: channels of the UNet's lowest features.
+      dtype: of the computation.
+    """
+
+    features: int
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        self.convs = [conv(self.features, 4, stride=2, padding=1, dtype=self.dtype) for _ in range(2)]
+        groups = _NUM_GROUPS if self.features % _NUM_GROUPS == 0 else 1
+        self.norms = [GroupNorm(groups, 1e-5, self.dtype) for _ in range(2)]
+        self.logit = nn.Dense(1, dtype=jnp.float32)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, " b"]:
+        """One logit for each sample, float32: positive for real."""
+        for halve, norm in zip(self.convs, self.norms, strict=True):
+            x = nn.silu(norm(halve(x)))
+        return self.logit(x.astype(jnp.float32).mean(axis=(1, 2)))[:, 0]
+
+    def random_params(self, key: PRNGKeyArray) -> Params:
+        """Parameters to train from nothing, float32."""
+        return dict(self.init(key, jnp.zeros((1, 4, 4, self.features)))["params"])
+
+    def abstract_params(self) -> Params:
+        """The parameter tree as `jax.ShapeDtypeStruct`s."""
+        return jax.eval_shape(self.random_params, jax.random.key(0))
