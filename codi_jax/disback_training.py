@@ -192,7 +192,6 @@ def backtrack(args: Any, run_config: Mapping[str, Any]) -> None:
     if path is not None:
         check_identity(path, stage.identity(unet))
         _require_arrival(num_steps, flags, len(path.nodes))
-    shown = {"given": stage.samples.conditions, "teacher, 50 steps": _by_teacher(stage)}
     num_updates = -(-num_steps // flags.dfake_gen_update_ratio)
     optimizers = stage.optimizer(args.generator_lr, num_updates), stage.optimizer(args.guidance_lr, num_steps)
     state = disback.init_state(
@@ -211,12 +210,19 @@ def backtrack(args: Any, run_config: Mapping[str, Any]) -> None:
     student = dataclasses.replace(teacher, params=others, schedule=generator_schedule(stage.schedule, flags))
     teacher.params.pop("unet")  # on the device it is a target like the others
 
+    @functools.cache
+    def by_teacher() -> np.ndarray:
+        unet = sharding.put(stage.mesh, stage.load_unet(optim.compute_dtype(args.mixed_precision)))
+        scales = {"guidance_scale": args.teacher_guidance_scale}
+        return generate_with(teacher, {"unet": unet}, stage.samples, steps=50, **scales)
+
     def unet_of(state: Any) -> Params:
         return generator_unet(state.generator.params, stage.load_unet() if flags.generator_lora else {})
 
     def validate(state: Any, _: int) -> dict[str, np.ndarray]:
         made = generate_with(student, {"unet": sharding.put(stage.mesh, unet_of(state))}, stage.samples)
-        rows = {**shown, f"generator, {len(flags.timesteps)}": made, "data": stage.samples.pictures}
+        rows = {"given": stage.samples.conditions, "teacher, 50 steps": by_teacher()}
+        rows |= {f"generator, {len(flags.timesteps)}": made, "data": stage.samples.pictures}
         return {"samples": labelled_rows(rows)}
 
     def export(state: Any, folder: Path) -> None:
@@ -279,11 +285,6 @@ def _targets(stage: Stage, frozen: dict[str, Any], path: DegradationPath | None)
     is_there = stage.flags.generator_lora
     targets = [*nodes, (lambda: unet) if is_there else functools.partial(stage.load_unet, dtype)]
     return MovingTarget(frozen, targets, lambda step: disback.target_index(step, stage.flags, len(nodes)), stage.mesh)
-
-
-def _by_teacher(stage: Stage) -> np.ndarray:
-    scales = {"guidance_scale": stage.args.teacher_guidance_scale}
-    return generate_with(stage.teacher, {}, stage.samples, steps=50, **scales)
 
 
 def _path_folder(args: Any) -> Path:

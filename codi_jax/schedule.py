@@ -256,7 +256,10 @@ class NoiseSchedule:
         Raises:
           ConfigError: if they do not descend, or lie outside of 0 to T − 1.
         """
-        return self.with_config(_class_name="LCMScheduler", clip_sample=False, **{_GENERATOR_TIMESTEPS: [*timesteps]})
+        whole = self.with_config(_class_name="LCMScheduler", clip_sample=False, **{_GENERATOR_TIMESTEPS: [*timesteps]})
+        # What other schedulers have besides, such as skip_prk_steps, diffusers' LCMScheduler would warn of.
+        kept = {k: v for k, v in whole.to_config().items() if k in (*_DEFAULTS, "clip_sample") or k.startswith("_")}
+        return self.from_config(kept)
 
     @property
     def num_train_timesteps(self) -> int:

@@ -112,7 +112,7 @@ class Loader:
 
 def run(output_dir: Path, *, train_step=None, loader=None, frozen=None, state=None, **flags: Any) -> State:
     """Trains with the stand-ins; the keywords are flags."""
-    validate, export = flags.pop("validate", None), flags.pop("export", None)
+    validate, record, export = (flags.pop(name, None) for name in ("validate", "record", "export"))
     run_config = flags.pop("run_config", {"learning_rate": 1e-2})
     defaults = {"max_train_steps": 10, "checkpointing_steps": 4, "report_to": "none", "train_batch_size": 8}
     flags = train.start(train.LoopFlags(output_dir=str(output_dir), **(defaults | flags)), run_config)
@@ -124,6 +124,7 @@ def run(output_dir: Path, *, train_step=None, loader=None, frozen=None, state=No
         flags,
         mesh=sharding.make_mesh(flags.fsdp),
         validate=validate,
+        record=record,
         export=export,
         run_config=run_config,
     )

@@ -187,6 +187,16 @@ def test_lcm_with_times_of_ones_own(times: list[int], replayed_noise: np.ndarray
     assert relative_error(ours, expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_generator_is_sampled_at_its_own_times(steps: int):
+    schedule = NoiseSchedule.from_config(PUBLISHED["lcm-dreamshaper"]).with_generator_timesteps([999, 749, 499, 249])
+    assert sampling.timesteps_for("lcm", schedule, steps).tolist() == [999, 749, 499, 249][:steps]
+    one = schedule.with_generator_timesteps([399])
+    assert sampling.timesteps_for("lcm", one, 1).tolist() == [399]
+    with pytest.raises(ValueError, match="choose 1 to 1 "):
+        sampling.timesteps_for("lcm", one, 2)
+
+
 # ---- CoDi against NumPy
 
 

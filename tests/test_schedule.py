@@ -380,6 +380,21 @@ def test_a_student_carries_its_grid(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert (again.distill_learning_steps, again.distill_grid, again.timestep_scaling) == (20, "leading", 5.0)
 
 
+def test_a_generator_carries_its_times(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    teacher = NoiseSchedule.from_config(PUBLISHED["sd-1.4, sd-1.5"])
+    generator = teacher.with_generator_timesteps([399])
+    assert (generator.generator_timesteps, teacher.generator_timesteps) == ((399,), None)
+    generator.save_pretrained(tmp_path)
+    assert NoiseSchedule.from_pretrained(tmp_path).generator_timesteps == (399,)
+    np.testing.assert_array_equal(generator.alphas_cumprod, teacher.alphas_cumprod)
+
+    logging.getLogger("diffusers").addHandler(caplog.handler)
+    theirs = diffusers.LCMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    logging.getLogger("diffusers").removeHandler(caplog.handler)
+    assert not caplog.text  # no warning of a key that it does not know
+    np.testing.assert_array_equal(np.asarray(theirs.alphas_cumprod, "f4"), np.asarray(teacher.alphas_cumprod))
+
+
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("other", ["DDIMScheduler", "LCMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
 def test_another_class_brings_none_of_its_defaults(name: str, other: str):
@@ -411,6 +426,12 @@ def test_another_class_brings_none_of_its_defaults(name: str, other: str):
         ({"trained_betas": [0.1, 0.2]}, r"trained_betas has shape \(2,\), but num_train_timesteps = 1000"),
         ({"rescale_betas_zero_snr": True}, "prediction_type = 'epsilon' cannot be combined with a signal of zero"),
         ({"distill_learning_steps": 1001}, r"distill_learning_steps = 1001 must be an integer, 1 to 1000"),
+        (
+            {"_generator_timesteps": [1000]},
+            r"_generator_timesteps = \[1000\] must be timesteps of the schedule, 0 to 999",
+        ),
+        ({"_generator_timesteps": [399, 499]}, "_generator_timesteps"),
+        ({"_generator_timesteps": 399}, "_generator_timesteps = 399"),
         ({"distill_grid": "linspace"}, "distill_grid = 'linspace'"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name = 'FlowMatchEulerDiscreteScheduler'"),
         ({"_class_name": None}, "_class_name = None is not supported; it must be one of DDIMScheduler, "),

@@ -140,6 +140,49 @@ def init_state_on_mesh():
     return train._own(sharding.put(sharding.make_mesh(), init_state()), {})
 
 
+class Moving:
+    """A teacher that is another one after every third step, and notes which steps asked for it."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.teachers = [
+            sharding.put(sharding.make_mesh(), {**frozen_trees(), "scale": jnp.float32(n)}) for n in range(4)
+        ]
+
+    def at(self, step: int) -> dict:
+        self.asked.append(step)
+        return self.teachers[step // 3]
+
+
+def test_frozen_trees_may_change_from_step_to_step(tmp_path, monkeypatch):
+    """One program for all of them, which the loop asks for by the number of steps before; a resumed run as well."""
+    programs, moving = recorded_program(monkeypatch), Moving()
+    trained = run(tmp_path / "whole", frozen=moving)
+    assert moving.asked == [0, 0, *range(10)]  # the first two are of the compilation, and of what state may not share
+    assert len(programs) == 1
+    loader, state, step = Loader(8), init_state(), jax.jit(make_train_step())
+    for i in range(10):
+        state, _ = step(state, moving.teachers[i // 3], next(loader))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), trained.params, state.params)
+    shutil.rmtree(tmp_path / "whole" / "checkpoint-10")
+    resumed = Moving()
+    again = run(tmp_path / "whole", frozen=resumed, resume_from_checkpoint="checkpoint-8")
+    assert min(resumed.asked) == 8
+    assert fingerprint(again) == fingerprint(trained)
+
+
+def test_a_record_is_written_every_so_often_and_before_the_checkpoint(tmp_path):
+    written = []
+
+    def write(state, step):
+        assert int(state.step) == step
+        written.append((step, list_checkpoints(tmp_path)))
+
+    run(tmp_path, record=train.Record(write, 2), checkpointing_steps=4)
+    assert [step for step, _ in written] == [2, 4, 6, 8, 10]
+    assert 4 not in written[1][1]
+
+
 def test_the_state_is_donated_and_nothing_else(tmp_path, monkeypatch):
     programs = recorded_program(monkeypatch)
     frozen, state = frozen_trees(), init_state()

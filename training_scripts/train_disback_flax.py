@@ -20,6 +20,7 @@ from codi_jax.data import PromptFlags
 from codi_jax.disback_training import NO_PATH, distil
 from codi_jax.methods.disback import DisbackFlags
 from codi_jax.pretrained import ConditionFlags, ModelFlags
+from codi_jax.tracking import say
 from codi_jax.validation import ValidationFlags
 
 
@@ -38,9 +39,11 @@ class Args(
     target throughout: plain distribution matching."""
     controlnet_model_name_or_path: str | None = None
     """ControlNet that the teacher is distilled with, and that the generator keeps as it is."""
-    train_data_dir: Annotated[str | None, tyro.conf.arg(aliases=["--real_image_path"])] = None
+    train_data_dir: str | None = None
     """Folder of a data set. Its captions are the prompts; its images are read where they are needed: for the GAN loss,
     for --denoising without --backward_simulation, and for conditions."""
+    real_image_path: str | None = None
+    """The same, but put aside where no images are needed; where they are, --train_prompt_path is put aside."""
     max_train_steps: Annotated[int | None, tyro.conf.arg(aliases=["--train_iters"])] = None
     """Steps of backtracking in all, those before a resume included: each is one of the fake score, and every
     --dfake_gen_update_ratio-th one of the generator, too."""
@@ -78,6 +81,10 @@ class Args(
 
 
 def main(args: Args) -> None:
+    if args.real_image_path is not None and args.needs_images:
+        if args.train_prompt_path is not None:
+            say("--train_prompt_path is put aside: the prompts are the captions of --real_image_path")
+        args = dataclasses.replace(args, train_data_dir=args.real_image_path, train_prompt_path=None)
     distil(args, {name: getattr(args, name) for name in _RUN_CONFIG})
 
 

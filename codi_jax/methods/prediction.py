@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Int
 
 from codi_jax.lora import adapted
 from codi_jax.methods.inputs import Condition, Inputs, Modules
-from codi_jax.models.config import Params
 from codi_jax.sampling import (
     classifier_free_guidance,
     instruct_pix2pix_guidance,
@@ -68,7 +67,7 @@ def predict_with_taps(
 
 def guided(
     modules: Modules,
-    params: Mapping[str, Params],
+    params: Mapping[str, Any],
     z: Latents,
     t: Int[Array, " b"],
     inputs: Inputs,
@@ -83,7 +82,7 @@ def guided(
 
     Args:
       modules: of the networks.
-      params: ``unet``, and ``controlnet``.
+      params: ``unet``, and ``controlnet``. Others are left alone.
       z: noisy latents.
       t: one time for each.
       inputs: the condition, and the null condition.

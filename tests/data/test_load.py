@@ -2,16 +2,18 @@
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import tyro
 from picture_folders import count_tokens, numbered, write_folder
 from PIL import Image
 
-from codi_jax.data import DataFlags, load_data
+from codi_jax.data import DataFlags, PromptFlags, load_data, open_data
 from codi_jax.data.images import canny
 from codi_jax.data.loader import Loader
 
@@ -348,6 +350,74 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(folder, changes, message
     with pytest.raises(ValueError, match=message) as error:
         load(folder, **changes)
     assert "\n" not in str(error.value)
+
+
+# Prompts alone
+
+
+def prompts_of(flags: PromptFlags, **options) -> Loader:
+    source = open_data(flags, batch_size=2, has_images=False)
+    return load_data(flags, count_tokens, batch_size=2, seed=0, source=source, **options)
+
+
+@pytest.mark.parametrize("kind", ["lines", "parquet", "folder"])
+def test_prompts_need_no_images(tmp_path, folder, kind):
+    """Lines of a file, a column of parquet, or the captions of a data set whose pictures are not even opened."""
+    texts = [str(i) for i in range(6)]
+    (tmp_path / "prompts.txt").write_text("\n".join(["", *texts, "  "]) + "\n")
+    datasets.Dataset.from_dict({"text": texts}).to_parquet(str(tmp_path / "prompts.parquet"))
+    shutil.copy(folder / "meta.jsonl", tmp_path)
+    given = {
+        "lines": {"train_prompt_path": str(tmp_path / "prompts.txt")},
+        "parquet": {"train_prompt_path": str(tmp_path / "prompts.parquet")},
+        "folder": {"train_data_dir": str(tmp_path), "max_train_samples": 6},
+    }[kind]
+    loader = prompts_of(PromptFlags(resolution=32, **given), time_ids=True)
+    assert loader.samples_per_epoch == 6
+    batches = take(loader, 3)
+    assert all(batch.keys() == {"input_ids", "time_ids"} for batch in batches)
+    assert sorted(n for batch in batches for n in numbers(batch)) == list(range(6))
+    assert batches[0]["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 2  # whole, and of the size that is wanted
+
+
+def test_prompts_go_on_where_they_were(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(map(str, range(6))))
+    flags = PromptFlags(train_prompt_path=str(tmp_path / "prompts.txt"))
+    whole = take(prompts_of(flags), 7)
+    first = prompts_of(flags)
+    take(first, 3)
+    second = prompts_of(flags)
+    second.set_state(first.get_state())
+    assert list(map(numbers, take(second, 4))) == list(map(numbers, whole[3:]))
+
+
+@pytest.mark.parametrize(
+    ("content", "changes", "message"),
+    [
+        ("\n  \n", {}, "prompts.txt is empty: write a prompt a line"),
+        ("a\nb", {"train_data_dir": "."}, "--train_prompt_path and --train_data_dir exclude each other"),
+        ("a\nb", {"cache_latents": True}, "--cache_latents is for images"),
+        ("a", {}, "has 1 samples, fewer than one batch of 2"),
+        (None, {}, "there is no file .*prompts.txt: check --train_prompt_path"),
+        (b"\xff\xfe\x00", {}, "is no text: give a prompt a line, or a .parquet file"),
+    ],
+)
+def test_prompts_that_cannot_be_used_are_refused_in_one_sentence(tmp_path, content, changes, message):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        prompts_of(PromptFlags(train_prompt_path=str(path), **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_images_where_there_are_none_are_refused(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\nb")
+    flags = PromptFlags(train_prompt_path=str(tmp_path / "prompts.txt"))
+    with pytest.raises(ValueError, match="--train_prompt_path has no images, and with these flags training needs some"):
+        open_data(flags, batch_size=2)
+    with pytest.raises(ValueError, match="give --train_prompt_path or --train_data_dir"):
+        open_data(PromptFlags(), batch_size=2)
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(folder):
