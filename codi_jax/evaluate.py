@@ -6,7 +6,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -47,6 +47,9 @@ class Args:
     steps of its own, and may be there again with other steps: base@50=runs/base base@4,1=runs/base-lcm is one curve."""
     data: Path = Path("data/emoji/validation")
     """Folder with metadata.jsonl; made by dataset_tools/emoji.py. Its subfolder edits/validation compares editors."""
+    training_steps: tuple[int, ...] = ()
+    """Evaluate models whose folders hold what they were after so many training steps, in step-N (--export_steps of
+    training writes it), at those, too, and plot the metrics against them."""
     steps: tuple[int, ...] = (1, 2, 4, 8, 50)
     """Steps of the samplers. Those that a model's sampler cannot take are left out for that model."""
     samplers: tuple[str, ...] = ()
@@ -88,6 +91,7 @@ class Competitor:
       guidance_scale: how strongly to follow the text.
       image_guidance_scale: how strongly to keep to the image.
       steps: of the sampler.
+      training_steps: after how many this is what the model was; ``None`` if it is what it is now.
     """
 
     name: str
@@ -96,6 +100,7 @@ class Competitor:
     guidance_scale: float | int = 7.5
     image_guidance_scale: float | int = 1.5
     steps: tuple[int, ...] = (1, 2, 4, 8, 50)
+    training_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,12 @@ def read_models(args: Args) -> list[Competitor]:
     named = [(model.name, steps) for model in found for steps in model.steps]
     if twice := next((each for each in named if named.count(each) > 1), None):
         raise ValueError(f"--models has two models of the name {twice[0]} with {twice[1]} steps: name one otherwise.")
-    return found
+    earlier = [past for model in found for past in _earlier(model, args.training_steps)]
+    if args.training_steps and not earlier:
+        raise ValueError(
+            f"--training_steps: no model's folder has step-{args.training_steps[0]}: train it with --export_steps."
+        )
+    return [*earlier, *found]
 
 
 def _read_steps(text: str, args: Args) -> tuple[str, tuple[int, ...]]:
@@ -164,6 +174,16 @@ def _read_steps(text: str, args: Args) -> tuple[str, tuple[int, ...]]:
     if not name or not all(number.isdecimal() and int(number) > 0 for number in steps.split(",")):
         raise ValueError(f"--models {text}: write NAME@STEPS, such as base@4,1.")
     return name, tuple(map(int, steps.split(",")))
+
+
+def _earlier(model: Competitor, training_steps: Sequence[int]) -> list[Competitor]:
+    """What a model was in the course of its training, as far as its folders hold it."""
+    found = []
+    for steps in training_steps:
+        places = tuple((str(Path(folder).expanduser() / f"step-{steps}"), other) for folder, other in model.places)
+        if all(Path(folder).is_dir() for folder, _ in places):
+            found.append(replace(model, places=places, training_steps=steps))
+    return found
 
 
 def _read_place(text: str, place: str) -> Place:
@@ -393,7 +413,15 @@ def _evaluate(model: Competitor, benchmark: Benchmark, args: Args) -> list[Resul
                     values.setdefault(steps, {}).setdefault(key, []).append(value)
                 pictures.setdefault(steps, made[benchmark.shown])
     return [
-        Result(model.name, steps, str(sampler), float(model.guidance_scale), values[steps], pictures[steps])
+        Result(
+            model.name,
+            steps,
+            str(sampler),
+            float(model.guidance_scale),
+            values[steps],
+            pictures[steps],
+            model.training_steps,
+        )
         for steps in values
     ]
 

@@ -21,6 +21,8 @@ from codi_jax.images import labelled_rows
 _TEMPLATE = Path(__file__).with_name("report.html")
 # Okabe & Ito's, which colour-blind eyes tell apart; the first made brighter, for a dark ground.
 _COLOURS = ("#2f86c6", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
+_NOT_PLOTTED = ("seconds", "kid_lite")
+_ACROSS = {"steps": "steps", "seconds": "milliseconds per image", "training_steps": "steps of training"}
 _INK = "#123456"  # what the plots draw axes and text with, to be replaced by the page's own colour
 
 
@@ -47,7 +49,10 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Result:
-    """A model at a number of steps: ``values`` has one number a seed for each metric; ``pictures`` those shown."""
+    """A model at a number of steps: ``values`` has one number a seed for each metric; ``pictures`` those shown.
+
+    With ``training_steps`` it is what the model was after so many of them.
+    """
 
     model: str
     steps: int
@@ -55,6 +60,12 @@ class Result:
     guidance_scale: float
     values: Mapping[str, Sequence[float]]
     pictures: UInt8[np.ndarray, "r h w 3"]
+    training_steps: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The model, and what of its training it has behind it if that is not all."""
+        return self.model if self.training_steps is None else f"{self.model} after {self.training_steps}"
 
     def mean(self, key: str) -> float:
         """Over the seeds; NaN if it was not measured."""
@@ -117,7 +128,7 @@ def _pictures_alone(report: Report) -> UInt8[np.ndarray, "height width 3"]:
     if all(row.condition is not None for row in report.rows):
         rows["given"] = [row.condition for row in report.rows]
     for result in report.results:
-        rows[f"{result.model}, {result.steps}"] = result.pictures
+        rows[f"{result.name}, {result.steps}"] = result.pictures
     return labelled_rows(rows | {"real": [row.truth for row in report.rows]})
 
 
@@ -132,6 +143,7 @@ def as_json(report: Report) -> dict[str, Any]:
     results = [
         {
             "model": result.model,
+            **({} if result.training_steps is None else {"training_steps": result.training_steps}),
             "steps": result.steps,
             "sampler": result.sampler,
             "guidance_scale": result.guidance_scale,
@@ -154,7 +166,7 @@ def markdown(report: Report) -> str:
     for i, result in enumerate(report.results):
         cells = [_number(result, key) for key in keys]
         cells = [f"**{cell}**" if i in report.best(key) else cell for key, cell in zip(keys, cells, strict=True)]
-        lines.append([result.model.replace("|", "\\|"), str(result.steps), *cells])
+        lines.append([result.name.replace("|", "\\|"), str(result.steps), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -183,14 +195,19 @@ def check_plots() -> None:
 
 
 def draw_plots(report: Report) -> dict[str, str]:
-    """Quality against steps, one plot a metric, and FID-lite against time: name -> SVG."""
-    plots = {
-        f"{key}-steps": _plot(report, "steps", key) for key in report.metrics() if key not in ("seconds", "kid_lite")
-    }
-    return {**plots, "fid_lite-seconds": _plot(report, "seconds", "fid_lite")}
+    """Quality against steps, one plot a metric, and FID-lite against time: name -> SVG.
+
+    Where models were evaluated in the course of their training, FID-lite against that, too.
+    """
+    trained = [result for result in report.results if result.training_steps is None]
+    plots = {f"{key}-steps": _plot(trained, "steps", key) for key in report.metrics() if key not in _NOT_PLOTTED}
+    plots["fid_lite-seconds"] = _plot(trained, "seconds", "fid_lite")
+    if len(trained) < len(report.results):
+        plots["fid_lite-training_steps"] = _plot(report.results, "training_steps", "fid_lite")
+    return plots
 
 
-def _plot(report: Report, across: str, key: str) -> str:
+def _plot(results: Sequence[Result], across: str, key: str) -> str:
     # Here, since matplotlib is an extra.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -202,22 +219,27 @@ def _plot(report: Report, across: str, key: str) -> str:
     with rc_context(style):
         figure = Figure(figsize=(5.2, 3.4), layout="constrained")
         axes = figure.add_subplot()
-        for i, model in enumerate(dict.fromkeys(result.model for result in report.results)):
-            own = [result for result in report.results if result.model == model and key in result.values]
+        for i, (name, own) in enumerate(_lines(results, across, key).items()):
+            colour = _COLOURS[i % len(_COLOURS)]
+            is_level = across == "training_steps" and any(result.training_steps is None for result in own)
+            if is_level:  # what is not in training, as a level to reach
+                axes.axhline(own[0].mean(key), label=name, color=colour, linestyle="--", linewidth=1.5)
+                continue
             axes.errorbar(
-                [result.steps if across == "steps" else 1000 * result.mean("seconds") for result in own],
+                [1000 * result.mean("seconds") if across == "seconds" else getattr(result, across) for result in own],
                 [result.mean(key) for result in own],
                 [result.sd(key) or 0 for result in own],
-                label=model, color=_COLOURS[i % len(_COLOURS)], marker="o", markersize=5, linewidth=2, capsize=3,
+                label=name, color=colour, marker="o", markersize=5, linewidth=2, capsize=3,
             )  # fmt: skip
-        axes.set_xscale("log", base=2 if across == "steps" else 10)
-        if across == "steps":
-            axes.set_xticks(sorted({result.steps for result in report.results}))
-        else:
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("steps" if across == "steps" else "milliseconds per image")
+        if across != "training_steps":
+            axes.set_xscale("log", base=2 if across == "steps" else 10)
+            if across == "steps":
+                axes.set_xticks(sorted({result.steps for result in results}))
+            else:
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(_ACROSS[across])
         axes.set_ylabel(f"{METRICS[key].label}  ({METRICS[key].better} is better)")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.18, color=_INK)
@@ -225,6 +247,25 @@ def _plot(report: Report, across: str, key: str) -> str:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return buffer.getvalue()
+
+
+def _lines(results: Sequence[Result], across: str, key: str) -> dict[str, list[Result]]:
+    """The results that make a line each, by its name.
+
+    Across the training that is a model at one number of steps; models that are not in training have a line each.
+    """
+    lines: dict[str, list[Result]] = {}
+    in_training = {result.model for result in results if result.training_steps is not None}
+    for result in results:
+        name = result.model
+        if across == "training_steps":
+            if result.model in in_training and result.training_steps is None:
+                continue  # the last of its exports
+            name = f"{result.model}, {result.steps} step{'s' * (result.steps > 1)}"
+        own = lines.setdefault(name, [])  # empty if it was not measured, so that colours are those of other plots
+        if key in result.values:
+            own.append(result)
+    return lines
 
 
 # ---- The page
@@ -258,11 +299,11 @@ def _table(report: Report) -> str:
     for i, result in enumerate(report.results):
         cells = "".join(_cell(result, key, i in best[key]) for key in keys)
         how = f"{result.sampler}, guidance {result.guidance_scale:g}"
-        name = f'{html.escape(result.model)} <span class="how">{html.escape(how)}</span>'
-        first = "" if result.model == previous else ' class="first"'
-        shown = "" if result.model == previous else name
+        name = f'{html.escape(result.name)} <span class="how">{html.escape(how)}</span>'
+        first = "" if result.name == previous else ' class="first"'
+        shown = "" if result.name == previous else name
         body.append(f'<tr{first}><th scope="row">{shown}</th><td>{result.steps}</td>{cells}</tr>')
-        previous = result.model
+        previous = result.name
     return (
         f'<table class="numbers"><thead><tr><th scope="col">Model</th><th scope="col">Steps</th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table>"
@@ -277,7 +318,7 @@ def _cell(result: Result, key: str, best: bool) -> str:
 
 def _figure(name: str, svg: str) -> str:
     key, _, across = name.partition("-")
-    label = f"{METRICS[key].label} against {'steps' if across == 'steps' else 'milliseconds per image'}"
+    label = f"{METRICS[key].label} against {_ACROSS[across]}"
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     # Ids of several plots would meet on one page.
     prefix = re.sub(r"\W", "_", name)
@@ -289,7 +330,7 @@ def _figure(name: str, svg: str) -> str:
 def _gallery(report: Report) -> str:
     models: dict[str, list[int]] = {}
     for i, result in enumerate(report.results):
-        models.setdefault(result.model, []).append(i)
+        models.setdefault(result.name, []).append(i)
     has_condition = any(row.condition is not None for row in report.rows)
     ends = (["Given"] if has_condition else []), ["Real"]
     groups = "".join(
@@ -317,7 +358,7 @@ def _pictures(report: Report, models: Mapping[str, Sequence[int]], r: int, has_c
     for own in models.values():
         for j, i in enumerate(own):
             result = report.results[i]
-            cells.append(_picture(result.pictures[r], f"{row.prompt}, {result.model}, {result.steps} steps", j == 0))
+            cells.append(_picture(result.pictures[r], f"{row.prompt}, {result.name}, {result.steps} steps", j == 0))
     cells.append(_picture(row.truth, f"{row.prompt}, the real picture", True))
     return f'<tr><th scope="row">{html.escape(row.prompt)}</th>{"".join(cells)}</tr>'
 

@@ -1,6 +1,7 @@
 """The comparison of models, as a user runs it, on tiny models with random weights."""
 
 import base64
+import dataclasses
 import functools
 import io
 import json
@@ -356,6 +357,39 @@ def test_plots_take_the_colour_of_the_page(small_report: Report) -> None:
 
 def test_plots_are_the_same_every_time(small_report: Report) -> None:
     assert report.draw_plots(small_report) == report.draw_plots(small_report)
+
+
+def test_training_is_plotted_with_what_is_not_trained_as_a_level(small_report: Report) -> None:
+    picture = np.zeros((1, 4, 4, 3), np.uint8)
+    training = [
+        Result("new", 1, "lcm", 1.0, {"fid_lite": [value, value], "seconds": [1.0, 1.0]}, picture, steps)
+        for steps, value in [(100, 9.0), (200, 4.5)]
+    ]
+    last = dataclasses.replace(training[-1], training_steps=None)
+    whole = dataclasses.replace(small_report, results=[*training, last, *small_report.results])
+    assert [line.split(" | ")[0] for line in markdown(whole).splitlines()[2:5]] == [
+        "| new after 100", "| new after 200", "| new",
+    ]  # fmt: skip
+    assert report.as_json(whole)["results"][0]["training_steps"] == 100
+    lines = report._lines(whole.results, "training_steps", "fid_lite")
+    assert {name: [result.training_steps for result in own] for name, own in lines.items()} == {
+        "new, 1 step": [100, 200], "a <b>, 1 step": [None], "a <b>, 4 steps": [None], "c|d, 4 steps": [None],
+    }  # fmt: skip
+    plots = report.draw_plots(whole)
+    assert "steps of training" in plots["fid_lite-training_steps"]
+    assert "against steps of training" in page(whole, plots)
+    assert "fid_lite-training_steps" not in report.draw_plots(small_report)
+
+
+def test_what_a_model_was_in_training_is_found(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        (tmp_path / f"{seed}" / "step-5").mkdir(parents=True)
+    models = (f"new={tmp_path}/0,{tmp_path}/1", f"old={tmp_path}/0/step-5")
+    found = read_models(Args(models, training_steps=(5, 9), seeds=(0, 1)))
+    assert [(model.name, model.training_steps) for model in found] == [("new", 5), ("new", None), ("old", None)]
+    assert found[0].places == ((f"{tmp_path}/0/step-5", None), (f"{tmp_path}/1/step-5", None))
+    with pytest.raises(ValueError, match="no model's folder has step-9: train it with --export_steps"):
+        read_models(Args(models, training_steps=(9,), seeds=(0, 1)))
 
 
 def test_models_are_read() -> None:

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# One step: text to image from the models in assets/, by DisBack and by plain distribution matching (DMD), three seeds
+# each with as many updates of the generator, and their FID-lite in the course of training beside the teacher's.
+# An hour and a half on 2 cores; every run goes on where it was when the script is started again.
+#
+#   bash assets/recipes/train_disback.sh [FOLDER]    (PYTHON=.venv/bin/python)
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+python=${PYTHON:-.venv/bin/python}
+work=${1:-runs/disback}
+model=${MODEL:-assets/emoji}
+steps=${STEPS:-1000}    # of the fake score; half as many of the generator
+every=$((steps / 8))
+[ -e "$work/data" ] || "$python" dataset_tools/emoji.py --output_dir "$work/data"
+
+# Prompts alone: the pictures of the data are not read.
+run=(--pretrained_model_name_or_path "$model" --train_data_dir "$work/data/train" --resolution 64
+     --validation_data_dir "$work/data/validation" --num_validation_images 16 --validation_steps 0 --save_dtype float16
+     --train_batch_size 32 --real_guidance_scale 3 --teacher_guidance_scale 3 --conditioning_timestep 399
+     --dfake_gen_update_ratio 2 --generator_lr 5e-5 --guidance_lr 1e-4 --lr_scheduler constant_with_warmup
+     --lr_warmup_steps 20 --max_train_steps "$steps" --export_steps "$every" --logging_steps 25
+     --checkpointing_steps "$every" --checkpoints_total_limit 1 --resume_from_checkpoint latest)
+# Four nodes, 50 steps apart; each is the target for a sixteenth of the generator's updates, so the teacher is for most.
+path=(--num_nodes 4 --degradation_interval 50 --interval $((steps / 32)))
+
+for seed in 0 1 2; do
+  "$python" training_scripts/train_disback_flax.py "${run[@]}" "${path[@]}" --seed "$seed" \
+    --output_dir "$work/disback-$seed"
+  "$python" training_scripts/train_disback_flax.py "${run[@]}" --stage backtracking --path none --seed "$seed" \
+    --output_dir "$work/dmd-$seed"
+done
+
+"$python" -m codi_jax.evaluate --models "teacher=$model" "DisBack=$work/disback-0,$work/disback-1,$work/disback-2" \
+  "DMD=$work/dmd-0,$work/dmd-1,$work/dmd-2" --data "$work/data/validation" --steps 1 50 \
+  --training_steps $(seq "$every" "$every" "$steps") --guidance_scale 1 --guidance_scales teacher:3 --seeds 0 1 2 \
+  --output_dir "$work/evaluation"
