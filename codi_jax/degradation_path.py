@@ -69,11 +69,15 @@ def node_name(number: int) -> str:
 
 
 def write_node(folder: Path, number: int, module: Model, params: Params, dtype: DTypeLike) -> None:
-    """Writes a node, whole or not at all; all processes must call it.
+    """Writes a node, whole or not at all, and makes what is in the folder no path until it is finished again.
+
+    All processes must call it.
 
     Raises:
       WeightsError: if it cannot be written.
     """
+    if jax.process_index() == 0:
+        (folder / PATH_NAME).unlink(missing_ok=True)
     save_model(folder, node_name(number), module, params, dtype=dtype)
 
 
@@ -108,7 +112,7 @@ def open_path(folder: Path) -> DegradationPath:
         ) from None
     except ValueError as error:
         raise ValueError(f"{folder / PATH_NAME} is not valid JSON ({error}): record the path anew.") from None
-    nodes = content.pop("nodes")
+    nodes = content.pop("nodes", {})
     missing = [name for name in nodes if not any((folder / name).glob("*.safetensors"))]
     if missing:
         raise ValueError(

@@ -72,6 +72,12 @@ def test_a_stage_that_was_not_finished_is_no_path(folder: Path):
         open_path(folder)
 
 
+def test_a_path_that_is_recorded_anew_is_none_until_it_is_whole(folder: Path):
+    write_node(folder, 0, UNET, random_unet(7), np.float32)
+    with pytest.raises(ValueError, match="no finished path"):
+        open_path(folder)
+
+
 def test_missing_nodes_are_named(folder: Path):
     shutil.rmtree(folder / "node_01")
     with pytest.raises(ValueError, match="lacks node_01 of its 3 nodes"):
@@ -80,7 +86,7 @@ def test_missing_nodes_are_named(folder: Path):
 
 def test_a_node_that_was_replaced_is_refused(folder: Path):
     path = open_path(folder)
-    write_node(folder, 1, UNET, random_unet(7), np.float32)
+    save_model(folder, "node_01", UNET, random_unet(7))
     with pytest.raises(ValueError, match="node_01 is damaged, or was replaced"):
         path.load(1, np.float32)
 

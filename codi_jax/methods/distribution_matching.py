@@ -142,8 +142,8 @@ def matching_gradient(
 
     def output(unet: Params, text: float, image: float) -> Latents:
         needs_image = modules.edits and (text, image) != (1, 1)
-        s_T = jnp.full(B, text) if text != 1 or needs_image else None
-        s_I = jnp.full(B, image) if needs_image else None
+        s_T = jnp.full(B, text, jnp.float32) if text != 1 or needs_image else None
+        s_I = jnp.full(B, image, jnp.float32) if needs_image else None
         return guided(modules, {**frozen, "unet": unet}, x_t, t, inputs, s_T, image_guidance_scale=s_I)
 
     target = output(frozen["unet"], flags.real_guidance_scale, flags.real_image_guidance_scale)

@@ -18,7 +18,7 @@ from codi_jax.methods import disback
 from codi_jax.methods.disback import DisbackFlags, DisbackState, target_index
 from codi_jax.methods.distribution_matching import Config, fake_loss, generator_loss
 from codi_jax.methods.generator import Generator, generator_unet
-from codi_jax.methods.inputs import Modules, prepare
+from codi_jax.methods.inputs import Condition, Inputs, Modules, prepare
 from codi_jax.methods.prediction import encode
 
 OPTIMIZERS = optax.sgd(0.1), optax.sgd(0.2)
@@ -142,59 +142,52 @@ def prompts(size: int = 2) -> dict[str, Any]:
 
 def test_a_lora_starts_as_the_teacher_and_is_merged_into_it():
     config, frozen, params = real(generator_lora=True, lora_rank=2)
-    frozen |= {"teacher": params, "unet": jax.tree.map(lambda x: 0 * x, params)}  # the target is another
+    frozen |= {"teacher": params, "unet": jax.tree.map(jnp.zeros_like, params)}  # the target is another
     state = disback.init_state(config, params, params, OPTIMIZERS, jax.random.key(0))
-    make = functools.partial(config.generator, frozen=frozen, inputs=_inputs(config, frozen), key=jax.random.key(5))
-    as_teacher = dataclasses.replace(config.generator, flags=DisbackFlags())
-    whole = as_teacher({"unet": params}, frozen, _inputs(config, frozen), jax.random.key(5))
-    np.testing.assert_array_equal(make(state.generator.params), whole)
+    inputs = Inputs(None, Condition(prompts()["context"]))
+    make = jax.jit(lambda params: config.generator(params, frozen, inputs, jax.random.key(5)))
+    teachers = make({"unet": params})
+    np.testing.assert_allclose(make(state.generator.params), teachers, rtol=1e-5, atol=1e-5)
     rng = np.random.default_rng(0)
     noised = jax.tree.map(
         lambda x: x + jnp.asarray(0.1 * rng.standard_normal(x.shape) if x.ndim else 0, jnp.float32),
         state.generator.params,
     )
-    merged = as_teacher({"unet": generator_unet(noised, params)}, frozen, _inputs(config, frozen), jax.random.key(5))
-    assert np.abs(merged - whole).max() > 0.01
+    merged = make({"unet": generator_unet(noised, params)})
+    assert np.abs(merged - teachers).max() > 0.01
     np.testing.assert_allclose(make(noised), merged, rtol=1e-3, atol=1e-3 * np.abs(merged).max())
 
 
-def _inputs(config: Config, frozen: Any) -> Any:
-    return prepare(config.generator.modules, frozen, prompts(), jax.random.key(0))
-
-
 def test_the_gan_head_tells_real_from_generated_and_leads_the_generator():
-    """Equations of DMD2 with the head's own logits; the generator's gradient alone, and the head's alone."""
-    config, frozen, params = real(
-        cls_on_clean_image=True,
-        gen_cls_loss=True,
-        gan_alone=True,
-        gen_cls_loss_weight=0.5,
-        guidance_cls_loss_weight=0.25,
-    )
-    state = disback.init_state(config, params, params, OPTIMIZERS, jax.random.key(0))
-    batch = {**prompts(), "moments": jax.random.normal(jax.random.key(2), (2, 8, 8, 8))}
-    key = jax.random.key(7)
-    inputs_key, x_key, _, _ = jax.random.split(key, 4)
+    """The losses of DMD2 from the logits of the head, on φ's lowest features of clean latents, at t = 0."""
+    weights = {"gen_cls_loss_weight": 0.5, "guidance_cls_loss_weight": 0.25}
+    config, frozen, params = real(cls_on_clean_image=True, gen_cls_loss=True, gan_alone=True, **weights)
+    fake = disback.init_state(config, params, params, OPTIMIZERS, jax.random.key(0)).fake.params
+    batch, key = {**prompts(), "moments": jax.random.normal(jax.random.key(2), (2, 8, 8, 8))}, jax.random.key(7)
+    modules = config.generator.modules
 
-    def logits(head: Any, x: Any, inputs: Any) -> Any:
-        low = encode(config.generator.modules, {"unet": params}, x, jnp.zeros(2, jnp.int32), inputs.cond)[0]
-        return config.head.apply({"params": head}, low)
+    def logits(x: Any, inputs: Any) -> Any:
+        low = encode(modules, {"unet": params}, x, jnp.zeros(2, jnp.int32), inputs.cond)[0]
+        return config.head.apply({"params": fake["head"]}, low)
 
-    inputs = prepare(config.generator.modules, frozen, batch, inputs_key)
-    head = state.fake.params["head"]
-    x = config.generator({"unet": params}, frozen, inputs, x_key)
-    value, _ = generator_loss({"unet": params}, state.fake.params, frozen, batch, key, config)
-    np.testing.assert_allclose(value, 0.5 * np.mean(np.log1p(np.exp(-logits(head, x, inputs)))), rtol=1e-5)
+    @jax.jit
+    def wanted(inputs_key: Any, x_key: Any) -> Any:
+        inputs = prepare(modules, frozen, batch, inputs_key)
+        return logits(inputs.z0, inputs), logits(config.generator({"unet": params}, frozen, inputs, x_key), inputs)
 
-    inputs_key, x_key, *_ = jax.random.split(key, 5)
-    inputs = prepare(config.generator.modules, frozen, batch, inputs_key)
-    x = config.generator({"unet": params}, frozen, inputs, x_key)
-    value, metrics = fake_loss(state.fake.params, {"unet": params}, frozen, batch, key, config)
-    without, _ = fake_loss({"unet": params}, {"unet": params}, frozen, batch, key, config)
-    real_logits, made = logits(head, inputs.z0, inputs), logits(head, x, inputs)
-    wanted = np.mean(np.log1p(np.exp(-real_logits)) + np.log1p(np.exp(made)))
-    np.testing.assert_allclose(metrics["classification"], wanted, rtol=1e-5)
-    np.testing.assert_allclose(value, without + 0.25 * wanted, rtol=1e-5)
+    (value, _), gradient = jax.jit(
+        jax.value_and_grad(lambda p: generator_loss(p, fake, frozen, batch, key, config), has_aux=True)
+    )({"unet": params})
+    _, made = wanted(*jax.random.split(key, 4)[:2])
+    np.testing.assert_allclose(value, 0.5 * np.mean(np.log1p(np.exp(-made))), rtol=1e-5)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient["unet"]["conv_out"]))
+
+    of_fake = jax.jit(lambda p: fake_loss(p, {"unet": params}, frozen, batch, key, config))
+    (value, metrics), (without, _) = of_fake(fake), of_fake({"unet": params})
+    real_logits, made = wanted(*jax.random.split(key, 5)[:2])
+    classification = np.mean(np.log1p(np.exp(-real_logits)) + np.log1p(np.exp(made)))
+    np.testing.assert_allclose(metrics["classification"], classification, rtol=1e-5)
+    np.testing.assert_allclose(value, without + 0.25 * classification, rtol=1e-5)
 
 
 def test_the_step_is_lowered_from_shapes():
