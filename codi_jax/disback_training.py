@@ -293,7 +293,7 @@ def _path_folder(args: Any) -> Path:
 
 def _require_arrival(num_steps: int, flags: disback.DisbackFlags, num_nodes: int) -> None:
     if disback.target_index(num_steps - 1, flags, num_nodes) < num_nodes:
-        needed = (num_nodes - 1) * flags.interval * flags.dfake_gen_update_ratio
+        needed = ((num_nodes - 1) * flags.interval - 1) * flags.dfake_gen_update_ratio + 1
         raise ValueError(
             f"--max_train_steps {num_steps} ends before the target is the teacher, which it is after {needed} steps: "
             f"train for longer, or lower --interval {flags.interval}."

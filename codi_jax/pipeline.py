@@ -304,12 +304,10 @@ class DiffusionPipeline:
         """
         sampler = sampler or default_sampler(self.schedule)
         if timesteps is None:
-            generator = len(self.schedule.generator_timesteps or ())
-            few = {
-                "lcm": generator or self.schedule.original_inference_steps,
-                "codi": self.schedule.distill_learning_steps,
-            }
+            few = {"lcm": self.schedule.original_inference_steps, "codi": self.schedule.distill_learning_steps}
             default = min(_FEW_STEPS, few[sampler] or _FEW_STEPS) if sampler in few else _MANY_STEPS
+            if sampler == "lcm" and self.schedule.generator_timesteps is not None:
+                default = len(self.schedule.generator_timesteps)
             return timesteps_for(sampler, self.schedule, default if steps is None else steps)
         times, T = np.asarray(timesteps, np.int32), self.schedule.num_train_timesteps
         if steps not in (None, len(times)):
