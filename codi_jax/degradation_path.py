@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -146,7 +145,7 @@ def digest(params: Params) -> str:
     result = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         result.update(jax.tree_util.keystr(path).encode())
-        result.update(np.ascontiguousarray(sharding.fetch(leaf)).view(np.uint8))
+        result.update(sharding.fetch(leaf).tobytes())
     return result.hexdigest()
 
 

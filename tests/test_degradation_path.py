@@ -113,7 +113,7 @@ def test_the_digest_is_that_of_names_and_numbers():
 
 def targets(recorded: Path, path: DegradationPath, flags: DisbackFlags, dtype: Any) -> MovingTarget:
     """As the training makes them."""
-    unets = [functools.partial(path.load, number, dtype) for number in reversed(range(NODES))]
+    unets: list[Any] = [functools.partial(path.load, number, dtype) for number in reversed(range(NODES))]
     host = lambda _, array: array  # noqa: E731
     unets.append(lambda: load_model(recorded, "unet", dtype=dtype, place=host)[1])
     index_at = functools.partial(target_index, flags=flags, num_nodes=NODES)

@@ -61,9 +61,9 @@ def weights_of(folder: Path) -> dict[str, np.ndarray]:
 
 
 def assert_same(ours: Path, theirs: Path) -> None:
-    ours, theirs = weights_of(ours), weights_of(theirs)  # pyright: ignore[reportAssignmentType]
-    for name in theirs:
-        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    wanted = weights_of(theirs)
+    for name, value in weights_of(ours).items():
+        np.testing.assert_array_equal(value, wanted[name], err_msg=name)
 
 
 @pytest.fixture(scope="module")

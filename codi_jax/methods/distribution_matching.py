@@ -12,6 +12,7 @@ on φ's lowest features, the only part that needs real images.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -198,4 +199,5 @@ def _logits(
         t = jax.random.randint(t_key, t.shape, 0, high)
         x = schedule.add_noise(x, jax.random.normal(noise_key, x.shape), t)
     lowest, *_ = encode(config.generator.modules, {"unet": fake["unet"]}, x, t, cond)
-    return config.head.apply({"params": fake["head"]}, lowest)
+    logits: Any = config.head.apply({"params": fake["head"]}, lowest)
+    return logits

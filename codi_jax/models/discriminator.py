@@ -1,5 +1,6 @@
 """The head that tells real latents from generated ones by a UNet's lowest features (DMD2: Yin et al., 2024, 4.3)."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -10,8 +11,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from codi_jax.models.config import Params
 from codi_jax.models.group_norm import GroupNorm
 from codi_jax.models.layers import conv
-
-_NUM_GROUPS = 32
 
 
 class DiscriminatorHead(nn.Module):
@@ -29,7 +28,8 @@ class DiscriminatorHead(nn.Module):
 
     def setup(self) -> None:
         self.convs = [conv(self.features, 4, stride=2, padding=1, dtype=self.dtype) for _ in range(2)]
-        groups = _NUM_GROUPS if self.features % _NUM_GROUPS == 0 else 1
+        # 32 groups, but of 8 channels at least: of one channel at one position nothing is left after normalisation.
+        groups = math.gcd(32, self.features // 8) if self.features % 8 == 0 else 1
         self.norms = [GroupNorm(groups, 1e-5, self.dtype) for _ in range(2)]
         self.logit = nn.Dense(1, dtype=jnp.float32)
 
