@@ -146,8 +146,8 @@ def train_step(
 ) -> tuple[DisbackState, Metrics]:
     """Stage 2: an update of G in every k-th step, and then one of φ, on what G makes now.
 
-    One program: the update of G is a branch that the device takes or not. φ's update comes after it, so that neither
-    needs the other's memory, and sees the new G, so that nothing of the old one is kept.
+    One program: the update of G is a branch that the device takes or not. φ's update comes after it and sees the new G,
+    so that nothing of the old one has to be kept.
 
     Returns:
       The state, and as metrics those of φ's step, and ``generator_loss``, ``generator_grad_norm`` and
