@@ -107,6 +107,7 @@ def test_diffusers_samples_the_generator_in_one_step(whole: Path, caplog: pytest
     assert np.abs(made.astype(float) - 255 * wanted).max() <= 2
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_bit_for_bit_the_same(whole: Path, scratch: Path, tmp_path: Path):
     """In both stages: the node of the path that is due is due again. Optimisers, too, or the weights would differ."""
     stopped = shutil.copytree(whole, tmp_path / "whole")
@@ -168,7 +169,12 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+QUICK = ("edit", "gan")  # of the others tracing takes as long
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
 def test_every_kind_of_generator(name: str, scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Conditional ones and SDXL, too; images are read only where they are needed."""
     family, flags, batch = FAMILIES[name]
