@@ -362,6 +362,7 @@ class _InOrder:
     def _pictures(self, number: int) -> Batch:
         row = self.reader.source.row(number)
         arrays, placement = self.reader.pictures(row, number, Choices(self.reader.seed, number, 0))
+        assert placement is not None  # data without images is not cached
         if placement.is_random and not self.reader.transform.center_crop:
             raise ValueError(
                 f"--cache_latents keeps one crop of each image, and {describe_row(self.reader.source, row, number)} is "
