@@ -1,0 +1,173 @@
+"""Compiles a training step for devices that are not there, from shapes alone, and says what memory it takes.
+
+    python3 benchmarks/memory.py --target h200 --resolution 1024 --batch 4      # pip install "jax[cuda12]"
+    python3 benchmarks/memory.py --target v5e:4x4 --fsdp 16 --resolution 768    # pip install "jax[tpu]"
+
+The packages are needed for their compilers alone. The step is that of LCM for editors, with weights of the published
+architecture that are only shapes, and with latents and text cached. Nothing is executed.
+"""
+
+import functools
+import os
+import time
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from codi_jax import optim, sharding
+from codi_jax.methods import lcm
+from codi_jax.methods.inputs import Modules
+from codi_jax.models.published import UNETS, VAE
+from codi_jax.models.unet import UNet2DCondition
+from codi_jax.models.unet_config import UNetConfig
+from codi_jax.models.vae import AutoencoderKL, VAEConfig
+from codi_jax.schedule import NoiseSchedule
+
+GIB = 2**30
+# There is nothing to try kernels on, and they need not be good: what memory they work in does not depend on it.
+GPU_FLAGS = (
+    "--xla_gpu_autotune_level=0", "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",
+    "--xla_gpu_disable_gpuasm_optimizations=true",
+)  # fmt: skip
+# What the compiler wants to know of a GPU that is not there.
+GPUS = {"h100": (84_929_347_584, 3_352_320_000_000), "h200": (150_754_820_096, 4_800_000_000_000)}
+GPU = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: {bandwidth} l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: {memory} shared_memory_per_block_optin: 232448 cuda_compute_capability {{ major: 9 }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }}
+runtime_version {{ major: 12 minor: 8 }}
+device_description_str: "{name}"
+"""
+TEXT_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Args:
+    """Compiles the step of LCM for editors ahead of time, in bfloat16."""
+
+    config: Literal["sdxl-instruct-pix2pix", "sd-instruct-pix2pix"] = "sdxl-instruct-pix2pix"
+    """The published architecture of the teacher."""
+    target: str = "h200"
+    """h100, h200, or a TPU slice as its compiler names it, such as v5e:4x4."""
+    devices: int | None = None
+    """How many devices of the slice take part; if left out, all."""
+    fsdp: int = 1
+    """Devices among which parameters and optimiser are split."""
+    resolution: int = 768
+    """Side of the images."""
+    batch: int = 1
+    """Samples for each device."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    use_8bit_adam: bool = False
+    """Keep Adam's moments in 8 bits."""
+
+
+def main(args: Args) -> None:
+    jax.config.update("jax_platforms", "cpu")  # of arrays
+    mesh = make_mesh(args)
+    optimizer = optim.make_optimizer(optim.OptimizerFlags(use_8bit_adam=args.use_8bit_adam), 1000)
+    config = lcm.configure(make_modules(args), lcm.LcmFlags(), dropout=0.05)
+    config = replace(config, student=replace(config.student, remat=args.gradient_checkpointing))
+    unet = config.modules.unet.abstract_params()
+    state = jax.eval_shape(lambda params: lcm.init_state(config, params, optimizer, jax.random.key(0)), unet)
+    state = on_devices(state, sharding.shardings(mesh, state))
+    frozen = abstract_frozen(config, unet)
+    frozen = on_devices(frozen, sharding.shardings(mesh, frozen))
+    batch = abstract_batch(args, config, mesh.size * args.batch)
+    batch = on_devices(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
+    step = jax.jit(
+        functools.partial(lcm.train_step, config=config, optimizer=optimizer),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)),
+    )
+    with jax.set_mesh(mesh):
+        lowered = step.lower(state, frozen, batch)
+    began = time.perf_counter()
+    report(args, mesh, lowered.compile(), time.perf_counter() - began)
+
+
+def make_mesh(args: Args) -> Mesh:
+    if args.target in GPUS:
+        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *GPU_FLAGS])
+        memory, bandwidth = GPUS[args.target]
+        config = GPU.format(memory=memory, bandwidth=bandwidth, name=f"NVIDIA {args.target.upper()}")
+        topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
+    else:
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else a server is asked which machine this is
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=args.target)
+    devices = topology.devices[: args.devices]
+    shape = (len(devices) // args.fsdp, args.fsdp)
+    return Mesh(np.array(devices).reshape(shape), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def make_modules(args: Args) -> Modules:
+    dtype = optim.compute_dtype("bf16")
+    unet = UNet2DCondition(UNetConfig.from_dict(UNETS[args.config]), dtype=dtype)
+    return Modules(unet, AutoencoderKL(VAEConfig.from_dict(VAE), dtype=dtype))
+
+
+def abstract_frozen(config: lcm.Config, unet: Any) -> dict[str, Any]:
+    schedule = lcm.student_schedule(NoiseSchedule.from_config({"_class_name": "DDIMScheduler"}), config.flags)
+    null = {"null_context": shape(1, TEXT_TOKENS, unet_config(config).context_dims[0])}
+    if unet_config(config).addition_embed_type:
+        null["null_pooled"] = shape(1, pooled_width(config))
+    stored = jax.tree.map(lambda leaf: shape(*leaf.shape), unet)
+    return {"unet": stored, **null, "schedule": jax.eval_shape(lambda: schedule)}
+
+
+def abstract_batch(args: Args, config: lcm.Config, size: int) -> dict[str, Any]:
+    side, channels = args.resolution // config.modules.vae.config.downscale, config.modules.vae.config.latent_channels
+    moments = shape(size, side, side, 2 * channels, dtype=jnp.float16)
+    text = {"context": shape(size, TEXT_TOKENS, unet_config(config).context_dims[0], dtype=jnp.float16)}
+    if unet_config(config).addition_embed_type:
+        text["pooled"] = shape(size, pooled_width(config), dtype=jnp.float16)
+        text["time_ids"] = shape(size, 6, dtype=jnp.float32)
+    return {"moments": moments, "conditioning_moments": moments, **text}
+
+
+def unet_config(config: lcm.Config) -> UNetConfig:
+    return config.modules.unet.config
+
+
+def pooled_width(config: lcm.Config) -> int:
+    """Of the pooled text: what the embedding of sizes leaves of the input of SDXL's second embedding."""
+    unet = unet_config(config)
+    return (unet.projection_class_embeddings_input_dim or 0) - 6 * (unet.addition_time_embed_dim or 0)
+
+
+def shape(*axes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(axes, dtype)
+
+
+def on_devices(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings)
+
+
+def report(args: Args, mesh: Mesh, program: Any, seconds: float) -> None:
+    memory, cost = program.memory_analysis(), program.cost_analysis() or {}
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    total += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    devices = f"{mesh.size} × {mesh.devices.flat[0].device_kind}, fsdp {args.fsdp}"
+    print(f"{args.config}, {args.resolution} px, {args.batch} a device, {devices}")
+    print(f"state and frozen networks  {memory.argument_size_in_bytes / GIB:8.2f} GiB a device")
+    print(f"temporary                  {memory.temp_size_in_bytes / GIB:8.2f} GiB a device")
+    print(f"in all                     {total / GIB:8.2f} GiB a device")
+    print(f"a step                     {cost.get('flops', 0) / 1e12:8.2f} TFLOP a device")
+    print(f"compiled in                {seconds:8.0f} s")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, use_underscores=True))
