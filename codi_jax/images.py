@@ -70,7 +70,9 @@ def canny(picture: Picture, low: int = 30, high: int = 90) -> UInt8[np.ndarray, 
         small drawings, 100 is usual for photographs.
       high: gradient that begins one; 200 is usual for photographs.
     """
-    return cv2.Canny((to_pixels(picture) * 255).round().astype(np.uint8), low, high)
+    if not (isinstance(picture, np.ndarray) and picture.dtype == np.uint8):
+        picture = (to_pixels(picture) * 255).round().astype(np.uint8)
+    return cv2.Canny(picture, low, high)
 
 
 def as_list(pictures: Picture | Sequence[Picture]) -> list[Picture]:

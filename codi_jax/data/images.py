@@ -30,7 +30,8 @@ Interpolation = Literal["lanczos", "bicubic", "bilinear", "hamming", "box", "nea
 GREY = 128
 """What a hole is filled with."""
 
-_DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for files that are no pictures, or broken."""
 
 
 class UnreadableImageError(ValueError):
@@ -76,7 +77,7 @@ def read_image(cell: Any, folder: Path | None = None) -> Image.Image:
     try:
         with _open(cell, folder) as image:
             return to_rgb(ImageOps.exif_transpose(image))
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         raise UnreadableImageError(f"{describe_cell(cell)}: {error}") from error
 
 

@@ -28,7 +28,8 @@ _FALLBACKS = {"image": ("file_name", "jpg", "png", "jpeg", "webp"), "text": ("ca
 
 _ENDINGS = (".jpg", ".png", ".jpeg", ".webp", ".txt")  # of the files of a WebDataset's samples, which are its columns
 
-_SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves in a folder
+SAVED = ("dataset_dict.json", "state.json")
+"""What save_to_disk leaves in a folder."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _load(
 ) -> Rows:
     """Whatever `datasets` can load, its training split."""
     try:
-        if folder.is_dir() and any((folder / name).is_file() for name in _SAVED):
+        if folder.is_dir() and any((folder / name).is_file() for name in SAVED):
             loaded = datasets.load_from_disk(str(folder))
             loaded = _training_split(loaded, where)
             return loaded.to_iterable_dataset() if streaming and isinstance(loaded, Dataset) else loaded

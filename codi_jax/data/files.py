@@ -1,0 +1,124 @@
+"""Folders on this machine or on an object store, by path or by a URL that `fsspec` opens (``gs://``, ``s3://``, …)."""
+
+import functools
+import posixpath
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+
+def is_url(path: str) -> bool:
+    """Whether it is an address, and no path on this machine."""
+    return "://" in path
+
+
+@functools.lru_cache
+def _open_filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        return fsspec.core.url_to_fs(path if is_url(path) else str(Path(path).expanduser()))
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{path} cannot be opened: {error}") from None
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder, which need not be there.
+
+    Attributes:
+      path: on this machine, or a URL.
+
+    Raises:
+      ValueError: on first use, if it is a URL of a kind that nothing is installed for.
+    """
+
+    path: str
+
+    def __str__(self) -> str:
+        return self.path
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(posixpath.join(self.path, name))
+
+    @property
+    def fs(self) -> fsspec.AbstractFileSystem:
+        """Of `fsspec`."""
+        return _open_filesystem(self.path)[0]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on this machine."""
+        return "file" in _protocols(self.fs)
+
+    def locate(self, name: str = "") -> str:
+        """The path of a file in it, as its file system has it."""
+        root = _open_filesystem(self.path)[1]
+        return posixpath.join(root, name) if name else root
+
+    def url(self, name: str) -> str:
+        """The path or the URL of a file in it, as anyone can open it."""
+        return posixpath.join(self.path, name)
+
+    def is_dir(self) -> bool:
+        """Whether it is there."""
+        return self.fs.isdir(self.locate())
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file in it."""
+        return self.fs.isfile(self.locate(name))
+
+    def names(self) -> list[str]:
+        """What it holds; nothing if it is not there."""
+        if not self.is_dir():
+            return []
+        self.fs.invalidate_cache(self.locate())
+        return sorted(posixpath.basename(path.rstrip("/")) for path in self.fs.ls(self.locate(), detail=False))
+
+    def open(self, name: str, mode: str = "rb") -> Any:
+        """Opens a file in it, as binary; writing makes the folder."""
+        if "w" in mode:
+            self.fs.makedirs(posixpath.dirname(self.locate(name)), exist_ok=True)
+        return self.fs.open(self.locate(name), mode)
+
+    def read(self, name: str) -> bytes:
+        """The contents of a file."""
+        with self.open(name) as file:
+            return file.read()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a file, whole or not at all."""
+        with self.open(f"{name}.unfinished", "wb") as file:
+            file.write(data)
+        self.fs.mv(self.locate(f"{name}.unfinished"), self.locate(name))
+
+    def write_all(self, files: Mapping[str, bytes]) -> None:
+        """Writes many files, on an object store at once."""
+        for parent in sorted({posixpath.dirname(self.locate(name)) for name in files}):
+            self.fs.makedirs(parent, exist_ok=True)
+        self.fs.pipe({self.locate(name): data for name, data in files.items()})
+
+    def take(self, names: Iterable[str], source: "Folder") -> None:
+        """Puts files of another folder of the same file system here; those that were moved already stay."""
+        names = list(names)
+        for parent in sorted({posixpath.dirname(self.locate(name)) for name in names}):
+            self.fs.makedirs(parent, exist_ok=True)
+        if not self.is_local:  # where moving is copying, and the source is removed as a whole later
+            self.fs.copy([source.locate(name) for name in names], [self.locate(name) for name in names])
+            return
+        for name in names:
+            try:
+                Path(source.locate(name)).replace(self.locate(name))
+            except FileNotFoundError:
+                if not self.has(name):
+                    raise
+
+    def remove(self) -> None:
+        """Removes it with all that it holds, if it is there."""
+        if self.is_dir():
+            self.fs.rm(self.locate(), recursive=True)
+
+
+def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)

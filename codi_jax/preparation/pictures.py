@@ -1,0 +1,149 @@
+"""Encoded pictures of unknown origin to pictures of one size, and back to files.
+
+Made for throughput. A JPEG is decoded at a half, a quarter or an eighth of its size where that is still enough, which
+its transform gives for less than the whole picture; what is left of the scaling averages over pixels.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from codi_jax.data.images import DECODING_ERRORS, Placement, place, to_rgb
+from codi_jax.flags import Flags
+from codi_jax.preparation.rows import RejectedError
+
+Picture = UInt8[np.ndarray, "h w 3"]
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
+_ENDINGS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+_FAST_PNG = 1  # zlib's level
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureFlags(Flags):
+    """Which pictures are taken, and how they are written."""
+
+    resolution: int = 512
+    """The shorter side of the pictures that are written. Smaller ones are not enlarged."""
+    center_crop: bool = False
+    """Cut a square from the middle, instead of leaving that to training."""
+    min_side: int = 0
+    """Leave out pictures whose shorter side is smaller."""
+    max_megapixels: float | int = 100.0
+    """Leave out pictures with more: a small file can hold one that fills the memory."""
+    image_format: Literal["jpeg", "png", "webp"] = "jpeg"
+    """Format of the pictures. Conditions are always png, which keeps them exactly."""
+    image_quality: int = 95
+    """Quality of jpeg and webp, up to 100."""
+
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(1, "resolution")
+        self.require_at_least(0, "min_side")
+        self.require_in(1, 100, "image_quality")
+        self.require("max_megapixels", self.max_megapixels > 0, "above 0")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The file of a picture.
+
+    Attributes:
+      data: its bytes.
+      ending: of its name, without the dot.
+    """
+
+    data: bytes
+    ending: str
+
+
+def read_picture(data: bytes, flags: PictureFlags) -> tuple[Picture, Placement]:
+    """Decodes and scales a picture.
+
+    Args:
+      data: a file of any of the usual formats.
+      flags: the user's.
+
+    Returns:
+      The picture, upright, and where it lies in the one in the file.
+
+    Raises:
+      RejectedError: if it is no picture, broken, too large or too small.
+    """
+    image = decode(data, flags)
+    placement = place((image.height, image.width), min(flags.resolution, *image.size), center_crop=True)
+    return fit(image, placement, flags.center_crop), placement
+
+
+def decode(data: bytes, flags: PictureFlags) -> Image.Image:
+    """The picture, upright and RGB, at least as large as it is wanted; raises as `read_picture`."""
+    if not data:
+        raise RejectedError("an empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
+            image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError:
+        raise _too_many_pixels(flags) from None
+    except DECODING_ERRORS:
+        raise RejectedError("no picture") from None
+    with image:
+        if image.format not in _FORMATS:  # others may start programs to be decoded
+            raise RejectedError("no picture")
+        if image.width * image.height > flags.max_megapixels * 1e6:
+            raise _too_many_pixels(flags)
+        if min(image.size) < max(flags.min_side, 1):
+            raise RejectedError(f"smaller than {flags.min_side} pixels")
+        image.draft(None, _at_least(image.size, flags.resolution))
+        try:
+            return to_rgb(ImageOps.exif_transpose(image))
+        except DECODING_ERRORS:
+            raise RejectedError("a broken picture") from None
+
+
+def fit(image: Image.Image, placement: Placement, center_crop: bool) -> Picture:
+    """The picture scaled, and cropped if asked to, as `place` says."""
+    height, width = placement.resized
+    pixels = np.asarray(image)
+    if pixels.shape[:2] != (height, width):
+        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    if not center_crop:
+        return pixels
+    (top, left), side = placement.corner, placement.resolution
+    return np.ascontiguousarray(pixels[top : top + side, left : left + side])
+
+
+def encode(pixels: UInt8[np.ndarray, "h w *c"], flags: PictureFlags) -> Encoded:
+    """The file of a picture in the format that the flags say."""
+    quality = {"jpeg": [cv2.IMWRITE_JPEG_QUALITY, flags.image_quality], "webp": [cv2.IMWRITE_WEBP_QUALITY]}
+    if flags.image_format == "webp":
+        quality["webp"].append(flags.image_quality)
+    options = quality.get(flags.image_format, [cv2.IMWRITE_PNG_COMPRESSION, _FAST_PNG])
+    return _encode(pixels, _ENDINGS[flags.image_format], options)
+
+
+def encode_exactly(pixels: UInt8[np.ndarray, "h w *c"]) -> Encoded:
+    """The file of a picture as png, with one channel if it has no others."""
+    return _encode(pixels, "png", [cv2.IMWRITE_PNG_COMPRESSION, _FAST_PNG])
+
+
+def _encode(pixels: np.ndarray, ending: str, options: list[int]) -> Encoded:
+    pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if pixels.ndim == 3 else pixels
+    _, data = cv2.imencode(f".{ending}", pixels, options)
+    return Encoded(data.tobytes(), ending)
+
+
+def _at_least(size: tuple[int, int], shorter: int) -> tuple[int, int]:
+    """The size (width, height) whose shorter side is this."""
+    scale = shorter / min(size)
+    return (max(1, int(size[0] * scale)), max(1, int(size[1] * scale)))
+
+
+def _too_many_pixels(flags: PictureFlags) -> RejectedError:
+    return RejectedError(f"more than {flags.max_megapixels:g} megapixels")
