@@ -4,6 +4,7 @@ Also the conditions that are made from a picture itself: edges, a low resolution
 """
 
 import io
+import posixpath
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
+from codi_jax.data.files import is_url
 from codi_jax.images import canny as edges_of
 from codi_jax.images import to_eight_bits
 
@@ -64,12 +66,12 @@ class Placement:
         return np.array((*self.original, *self.corner, self.resolution, self.resolution), np.float32)
 
 
-def read_image(cell: Any, folder: Path | None = None) -> Image.Image:
+def read_image(cell: Any, folder: str | Path | None = None) -> Image.Image:
     """Opens what a data set holds in place of a picture: upright, RGB, what is transparent on white.
 
     Args:
       cell: a PIL image, the bytes of a file, a path, or a dict of "bytes" and "path" as in `datasets`.
-      folder: what paths are relative to.
+      folder: what paths are relative to: a path, or a URL.
 
     Raises:
       UnreadableImageError: if there is no such file, or it is no image.
@@ -213,22 +215,21 @@ def _strokes(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     return hole.astype(bool)
 
 
-def _open(cell: Any, folder: Path | None) -> Image.Image:
+def _open(cell: Any, folder: str | Path | None) -> Image.Image:
     if isinstance(cell, Image.Image):
         return cell.copy()  # one in memory stays open
     if isinstance(cell, dict):
-        path, cell = cell.get("path"), cell.get("bytes") or cell.get("path")
-        if cell is path and isinstance(path, str) and "://" in path:
-            return _open_remote(path)
+        cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, bytes):
         return Image.open(io.BytesIO(cell))
     if isinstance(cell, str | Path) and str(cell):
-        return Image.open((folder or Path()) / cell)
+        path = posixpath.join(str(folder or ""), str(cell))
+        return _open_remote(path) if is_url(path) else Image.open(path)
     raise ValueError("there is no image")
 
 
 def _open_remote(path: str) -> Image.Image:
-    """A file inside an archive or on the hub, which `datasets` names by a chained URL."""
+    """A file on an object store, or inside an archive or on the hub, which `datasets` names by a chained URL."""
     import datasets
 
     return datasets.Image().decode_example({"path": path, "bytes": None})

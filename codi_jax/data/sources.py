@@ -1,5 +1,6 @@
-"""Where samples come from: the hub, folders of images with a meta.jsonl, parquet, data saved by `datasets`.
+"""Where samples come from: the hub, folders of images with a meta.jsonl, parquet, data saved by `datasets`, tar files.
 
+A folder may lie on an object store: wherever a path is meant, a URL that `fsspec` opens will do.
 Images stay encoded here, and are opened by whoever wants the sample: see `codi_jax.data.images`.
 """
 
@@ -15,10 +16,13 @@ from typing import Any
 import datasets
 from datasets import Dataset, IterableDataset
 
+from codi_jax.data.files import Folder, is_url
 from codi_jax.data.images import describe_cell
 from codi_jax.hub import listed
 
 Rows = Dataset | IterableDataset
+
+_BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 
 METADATA_FILES = ("meta.jsonl", "metadata.jsonl")
 """The file that lists the samples of a folder."""
@@ -58,14 +62,14 @@ class Source:
     Attributes:
       rows: of the columns below; images as bytes or paths.
       columns: their names.
-      folder: what paths are relative to.
+      folder: what paths are relative to, a path or a URL.
       name: of the data set, for messages.
       fingerprint: changes when the data does.
     """
 
     rows: Rows
     columns: Columns
-    folder: Path | None
+    folder: str | None
     name: str
     fingerprint: str
 
@@ -124,18 +128,20 @@ def open_source(
         raise ValueError("there is no data to train on: give --dataset_name or --train_data_dir.")
     rows: Rows
     wanted = Columns(image_column, caption_column, condition_column)
-    folder = Path(where).expanduser()
+    folder = Folder(where if is_url(where) else str(Path(where).expanduser()))
     if train_data_dir is not None:
         require_folder(train_data_dir)
-    metadata = next((folder / name for name in METADATA_FILES if (folder / name).is_file()), None)
+    is_table = train_shards is not None or train_prompts is not None
+    metadata = None if is_table else next((name for name in METADATA_FILES if folder.has(name)), None)
     if train_prompts is not None:
-        source = _from_rows(_load_prompts(folder, wanted), wanted, condition_is_optional, folder, where)
+        prompts = _load_prompts(Path(where).expanduser(), wanted)
+        source = _from_rows(prompts, wanted, condition_is_optional, folder, where)
         rows = source.rows
     elif train_shards is not None:
         source = _from_rows(_load_shards(train_shards), wanted, condition_is_optional, folder, where)
         rows = source.rows
     elif metadata is not None:
-        source = _from_metadata(metadata, wanted, condition_is_optional)
+        source = _from_metadata(folder, metadata, wanted, condition_is_optional)
         rows = source.rows
         rows = rows.to_iterable_dataset() if streaming and isinstance(rows, Dataset) else rows
     else:
@@ -151,7 +157,7 @@ def open_source(
 
 def require_folder(path: str) -> None:
     """Raises `ValueError` if the folder of ``--train_data_dir`` is not there."""
-    if not Path(path).expanduser().is_dir():
+    if not Folder(path).is_dir():
         raise ValueError(f"there is no folder {path}: check --train_data_dir.")
 
 
@@ -163,28 +169,35 @@ def files_fingerprint(source: Source) -> str:
     """
     digest = hashlib.sha256(source.fingerprint.encode())
     assert isinstance(source.rows, Dataset)
+    folder = Folder(source.folder or "")
+    if not folder.is_local:  # one request for all: what it tells of a file differs between object stores
+        listed_files = folder.fs.find(folder.locate(), detail=True)
+        digest.update(json.dumps([listed_files[path] for path in sorted(listed_files)], default=str).encode())
+        return digest.hexdigest()
     for name in (source.columns.image, source.columns.condition):
         for cell in source.rows[name] if name else ():
             path = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else cell
             if isinstance(path, str):
-                file = (source.folder or Path()) / path
+                file = Path(folder.url(path))
                 stat = file.stat() if file.is_file() else None
                 digest.update(f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}".encode())
     return digest.hexdigest()
 
 
 def _load(
-    where: str, folder: Path, config: str | None, load_from_disk: bool, streaming: bool, cache_dir: str | None
+    where: str, folder: Folder, config: str | None, load_from_disk: bool, streaming: bool, cache_dir: str | None
 ) -> Rows:
     """Whatever `datasets` can load, its training split."""
     try:
-        if folder.is_dir() and any((folder / name).is_file() for name in SAVED):
-            loaded = datasets.load_from_disk(str(folder))
+        if any(folder.has(name) for name in SAVED):
+            loaded = datasets.load_from_disk(folder.path)
             loaded = _training_split(loaded, where)
             return loaded.to_iterable_dataset() if streaming and isinstance(loaded, Dataset) else loaded
-        loaded = datasets.load_dataset(
-            str(folder) if folder.is_dir() else where, config, cache_dir=cache_dir, streaming=streaming
-        )
+        if folder.is_local:
+            name, files = (folder.path if folder.is_dir() else where), None
+        else:
+            name, files = _files_of(folder)
+        loaded = datasets.load_dataset(name, config, data_files=files, cache_dir=cache_dir, streaming=streaming)
     except Exception as error:
         raise ValueError(_explained(error, where, folder, load_from_disk)) from error
     return _training_split(loaded, where)
@@ -207,6 +220,14 @@ def _load_prompts(file: Path, wanted: Columns) -> Dataset:
     if not prompts:
         raise ValueError(f"--train_prompt_path {file} is empty: write a prompt a line.")
     return Dataset.from_dict({wanted.caption or "text": prompts})
+
+
+def _files_of(folder: Folder) -> tuple[str, dict[str, list[str]]]:
+    """What reads the files of a folder on an object store, and their URLs: `datasets` finds that out on disks only."""
+    for ending, builder in _BUILDERS.items():
+        if files := [folder.url(name) for name in folder.names() if name.endswith(ending)]:
+            return builder, {"train": files}
+    raise ValueError(f"no file ends with {' or '.join(_BUILDERS)}")
 
 
 def _load_shards(pattern: str) -> IterableDataset:
@@ -244,7 +265,7 @@ def _training_split(loaded: Any, where: str) -> Any:
     raise ValueError(f"{where} has no split named train, but {', '.join(loaded)}.")
 
 
-def _explained(error: Exception, where: str, folder: Path, load_from_disk: bool) -> str:
+def _explained(error: Exception, where: str, folder: Folder, load_from_disk: bool) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if folder.is_dir():
         if isinstance(error, ValueError) and reason.startswith(where):
@@ -252,7 +273,7 @@ def _explained(error: Exception, where: str, folder: Path, load_from_disk: bool)
         made = ", nor what save_to_disk writes" if load_from_disk else ""
         return (
             f"{folder} holds no data set: it has no {' or '.join(METADATA_FILES)}{made}, and `datasets` says: {reason} "
-            f"(it holds {listed(sorted(path.name for path in folder.iterdir()))})."
+            f"(it holds {listed(folder.names())})."
         )
     return (
         f"the data set {where} could not be loaded: {reason} "
@@ -260,7 +281,7 @@ def _explained(error: Exception, where: str, folder: Path, load_from_disk: bool)
     )
 
 
-def _from_rows(rows: Rows, wanted: Columns, optional: bool, folder: Path, where: str) -> Source:
+def _from_rows(rows: Rows, wanted: Columns, optional: bool, folder: Folder, where: str) -> Source:
     # select_columns and casts change the fingerprint by hashes of code: that of the data is taken first.
     fingerprint = f"{where} {rows._fingerprint}" if isinstance(rows, Dataset) else where
     names = rows.column_names
@@ -274,7 +295,7 @@ def _from_rows(rows: Rows, wanted: Columns, optional: bool, folder: Path, where:
     for name in (columns.image, columns.condition):
         if name and rows.features is not None and isinstance(rows.features[name], datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
-    return Source(rows, columns, folder if folder.is_dir() else None, where, fingerprint)
+    return Source(rows, columns, folder.path if folder.is_dir() else None, where, fingerprint)
 
 
 def _check_captions(name: str, features: datasets.Features | None, where: str) -> None:
@@ -286,12 +307,14 @@ def _check_captions(name: str, features: datasets.Features | None, where: str) -
         )
 
 
-def _from_metadata(file: Path, wanted: Columns, optional: bool) -> Source:
-    lines = list(_read_lines(file))
+def _from_metadata(folder: Folder, name: str, wanted: Columns, optional: bool) -> Source:
+    file = folder.url(name)
+    with folder.open(name) as opened:
+        lines = list(_read_lines(file, opened))
     if not lines:
         raise ValueError(f"{file} is empty: it needs one JSON object for each image.")
     names = list(dict.fromkeys(name for _, row in lines for name in row))
-    columns = _find_columns(wanted, names, str(file), optional)
+    columns = _find_columns(wanted, names, file, optional)
     for number, row in lines:
         for name in columns.names():
             _check_value(file, number, name, row.get(name), is_caption=name == columns.caption)
@@ -302,24 +325,24 @@ def _from_metadata(file: Path, wanted: Columns, optional: bool) -> Source:
     if columns.caption is not None and any(isinstance(caption, list) for caption in values[columns.caption]):
         values[columns.caption] = [captions_of(caption) for caption in values[columns.caption]]
     digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
-    return Source(Dataset.from_dict(values), columns, file.parent, str(file), f"{file.absolute()} {digest}")
+    where = str(Path(file).absolute()) if folder.is_local else file
+    return Source(Dataset.from_dict(values), columns, folder.path, file, f"{where} {digest}")
 
 
-def _read_lines(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    with file.open("rb") as opened:
-        for number, line in enumerate(opened, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number} is not valid JSON ({error}): mend or delete it.") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number} holds no JSON object but {row!r:.40}: mend or delete it.")
-            yield number, row
+def _read_lines(file: str, lines: Iterable[bytes]) -> Iterable[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number} is not valid JSON ({error}): mend or delete it.") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}, line {number} holds no JSON object but {row!r:.40}: mend or delete it.")
+        yield number, row
 
 
-def _check_value(file: Path, number: int, name: str, value: Any, is_caption: bool) -> None:
+def _check_value(file: str, number: int, name: str, value: Any, is_caption: bool) -> None:
     if isinstance(value, str) or (is_caption and value is None):
         return
     if is_caption and isinstance(value, list) and all(isinstance(text, str) for text in value):
