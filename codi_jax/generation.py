@@ -3,8 +3,10 @@
 Pure functions of arrays; what decides the shape of the computation is in `Program`, which is static.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import jax
@@ -14,6 +16,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from codi_jax import sampling
 from codi_jax.models.clip_text import encode_text
 from codi_jax.models.config import Params
+from codi_jax.models.prompt_to_prompt import shared_attention
 from codi_jax.sampling import OnStep, Sampler, guidance_embedding, split_branches, stack_branches
 from codi_jax.schedule import NoiseSchedule
 
@@ -87,7 +90,8 @@ def generate(
         ``timesteps`` [n], ``num_steps`` (how many of them to visit, or ``None``), ``noise`` ([n-1, b, h, w, c] or
         ``None``), ``guidance_scale`` and ``image_guidance_scale`` (scalars). By the kind of model: ``image``
         [b, H, W, 3] in [-1, 1]; ``mask`` [b, H, W, 1] with it for inpainting; ``control`` [b, H, W, 3] in [0, 1] and
-        ``control_scale`` (scalar); ``time_ids`` [b, 6].
+        ``control_scale`` (scalar); ``time_ids`` [b, 6]. For prompt-to-prompt: ``shared_until`` [b/2], the time above which
+        the second half of the batch takes the attention of the first.
       program: what to compute.
 
     Returns:
@@ -139,10 +143,17 @@ def _denoiser(params: Mapping[str, Params], inputs: Mapping[str, Any], program: 
             )
             residuals = {"down_residuals": down, "mid_residual": mid}
         sample = z if image is None else jnp.concatenate([z, image], axis=-1)
-        prediction, _ = unet.apply({"params": params["unet"]}, sample, times, context, cond, added_cond, **residuals)
+        with _sharing(inputs, t, len(branches)):
+            prediction, _ = unet.apply({"params": params["unet"]}, sample, times, context, cond, added_cond, **residuals)
         return _guided(prediction.astype(jnp.float32), inputs, program.guidance)
 
     return denoise
+
+
+def _sharing(inputs: Mapping[str, Any], t: Array, branches: int) -> AbstractContextManager[Any]:
+    if "shared_until" not in inputs:
+        return contextlib.nullcontext()
+    return shared_attention(t > inputs["shared_until"], branches)
 
 
 def _guided(

@@ -208,6 +208,7 @@ class DiffusionPipeline:
         seed: int = 0,
         latents: Float[np.ndarray, "b h w c"] | Float[Array, "b h w c"] | None = None,
         noise: Float[np.ndarray, "m b h w c"] | Float[Array, "m b h w c"] | None = None,
+        shared_attention: Sequence[float] | None = None,
         on_step: Callable[[int], Any] | None = None,
     ) -> UInt8[np.ndarray, "b height width 3"]:
         """Generates one image for each prompt.
@@ -233,6 +234,9 @@ class DiffusionPipeline:
           seed: image i is that of seed + i, whatever the size of the batch.
           latents: noise to start from instead, N(0, I), [b, h, w, c].
           noise: what a stochastic sampler adds instead, [steps - 1, b, h, w, c].
+          shared_attention: makes pairs by prompt-to-prompt, of which the first half of the prompts are the sources and the
+            second half, in the same order, the variants. Each starts from the noise of its source, and takes its
+            attention in this part of the steps, from the first on; see `codi_jax.models.prompt_to_prompt`.
           on_step: called with the index of every step that is done.
 
         Returns:
@@ -256,12 +260,16 @@ class DiffusionPipeline:
             **self._text_inputs(prompts, negative_prompt),
             **self._image_inputs(len(prompts), size, image, mask_image, control_image),
             **self._noise_inputs(len(prompts), size, sampler, len(times), seed, latents, noise),
+            **_sharing_inputs(len(prompts), times, shared_attention),
             "timesteps": times,
             "num_steps": None,
             "guidance_scale": np.float32(guidance_scale),
             "image_guidance_scale": np.float32(image_guidance_scale),
             "control_scale": np.float32(controlnet_conditioning_scale),
         }
+        if shared_attention is not None and latents is None:
+            inputs["z"] = _of_sources(inputs["z"], axis=0)
+            inputs["noise"] = None if inputs["noise"] is None else _of_sources(inputs["noise"], axis=1)
         if sampler in COUNTED:
             inputs = _padded(inputs)
         config = self.modules["unet"].config
@@ -490,6 +498,24 @@ class DiffusionPipeline:
         elif noise.shape != (steps - 1, batch, *shape):
             raise ValueError(f"noise has shape {list(noise.shape)}, but {[steps - 1, batch, *shape]} is needed.")
         return {"z": latents, "noise": noise}
+
+
+def _sharing_inputs(batch: int, times: np.ndarray, shared_attention: Sequence[float] | None) -> dict[str, Any]:
+    """For each pair the time down to which attention is shared, itself not included."""
+    if shared_attention is None:
+        return {}
+    if 2 * len(shared_attention) != batch or not all(0 <= share <= 1 for share in shared_attention):
+        raise ValueError(
+            f"shared_attention = {list(shared_attention)} with {batch} prompts: give a number from 0 to 1 for each pair."
+        )
+    ends = np.append(times, -1)[np.rint(np.asarray(shared_attention) * len(times)).astype(int)]
+    return {"shared_until": ends.astype(np.float32)}
+
+
+def _of_sources(noise: Any, axis: int) -> Array:
+    """The noise of the first half of a batch, for both halves."""
+    first, _ = jnp.split(noise, 2, axis=axis)
+    return jnp.concatenate([first, first], axis=axis)
 
 
 def _padded(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -7,13 +7,13 @@ downloads images of COYO-700M and finds their edges; --input names another table
 images in it, or a folder of images. Killed at any moment, it goes on when the same command is run again.
 """
 
-import dataclasses
+import functools
 from dataclasses import dataclass
 
 from codi_jax import command_line
 from codi_jax.preparation.conditions import Pair, PairFlags
 from codi_jax.preparation.job import JobFlags, describe, make_data_set
-from codi_jax.preparation.tables import Filter, TableFlags, open_table
+from codi_jax.preparation.tables import Filter, TableFlags, image_columns, open_table
 
 COYO = "kakaobrain/coyo-700m"
 
@@ -54,17 +54,18 @@ class Args(JobFlags, PairFlags, TableFlags):
 
 def main(args: Args) -> None:
     args.check()
-    items, line = open_table(args, default=COYO, condition_column=args.conditioning_image_column, filters=args.filters)
+    columns = functools.partial(image_columns, args, args.conditioning_image_column)
+    items, line = open_table(args, columns, default=COYO, filters=args.filters)
     print(f"reading {line}")
     pair_flags = PairFlags(**{name: getattr(args, name) for name in PairFlags.__dataclass_fields__})
-    made_with = {name: getattr(args, name) for name in _MADE_WITH} | dataclasses.asdict(pair_flags)
+    made_with = {name: getattr(args, name) for name in _MADE_WITH}
     print(describe(make_data_set(args, items, Pair(pair_flags, args.seed), made_with), args))
 
 
-# What a run that goes on must share with the one that was stopped, beside the flags of the pairs.
+# What a run that goes on must share with the one that was stopped.
 _MADE_WITH = (
-    *(name for name in TableFlags.__dataclass_fields__ if name != "cache_dir"), "conditioning_image_column", "min_clip_similarity", "max_watermark_score",
-    "min_aesthetic_score",
+    *PairFlags.__dataclass_fields__, *sorted(TableFlags.__dataclass_fields__.keys() - {"cache_dir"}),
+    "conditioning_image_column", "min_clip_similarity", "max_watermark_score", "min_aesthetic_score",
 )  # fmt: skip
 
 if __name__ == "__main__":

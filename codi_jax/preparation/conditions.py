@@ -11,21 +11,11 @@ from jaxtyping import UInt8
 
 from codi_jax.data.images import Condition, low_resolution, masked
 from codi_jax.images import canny as edges_of
-from codi_jax.preparation.pictures import (
-    Encoded,
-    Picture,
-    PictureFlags,
-    decode,
-    encode,
-    encode_exactly,
-    fit,
-    read_picture,
-)
-from codi_jax.preparation.rows import RejectedError, Row
+from codi_jax.preparation.pictures import Picture, PictureFlags, encode, encode_exactly, read_beside, read_picture
+from codi_jax.preparation.rows import Row
 from codi_jax.preparation.samples import Sample
 
 _FROM_FILE = "depth_from_file"
-_ASPECT = 0.02  # by so much the shapes of a picture and its condition may differ, which rounding of sizes does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +78,7 @@ class Pair:
     flags: PairFlags
     seed: int
 
-    def __call__(self, row: Row, files: Mapping[str, bytes]) -> Sample:
+    def __call__(self, row: Row, files: Mapping[str, bytes]) -> list[Sample]:
         """Makes it of the files of the row's pictures, by column.
 
         Raises:
@@ -100,15 +90,9 @@ class Pair:
         if condition is not None:
             pictures["conditioning_image"] = encode_exactly(condition(pixels, row.rng(self.seed)))
         elif self.flags.condition == _FROM_FILE:
-            pictures["conditioning_image"] = self._from_file(files["conditioning_image"], placement)
-        return Sample(row.position, row.key, pictures, dict(row.texts))
-
-    def _from_file(self, data: bytes, placement) -> Encoded:  # noqa: ANN001
-        image = decode(data, self.flags)
-        height, width = placement.original
-        if abs(image.width / image.height / (width / height) - 1) > _ASPECT:
-            raise RejectedError("a condition of another shape")
-        return encode_exactly(one_channel(fit(image, placement, self.flags.center_crop)))
+            pixels = read_beside(files["conditioning_image"], placement, self.flags)
+            pictures["conditioning_image"] = encode_exactly(one_channel(pixels))
+        return [Sample(row.position, row.key, pictures, row.texts)]
 
 
 def random_canny(

@@ -105,7 +105,7 @@ def _with_ray(function: _Packed, tasks: Sequence[bytes], flags: EngineFlags) -> 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     rows = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
-    done = rows.map(function, num_cpus=1, concurrency=flags.num_proc, max_retries=-1)
+    done = rows.map(function, num_cpus=1, concurrency=flags.num_proc)
     for row in done.iter_rows():
         yield pickle.loads(row["result"])
 

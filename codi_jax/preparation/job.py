@@ -26,8 +26,8 @@ from codi_jax.flags import Flags
 from codi_jax.preparation.download import DownloadFlags
 from codi_jax.preparation.engine import EngineFlags, run
 from codi_jax.preparation.formats import Format, FormatName, Shard, format_of
-from codi_jax.preparation.rows import Row, Skipped
-from codi_jax.preparation.samples import Prepare, Sample, prepare_rows
+from codi_jax.preparation.rows import RejectedError, Row, Skipped
+from codi_jax.preparation.samples import Prepare, prepare_rows
 
 SUMMARY = "summary.json"
 _STAGING, _JOB, _RECORD = ".unfinished", "job.json", "record.json"
@@ -125,10 +125,10 @@ class Work:
         folder = self.staging / f"{task.shard:08}"
         folder.remove()
         results = prepare_rows(task.rows, self.prepare, self.downloads)
-        samples = [result for result in results if isinstance(result, Sample)]
+        samples = [sample for result in results if not isinstance(result, RejectedError) for sample in result]
         rejected = [(each.position, each.reason) for each in task.skipped]
         for row, result in zip(task.rows, results, strict=True):
-            if not isinstance(result, Sample):
+            if isinstance(result, RejectedError):
                 rejected.append((row.position, result.reason))
         record = Record(len(samples), _runs([sample.position for sample in samples], rejected))
         if samples:
@@ -149,7 +149,7 @@ def make_data_set(
       description: all that the samples depend on, as JSON; a data set that was begun with another is refused.
 
     Returns:
-      The summary: "samples", "rejected" by reason, and "rows", all that were looked at.
+      The summary: the number of "samples", and "rejected", that of rows for each reason.
 
     Raises:
       ValueError: if the folder holds something else, or no row gives a sample.
@@ -169,7 +169,7 @@ def make_data_set(
             raise ValueError(f"none of the {rejected.total()} rows gives a sample: {reasons(rejected) or 'no rows'}.")
         output_format.publish(shards, target)
         rejected_rows = {reason: rejected[reason] for reason in sorted(rejected)}
-        summary = {"samples": samples, "rows": samples + rejected.total(), "rejected": rejected_rows}
+        summary = {"samples": samples, "rejected": rejected_rows}
         target.write(SUMMARY, (json.dumps({**summary, "made_with": description}, indent=2) + "\n").encode())
     staging.remove()
     return json.loads(target.read(SUMMARY))
@@ -216,7 +216,7 @@ def describe(summary: Mapping[str, Any], flags: Any) -> str:
       flags: `JobFlags`.
     """
     samples, wanted = summary["samples"], flags.max_train_samples
-    lines = [f"{samples} samples of {summary['rows']} rows in {flags.train_data_dir}"]
+    lines = [f"{samples} samples in {flags.train_data_dir}"]
     if summary["rejected"]:
         lines.append(f"rejected: {reasons(summary['rejected'])}")
     if wanted is not None and samples < wanted:

@@ -23,6 +23,7 @@ Picture = UInt8[np.ndarray, "h w 3"]
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
 _ENDINGS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 _FAST_PNG = 1  # zlib's level
+_ASPECT = 0.02  # by so much the shapes of two pictures may differ, which rounding of sizes does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,24 @@ def read_picture(data: bytes, flags: PictureFlags) -> tuple[Picture, Placement]:
     image = decode(data, flags)
     placement = place((image.height, image.width), min(flags.resolution, *image.size), center_crop=True)
     return fit(image, placement, flags.center_crop), placement
+
+
+def read_beside(data: bytes, placement: Placement, flags: PictureFlags) -> Picture:
+    """Decodes and scales a picture that belongs to another one, so that one can be laid over the other.
+
+    Args:
+      data: its file.
+      placement: of the other one.
+      flags: the user's.
+
+    Raises:
+      RejectedError: as `read_picture`, and if it has another shape.
+    """
+    image = decode(data, flags)
+    height, width = placement.original
+    if abs(image.width / image.height / (width / height) - 1) > _ASPECT:
+        raise RejectedError("two pictures of different shapes")
+    return fit(image, placement, flags.center_crop)
 
 
 def decode(data: bytes, flags: PictureFlags) -> Image.Image:

@@ -29,49 +29,55 @@ class Sample:
     texts: Mapping[str, str]
 
 
-Prepare = Callable[[Row, Mapping[str, bytes]], Sample]
-"""Makes one sample of the files of its pictures, or raises `RejectedError`: what all engines run."""
+Prepare = Callable[[Row, Mapping[str, bytes]], Sequence[Sample]]
+"""Makes the samples of a row, of one mostly, from the files of its pictures, or raises `RejectedError`: what all engines
+run."""
 
 
-def prepare_rows(rows: Sequence[Row], prepare: Prepare, flags: DownloadFlags) -> list[Sample | RejectedError]:
-    """Reads or downloads the pictures of some rows, and makes a sample of each.
+def prepare_rows(
+    rows: Sequence[Row], prepare: Prepare, flags: DownloadFlags
+) -> list[Sequence[Sample] | RejectedError]:
+    """Reads or downloads the pictures of some rows, and makes samples of each.
 
     Args:
       rows: of the input.
-      prepare: makes a sample.
+      prepare: makes the samples of one.
       flags: of downloads.
 
     Returns:
-      For each row its sample, or why there is none.
+      For each row its samples, or why there are none.
 
     Raises:
       OSError: if a file of the user's cannot be read for another reason than that it is not there.
     """
     cv2.setNumThreads(1)  # the processes are what shares the cores
-    wanted = [(number, column) for number, row in enumerate(rows) for column in row.pictures]
-    urls = [(place, cell.address) for place in wanted if isinstance(cell := _cell(rows, place), Url)]
-    done: list[Sample | RejectedError | None] = [None] * len(rows)
-    files: dict[int, dict[str, Any]] = {number: {} for number, _ in wanted}
+    done: dict[int, Sequence[Sample] | RejectedError] = {}
+    files: list[dict[str, Any]] = [{} for _ in rows]
 
-    def collect(place: tuple[int, str], data: bytes | RejectedError) -> None:
-        number, column = place
+    def collect(number: int, column: str, data: bytes | RejectedError) -> None:
         files[number][column] = data
+        finish(number)
+
+    def finish(number: int) -> None:
         if len(files[number]) == len(rows[number].pictures):
-            done[number] = _prepare_one(rows[number], files.pop(number), prepare)
+            done[number] = _prepare_one(rows[number], files[number], prepare)
+            files[number] = {}
 
-    for place in wanted:
-        if not isinstance(cell := _cell(rows, place), Url):
-            collect(place, _read(cell))
+    urls = []
+    for number, row in enumerate(rows):
+        for column, cell in row.pictures.items():
+            if isinstance(cell, Url):
+                urls.append((number, column, cell.address))
+            else:
+                collect(number, column, _read(cell))
+        if not row.pictures:
+            finish(number)
     if urls:
-        download([address for _, address in urls], flags, lambda i, data: collect(urls[i][0], data))
-    return [RejectedError("no picture") if sample is None else sample for sample in done]
+        download([address for *_, address in urls], flags, lambda i, data: collect(*urls[i][:2], data))
+    return [done[number] for number in range(len(rows))]
 
 
-def _cell(rows: Sequence[Row], place: tuple[int, str]) -> Any:
-    return rows[place[0]].pictures[place[1]]
-
-
-def _prepare_one(row: Row, files: dict[str, Any], prepare: Prepare) -> Sample | RejectedError:
+def _prepare_one(row: Row, files: dict[str, Any], prepare: Prepare) -> Sequence[Sample] | RejectedError:
     rejected = next((files[column] for column in row.pictures if isinstance(files[column], RejectedError)), None)
     if rejected is not None:
         return rejected

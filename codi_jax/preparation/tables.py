@@ -4,6 +4,7 @@ Tables are read as Arrow batches, one after the other: columns are filtered as a
 many rows there are, and nothing is copied to a cache.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -171,9 +172,9 @@ class Table:
 
 def open_table(
     flags: TableFlags,
+    columns: Callable[[Sequence[str], str], Columns],
     *,
     default: str | None = None,
-    condition_column: str | None = None,
     filters: Sequence[Filter] = (),
     shuffle: bool = False,
 ) -> tuple[Callable[[], Iterable[Row | Skipped]], str]:
@@ -181,8 +182,8 @@ def open_table(
 
     Args:
       flags: the user's.
+      columns: which columns are read, of their names and the name of the input; see `image_columns`.
       default: a data set on the hub, where no input is given.
-      condition_column: column of a second image, for each sample.
       filters: those whose columns there are take part.
       shuffle: bring the rows into an order that depends on the seed alone.
 
@@ -197,51 +198,57 @@ def open_table(
         raise ValueError("there is nothing to read: give --input.")
     folder = Folder(where)
     if _is_folder_of_images(folder):
-        paths = sorted(_images_in(folder))
+        paths = sorted(images_in(folder))
         if shuffle:
             np.random.default_rng(flags.seed % 2**64).shuffle(paths)
-        return lambda: _items_of_images(folder, paths), f"{len(paths)} images in {where}"
+        return functools.partial(_items_of_images, folder, paths), f"{len(paths)} images in {where}"
     rows = _load(where, folder, flags, in_memory_order=shuffle)
     if shuffle:
         assert isinstance(rows, Dataset)
         rows = rows.shuffle(seed=flags.seed % 2**32, keep_in_memory=True)
     names = column_names(rows, where)
-    columns = find_columns(flags, names, where, condition_column)
+    read = columns(names, where)
     applied = tuple((each, column) for each in filters if (column := each.column(names)))
-    chosen = [column for _, column in (*columns.pictures, *columns.texts, *applied)] + (
-        [columns.id] if columns.id else []
-    )
+    chosen = [column for _, column in (*read.pictures, *read.texts, *applied)] + ([read.id] if read.id else [])
     rows = undecoded(rows.select_columns(list(dict.fromkeys(chosen))))
     left_out = [each.name for each in filters if not each.column(names)]
     line = f"{where}, columns {', '.join(dict.fromkeys(chosen))}"
     line += f"; not filtered by {' and '.join(left_out)}, which it has no column of" if left_out else ""
-    return Table(rows, columns, applied, folder if folder.is_dir() else None).items, line
+    return Table(rows, read, applied, folder if folder.is_dir() else None).items, line
 
 
-def find_columns(flags: TableFlags, names: Sequence[str], where: str, condition_column: str | None) -> Columns:
-    """Which columns are read; raises `ValueError` if one is missing."""
-    urls = (
-        None
-        if flags.image_column
-        else find_column(flags.url_column, _URLS, names, where, "--url_column", optional=True)
-    )
-    image = urls or find_column(flags.image_column, _IMAGES, names, where, "--image_column or --url_column")
-    caption = find_column(flags.caption_column, _CAPTIONS, names, where, "--caption_column")
-    own = find_column(flags.id_column, _IDS, names, where, "--id_column", optional=True)
+def image_columns(flags: TableFlags, condition: str | None, names: Sequence[str], where: str) -> Columns:
+    """Columns of an image or its address, of a caption and, where one is named, of a condition image.
+
+    Raises:
+      ValueError: if one of them is missing.
+    """
+    own = flags.image_column
+    url = None if own else find_column(flags.url_column, _URLS, names, where, "--url_column", optional=True)
+    image = url or find_column(own, _IMAGES, names, where, "--image_column or --url_column")
     pictures = [("image", image)]
-    if condition_column is not None:
+    if condition is not None:
         flag = "--conditioning_image_column"
-        pictures.append(("conditioning_image", find_column(condition_column, (), names, where, flag)))
-    return Columns(tuple(pictures), (("text", caption),), own, urls is not None)  # type: ignore[arg-type]
+        pictures.append(("conditioning_image", find_column(condition, (), names, where, flag)))
+    caption = find_column(flags.caption_column, _CAPTIONS, names, where, "--caption_column")
+    return Columns(tuple(pictures), (("text", caption),), id_column(flags, names, where), bool(url))
+
+
+def id_column(flags: TableFlags, names: Sequence[str], where: str) -> str | None:
+    """The column of the ids, if there is one; raises `ValueError` if that of the flag is missing."""
+    return find_column(flags.id_column, _IDS, names, where, "--id_column", optional=True) or None
 
 
 def find_column(
     name: str | None, usual: Sequence[str], names: Sequence[str], where: str, flag: str, optional: bool = False
-) -> str | None:
+) -> str:
     """The column that a flag names, or else the first usual one that there is.
 
+    Returns:
+      Its name; the empty text if there is none and it is optional.
+
     Raises:
-      ValueError: if there is none, unless it is optional and the flag left out.
+      ValueError: if there is none.
     """
     if name is not None and name not in names:
         raise ValueError(f"{where} has no column {name!r}: set {flag} to one of {listed(list(names))}.")
@@ -250,7 +257,7 @@ def find_column(
         raise ValueError(
             f"{where} has none of the columns {', '.join(usual)}: set {flag} to one of {listed(list(names))}."
         )
-    return found
+    return found or ""
 
 
 def column_names(rows: Dataset | IterableDataset, where: str) -> list[str]:
@@ -323,7 +330,7 @@ def _is_folder_of_images(folder: Folder) -> bool:
     return not any(PurePosixPath(name).suffix in _BUILDERS or name in SAVED for name in names)
 
 
-def _images_in(folder: Folder) -> Iterator[str]:
+def images_in(folder: Folder) -> Iterator[str]:
     """The paths of all images in it, relative to it."""
     root = folder.locate().rstrip("/")
     for path in folder.fs.find(root):

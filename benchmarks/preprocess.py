@@ -1,0 +1,154 @@
+"""Images a second of the data tool against a straight pipeline of Pillow and PNG, and the memory it takes.
+
+    python3 benchmarks/preprocess.py
+    python3 benchmarks/preprocess.py --memory --count 50000 --side 64 --resolution 64
+
+Both make pairs of a 512-pixel image and its edges from the same local JPEGs of 1024 pixels, in as many processes that they
+start themselves, and take turns. The straight one opens, resizes (Lanczos) and saves both as PNG with Pillow's defaults,
+as a script does that was written in an hour. The tool does all that it does for users, shards, records and the meta.jsonl
+included. --memory follows the memory of its processes over a long run instead.
+"""
+
+import contextlib
+import io
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import psutil
+from PIL import Image
+
+from codi_jax import command_line
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts lie beside each other, and in no package
+from dataset_tools import coyo_1m_dataset_preprocess as coyo
+
+DRAWN = 100
+
+
+@dataclass(frozen=True)
+class Args:
+    """Measures dataset_tools/coyo_1m_dataset_preprocess.py."""
+
+    count: int = 400
+    """Images."""
+    side: int = 1024
+    """Their size in pixels."""
+    resolution: int = 512
+    """That of the pairs."""
+    num_proc: int = 2
+    """Processes of each."""
+    runs: int = 5
+    """Turns of each."""
+    image_format: str = "jpeg"
+    """What the tool writes images as; conditions are png. The straight pipeline writes png."""
+    memory: bool = False
+    """Measure memory over one run instead of speed."""
+
+
+def draw(number: int, side: int) -> np.ndarray:
+    """Smooth colours, shapes and a little noise: about as much detail as photographs have."""
+    rng = np.random.default_rng(number)
+    picture = cv2.resize(rng.integers(0, 256, (12, 12, 3), np.uint8), (side, side), interpolation=cv2.INTER_CUBIC)
+    for _ in range(60):
+        center, colour = rng.integers(0, side, 2).tolist(), rng.integers(0, 256, 3).tolist()
+        cv2.circle(picture, center, int(rng.integers(2, max(3, side // 10))), colour, -1, cv2.LINE_AA)
+    return np.clip(picture + rng.normal(0, 3, picture.shape), 0, 255).astype(np.uint8)
+
+
+def make_images(folder: Path, args: Args) -> None:
+    """Writes the JPEGs; beyond the first hundred they are links to those."""
+    folder.mkdir()
+    drawn = min(args.count, DRAWN)
+    for number in range(drawn):
+        options = [cv2.IMWRITE_JPEG_QUALITY, 90]
+        cv2.imwrite(str(folder / f"{number:06}.jpg"), draw(number, args.side), options)
+    for number in range(drawn, args.count):
+        (folder / f"{number:06}.jpg").hardlink_to(folder / f"{number % drawn:06}.jpg")
+
+
+def straight_one(job: tuple[Path, Path, int]) -> None:
+    """One image of the straight pipeline."""
+    source, target, side = job
+    image = Image.open(source).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+    edges = cv2.Canny(np.asarray(image), 100, 200)
+    image.save(target / "images" / f"{source.stem}.png")
+    Image.fromarray(np.repeat(edges[:, :, None], 3, axis=2)).save(target / "processed_images" / f"{source.stem}.png")
+
+
+def straight(source: Path, target: Path, args: Args) -> float:
+    """Seconds of the straight pipeline."""
+    for name in ("images", "processed_images"):
+        (target / name).mkdir(parents=True)
+    jobs = [(file, target, args.resolution) for file in sorted(source.iterdir())]
+    start = time.perf_counter()
+    with ProcessPoolExecutor(args.num_proc, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+        list(pool.map(straight_one, jobs, chunksize=8))
+    return time.perf_counter() - start
+
+
+def tool_flags(source: Path, target: Path, args: Args) -> dict[str, Any]:
+    """The tool's flags."""
+    size = max(10, min(1000, args.count // args.num_proc // 4))
+    flags = {"num_proc": args.num_proc, "resolution": args.resolution, "shard_size": size}
+    return {**flags, "image_format": args.image_format, "input": str(source), "train_data_dir": str(target)}
+
+
+def tool(source: Path, target: Path, args: Args) -> float:
+    """Seconds of the tool."""
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        coyo.main(coyo.Args(**tool_flags(source, target, args)))
+    return time.perf_counter() - start
+
+
+def speed(folder: Path, args: Args) -> None:
+    """Prints images a second of both, and their ratio."""
+    rates: dict[str, list[float]] = {"straight": [], "codi_jax": []}
+    for turn in range(args.runs):
+        rates["straight"].append(args.count / straight(folder / "in", folder / f"straight{turn}", args))
+        rates["codi_jax"].append(args.count / tool(folder / "in", folder / f"tool{turn}", args))
+    for name, values in rates.items():
+        print(f"{name}: {statistics.median(values):.1f} images/s ({min(values):.1f} to {max(values):.1f})")
+    ratios = [ours / theirs for ours, theirs in zip(rates["codi_jax"], rates["straight"], strict=True)]
+    print(f"ratio: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def memory(folder: Path, args: Args) -> None:
+    """Prints the memory that is the processes' own (USS), at ten moments of the run."""
+    target = folder / "out"
+    flags = [f"--{name}={value}" for name, value in tool_flags(folder / "in", target, args).items()]
+    process = psutil.Popen([sys.executable, coyo.__file__, *flags], stdout=subprocess.DEVNULL)
+    seen: list[tuple[int, float]] = []
+    while process.poll() is None:
+        time.sleep(1)
+        done = len(list((target / ".unfinished").glob("*/record.json")))
+        try:
+            of_all = [process, *process.children(recursive=True)]
+            seen.append((done, sum(each.memory_full_info().uss for each in of_all) / 1e6))
+        except psutil.NoSuchProcess:
+            continue
+    work = [(done, size) for done, size in seen if done]
+    for part in range(10):
+        some = work[len(work) * part // 10 : len(work) * (part + 1) // 10]
+        if some:
+            print(f"{some[-1][0]} shards: {statistics.median(size for _, size in some):.0f} MB")
+
+
+def main(args: Args) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        make_images(folder / "in", args)
+        (memory if args.memory else speed)(folder, args)
+
+
+if __name__ == "__main__":
+    command_line.run(Args, main)

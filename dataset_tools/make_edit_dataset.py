@@ -1,0 +1,140 @@
+"""Makes triples of an image, an instruction and the edited image, for InstructPix2Pix.
+
+    # of pairs in a table; the instruction is a column of it, or made from its columns
+    python3 dataset_tools/make_edit_dataset.py --input pairs.parquet --input_image_column before \
+        --edited_image_column after --instruction "make it {season}" --train_data_dir data/edits
+
+    # of two folders with images of the same names
+    python3 dataset_tools/make_edit_dataset.py --before_dir photos --after_dir drawings \
+        --instruction "turn it into a pencil drawing" --train_data_dir data/edits
+
+    # drawn by a text-to-image model from captions and instructions (columns input, edit, output), by prompt-to-prompt
+    python3 dataset_tools/make_edit_dataset.py --input prompts.jsonl --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --clip_model openai/clip-vit-large-patch14 --train_data_dir data/edits
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from codi_jax import command_line
+from codi_jax.data.files import Folder
+from codi_jax.preparation.edits import AFTER, BEFORE, Edit, Generate, GenerateFlags, fields_of, pairs_of_folders
+from codi_jax.preparation.job import JobFlags, describe, make_data_set
+from codi_jax.preparation.pictures import PictureFlags
+from codi_jax.preparation.rows import Row, Skipped
+from codi_jax.preparation.tables import Columns, TableFlags, find_column, id_column, open_table
+
+_SHARD_SIZE, _GENERATED = 1000, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(JobFlags, GenerateFlags, PictureFlags, TableFlags):
+    """Makes triples of an image, an instruction and the edited image."""
+
+    input_image_column: str = BEFORE
+    """Column of the images before the edit, in the table of --input."""
+    edited_image_column: str = AFTER
+    """Column of the images after it."""
+    are_urls: bool = False
+    """Both are addresses to download from."""
+    before_dir: str | None = None
+    """Folder of images before the edit, instead of a table."""
+    after_dir: str | None = None
+    """Folder of images after it, with the same names."""
+    instruction: str | None = None
+    """The instruction, with columns of the table in braces, such as "make it {season}"; of two folders {name}, {folder}
+    and {instruction}, which is that of --instructions. If left out: the column edit_prompt, or --instructions."""
+    instructions: str | None = None
+    """Table of instructions for two folders, with the columns file_name and instruction."""
+    num_proc: int | None = None
+    """Processes; if left out, one for each core, and one alone where a model draws."""
+    shard_size: int | None = None  # type: ignore[assignment]
+    """Rows of the input that one task works through, and so what is lost at most when it is killed; if left out, 1000,
+    and 4 where a model draws."""
+
+    def check(self) -> None:
+        super().check()
+        folders = self.before_dir is not None, self.after_dir is not None
+        if folders[0] != folders[1]:
+            raise ValueError("--before_dir and --after_dir need each other.")
+        if (self.input is None) == (self.before_dir is None):
+            raise ValueError("give either --input, a table, or --before_dir and --after_dir.")
+        if self.teacher and self.before_dir:
+            raise ValueError("--teacher draws both images: it needs --input, a table of captions, and no folders.")
+        if self.instructions is not None and self.before_dir is None:
+            raise ValueError("--instructions is for --before_dir and --after_dir; of a table name the columns.")
+
+    @property
+    def template(self) -> str:
+        """Of the instruction."""
+        return self.instruction or ("{edit_prompt}" if self.before_dir is None else "{instruction}")
+
+
+def pair_columns(args: Args, names: Sequence[str], where: str) -> Columns:
+    def column(name: str, flag: str) -> tuple[str, str]:
+        return name, find_column(name, (), names, where, flag)
+
+    before = BEFORE, find_column(args.input_image_column, (), names, where, "--input_image_column")
+    after = AFTER, find_column(args.edited_image_column, (), names, where, "--edited_image_column")
+    texts = tuple(column(name, "--instruction") for name in fields_of(args.template))
+    return Columns((before, after), texts, id_column(args, names, where), args.are_urls)
+
+
+def prompt_columns(args: Args, names: Sequence[str], where: str) -> Columns:
+    texts = tuple((name, find_column(name, (), names, where, "--input")) for name in ("input", "edit", "output"))
+    return Columns((), texts, id_column(args, names, where), False)
+
+
+def items_of_folders(args: Args) -> tuple[Callable[[], Iterable[Row | Skipped]], str]:
+    found: dict[str, str] = {}
+    if args.instructions is not None:
+        table = replace(args, input=args.instructions)
+        columns = functools.partial(_instruction_columns, table)
+        rows = open_table(table, columns)[0]()
+        found = {row.texts["file_name"]: row.texts["instruction"] for row in rows if isinstance(row, Row)}
+    allowed = {"name", "folder"} | ({"instruction"} if found else set())
+    if unknown := set(fields_of(args.template)) - allowed:
+        raise ValueError(f"--instruction has {{{min(unknown)}}}: of two folders there are {', '.join(sorted(allowed))}.")
+    folders = []
+    for flag, path in (("before_dir", args.before_dir), ("after_dir", args.after_dir)):
+        folders.append(Folder(path or ""))
+        if not folders[-1].is_dir():
+            raise ValueError(f"there is no folder {path}: check --{flag}.")
+    return functools.partial(pairs_of_folders, *folders, found), f"{args.before_dir} and {args.after_dir}"
+
+
+def _instruction_columns(args: Args, names: Sequence[str], where: str) -> Columns:
+    texts = tuple((name, find_column(name, (), names, where, "--instructions")) for name in ("file_name", "instruction"))
+    return Columns((), texts, None, False)
+
+
+def main(args: Args) -> None:
+    args.check()
+    size = _GENERATED if args.teacher else _SHARD_SIZE
+    processes = 1 if args.teacher and args.engine == "datasets" else args.num_proc
+    args = replace(args, shard_size=args.shard_size or size, num_proc=args.num_proc or processes)
+    pictures = PictureFlags(**{name: getattr(args, name) for name in PictureFlags.__dataclass_fields__})
+    prepare: Any = Edit(pictures, args.template)
+    if args.teacher:
+        flags = GenerateFlags(**{name: getattr(args, name) for name in GenerateFlags.__dataclass_fields__})
+        prepare = Generate(flags, pictures, args.seed)
+        items, line = open_table(args, functools.partial(prompt_columns, args))
+    elif args.before_dir is not None:
+        items, line = items_of_folders(args)
+    else:
+        items, line = open_table(args, functools.partial(pair_columns, args))
+    print(f"reading {line}")
+    print(describe(make_data_set(args, items, prepare, {name: getattr(args, name) for name in _MADE_WITH}), args))
+
+
+# What a run that goes on must share with the one that was stopped.
+_MADE_WITH = (
+    *PictureFlags.__dataclass_fields__, *GenerateFlags.__dataclass_fields__,
+    *sorted(TableFlags.__dataclass_fields__.keys() - {"cache_dir"}), "input_image_column", "edited_image_column",
+    "before_dir", "after_dir", "instruction", "instructions",
+)  # fmt: skip
+
+if __name__ == "__main__":
+    command_line.run(Args, main)

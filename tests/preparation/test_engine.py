@@ -1,0 +1,101 @@
+"""The same work on one machine and on Ray."""
+
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from test_coyo import contents, images, make
+
+from codi_jax.preparation.engine import EngineFlags, run
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture
+def cluster():
+    """A local Ray with two cores, started by the tool itself; stopped afterwards."""
+    yield
+    ray.shutdown()
+
+
+def workers() -> list[int]:
+    """The processes of this test's Ray that do the work."""
+    return [
+        process.pid
+        for process in psutil.Process().children(recursive=True)
+        if process.is_running() and "ray::" in " ".join(process.cmdline() or [process.name()])
+    ]
+
+
+@pytest.mark.slow
+def test_ray_makes_the_same_data_set(tmp_path: Path, cluster):
+    source = images(tmp_path / "in", 60)
+    for number in (3, 17, 40):
+        (source / f"{number:04}.jpg").write_text("broken")
+    for engine in ("datasets", "ray"):
+        make(source, tmp_path / engine, engine=engine, num_proc=2, max_train_samples=45)
+    assert contents(tmp_path / "ray") == contents(tmp_path / "datasets")
+
+
+@dataclass(frozen=True)
+class KilledOnce:
+    """Doubles a number, and kills its own process the first time that it sees one of these."""
+
+    folder: Path
+    fatal: tuple[int, ...]
+
+    def __call__(self, number: int) -> int:
+        mark = self.folder / str(number)
+        if number in self.fatal and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 2 * number
+
+
+@pytest.mark.slow
+def test_ray_does_again_what_was_lost_with_a_process(tmp_path: Path, cluster):
+    flags = EngineFlags(engine="ray", num_proc=2)
+    assert sorted(run(KilledOnce(tmp_path, (3, 11)), range(16), flags)) == [2 * number for number in range(16)]
+    assert {path.name for path in tmp_path.iterdir()} == {"3", "11"}, "nothing was killed"
+
+
+@pytest.mark.slow
+def test_a_ray_worker_killed_in_the_middle_loses_nothing(tmp_path: Path, cluster):
+    source = images(tmp_path / "in", 400, (480, 400))
+    make(source, tmp_path / "clean", num_proc=2, resolution=256, shard_size=10)
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        staging = tmp_path / "out/.unfinished"
+        while len(list(staging.glob("*/record.json"))) < 4:
+            time.sleep(0.01)
+        killed.extend(workers()[:1])
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    make(source, tmp_path / "out", engine="ray", num_proc=2, resolution=256, shard_size=10)
+    killer.join()
+    assert killed
+    assert contents(tmp_path / "out") == contents(tmp_path / "clean")
+
+
+def test_a_killed_process_is_said(tmp_path: Path):
+    flags = EngineFlags(num_proc=2)
+    with pytest.raises(ChildProcessError, match="one of the processes was killed, perhaps for want of memory: run the"):
+        run(KilledOnce(tmp_path, (3,)), range(8), flags)
+
+
+def test_results_of_two_processes():
+    assert sorted(run(abs, [-3, 2, -1], EngineFlags(num_proc=2))) == [1, 2, 3]
+
+
+def test_a_ray_that_is_not_there():
+    with pytest.raises(ValueError, match="--ray_address auto is not possible: it must be left out, or add --engine ray"):
+        EngineFlags(ray_address="auto").check()
