@@ -90,8 +90,8 @@ def generate(
         ``timesteps`` [n], ``num_steps`` (how many of them to visit, or ``None``), ``noise`` ([n-1, b, h, w, c] or
         ``None``), ``guidance_scale`` and ``image_guidance_scale`` (scalars). By the kind of model: ``image``
         [b, H, W, 3] in [-1, 1]; ``mask`` [b, H, W, 1] with it for inpainting; ``control`` [b, H, W, 3] in [0, 1] and
-        ``control_scale`` (scalar); ``time_ids`` [b, 6]. For prompt-to-prompt: ``shared_until`` [b/2], the time above which
-        the second half of the batch takes the attention of the first.
+        ``control_scale`` (scalar); ``time_ids`` [b, 6]. For prompt-to-prompt: ``shared_until`` [b/2], the time above
+        which the second half of the batch takes the attention of the first.
       program: what to compute.
 
     Returns:
@@ -143,8 +143,9 @@ def _denoiser(params: Mapping[str, Params], inputs: Mapping[str, Any], program: 
             )
             residuals = {"down_residuals": down, "mid_residual": mid}
         sample = z if image is None else jnp.concatenate([z, image], axis=-1)
+        variables = {"params": params["unet"]}
         with _sharing(inputs, t, len(branches)):
-            prediction, _ = unet.apply({"params": params["unet"]}, sample, times, context, cond, added_cond, **residuals)
+            prediction, _ = unet.apply(variables, sample, times, context, cond, added_cond, **residuals)
         return _guided(prediction.astype(jnp.float32), inputs, program.guidance)
 
     return denoise

@@ -234,9 +234,9 @@ class DiffusionPipeline:
           seed: image i is that of seed + i, whatever the size of the batch.
           latents: noise to start from instead, N(0, I), [b, h, w, c].
           noise: what a stochastic sampler adds instead, [steps - 1, b, h, w, c].
-          shared_attention: makes pairs by prompt-to-prompt, of which the first half of the prompts are the sources and the
-            second half, in the same order, the variants. Each starts from the noise of its source, and takes its
-            attention in this part of the steps, from the first on; see `codi_jax.models.prompt_to_prompt`.
+          shared_attention: makes pairs by prompt-to-prompt: the first half of the prompts are the sources, the second
+            half, in the same order, the variants. Each starts from the noise of its source, and takes its attention in
+            this part of the steps, from the first on; see `codi_jax.models.prompt_to_prompt`.
           on_step: called with the index of every step that is done.
 
         Returns:
@@ -506,7 +506,8 @@ def _sharing_inputs(batch: int, times: np.ndarray, shared_attention: Sequence[fl
         return {}
     if 2 * len(shared_attention) != batch or not all(0 <= share <= 1 for share in shared_attention):
         raise ValueError(
-            f"shared_attention = {list(shared_attention)} with {batch} prompts: give a number from 0 to 1 for each pair."
+            f"shared_attention = {list(shared_attention)} with {batch} prompts: give a number from 0 to 1 for each "
+            "pair of them."
         )
     ends = np.append(times, -1)[np.rint(np.asarray(shared_attention) * len(times)).astype(int)]
     return {"shared_until": ends.astype(np.float32)}

@@ -105,7 +105,7 @@ def load_pretrained(
     controlnet: str | Path | None = None,
     controlnet_revision: str | None = None,
     *,
-    untrained: Mapping[str, Array] | None = None,
+    untrained: Mapping[str, Array | None] | None = None,
 ) -> DiffusionPipeline:
     """The model on the mesh, for computing with: in half precision if training is.
 
@@ -273,13 +273,14 @@ def load_batches(
         condition=condition,
         source=source,
         time_ids=pipeline.is_xl,
-        encoders=_encoders_of(pipeline, cache_text) if flags.cache_latents else None,
+        encoders=encoders_of(pipeline, cache_text) if flags.cache_latents else None,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
 
 
-def _encoders_of(pipeline: DiffusionPipeline, cache_text: bool) -> Encoders:
+def encoders_of(pipeline: DiffusionPipeline, cache_text: bool = True) -> Encoders:
+    """The networks whose results are cached: the VAE and, unless they are trained, the text encoders."""
     modules, params = Modules(**pipeline.modules), pipeline.params
 
     @jax.jit

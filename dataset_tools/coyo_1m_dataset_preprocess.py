@@ -13,43 +13,32 @@ from dataclasses import dataclass
 from codi_jax import command_line
 from codi_jax.preparation.conditions import Pair, PairFlags
 from codi_jax.preparation.job import JobFlags, describe, make_data_set
-from codi_jax.preparation.tables import Filter, TableFlags, image_columns, open_table
+from codi_jax.preparation.tables import ScoreFlags, TableFlags, image_columns, open_table
 
 COYO = "kakaobrain/coyo-700m"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(JobFlags, PairFlags, TableFlags):
+class Args(JobFlags, PairFlags, ScoreFlags, TableFlags):
     """Makes a data set of images, condition images and captions."""
 
     input: str | None = None
-    """Parquet, CSV, TSV or JSON lines of URLs and captions (files, patterns such as part-*.parquet, or URLs), a data set
-    on the hub, what save_to_disk wrote, or a folder of images, whose captions are in .txt files of the same names or in
-    a metadata.jsonl. If left out: COYO-700M from the hub."""
+    """Parquet, CSV, TSV or JSON lines of URLs and captions (files, patterns such as part-*.parquet, or URLs), a data
+    set on the hub, what save_to_disk wrote, or a folder of images, whose captions are in .txt files of the same names
+    or in a metadata.jsonl. If left out: COYO-700M from the hub."""
     conditioning_image_column: str | None = None
     """Column of the condition images, for --condition depth_from_file."""
-    min_clip_similarity: float | int = 0.3
+    min_clip_similarity: float | None = 0.3
     """Least similarity of image and caption (CLIP ViT-B/32), where the input has a column of it."""
-    max_watermark_score: float | int = 0.4
+    max_watermark_score: float | None = 0.4
     """Largest probability of a watermark, likewise."""
-    min_aesthetic_score: float | int = 6.0
+    min_aesthetic_score: float | None = 6.0
     """Least aesthetic score (LAION's second predictor), likewise."""
 
     def check(self) -> None:
         super().check()
         if (self.condition == "depth_from_file") != (self.conditioning_image_column is not None):
             raise ValueError("--condition depth_from_file and --conditioning_image_column need each other.")
-
-    @property
-    def filters(self) -> tuple[Filter, ...]:
-        """By columns of COYO and of LAION."""
-        similarity = ("clip_similarity_vitb32", "clip_similarity_vitl14", "similarity", "SIMILARITY")
-        aesthetic = ("aesthetic_score_laion_v2", "aesthetic_score", "AESTHETIC_SCORE", "aesthetic")
-        return (
-            Filter("clip similarity", similarity, self.min_clip_similarity),
-            Filter("watermark score", ("watermark_score", "pwatermark"), self.max_watermark_score, at_least=False),
-            Filter("aesthetic score", aesthetic, self.min_aesthetic_score),
-        )
 
 
 def main(args: Args) -> None:
@@ -64,8 +53,8 @@ def main(args: Args) -> None:
 
 # What a run that goes on must share with the one that was stopped.
 _MADE_WITH = (
-    *PairFlags.__dataclass_fields__, *sorted(TableFlags.__dataclass_fields__.keys() - {"cache_dir"}),
-    "conditioning_image_column", "min_clip_similarity", "max_watermark_score", "min_aesthetic_score",
+    *PairFlags.__dataclass_fields__, *ScoreFlags.__dataclass_fields__,
+    *sorted(TableFlags.__dataclass_fields__.keys() - {"cache_dir"}), "conditioning_image_column",
 )  # fmt: skip
 
 if __name__ == "__main__":

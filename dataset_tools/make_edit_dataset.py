@@ -1,15 +1,15 @@
 """Makes triples of an image, an instruction and the edited image, for InstructPix2Pix.
 
-    # of pairs in a table; the instruction is a column of it, or made from its columns
-    python3 dataset_tools/make_edit_dataset.py --input pairs.parquet --input_image_column before \
+# of pairs in a table; the instruction is a column of it, or made from its columns
+python3 dataset_tools/make_edit_dataset.py --input pairs.parquet --input_image_column before \
         --edited_image_column after --instruction "make it {season}" --train_data_dir data/edits
 
-    # of two folders with images of the same names
-    python3 dataset_tools/make_edit_dataset.py --before_dir photos --after_dir drawings \
+# of two folders with images of the same names
+python3 dataset_tools/make_edit_dataset.py --before_dir photos --after_dir drawings \
         --instruction "turn it into a pencil drawing" --train_data_dir data/edits
 
-    # drawn by a text-to-image model from captions and instructions (columns input, edit, output), by prompt-to-prompt
-    python3 dataset_tools/make_edit_dataset.py --input prompts.jsonl --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 \
+# drawn by a text-to-image model from captions and instructions (columns input, edit, output), by prompt-to-prompt
+python3 dataset_tools/make_edit_dataset.py --input prompts.jsonl --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --clip_model openai/clip-vit-large-patch14 --train_data_dir data/edits
 """
 
@@ -96,7 +96,9 @@ def items_of_folders(args: Args) -> tuple[Callable[[], Iterable[Row | Skipped]],
         found = {row.texts["file_name"]: row.texts["instruction"] for row in rows if isinstance(row, Row)}
     allowed = {"name", "folder"} | ({"instruction"} if found else set())
     if unknown := set(fields_of(args.template)) - allowed:
-        raise ValueError(f"--instruction has {{{min(unknown)}}}: of two folders there are {', '.join(sorted(allowed))}.")
+        raise ValueError(
+            f"--instruction has {{{min(unknown)}}}: of two folders there are {', '.join(sorted(allowed))}."
+        )
     folders = []
     for flag, path in (("before_dir", args.before_dir), ("after_dir", args.after_dir)):
         folders.append(Folder(path or ""))
@@ -106,7 +108,9 @@ def items_of_folders(args: Args) -> tuple[Callable[[], Iterable[Row | Skipped]],
 
 
 def _instruction_columns(args: Args, names: Sequence[str], where: str) -> Columns:
-    texts = tuple((name, find_column(name, (), names, where, "--instructions")) for name in ("file_name", "instruction"))
+    texts = tuple(
+        (name, find_column(name, (), names, where, "--instructions")) for name in ("file_name", "instruction")
+    )
     return Columns((), texts, None, False)
 
 

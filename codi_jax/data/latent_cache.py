@@ -2,6 +2,7 @@
 
 A cache is a folder named after a fingerprint of all that it depends on, so one that no longer fits is never used, and
 stays. It is built in a folder beside, which is renamed when all is there: an interrupted build goes on where it was.
+Several machines build one in parts, each of consecutive rows and texts, which the last of them joins: the same files.
 
     moments.npy        float16 [rows, flips, h, w, 2c]  mean and log-variance of the VAE's posterior
     conditioning.npy   uint8 [rows, H, W, 3]            or pixels.npy, if conditions are random and made when wanted
@@ -39,6 +40,7 @@ from codi_jax.data.sources import captions_of, describe_row, files_fingerprint
 _VERSION = 1
 _MANIFEST = "manifest.json"
 _IDS = "input_ids."  # and the name of the text encoder: the file name of its token ids
+_OF_ALL = ("text.npy", "first_caption.npy")
 _BATCHES_TO_KEEP = 16  # after so many, what was computed is safe from an interruption
 
 _log = logging.getLogger(__name__)
@@ -62,6 +64,23 @@ class Encoders:
     fingerprint: str
     batch_size: int = 16
     conditions_too: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several parts of equal size.
+
+    Attributes:
+      index: from 0 on.
+      count: of parts.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, length: int) -> range:
+        """What of so many rows lies in it."""
+        return range(length * self.index // self.count, length * (self.index + 1) // self.count)
 
 
 @dataclass(frozen=True)
@@ -156,8 +175,7 @@ def open_cache(
         give numbers that are not finite.
     """
     description = _describe(reader, encoders)
-    folder = root / hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
-    root.mkdir(parents=True, exist_ok=True)
+    folder = _folder(root, description)
     with FileLock(f"{folder}.lock"):
         if (folder / _MANIFEST).is_file():
             _log.info("Using the latents in %s.", folder)
@@ -167,6 +185,77 @@ def open_cache(
     manifest = json.loads((folder / _MANIFEST).read_text())
     arrays = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
     return CachedReader(arrays, manifest["unreadable"], reader)
+
+
+def cache_part(
+    root: Path,
+    reader: Reader,
+    tokenize: Tokenize,
+    encoders: Encoders,
+    part: Part,
+    *,
+    workers: int = 0,
+    max_unreadable_share: float | int = 0.01,
+) -> Path | None:
+    """Computes one part of the cache of a data set; the process that finishes the last one joins them.
+
+    Args:
+      root: where caches are, one folder for all processes.
+      reader: as of `open_cache`, and so on.
+      tokenize: for captions.
+      encoders: what to compute.
+      part: which part.
+      workers: processes that read images.
+      max_unreadable_share: give up above it.
+
+    Returns:
+      The folder of the cache, ``None`` as long as other parts are missing.
+
+    Raises:
+      ValueError: as `open_cache`.
+    """
+    description = _describe(reader, encoders)
+    folder = _folder(root, description)
+    parts = [folder.with_suffix(".parts") / f"{index:05}-of-{part.count:05}" for index in range(part.count)]
+    own = parts[part.index]
+    with FileLock(f"{folder}-{own.name}.lock"):
+        if not (folder / _MANIFEST).is_file() and not (own / _MANIFEST).is_file():
+            _Builder(own, reader, tokenize, encoders, workers, max_unreadable_share, part).build(description)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / _MANIFEST).is_file():
+            if not all((each / _MANIFEST).is_file() for each in parts):
+                return None
+            _join(parts, folder, description)
+        shutil.rmtree(folder.with_suffix(".parts"), ignore_errors=True)
+    return folder
+
+
+def _folder(root: Path, description: Mapping[str, Any]) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    return root / hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _join(parts: list[Path], folder: Path, description: Mapping[str, Any]) -> None:
+    """Puts the arrays of the parts one behind the other; those of all captions are in every part."""
+    joined = folder.with_suffix(".joined")
+    shutil.rmtree(joined, ignore_errors=True)
+    joined.mkdir()
+    for name in sorted({file.name for part in parts for file in part.glob("*.npy")}):
+        if name in _OF_ALL:
+            shutil.copyfile(parts[0] / name, joined / name)
+            continue
+        arrays = [np.load(part / name, mmap_mode="r") for part in parts if (part / name).is_file()]
+        shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
+        whole = np.lib.format.open_memmap(joined / name, "w+", arrays[0].dtype, shape)
+        end = 0
+        for array in arrays:
+            whole[end : end + len(array)] = array
+            end += len(array)
+        whole.flush()
+    manifests = [json.loads((part / _MANIFEST).read_text()) for part in parts]
+    unreadable = {row: reason for manifest in manifests for row, reason in manifest["unreadable"].items()}
+    (joined / _MANIFEST).write_text(json.dumps({"description": description, "unreadable": unreadable}, indent=2))
+    joined.rename(folder)
 
 
 def _describe(reader: Reader, encoders: Encoders) -> dict[str, Any]:
@@ -251,11 +340,12 @@ class _Builder:
     encoders: Encoders
     workers: int
     max_unreadable_share: float | int
+    part: Part = Part()
 
     def build(self, description: dict[str, Any]) -> None:
         """Computes what is missing, and makes the folder appear when all is there."""
         building = self.folder.with_suffix(".building")
-        building.mkdir(exist_ok=True)
+        building.mkdir(parents=True, exist_ok=True)
         try:
             self._texts(building)
             unreadable = self._images(building)
@@ -278,6 +368,8 @@ class _Builder:
         number = {text: index for index, text in enumerate(texts)}
         np.save(folder / "text.npy", np.array([number[text] for each in captions for text in each]))
         np.save(folder / "first_caption.npy", np.cumsum([0, *map(len, captions)]))
+        part = self.part.of(len(texts))
+        texts = texts[part.start : part.stop]
         table = _Table(folder, "texts", len(texts))
         size = self.encoders.batch_size
         starts = range(table.rows, len(texts), size)
@@ -293,8 +385,9 @@ class _Builder:
         table.keep()
 
     def _images(self, folder: Path) -> dict[str, str]:
-        table = _Table(folder, "images", len(self.reader.source))
-        rows = _InOrder(self.reader, table.rows, self.encoders.batch_size)
+        part = self.part.of(len(self.reader.source))
+        table = _Table(folder, "images", len(part))
+        rows = _InOrder(self.reader, part[table.rows :], self.encoders.batch_size)
         for step, (arrays, reasons) in enumerate(_progress(rows, self.workers)):
             table.append(self._encoded(arrays))
             table.notes.update(reasons)
@@ -328,18 +421,17 @@ class _Builder:
 
 @dataclass(frozen=True)
 class _InOrder:
-    """The pictures of a data set in its own order, in batches, with the reasons why some are missing."""
+    """Consecutive pictures of a data set in its own order, in batches, with the reasons why some are missing."""
 
     reader: Reader
-    start: int
+    numbers: range
     size: int
 
     def __len__(self) -> int:
-        return math.ceil((len(self.reader.source) - self.start) / self.size)
+        return math.ceil(len(self.numbers) / self.size)
 
     def __getitem__(self, index: int) -> tuple[Batch, dict[str, str]]:
-        first = self.start + int(index) * self.size
-        rows = range(first, min(first + self.size, len(self.reader.source)))
+        rows = self.numbers[int(index) * self.size : (int(index) + 1) * self.size]
         read, reasons = {}, {}
         for number in rows:
             try:

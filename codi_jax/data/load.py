@@ -12,7 +12,7 @@ import grain
 import tyro
 
 from codi_jax.data.images import Condition, Interpolation, Task, condition_for
-from codi_jax.data.latent_cache import CachedReader, Encoders, open_cache, prefetch
+from codi_jax.data.latent_cache import CachedReader, Encoders, Part, cache_part, open_cache, prefetch
 from codi_jax.data.loader import Batches, Loader, Order, Shard, Tokenize, read_ahead, tokenized
 from codi_jax.data.samples import Reader, Transform
 from codi_jax.data.sources import Source, open_source, require_folder
@@ -207,16 +207,7 @@ def load_data(
     """
     source = source or open_data(flags, batch_size=batch_size, condition=condition, has_text=tokenize is not None)
     shard = Shard(batch_size, process_index, process_count)
-    transform = Transform(
-        flags.resolution,
-        flags.center_crop,
-        flags.random_flip,
-        flags.proportion_empty_prompts,
-        flags.interpolation_type,
-        flags.use_fix_crop_and_size,
-    )
-    # Generators take no negative seeds.
-    reader = Reader(source, transform, _condition(condition, source), seed % 2**64, time_ids)
+    reader = _reader(flags, source, condition, seed, time_ids)
     if source.is_streaming:
         return _stream(reader, shard, tokenize, flags)
     order = Order(len(source), reader.seed)
@@ -233,12 +224,61 @@ def load_data(
     return Loader(open_at, identity, len(source), flags.max_unreadable_share)
 
 
+def cache_data(
+    flags: DataFlags,
+    tokenize: Tokenize,
+    *,
+    source: Source,
+    encoders: Encoders,
+    condition: ConditionOf = None,
+    time_ids: bool = False,
+    part: Part,
+) -> Path | None:
+    """Computes a part of what --cache_latents of a training with these flags reads, before that training.
+
+    Args:
+      flags: the user's.
+      tokenize: for captions.
+      source: of `open_data`.
+      encoders: what to compute.
+      condition: where "conditioning" comes from.
+      time_ids: whether the model takes SDXL's sizes.
+      part: which part.
+
+    Returns:
+      The folder of the cache, ``None`` as long as other parts are missing.
+
+    Raises:
+      ValueError: as `load_data`.
+    """
+    reader = _reader(flags, source, condition, 0, time_ids)  # what depends on the seed is not cached
+    workers, share = flags.dataloader_num_workers, flags.max_unreadable_share
+    root = _cache_root(flags)
+    return cache_part(root, reader, tokenize, encoders, part, workers=workers, max_unreadable_share=share)
+
+
+def _reader(flags: DataFlags, source: Source, condition: ConditionOf, seed: int, time_ids: bool) -> Reader:
+    transform = Transform(
+        flags.resolution,
+        flags.center_crop,
+        flags.random_flip,
+        flags.proportion_empty_prompts,
+        flags.interpolation_type,
+        flags.use_fix_crop_and_size,
+    )
+    # Generators take no negative seeds.
+    return Reader(source, transform, _condition(condition, source), seed % 2**64, time_ids)
+
+
+def _cache_root(flags: DataFlags) -> Path:
+    return Path(flags.cache_latents_dir or Path(flags.cache_dir or "~/.cache/codi_jax") / "latents").expanduser()
+
+
 def _open_cache(flags: DataFlags, reader: Reader, tokenize: Tokenize | None, encoders: Encoders | None) -> CachedReader:
     if encoders is None or tokenize is None:
         raise ValueError("--cache_latents is of no use here: this training works on pixels; leave it out.")
-    root = Path(flags.cache_latents_dir or Path(flags.cache_dir or "~/.cache/codi_jax") / "latents").expanduser()
     workers, share = flags.dataloader_num_workers, flags.max_unreadable_share
-    return open_cache(root, reader, tokenize, encoders, workers=workers, max_unreadable_share=share)
+    return open_cache(_cache_root(flags), reader, tokenize, encoders, workers=workers, max_unreadable_share=share)
 
 
 def _stream(reader: Reader, shard: Shard, tokenize: Tokenize | None, flags: DataFlags) -> Loader:

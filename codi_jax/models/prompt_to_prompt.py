@@ -13,15 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 Layers = Literal["self", "cross"]
-"""Where attention is shared: among pixels, as Brooks et al. (2023) made their data, or over the words, as Hertz et al. swap
-words of prompts whose other words stand in the same places."""
+"""Where attention is shared: among pixels, as Brooks et al. (2023) made their data, or over the words, as Hertz et al.
+swap words of prompts whose other words stand in the same places."""
 
 _NAMES: Mapping[Layers, str] = {"self": "attn1", "cross": "attn2"}
 
 
-def shared_attention(
-    shares: Bool[Array, "n"], branches: int, layers: Layers = "self"
-) -> AbstractContextManager[Any]:
+def shared_attention(shares: Bool[Array, "n"], branches: int, layers: Layers = "self") -> AbstractContextManager[Any]:
     """A context in which networks are applied to n sources and, behind them, n variants, in each of some branches.
 
     Args:
@@ -30,10 +28,8 @@ def shared_attention(
       layers: which.
     """
 
-    def intercept(
-        following: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: nn.module.InterceptorContext
-    ) -> Any:
-        out = following(*args, **kwargs)
+    def intercept(compute: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        out = compute(*args, **kwargs)
         path = context.module.path
         if context.method_name != "__call__" or len(path) < 2:
             return out

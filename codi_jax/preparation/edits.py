@@ -1,8 +1,8 @@
 """InstructPix2Pix triples: a picture, an instruction and the picture after it, of pairs that exist or are generated.
 
-Pairs are generated as Brooks et al. (2023, section 3.1.2) did: a text-to-image model draws the captions before and after
-the edit with shared attention (`codi_jax.models.prompt_to_prompt`), many times with other noise, another part of the steps
-in which attention is shared, and another guidance; of all those the filter leaves a few.
+Pairs are generated as Brooks et al. (2023, section 3.1.2) did: a text-to-image model draws the captions before and
+after the edit with shared attention (`codi_jax.models.prompt_to_prompt`), many times with other noise, another part of
+the steps in which attention is shared, and another guidance; of all those the filter leaves a few.
 """
 
 import functools
@@ -130,8 +130,8 @@ class GenerateFlags(Flags):
     max_guidance_scale: float = 15.0
     """Largest one."""
     clip_model: str | None = None
-    """CLIP of transformers, such as openai/clip-vit-large-patch14, for the filter (needs PyTorch). If left out, features
-    that know no texts: then only the similarity of the pictures counts."""
+    """CLIP of transformers, such as openai/clip-vit-large-patch14, for the filter (needs PyTorch). If left out, those
+    of FID-lite, which know no texts: then only the similarity of the pictures counts."""
     min_image_similarity: float = 0.7
     """Least similarity of the two pictures."""
     min_direction_similarity: float = 0.2

@@ -300,7 +300,7 @@ def _kept(staging: Folder, shard: int) -> Record | None:
 
 
 def _accepted(records: Sequence[Record], staging: Folder, wanted: int | None) -> tuple[list[Shard], Counter[str]]:
-    """The shards that are not empty, the last one up to where there are enough samples; and what was rejected before."""
+    """The shards that are not empty, the last one up to where there are enough samples; what was rejected before."""
     shards: list[Shard] = []
     rejected: Counter[str] = Counter()
     samples = 0

@@ -30,13 +30,10 @@ class Sample:
 
 
 Prepare = Callable[[Row, Mapping[str, bytes]], Sequence[Sample]]
-"""Makes the samples of a row, of one mostly, from the files of its pictures, or raises `RejectedError`: what all engines
-run."""
+"""Makes the samples of a row, one mostly, of its pictures' files, or raises `RejectedError`: what all engines run."""
 
 
-def prepare_rows(
-    rows: Sequence[Row], prepare: Prepare, flags: DownloadFlags
-) -> list[Sequence[Sample] | RejectedError]:
+def prepare_rows(rows: Sequence[Row], prepare: Prepare, flags: DownloadFlags) -> list[Sequence[Sample] | RejectedError]:
     """Reads or downloads the pictures of some rows, and makes samples of each.
 
     Args:

@@ -28,7 +28,7 @@ _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Names of a column that mean the same, tried where the flag is left out.
 _URLS = ("url", "URL", "image_url", "IMAGE_URL")
 _IMAGES = ("image", "jpg", "png", "file_name", "original_image")
-_CAPTIONS = ("text", "TEXT", "caption", "top_caption", "prompt", "txt")
+_CAPTIONS = ("text", "TEXT", "caption", "generated_caption", "top_caption", "prompt", "txt")
 _IDS = ("id", "ID", "SAMPLE_ID", "key", "hash")
 
 
@@ -37,9 +37,9 @@ class TableFlags(Flags):
     """What is read."""
 
     input: str | None = None
-    """Parquet, CSV, TSV or JSON lines of URLs and captions (files, patterns such as part-*.parquet, or URLs), a data set
-    on the hub, what save_to_disk wrote, or a folder of images, whose captions are in .txt files of the same names or in
-    a metadata.jsonl."""
+    """Parquet, CSV, TSV or JSON lines of URLs and captions (files, patterns such as part-*.parquet, or URLs), a data
+    set on the hub, what save_to_disk wrote, or a folder of images, whose captions are in .txt files of the same names
+    or in a metadata.jsonl."""
     config: str | None = None
     """Configuration of a data set on the hub that has several."""
     split: str = "train"
@@ -87,6 +87,33 @@ class Filter:
     def reason(self) -> str:
         """Of the rows that it rejects."""
         return f"{self.name} {'below' if self.at_least else 'above'} {self.limit:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreFlags(Flags):
+    """Which rows are taken, by scores that data sets of the web have columns of; where there is no column, all."""
+
+    min_clip_similarity: float | None = None
+    """Least similarity of image and caption in CLIP's space."""
+    max_watermark_score: float | None = None
+    """Largest probability of a watermark."""
+    min_aesthetic_score: float | None = None
+    """Least score of LAION's aesthetic predictor."""
+
+    @property
+    def filters(self) -> tuple[Filter, ...]:
+        """Those that are asked for, by the columns of COYO and of LAION."""
+        similarity = ("clip_similarity_vitb32", "clip_similarity_vitl14", "similarity", "SIMILARITY")
+        aesthetic = ("aesthetic_score_laion_v2", "aesthetic_score", "AESTHETIC_SCORE", "aesthetic")
+        watermark = ("watermark_score", "pwatermark")
+        found = []
+        if self.min_clip_similarity is not None:
+            found.append(Filter("clip similarity", similarity, self.min_clip_similarity))
+        if self.max_watermark_score is not None:
+            found.append(Filter("watermark score", watermark, self.max_watermark_score, at_least=False))
+        if self.min_aesthetic_score is not None:
+            found.append(Filter("aesthetic score", aesthetic, self.min_aesthetic_score))
+        return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from picture_folders import count_tokens, write_folder
 from test_load import take
 
 from codi_jax.data import DataFlags, latent_cache, load_data
-from codi_jax.data.latent_cache import Encoders
+from codi_jax.data.latent_cache import Encoders, Part
+from codi_jax.data.load import cache_data, open_data
 from codi_jax.data.loader import Loader
 
 COUNT = 21
@@ -254,3 +256,54 @@ def test_workers_build_the_same_cache(folder):
     parallel = load(folder, Model(), dataloader_num_workers=2, cache_latents_dir=str(folder.parent / "other"))
     for batch, expected in zip(take(parallel, 6), whole, strict=True):
         assert all(np.array_equal(batch[name], expected[name]) for name in expected)
+
+
+def compute_part(folder: Path, model: Model, index: int, count: int, condition="column") -> Path | None:
+    """One part of the cache that `load` reads."""
+    flags = DataFlags(
+        train_data_dir=str(folder), cache_dir=str(folder.parent / "cache"), resolution=SIDE, center_crop=True,
+        random_flip=True,
+    )  # fmt: skip
+    source = open_data(flags, batch_size=1, condition=condition)
+    part = Part(index, count)
+    return cache_data(flags, count_tokens, source=source, encoders=model.encoders, condition=condition, part=part)
+
+
+@pytest.mark.parametrize(("count", "condition"), [(1, None), (3, "column"), (40, "inpainting")])
+def test_parts_give_the_same_files_as_one_build(folder, tmp_path, count, condition):
+    """Also more parts than images, in any order; a training finds them, and encodes nothing."""
+    (folder / "images/4.png").write_text("broken")
+    load(folder, Model(), condition, cache_latents_dir=str(tmp_path / "whole"))
+    order = np.random.default_rng(0).permutation(count).tolist()
+    model = Model()
+    *rest, found = [compute_part(folder, model, index, count, condition) for index in order]
+    assert set(rest) <= {None}
+    (whole,) = (tmp_path / "whole").glob("*/")
+    assert found is not None
+    assert found.name == whole.name
+    assert {file.name: file.read_bytes() for file in found.iterdir()} == {
+        file.name: file.read_bytes() for file in whole.iterdir()
+    }
+    assert [path.name for path in found.parent.iterdir() if path.is_dir()] == [found.name]
+    idle = Model()
+    load(folder, idle, condition)
+    assert idle.images == idle.texts == 0
+    assert compute_part(folder, idle, 0, count, condition) == found
+
+
+def test_an_interrupted_part_goes_on(folder):
+    """What was kept is not computed again, and what other parts did is theirs."""
+    whole = Model()
+    load(folder, whole)
+    expected = {file.name: file.read_bytes() for file in next(iter(caches(folder))).parent.iterdir()}
+    shutil.rmtree(folder.parent / "cache")
+    model = Model()
+    assert compute_part(folder, model, 0, 2) is None
+    stopped = Model(fail_after=3)
+    with pytest.raises(KeyboardInterrupt):
+        compute_part(folder, stopped, 1, 2)
+    resumed = Model()
+    found = compute_part(folder, resumed, 1, 2)
+    assert found is not None
+    assert resumed.images == 4  # both orientations of 11 images in batches of 4, but for the first, which was kept
+    assert {file.name: file.read_bytes() for file in found.iterdir()} == expected

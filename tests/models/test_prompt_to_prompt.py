@@ -27,7 +27,9 @@ class CopiedMaps:
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
         layers = "self" if encoder_hidden_states is None else "cross"
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (attn.head_to_batch_dim(x) for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)))
+        q, k, v = (
+            attn.head_to_batch_dim(x) for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+        )
         scores = q @ k.transpose(-1, -2) * attn.scale
         if self.active and layers == self.layers:
             parts = scores.chunk(4)

@@ -262,7 +262,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch):
         write(folder, files)
 
     monkeypatch.setattr(Folder, "write_all", full)
-    with pytest.raises(OSError, match="No space left on device. Mend that, and run the same command again"):
+    with pytest.raises(OSError, match=r"No space left on device\. Mend that, and run the same"):
         make(source, tmp_path / "out")
     assert not (tmp_path / "out/meta.jsonl").exists()
     monkeypatch.undo()
@@ -332,8 +332,7 @@ def test_tables_of_every_kind(tmp_path: Path, kind: str):
 
 def test_columns_that_are_not_there(tmp_path: Path):
     pq.write_table(pa.table({"address": ["http://a.org/x.jpg"], "words": ["x"]}), tmp_path / "in.parquet")
-    with pytest.raises(ValueError, match=r"has none of the columns image, .*set --image_column or --url_column to one of "
-                       "address, words"):  # fmt: skip
+    with pytest.raises(ValueError, match=r"has none of the columns image, .*set --image_column or --url_column to one"):
         make(tmp_path / "in.parquet", tmp_path / "out")
     with pytest.raises(ValueError, match=r"has no column 'link': set --url_column to one of address, words"):
         make(tmp_path / "in.parquet", tmp_path / "out", url_column="link")

@@ -62,7 +62,13 @@ def read_by_training(**flags) -> dict[int, tuple[np.ndarray, np.ndarray]]:
 
 @pytest.fixture
 def expected(tmp_path) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    make(images(tmp_path / "in", 26), tmp_path / "expected", center_crop=True, image_format="png", max_train_samples=COUNT)
+    make(
+        images(tmp_path / "in", 26),
+        tmp_path / "expected",
+        center_crop=True,
+        image_format="png",
+        max_train_samples=COUNT,
+    )
     pictures = {}
     for row in rows_of(tmp_path / "expected"):
         with Image.open(tmp_path / "expected" / row["image"]) as image:

@@ -1,0 +1,75 @@
+"""Encodes a whole data set once: what --cache_latents of a training with the same flags then finds.
+
+    python3 dataset_tools/cache_latents.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --train_data_dir data/coyo --resolution 512 --center_crop --mixed_precision bf16 --cache_dir cache
+
+Several machines share the work with --num_parts 8 and --part 0 to 7, over a folder that all of them see; each may be
+killed and started again.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from codi_jax import command_line, optim, sharding
+from codi_jax.data import ConditionOf, DataFlags
+from codi_jax.data.latent_cache import Part
+from codi_jax.data.load import cache_data, open_data
+from codi_jax.pretrained import ModelFlags, encoders_of, load_pretrained
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(ModelFlags, DataFlags):
+    """Encodes images and captions of a data set, and keeps them for trainings with the same flags."""
+
+    task: Literal["none", "column", "edit", "canny", "super_resolution", "inpainting"] = "none"
+    """--task of the training; none for text to image, column for most ControlNets, edit for InstructPix2Pix (with
+    --conditioning_image_column input_image --image_column edited_image --caption_column edit_prompt)."""
+    mixed_precision: optim.MixedPrecision = "no"
+    """That of the training: the networks compute in it."""
+    train_text_encoder: bool = False
+    """The training will train the text encoder: keep the tokens of captions instead of its features."""
+    encode_batch_size: int = 16
+    """Images or captions that are encoded at a time."""
+    num_parts: int = 1
+    """Parts that the work is divided into."""
+    part: int = 0
+    """Which of them to do, from 0 on."""
+    fsdp: int = 1
+    """Number of devices that share the parameters, as in training."""
+
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(1, "num_parts", "encode_batch_size", "fsdp")
+        self.require_in(0, self.num_parts - 1, "part")
+        if self.streaming or self.train_shards_path_or_url:
+            raise ValueError("a stream cannot be cached: give --train_data_dir or --dataset_name without --streaming.")
+
+    @property
+    def condition(self) -> ConditionOf:
+        """Where condition images come from."""
+        return {"none": None, "edit": "column"}.get(self.task, self.task)
+
+
+def main(args: Args) -> None:
+    args.check()
+    source = open_data(args, batch_size=1, condition=args.condition)
+    pipeline = load_pretrained(args, sharding.make_mesh(args.fsdp), untrained={"unet": None})
+    encoders = dataclasses.replace(
+        encoders_of(pipeline, not args.train_text_encoder),
+        conditions_too=args.task == "edit",
+        batch_size=args.encode_batch_size,
+    )
+    part = Part(args.part, args.num_parts)
+    folder = cache_data(
+        args, pipeline.tokenize, source=source, encoders=encoders, condition=args.condition, time_ids=pipeline.is_xl,
+        part=part,
+    )  # fmt: skip
+    if folder is None:
+        print(f"part {args.part} of {args.num_parts} is done; the last one to be done puts them together")
+    else:
+        print(f"{len(source)} samples are cached in {folder}")
+
+
+if __name__ == "__main__":
+    command_line.run(Args, main)

@@ -1,0 +1,49 @@
+"""Downloads a random subset of a table of URLs and captions: the data that BK-SDM and its like are distilled on.
+
+    python3 dataset_tools/laion_subset.py --train_data_dir data/laion --max_train_samples 212776 --num_proc 16
+
+takes images of LAION-art with improved captions, in an order that depends on the seed alone; --input names another
+table. Killed at any moment, it goes on when the same command is run again.
+"""
+
+import functools
+from dataclasses import dataclass
+
+from codi_jax import command_line
+from codi_jax.preparation.conditions import Pair, PairFlags
+from codi_jax.preparation.job import JobFlags, describe, make_data_set
+from codi_jax.preparation.pictures import PictureFlags
+from codi_jax.preparation.tables import ScoreFlags, TableFlags, image_columns, open_table
+
+LAION_ART = "recastai/LAION-art-EN-improved-captions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(JobFlags, PictureFlags, ScoreFlags, TableFlags):
+    """Downloads a random subset of a table of URLs and captions."""
+
+    input: str | None = None
+    """Parquet, CSV, TSV or JSON lines of URLs and captions (files, patterns such as part-*.parquet, or URLs), or a data
+    set on the hub. If left out: LAION-art with improved captions from the hub."""
+    shuffle: bool = True
+    """Take the rows in random order; the table is then read to a cache first. --no_shuffle: in their own."""
+
+
+def main(args: Args) -> None:
+    args.check()
+    columns = functools.partial(image_columns, args, None)
+    items, line = open_table(args, columns, default=LAION_ART, filters=args.filters, shuffle=args.shuffle)
+    print(f"reading {line}")
+    pictures = {name: getattr(args, name) for name in PictureFlags.__dataclass_fields__}
+    pair = Pair(PairFlags(**pictures, condition="none"), args.seed)
+    print(describe(make_data_set(args, items, pair, {name: getattr(args, name) for name in _MADE_WITH}), args))
+
+
+# What a run that goes on must share with the one that was stopped.
+_MADE_WITH = (
+    *PictureFlags.__dataclass_fields__, *ScoreFlags.__dataclass_fields__,
+    *sorted(TableFlags.__dataclass_fields__.keys() - {"cache_dir"}), "shuffle",
+)  # fmt: skip
+
+if __name__ == "__main__":
+    command_line.run(Args, main)
