@@ -5,8 +5,8 @@
 
 Both make pairs of a 512-pixel image and its edges from the same local JPEGs of 1024 pixels, in as many processes that
 they start themselves, and take turns. The straight one opens, resizes (Lanczos) and saves both as PNG with Pillow's
-defaults, as a script does that was written in an hour. The tool does all that it does for users, shards, records and the
-meta.jsonl included. --memory follows the memory of its processes over a long run instead.
+defaults, as a script does that was written in an hour. The tool does all that it does for users, with shards, records
+and the meta.jsonl. --memory follows the memory of its processes over a long run instead.
 """
 
 import contextlib
