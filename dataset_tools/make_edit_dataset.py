@@ -94,11 +94,11 @@ def items_of_folders(args: Args) -> tuple[Callable[[], Iterable[Row | Skipped]],
         columns = functools.partial(_instruction_columns, table)
         rows = open_table(table, columns)[0]()
         found = {row.texts["file_name"]: row.texts["instruction"] for row in rows if isinstance(row, Row)}
-    allowed = {"name", "folder"} | ({"instruction"} if found else set())
-    if unknown := set(fields_of(args.template)) - allowed:
-        raise ValueError(
-            f"--instruction has {{{min(unknown)}}}: of two folders there are {', '.join(sorted(allowed))}."
-        )
+    allowed = ["folder", "name", *(["instruction"] if args.instructions is not None else [])]
+    if unknown := sorted(set(fields_of(args.template)) - set(allowed)):
+        if args.instruction is None:
+            raise ValueError("give --instruction, one for all pairs, or --instructions, a table of them.")
+        raise ValueError(f"--instruction has {{{unknown[0]}}}, but of two folders there are only {', '.join(allowed)}.")
     folders = []
     for flag, path in (("before_dir", args.before_dir), ("after_dir", args.after_dir)):
         folders.append(Folder(path or ""))

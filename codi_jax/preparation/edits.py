@@ -76,7 +76,7 @@ def pairs_of_folders(before: Folder, after: Folder, instructions: Mapping[str, s
     Args:
       before: the folder of the pictures before the edit.
       after: that of those after it.
-      instructions: by the name with or without its ending; only "instruction" of those that have one.
+      instructions: by the name, with its ending or without; the others have an empty one.
 
     Raises:
       ValueError: if two pictures of a folder have one name.
@@ -84,9 +84,12 @@ def pairs_of_folders(before: Folder, after: Folder, instructions: Mapping[str, s
     others = _by_name(after)
     for position, (name, path) in enumerate(sorted(_by_name(before).items())):
         if name in others:
-            texts = {"name": PurePosixPath(name).name, "folder": str(PurePosixPath(name).parent)}
-            found = instructions.get(path, instructions.get(name))
-            texts |= {} if found is None else {"instruction": found}
+            of_pair = instructions.get(path, instructions.get(name, ""))
+            texts = {
+                "name": PurePosixPath(name).name,
+                "folder": str(PurePosixPath(name).parent),
+                "instruction": of_pair,
+            }
             pictures = {BEFORE: File(before.url(path)), AFTER: File(after.url(others[name]))}
             yield Row(position, name, pictures, texts)
 

@@ -107,7 +107,11 @@ def test_flags_that_make_no_sense(tmp_path: Path):
         ({}, "give either --input, a table, or --before_dir and --after_dir"),
         ({"before_dir": folder}, "--before_dir and --after_dir need each other"),
         ({"before_dir": folder, "after_dir": folder, "teacher": "x"}, "--teacher draws both images"),
-        ({"before_dir": folder, "after_dir": f"{folder}x"}, r"there is no folder .*inx: check --after_dir"),
+        ({"before_dir": folder, "after_dir": folder}, "give --instruction, one for all pairs, or --instructions"),
+        (
+            {"before_dir": folder, "after_dir": f"{folder}x", "instruction": "x"},
+            r"there is no folder .*inx: check --after_dir",
+        ),
         ({"before_dir": folder, "after_dir": folder, "instruction": "{season}"}, r"--instruction has \{season\}, but"),
         ({"before_dir": folder, "after_dir": folder, "instruction": "{"}, "the template '{' cannot be read"),
         ({"input": "x.parquet", "min_shared": 0.9, "max_shared": 0.1}, "--max_shared 0.1 is not possible"),
