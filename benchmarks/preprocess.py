@@ -90,7 +90,7 @@ def straight(source: Path, target: Path, args: Args) -> float:
         (target / name).mkdir(parents=True)
     jobs = [(file, target, args.resolution) for file in sorted(source.iterdir())]
     start = time.perf_counter()
-    with ProcessPoolExecutor(args.num_proc, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(args.num_proc) as pool:
         list(pool.map(straight_one, jobs, chunksize=8))
     return time.perf_counter() - start
 
@@ -144,6 +144,7 @@ def memory(folder: Path, args: Args) -> None:
 
 
 def main(args: Args) -> None:
+    cv2.setNumThreads(1)  # in all processes: they are what shares the cores
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_images(folder / "in", args)

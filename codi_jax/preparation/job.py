@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import cv2
 from tqdm import tqdm
 
 from codi_jax.data.files import Folder
@@ -162,6 +163,8 @@ def make_data_set(
     if begin(target, description):
         output_format = format_of(flags.output_format)
         work = Work(staging, output_format, prepare, _downloads(flags))
+        # A process that is forked waits for ever when it ends threads that OpenCV has begun in its parent.
+        cv2.setNumThreads(1)
         records = list(_records(flags, _tasks(items(), flags.shard_size), work))
         shards, rejected = _accepted(records, staging, flags.max_train_samples)
         samples = sum(shard.count for shard in shards)

@@ -204,6 +204,18 @@ def test_killed_and_restarted_it_is_as_if_nothing_had_happened(
         assert len(rows) == len({row["image"] for row in rows}) == count * 3 // 4
 
 
+def test_threads_of_opencv_do_not_stop_the_processes(tmp_path: Path):
+    """A notebook that has resized something large has them, and processes are forked from it."""
+    code = (
+        "import cv2, numpy, sys; cv2.setNumThreads(4); cv2.resize(numpy.zeros((64, 64, 3), 'uint8'), (3000, 3000))\n"
+        "from dataset_tools import coyo_1m_dataset_preprocess as tool\n"
+        "tool.main(tool.Args(input=sys.argv[1], train_data_dir=sys.argv[2], num_proc=2, shard_size=2))\n"
+    )
+    command = [sys.executable, "-c", code, str(images(tmp_path / "in", 8)), str(tmp_path / "out")]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, timeout=240)
+    assert len(rows_of(tmp_path / "out")) == 8
+
+
 def test_a_run_that_was_stopped_does_only_what_is_left(tmp_path: Path, monkeypatch):
     """Shards that have a record are not done again; one without is, whatever lies in its folder."""
     source, target = images(tmp_path / "in", 40), tmp_path / "out"
