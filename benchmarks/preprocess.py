@@ -11,6 +11,7 @@ and the meta.jsonl. --memory follows the memory of its processes over a long run
 
 import contextlib
 import io
+import resource
 import statistics
 import subprocess
 import sys
@@ -84,15 +85,31 @@ def straight_one(job: tuple[Path, Path, int]) -> None:
     Image.fromarray(np.repeat(edges[:, :, None], 3, axis=2)).save(target / "processed_images" / f"{source.stem}.png")
 
 
-def straight(source: Path, target: Path, args: Args) -> float:
+class Clock:
+    """Seconds since it was made, by the wall and of all cores."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return time.perf_counter(), sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+    def seconds(self) -> np.ndarray:
+        """Both."""
+        return np.subtract(self._now(), self._start)
+
+
+def straight(source: Path, target: Path, args: Args) -> np.ndarray:
     """Seconds of the straight pipeline."""
     for name in ("images", "processed_images"):
         (target / name).mkdir(parents=True)
     jobs = [(file, target, args.resolution) for file in sorted(source.iterdir())]
-    start = time.perf_counter()
+    clock = Clock()
     with ProcessPoolExecutor(args.num_proc) as pool:
         list(pool.map(straight_one, jobs, chunksize=8))
-    return time.perf_counter() - start
+    return clock.seconds()
 
 
 def tool_flags(source: Path, target: Path, args: Args) -> dict[str, Any]:
@@ -102,24 +119,26 @@ def tool_flags(source: Path, target: Path, args: Args) -> dict[str, Any]:
     return {**flags, "image_format": args.image_format, "input": str(source), "train_data_dir": str(target)}
 
 
-def tool(source: Path, target: Path, args: Args) -> float:
+def tool(source: Path, target: Path, args: Args) -> np.ndarray:
     """Seconds of the tool."""
-    start = time.perf_counter()
+    clock = Clock()
     with contextlib.redirect_stdout(io.StringIO()):
         coyo.main(coyo.Args(**tool_flags(source, target, args)))
-    return time.perf_counter() - start
+    return clock.seconds()
 
 
 def speed(folder: Path, args: Args) -> None:
     """Prints images a second of both, and their ratio."""
-    rates: dict[str, list[float]] = {"straight": [], "codi_jax": []}
+    turns = []
     for turn in range(args.runs):
-        rates["straight"].append(args.count / straight(folder / "in", folder / f"straight{turn}", args))
-        rates["codi_jax"].append(args.count / tool(folder / "in", folder / f"tool{turn}", args))
-    for name, values in rates.items():
-        print(f"{name}: {statistics.median(values):.1f} images/s ({min(values):.1f} to {max(values):.1f})")
-    ratios = [ours / theirs for ours, theirs in zip(rates["codi_jax"], rates["straight"], strict=True)]
-    print(f"ratio: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        theirs = straight(folder / "in", folder / f"straight{turn}", args)
+        turns.append((theirs, tool(folder / "in", folder / f"tool{turn}", args)))
+    seconds = np.array(turns)  # [turn, which, wall or CPU]
+    for kind, unit in enumerate(("second", "second of a core")):
+        for name, rates in zip(("straight", "codi_jax"), args.count / seconds[:, :, kind].T, strict=True):
+            print(f"{name}: {np.median(rates):.1f} images a {unit} ({rates.min():.1f} to {rates.max():.1f})")
+        ratios = seconds[:, 0, kind] / seconds[:, 1, kind]
+        print(f"ratio: {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})")
 
 
 def memory(folder: Path, args: Args) -> None:

@@ -18,7 +18,7 @@ def is_url(path: str) -> bool:
 @functools.lru_cache
 def _open_filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
-        return fsspec.core.url_to_fs(path if is_url(path) else str(Path(path).expanduser()))
+        return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{path} cannot be opened: {error}") from None
 
@@ -28,13 +28,17 @@ class Folder:
     """A folder, which need not be there.
 
     Attributes:
-      path: on this machine, or a URL.
+      path: on this machine, ~ being the user's home, or a URL.
 
     Raises:
       ValueError: on first use, if it is a URL of a kind that nothing is installed for.
     """
 
     path: str
+
+    def __post_init__(self) -> None:
+        if not is_url(self.path):
+            object.__setattr__(self, "path", str(Path(self.path).expanduser()))
 
     def __str__(self) -> str:
         return self.path

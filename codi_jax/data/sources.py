@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, IterableDataset
 
-from codi_jax.data.files import Folder, is_url
+from codi_jax.data.files import Folder
 from codi_jax.data.images import describe_cell
 from codi_jax.hub import listed
 
@@ -128,7 +128,7 @@ def open_source(
         raise ValueError("there is no data to train on: give --dataset_name or --train_data_dir.")
     rows: Rows
     wanted = Columns(image_column, caption_column, condition_column)
-    folder = Folder(where if is_url(where) else str(Path(where).expanduser()))
+    folder = Folder(where)
     if train_data_dir is not None:
         require_folder(train_data_dir)
     is_table = train_shards is not None or train_prompts is not None

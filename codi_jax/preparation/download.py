@@ -68,12 +68,12 @@ def download(
       Its results, in the order of the URLs.
 
     Raises:
-      ImportError: if aiohttp is not installed.
+      ValueError: if aiohttp is not installed.
     """
     try:
         import aiohttp  # noqa: F401
     except ImportError:
-        raise ImportError('downloading needs aiohttp: pip install "codi_jax[data]".') from None
+        raise ValueError('downloading needs aiohttp: pip install "codi_jax[data]".') from None
     return asyncio.run(_download(urls, flags, then))
 
 
@@ -92,9 +92,7 @@ async def _download(urls: Sequence[str], flags: DownloadFlags, then: Callable[[i
 
     loop = asyncio.get_running_loop()
     loop.set_default_executor(ThreadPoolExecutor(_LOOKUPS))  # where names are looked up
-    connector = aiohttp.TCPConnector(
-        limit=0, resolver=_resolver(flags.allow_private_addresses), ttl_dns_cache=300, enable_cleanup_closed=True
-    )
+    connector = aiohttp.TCPConnector(limit=0, resolver=_resolver(flags.allow_private_addresses), ttl_dns_cache=300)
     session = aiohttp.ClientSession(
         connector=connector,
         timeout=aiohttp.ClientTimeout(total=None),

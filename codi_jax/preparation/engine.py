@@ -56,7 +56,8 @@ def run(function: Function, tasks: Sequence[Any], flags: EngineFlags) -> list[An
 
     Raises:
       ChildProcessError: if a process was killed, and its work is not done elsewhere.
-      ImportError: if Ray is not installed.
+      ConnectionError: if no Ray cluster is reached.
+      ValueError: if Ray is not installed.
     """
     packed = [pickle.dumps(task) for task in tasks]
     if flags.engine == "ray":
@@ -115,7 +116,7 @@ def _start_ray(flags: EngineFlags) -> Any:
         import ray
         import ray.data
     except ImportError:
-        raise ImportError('--engine ray needs Ray: pip install "codi_jax[data]".') from None
+        raise ValueError('--engine ray needs Ray: pip install "codi_jax[data]".') from None
     if not ray.is_initialized():
         cores = None if flags.ray_address else flags.processes
         try:

@@ -123,7 +123,7 @@ class SaveToDisk(Parquet):
         for shard in shards:
             digest.update(shard.folder.read(_PARQUET))
         count = sum(shard.count for shard in shards)
-        with tempfile.TemporaryDirectory(dir=target.locate() if target.is_local else None, prefix=".") as cache:
+        with tempfile.TemporaryDirectory(dir=shards[0].folder.locate() if target.is_local else None) as cache:
             rows = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=cache)
             assert isinstance(rows, Dataset)
             # Its own fingerprint has times in it.
