@@ -40,7 +40,7 @@ def make(data: bytes, seed: int = 0, sample: str = "a", files: dict | None = Non
 
 
 def test_scaling_is_that_of_the_whole_picture():
-    """Decoded at a part of its size, and averaged: as Pillow's box over all pixels, to what rounding of sizes leaves."""
+    """Decoded at a part of its size, and averaged: as Pillow's box over all pixels, but for rounded sizes."""
     for size, expected in (((512, 384), (128, 96)), ((384, 512), (96, 128)), ((500, 333), (144, 96))):
         image, _ = make(photograph(size))
         assert image.shape == (expected[1], expected[0], 3)
