@@ -12,7 +12,6 @@ and the meta.jsonl. --memory follows the memory of its processes over a long run
 import contextlib
 import io
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -142,24 +141,19 @@ def speed(folder: Path, args: Args) -> None:
 
 
 def memory(folder: Path, args: Args) -> None:
-    """Prints the memory that is the processes' own (USS), at ten moments of the run."""
+    """Prints the memory of the program and of its processes, pages that they share divided among them (PSS)."""
     target = folder / "out"
     flags = [f"--{name}={value}" for name, value in tool_flags(folder / "in", target, args).items()]
     process = psutil.Popen([sys.executable, coyo.__file__, *flags], stdout=subprocess.DEVNULL)
-    seen: list[tuple[int, float]] = []
+    shown = 0
     while process.poll() is None:
         time.sleep(1)
         done = len(list((target / ".unfinished").glob("*/record.json")))
-        try:
-            of_all = [process, *process.children(recursive=True)]
-            seen.append((done, sum(each.memory_full_info().uss for each in of_all) / 1e6))
-        except psutil.NoSuchProcess:
-            continue
-    work = [(done, size) for done, size in seen if done]
-    for part in range(10):
-        some = work[len(work) * part // 10 : len(work) * (part + 1) // 10]
-        if some:
-            print(f"{some[-1][0]} shards: {statistics.median(size for _, size in some):.0f} MB")
+        with contextlib.suppress(psutil.NoSuchProcess):
+            sizes = [each.memory_full_info().pss / 1e6 for each in (process, *process.children(recursive=True))]
+            if done >= shown:
+                print(f"{done} shards: {sizes[0]:.0f} + {sum(sizes[1:]):.0f} = {sum(sizes):.0f} MB", flush=True)
+                shown = done + 5
 
 
 def main(args: Args) -> None:
