@@ -3,6 +3,8 @@
 Both are given the same tasks and the same function, and neither knows what it does.
 """
 
+import gc
+import logging
 import os
 import pickle
 import secrets
@@ -80,6 +82,9 @@ def _with_datasets(function: _Packed, tasks: Sequence[bytes], processes: int) ->
     processes = min(processes, len(tasks))
     shown = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
+    # What the processes share with this one is copied when it is touched, which their garbage collectors would do.
+    gc.collect()
+    gc.freeze()
     try:
         done = rows.map(
             function,
@@ -95,6 +100,7 @@ def _with_datasets(function: _Packed, tasks: Sequence[bytes], processes: int) ->
             raise
         raise ChildProcessError(_OUT_OF_MEMORY) from error
     finally:
+        gc.unfreeze()
         if not shown:
             datasets.enable_progress_bars()
     return [pickle.loads(result) for result in done["result"]]
@@ -120,7 +126,7 @@ def _start_ray(flags: EngineFlags) -> Any:
     if not ray.is_initialized():
         cores = None if flags.ray_address else flags.processes
         try:
-            ray.init(address=flags.ray_address, num_cpus=cores, log_to_driver=False, logging_level="warning")
+            ray.init(address=flags.ray_address, num_cpus=cores, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConnectionError(

@@ -70,7 +70,7 @@ def prepare_rows(rows: Sequence[Row], prepare: Prepare, flags: DownloadFlags) ->
         if not row.pictures:
             finish(number)
     if urls:
-        download([address for *_, address in urls], flags, lambda i, data: collect(*urls[i][:2], data))
+        download([address for *_, address in urls], flags, lambda i, data: collect(urls[i][0], urls[i][1], data))
     return [done[number] for number in range(len(rows))]
 
 

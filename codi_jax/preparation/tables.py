@@ -320,7 +320,7 @@ def _load(where: str, folder: Folder, flags: TableFlags, in_memory_order: bool) 
         files, ending = _files(where, folder)
         if files:
             builder = _BUILDERS[ending]
-            more = {"encoding_errors": "replace"} if builder in ("csv", "json") else {}
+            more: dict[str, Any] = {"encoding_errors": "replace"} if builder in ("csv", "json") else {}
             more |= {"sep": "\t"} if ending == ".tsv" else {}
             return datasets.load_dataset(builder, data_files={flags.split: files}, **options, **more)
         return datasets.load_dataset(where, flags.config, **options)
