@@ -169,10 +169,10 @@ def make_data_set(
         shards, rejected = _accepted(records, staging, flags.max_train_samples)
         samples = sum(shard.count for shard in shards)
         if not samples:
+            staging.remove()  # other flags will be needed, and then it is of no use
             raise ValueError(f"none of the {rejected.total()} rows gives a sample: {reasons(rejected) or 'no rows'}.")
         output_format.publish(shards, target)
-        rejected_rows = {reason: rejected[reason] for reason in sorted(rejected)}
-        summary = {"samples": samples, "rejected": rejected_rows}
+        summary = {"samples": samples, "rejected": {reason: rejected[reason] for reason in sorted(rejected)}}
         target.write(SUMMARY, (json.dumps({**summary, "made_with": description}, indent=2) + "\n").encode())
     staging.remove()
     return json.loads(target.read(SUMMARY))

@@ -379,3 +379,4 @@ def test_nothing_is_left(tmp_path: Path):
     source = images(tmp_path / "in", 3)
     with pytest.raises(ValueError, match="none of the 3 rows gives a sample: 3 smaller than 100 pixels"):
         make(source, tmp_path / "out", min_side=100)
+    make(source, tmp_path / "out")
