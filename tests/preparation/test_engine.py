@@ -1,5 +1,6 @@
 """The same work on one machine and on Ray."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -27,12 +28,13 @@ def cluster():
 
 
 def workers() -> list[int]:
-    """The processes of this test's Ray that do the work."""
-    return [
-        process.pid
-        for process in psutil.Process().children(recursive=True)
-        if process.is_running() and "ray::" in " ".join(process.cmdline() or [process.name()])
-    ]
+    """The processes of this test's Ray that are at work."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it may have ended
+            if "".join(process.cmdline()[:1]).startswith("ray::Map"):
+                found.append(process.pid)
+    return found
 
 
 @pytest.mark.slow
@@ -77,9 +79,10 @@ def test_a_ray_worker_killed_in_the_middle_loses_nothing(tmp_path: Path, cluster
         staging = tmp_path / "out/.unfinished"
         while len(list(staging.glob("*/record.json"))) < 4:
             time.sleep(0.01)
-        killed.extend(workers()[:1])
-        for pid in killed:
-            os.kill(pid, signal.SIGKILL)
+        while not (at_work := workers()):
+            time.sleep(0.01)
+        os.kill(at_work[0], signal.SIGKILL)
+        killed.append(at_work[0])
 
     killer = threading.Thread(target=kill_one)
     killer.start()
