@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the models in assets/ from nothing: data, autoencoder, vocabulary, text to image, ControlNet.
-# On 2 cores it takes about two and a half hours; every run goes on where it was when the script is started again.
+# Makes the models in assets/ from nothing: data, autoencoder, vocabulary, text to image, ControlNet, editor.
+# On 2 cores it takes about three and a half hours; every run goes on where it was when the script is started again.
 #
 #   bash assets/recipes/train_teachers.sh [FOLDER]    (PYTHON=.venv/bin/python)
 set -euo pipefail
@@ -53,3 +53,10 @@ text=(--train_text_encoder --proportion_empty_prompts 0.1 --guidance_scale 3)
   "${run[@]}" "${cached[@]}" --random_flip --proportion_empty_prompts 0.3 --max_train_steps 1500 \
   --learning_rate 5e-4 --lr_warmup_steps 50 --ema_decay 0.998 --guidance_scale 1 --validation_steps 0 \
   --output_dir "$work/emoji-controlnet"
+
+# The editor: InstructPix2Pix, from the text-to-image model.
+"$python" training_scripts/train_instruct_pix2pix_flax.py --pretrained_model_name_or_path "$work/emoji" \
+  --train_data_dir "$work/data/edits/train" --validation_data_dir "$work/data/edits/validation" --resolution 64 \
+  "${run[@]}" "${cached[@]}" --conditioning_dropout_prob 0.05 --max_train_steps 6000 --learning_rate 3e-4 \
+  --lr_warmup_steps 100 --ema_decay 0.999 --guidance_scale 3 --image_guidance_scale 1.5 --validation_steps 1000 \
+  --output_dir "$work/emoji-edit"
