@@ -165,7 +165,8 @@ def report(args: Args, mesh: Mesh, program: Any, seconds: float) -> None:
     print(f"state and frozen networks  {memory.argument_size_in_bytes / GIB:8.2f} GiB a device")
     print(f"temporary                  {memory.temp_size_in_bytes / GIB:8.2f} GiB a device")
     print(f"in all                     {total / GIB:8.2f} GiB a device")
-    print(f"a step                     {cost.get('flops', 0) / 1e12:8.2f} TFLOP a device")
+    if "flops" in cost:  # not of every compiler
+        print(f"a step                     {cost['flops'] / 1e12:8.2f} TFLOP a device")
     print(f"compiled in                {seconds:8.0f} s")
 
 
