@@ -392,7 +392,8 @@ def test_a_generator_carries_its_times(tmp_path: Path, caplog: pytest.LogCapture
     theirs = diffusers.LCMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
     logging.getLogger("diffusers").removeHandler(caplog.handler)
     assert not caplog.text  # no warning of a key that it does not know
-    np.testing.assert_array_equal(np.asarray(theirs.alphas_cumprod, "f4"), np.asarray(teacher.alphas_cumprod))
+    # diffusers multiplies a thousand numbers in float32.
+    np.testing.assert_allclose(theirs.alphas_cumprod.numpy(), teacher.alphas_cumprod, rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", CLASSES)
