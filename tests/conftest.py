@@ -6,12 +6,15 @@ inherit it.
 
 import os
 import random
+import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+MOST_MEMORY = 4 * 2**20  # KiB of a worker: two of them, and what tests start, have to fit in 16 GiB
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
 ENVIRONMENT = {
@@ -42,3 +45,11 @@ def _seed() -> None:
     np.random.seed(0)  # noqa: NPY002
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs() -> Iterator[None]:
+    """A worker that has grown large lets go of its compiled programs, of which the disk keeps a copy."""
+    yield
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > MOST_MEMORY and (jax := sys.modules.get("jax")):
+        jax.clear_caches()

@@ -13,11 +13,17 @@ from codi_jax.data import DataFlags
 from codi_jax.flags import Flags
 from codi_jax.lcm_training import LcmTrainingFlags
 from codi_jax.methods.codi import CodiFlags
+from codi_jax.methods.disback import DisbackFlags
+from codi_jax.preparation.conditions import PairFlags
+from codi_jax.preparation.edits import GenerateFlags
+from codi_jax.preparation.job import JobFlags
 from codi_jax.pretrained import EditFlags
 from codi_jax.validation import ValidationFlags
 
 CODI = (train.LoopFlags, optim.OptimizerFlags, CodiFlags, DataFlags, ValidationFlags)
 LCM = (LcmTrainingFlags, EditFlags)
+DISBACK = (DisbackFlags, train.LoopFlags, optim.OptimizerFlags, DataFlags, ValidationFlags)
+DATA_TOOL = (JobFlags, PairFlags, GenerateFlags)
 OF_ALL = {
     "fsdp": 0,
     "checkpoints_total_limit": 0,
@@ -34,6 +40,14 @@ BAD += [
         **OF_ALL, "num_ddim_timesteps": 0, "conditioning_dropout_prob": 1.0, "vae_encode_batch_size": 0,
     }.items()
 ]  # fmt: skip
+BAD += [
+    (DISBACK, flag, value)
+    for flag, value in {"interval": 0, "dfake_gen_update_ratio": 0, "lora_rank": 0, "learning_rate": -1.0}.items()
+]
+BAD += [
+    (DATA_TOOL, flag, value)
+    for flag, value in {"shard_size": 0, "num_proc": 0, "retries": -1, "image_quality": 0, "max_shared": 2.0}.items()
+]
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,7 @@ def test_all_groups_of_a_script_are_checked(
 
 
 def test_every_group_with_a_check_is_tried_above() -> None:
-    tried = {cls for group in (*CODI, *LCM) for cls in inspect.getmro(group)}
+    tried = {cls for group in (*CODI, *LCM, *DISBACK, *DATA_TOOL) for cls in inspect.getmro(group)}
     missed, queue = [], [Flags]
     while queue:
         group = queue.pop()

@@ -133,7 +133,7 @@ def test_programs_are_traced_on_the_mesh_of_their_parameters(
     picture = np.zeros((SIZE, SIZE, 3), np.uint8)
     calls: dict[str, Callable[[], Any]] = {
         "generate": lambda: pipeline(["a house"], control_image=picture, steps=1),
-        "encode": lambda: pretrained._encoders_of(pipeline, True).images(picture[None]),
+        "encode": lambda: pretrained.encoders_of(pipeline, True).images(picture[None]),
     }
     with pytest.raises(KeyboardInterrupt):
         calls[program]()

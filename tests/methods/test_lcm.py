@@ -32,7 +32,7 @@ from codi_jax.methods import lcm
 from codi_jax.methods.baking import bake_guidance
 from codi_jax.methods.inputs import Condition, Modules, drop_conditions, prepare
 from codi_jax.methods.lcm import LcmFlags
-from codi_jax.methods.prediction import predict
+from codi_jax.methods.prediction import guided, predict
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.schedule import NoiseSchedule
 
@@ -226,8 +226,8 @@ def test_the_guided_step_is_that_of_diffusers() -> None:
     z, w = inputs.z0, jnp.array([3.0, 7.5, 11.0])
     for t in (999, 519, 39):
         times = jnp.full((B,), t)
-        guided = lcm._guided_teacher(problem.config.modules, problem.frozen, z, times, inputs, w, None)
-        ours = schedule.ddim_step(*schedule.to_x0_eps(guided, z, times), times - 20)
+        prediction = guided(problem.config.modules, problem.frozen, z, times, inputs, w + 1)
+        ours = schedule.ddim_step(*schedule.to_x0_eps(prediction, z, times), times - 20)
         halves = [predict(problem.config.modules, problem.frozen, z, times, c) for c in (inputs.null, inputs.cond)]
         uncond, cond = (torch.from_numpy(np.asarray(half).copy()) for half in halves)
         # Theirs, with w = scale - 1: noise_pred = cond + w (cond - uncond).
