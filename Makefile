@@ -48,7 +48,7 @@ demo: $(INSTALLED)  ## distil a 4-step student from the models in assets/ and co
 	    --pretrained_model_name_or_path assets/emoji --controlnet_model_name_or_path assets/emoji-controlnet \
 	    --train_data_dir $(DEMO)/data/train --validation_data_dir $(DEMO)/data/validation --resolution 64 \
 	    --cache_latents --cache_dir $(DEMO)/cache --distill_learning_steps 4 --distill_x0_weight 0 \
-	    --train unet --onestepode_control_params initial --ema_decay 0.95 --train_batch_size 32 --max_train_steps 250 \
+	    --train unet --onestepode_control_params initial --ema_decay 0.95 --train_batch_size 32 --max_train_steps 180 \
 	    --learning_rate 3e-4 --lr_scheduler cosine --lr_warmup_steps 20 --logging_steps 25 --checkpointing_steps 50 \
 	    --checkpoints_total_limit 1 --resume_from_checkpoint latest --output_dir $(DEMO)/student
 	$(BIN)/python -m codi_jax.evaluate --models ControlNet=assets/emoji+assets/emoji-controlnet \
