@@ -111,7 +111,7 @@ def measure(args: Args) -> tuple[Turns, TimedLoader]:
     step = functools.partial(codi.train_step, config=config, optimizer=optimizer)
     batch = sharding.to_global(mesh, next(loader))
     with sharding.context_of(state):
-        lowered = jax.jit(step, donate_argnums=0).lower(state, frozen, batch)
+        lowered = train.jit_step(step, state, mesh).lower(state, frozen, batch)
     turns = Turns(train.compile_for(jax.default_backend(), lowered), frozen, batch, args.stretch)
     timed: Any = TimedLoader(loader)
     train.train(step, state, frozen, timed, args, mesh=mesh, validate=turns)

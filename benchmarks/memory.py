@@ -1,27 +1,31 @@
 """Compiles a training step for devices that are not there, from shapes alone, and says what memory it takes.
 
     python3 benchmarks/memory.py --target h200 --resolution 1024 --batch 4      # pip install "jax[cuda12]"
-    python3 benchmarks/memory.py --target v5e:4x4 --fsdp 16 --resolution 768    # pip install "jax[tpu]"
+    python3 benchmarks/memory.py --target v5e:4x4 --fsdp 16 --scan_layers       # pip install "jax[tpu]"
+    python3 benchmarks/memory.py --method disback --target h200 --resolution 1024
 
-The packages are needed for their compilers alone. The step is that of LCM for editors, with weights of the published
-architecture that are only shapes, and with latents and text cached. Nothing is executed.
+The packages are needed for their compilers alone. The step is that of LCM, or of the second stage of DisBack, with
+weights of the published architecture that are only shapes, and with latents and text cached. Nothing is executed.
 """
 
 import functools
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from codi_jax import optim, sharding
-from codi_jax.methods import lcm
+from codi_jax import optim, sharding, train
+from codi_jax.methods import disback, distribution_matching, lcm
+from codi_jax.methods.generator import Generator
 from codi_jax.methods.inputs import Modules
 from codi_jax.models.published import UNETS, VAE
 from codi_jax.models.unet import UNet2DCondition
@@ -55,10 +59,12 @@ TEXT_TOKENS = 77
 
 @dataclass(frozen=True)
 class Args:
-    """Compiles the step of LCM for editors ahead of time, in bfloat16."""
+    """Compiles a training step ahead of time, in bfloat16."""
 
-    config: Literal["sdxl-instruct-pix2pix", "sd-instruct-pix2pix"] = "sdxl-instruct-pix2pix"
-    """The published architecture of the teacher."""
+    method: Literal["lcm", "disback"] = "lcm"
+    """Whose step."""
+    config: Literal["sdxl-instruct-pix2pix", "sd-instruct-pix2pix", "sdxl-base", "sd-2.1", "sd-1.5"] | None = None
+    """The published architecture of the teacher. If left out: SDXL, an editor for LCM."""
     target: str = "h200"
     """h100, h200, or a TPU slice as its compiler names it, such as v5e:4x4."""
     devices: int | None = None
@@ -71,32 +77,71 @@ class Args:
     """Samples for each device."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    scan_layers: bool = False
+    """Compile transformer blocks in a row as a loop."""
     use_8bit_adam: bool = False
     """Keep Adam's moments in 8 bits."""
+
+    @property
+    def architecture(self) -> str:
+        return self.config or {"lcm": "sdxl-instruct-pix2pix", "disback": "sdxl-base"}[self.method]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A step with the shapes that it takes, but for the batch."""
+
+    step: Callable[..., Any]
+    state: Any
+    schedule: NoiseSchedule
 
 
 def main(args: Args) -> None:
     jax.config.update("jax_platforms", "cpu")  # of arrays
     mesh = make_mesh(args)
-    optimizer = optim.make_optimizer(optim.OptimizerFlags(use_8bit_adam=args.use_8bit_adam), 1000)
-    config = lcm.configure(make_modules(args), lcm.LcmFlags(), dropout=0.05)
-    config = replace(config, student=replace(config.student, remat=args.gradient_checkpointing))
-    unet = config.modules.unet.abstract_params()
-    state = jax.eval_shape(lambda params: lcm.init_state(config, params, optimizer, jax.random.key(0)), unet)
-    state = on_devices(state, sharding.shardings(mesh, state))
-    frozen = abstract_frozen(config, unet)
+    modules = make_modules(args)
+    unet = modules.unet.abstract_params()
+    training = {"lcm": lcm_training, "disback": disback_training}[args.method](args, modules, unet)
+    state = on_devices(training.state, sharding.shardings(mesh, training.state))
+    frozen = abstract_frozen(modules.unet.config, unet, training.schedule)
     frozen = on_devices(frozen, sharding.shardings(mesh, frozen))
-    batch = abstract_batch(args, config, mesh.size * args.batch)
+    batch = abstract_batch(args, modules, mesh.size * args.batch)
     batch = on_devices(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
-    step = jax.jit(
-        functools.partial(lcm.train_step, config=config, optimizer=optimizer),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)),
-    )
+    step = train.jit_step(training.step, state, mesh)
     with jax.set_mesh(mesh):
         lowered = step.lower(state, frozen, batch)
     began = time.perf_counter()
     report(args, mesh, lowered.compile(), time.perf_counter() - began)
+
+
+def lcm_training(args: Args, modules: Modules, unet: Any) -> Training:
+    flags, optimizer = lcm.LcmFlags(), make_optimizer(args)
+    config = lcm.configure(modules, flags, dropout=0.05 if modules.edits else 0)
+    config = replace(config, student=replace(config.student, remat=args.gradient_checkpointing))
+    state = jax.eval_shape(lambda params: lcm.init_state(config, params, optimizer, jax.random.key(0)), unet)
+    step = functools.partial(lcm.train_step, config=config, optimizer=optimizer)
+    return Training(step, state, lcm.student_schedule(teacher_schedule(), flags))
+
+
+def disback_training(args: Args, modules: Modules, unet: Any) -> Training:
+    """Stage 2, the larger one: the generator, the fake score and a target."""
+    flags, optimizers = disback.DisbackFlags(dfake_gen_update_ratio=5), (make_optimizer(args), make_optimizer(args))
+    modules = replace(modules, unet=replace(modules.unet, remat=args.gradient_checkpointing))
+    side = latents_side(args, modules)
+    generator = Generator(modules, flags, (side, side, modules.vae.config.latent_channels))
+    config = distribution_matching.Config(generator, flags)
+    state = jax.eval_shape(lambda x: disback.init_state(config, x, x, optimizers, jax.random.key(0)), unet)
+    return Training(
+        functools.partial(disback.train_step, config=config, optimizers=optimizers), state, teacher_schedule()
+    )
+
+
+def make_optimizer(args: Args) -> optax.GradientTransformation:
+    return optim.make_optimizer(optim.OptimizerFlags(use_8bit_adam=args.use_8bit_adam), 1000)
+
+
+def teacher_schedule() -> NoiseSchedule:
+    return NoiseSchedule.from_config({"_class_name": "DDIMScheduler"})
 
 
 def make_mesh(args: Args) -> Mesh:
@@ -115,37 +160,33 @@ def make_mesh(args: Args) -> Mesh:
 
 def make_modules(args: Args) -> Modules:
     dtype = optim.compute_dtype("bf16")
-    unet = UNet2DCondition(UNetConfig.from_dict(UNETS[args.config]), dtype=dtype)
+    unet = UNet2DCondition(UNetConfig.from_dict(UNETS[args.architecture]), dtype=dtype, scan_layers=args.scan_layers)
     return Modules(unet, AutoencoderKL(VAEConfig.from_dict(VAE), dtype=dtype))
 
 
-def abstract_frozen(config: lcm.Config, unet: Any) -> dict[str, Any]:
-    schedule = lcm.student_schedule(NoiseSchedule.from_config({"_class_name": "DDIMScheduler"}), config.flags)
-    null = {"null_context": shape(1, TEXT_TOKENS, unet_config(config).context_dims[0])}
-    if unet_config(config).addition_embed_type:
-        null["null_pooled"] = shape(1, pooled_width(config))
+def abstract_frozen(config: UNetConfig, unet: Any, schedule: NoiseSchedule) -> dict[str, Any]:
+    null = {"null_context": shape(1, TEXT_TOKENS, config.context_dims[0])}
+    if added := config.example_added_cond():
+        null["null_pooled"] = shape(*added["text_embeds"].shape)
     stored = jax.tree.map(lambda leaf: shape(*leaf.shape), unet)
     return {"unet": stored, **null, "schedule": jax.eval_shape(lambda: schedule)}
 
 
-def abstract_batch(args: Args, config: lcm.Config, size: int) -> dict[str, Any]:
-    side, channels = args.resolution // config.modules.vae.config.downscale, config.modules.vae.config.latent_channels
-    moments = shape(size, side, side, 2 * channels, dtype=jnp.float16)
-    text = {"context": shape(size, TEXT_TOKENS, unet_config(config).context_dims[0], dtype=jnp.float16)}
-    if unet_config(config).addition_embed_type:
-        text["pooled"] = shape(size, pooled_width(config), dtype=jnp.float16)
-        text["time_ids"] = shape(size, 6, dtype=jnp.float32)
-    return {"moments": moments, "conditioning_moments": moments, **text}
+def abstract_batch(args: Args, modules: Modules, size: int) -> dict[str, Any]:
+    config = modules.unet.config
+    batch = {"context": shape(size, TEXT_TOKENS, config.context_dims[0], dtype=jnp.float16)}
+    if added := config.example_added_cond():
+        batch["pooled"] = shape(size, added["text_embeds"].shape[1], dtype=jnp.float16)
+        batch["time_ids"] = shape(size, added["time_ids"].shape[1], dtype=jnp.float32)
+    side = latents_side(args, modules)
+    moments = shape(size, side, side, 2 * modules.vae.config.latent_channels, dtype=jnp.float16)
+    if modules.edits:
+        batch["conditioning_moments"] = moments
+    return batch if args.method == "disback" else {**batch, "moments": moments}  # DisBack has prompts alone
 
 
-def unet_config(config: lcm.Config) -> UNetConfig:
-    return config.modules.unet.config
-
-
-def pooled_width(config: lcm.Config) -> int:
-    """Of the pooled text: what the embedding of sizes leaves of the input of SDXL's second embedding."""
-    unet = unet_config(config)
-    return (unet.projection_class_embeddings_input_dim or 0) - 6 * (unet.addition_time_embed_dim or 0)
+def latents_side(args: Args, modules: Modules) -> int:
+    return args.resolution // modules.vae.config.downscale
 
 
 def shape(*axes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -161,7 +202,7 @@ def report(args: Args, mesh: Mesh, program: Any, seconds: float) -> None:
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes
     devices = f"{mesh.size} × {mesh.devices.flat[0].device_kind}, fsdp {args.fsdp}"
-    print(f"{args.config}, {args.resolution} px, {args.batch} a device, {devices}")
+    print(f"{args.method}, {args.architecture}, {args.resolution} px, {args.batch} a device, {devices}")
     print(f"state and frozen networks  {memory.argument_size_in_bytes / GIB:8.2f} GiB a device")
     print(f"temporary                  {memory.temp_size_in_bytes / GIB:8.2f} GiB a device")
     print(f"in all                     {total / GIB:8.2f} GiB a device")

@@ -1,5 +1,10 @@
 """Groups of command line flags: dataclasses that a script's own inherits from, and the checks of their values."""
 
+import dataclasses
+from typing import Any, TypeVar
+
+Group = TypeVar("Group", bound="Flags")
+
 
 class Flags:
     """Base of the groups.
@@ -7,6 +12,17 @@ class Flags:
     A group with values to refuse overrides `check`, and calls that of ``super()`` in it, so that a script that is made
     of several groups checks them all.
     """
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The flags of the group."""
+        fields: Any = dataclasses.fields  # of subclasses, which are dataclasses
+        return tuple(field.name for field in fields(cls))
+
+    @classmethod
+    def of(cls: type[Group], flags: Any) -> Group:
+        """The group alone, of the flags of a script that is made of several."""
+        return cls(**{name: getattr(flags, name) for name in cls.names()})
 
     def check(self) -> None:
         """Refuses flags that contradict each other or make no sense.

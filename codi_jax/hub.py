@@ -154,6 +154,11 @@ class ModelFolder:
         return WeightsError(f"Downloading {name} of {self} failed: {error}")
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first, for messages: its kind if it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def listed(entries: list[str]) -> str:
     """The first entries of a list, and how many more there are, for messages."""
     rest = f" and {len(entries) - _LISTED} more" if len(entries) > _LISTED else ""

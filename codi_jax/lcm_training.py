@@ -30,9 +30,10 @@ from codi_jax.pretrained import (
     pretrained_schedule,
     save_trained,
     trainable,
+    with_network,
 )
 from codi_jax.validation import ValidationFlags, generate_with, validation_samples
-from codi_jax.weights import load_model, save_model
+from codi_jax.weights import save_model
 
 _PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -116,7 +117,7 @@ def distil(
     Raises:
       ValueError: if flags, model and data do not fit each other.
     """
-    flags = lcm.LcmFlags(**{field.name: getattr(args, field.name) for field in dataclasses.fields(lcm.LcmFlags)})
+    flags = lcm.LcmFlags.of(args)
     args = train.start(args, run_config)
     data = open_training_data(args, condition)
     samples = validation_samples(args, condition)
@@ -202,18 +203,13 @@ def _with_vae(pipeline: DiffusionPipeline, args: Any, mesh: Mesh) -> DiffusionPi
     source = pipeline.sources["vae"]
     if path is not None:
         source = {"source": path, "subfolder": None, "cache_dir": args.cache_dir}
-    own = pipeline.modules["vae"]
-    dtype = own.dtype if args.vae_precision is None else _PRECISIONS[args.vae_precision]
-    vae, params = load_model(**source, dtype=dtype, attention=args.attention, place=sharding.place(mesh))
-    if vae.config.latent_channels != own.config.latent_channels or vae.config.downscale != own.config.downscale:
+    dtype = None if args.vae_precision is None else _PRECISIONS[args.vae_precision]
+    own, pipeline = pipeline.modules["vae"].config, with_network(pipeline, "vae", source, args, mesh, dtype)
+    vae = pipeline.modules["vae"].config
+    if vae.latent_channels != own.latent_channels or vae.downscale != own.downscale:
         raise ValueError(
-            f"--pretrained_vae_model_name_or_path {path}: its latents have {vae.config.latent_channels} channels and "
-            f"are {vae.config.downscale} times smaller than images, those of the teacher {own.config.latent_channels} "
-            f"and {own.config.downscale}: take one of the teacher's family."
+            f"--pretrained_vae_model_name_or_path {path}: its latents have {vae.latent_channels} channels and are "
+            f"{vae.downscale} times smaller than images, those of the teacher {own.latent_channels} and "
+            f"{own.downscale}: take one of the teacher's family."
         )
-    return dataclasses.replace(
-        pipeline,
-        modules=pipeline.modules | {"vae": vae},
-        params=pipeline.params | {"vae": params},
-        sources=pipeline.sources | {"vae": source},
-    )
+    return pipeline

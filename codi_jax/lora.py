@@ -115,12 +115,17 @@ def lora_interceptor(lora: Params, scale: float | Float[Array, ""] = 1.0) -> Cal
     """The interceptor behind `apply_lora`, for ``flax.linen.intercept_methods``.
 
     It adapts whichever module runs in its context and has layers of these paths; what matches none has no effect.
+
+    Raises:
+      WeightsError: when a network with ``scan_layers`` runs in its context.
     """
     layers = lora_layers(lora)
 
     def intercept(next_call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
-        out = next_call(*args, **kwargs)
         module = context.module
+        if getattr(module, "scan_layers", False):
+            raise WeightsError("a LoRA finds layers by their names, which scanned ones do not have: scan no layers.")
+        out = next_call(*args, **kwargs)
         if not isinstance(module, nn.Dense | nn.Conv) or context.method_name != "__call__" or module.path not in layers:
             return out
         return out + _low_rank(module, layers[module.path], *args, scale=scale)

@@ -20,6 +20,7 @@ from codi_jax.flags import Flags
 from codi_jax.methods.inputs import Modules, encode_prompts, null_text, posterior
 from codi_jax.models.attention import Implementation
 from codi_jax.models.config import Params
+from codi_jax.models.unet import UNetEncoder
 from codi_jax.pipeline import DiffusionPipeline, load_schedule
 from codi_jax.schedule import NoiseSchedule
 from codi_jax.train import global_batch_size
@@ -42,6 +43,8 @@ class ModelFlags(Flags):
     """Has no effect: PyTorch and Flax files are told apart by themselves."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, in less memory."""
+    scan_layers: bool = False
+    """Compile transformer blocks in a row, of which SDXL has up to ten, as a loop: ready much sooner."""
     attention: Implementation = "auto"
     """Attention kernel. auto: the fastest that the device has."""
     enable_xformers_memory_efficient_attention: bool = False
@@ -175,7 +178,7 @@ def _check_resolution(flags: Any) -> None:
     """Before weights are downloaded and read: the configurations say enough."""
     folder = _folder(flags)
     vae: Any = build_module(folder.part("vae")).config
-    unet: Any = pretrained_unet(flags).config
+    unet: Any = build_module(folder.part("unet")).config
     flags.check_resolution(vae.downscale * 2 ** (unet.num_blocks - 1), f"the model {folder}")
 
 
@@ -199,13 +202,13 @@ def require_editor(pipeline: DiffusionPipeline, flag: str = "--pretrained_model_
 
 
 def modules_of(pipeline: DiffusionPipeline, trained: Sequence[str], flags: Any) -> Modules:
-    """The modules; those that are trained recompute activations if asked for."""
-    return Modules(
-        **{
-            name: dataclasses.replace(module, remat=flags.gradient_checkpointing and name in trained)
-            for name, module in pipeline.modules.items()
-        }
-    )
+    """The modules; those that are trained recompute activations, and UNets scan their layers, if asked for."""
+
+    def configured(name: str, module: Any) -> Any:
+        scan = {"scan_layers": flags.scan_layers} if isinstance(module, UNetEncoder) else {}
+        return dataclasses.replace(module, remat=flags.gradient_checkpointing and name in trained, **scan)
+
+    return Modules(**{name: configured(name, module) for name, module in pipeline.modules.items()})
 
 
 def trainable(pipeline: DiffusionPipeline, name: str, mesh: Mesh) -> Params:
@@ -214,6 +217,32 @@ def trainable(pipeline: DiffusionPipeline, name: str, mesh: Mesh) -> Params:
     if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
         return params
     return load_model(**pipeline.sources[name], place=sharding.place(mesh))[1]
+
+
+def with_network(
+    pipeline: DiffusionPipeline, name: str, source: Mapping[str, Any], flags: Any, mesh: Mesh, dtype: Any = None
+) -> DiffusionPipeline:
+    """The pipeline with another network in place of one of its own.
+
+    Args:
+      pipeline: of `load_pretrained`.
+      name: of the network.
+      source: what `codi_jax.weights.load_model` reads it from, as in ``pipeline.sources``.
+      flags: `PretrainedFlags`.
+      mesh: where its parameters go.
+      dtype: of the computation; ``None`` is that of the network that it replaces.
+
+    Raises:
+      ValueError: if it cannot be loaded.
+    """
+    dtype = pipeline.modules[name].dtype if dtype is None else dtype
+    module, params = load_model(**source, dtype=dtype, attention=flags.attention, place=sharding.place(mesh))
+    return dataclasses.replace(
+        pipeline,
+        modules=pipeline.modules | {name: module},
+        params=pipeline.params | {name: params},
+        sources=pipeline.sources | {name: dict(source)},
+    )
 
 
 def with_controlnet(pipeline: DiffusionPipeline, controlnet: Model | None) -> DiffusionPipeline:

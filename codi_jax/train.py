@@ -26,6 +26,7 @@ from jaxtyping import UInt8
 
 from codi_jax import sharding
 from codi_jax.checkpoint import CheckpointFlags, Checkpoints, check_run_config, find_checkpoint, step_of
+from codi_jax.hub import first_line
 from codi_jax.monitor import Metrics, Monitor
 from codi_jax.tracking import Profiler, Tracker, TrackingFlags, say
 
@@ -359,10 +360,8 @@ def _fetch(loader: Loader, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
 
 def _compile(train_step: TrainStep[State], state: State, frozen: Any, batch: Any, run: _Run) -> Any:
     """The step as a program. Ahead of time, so that no step of the run has this in its time."""
-    # The state comes out as it went in, or the next step would not accept it.
-    out_shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(run.mesh))
     # To find a NaN, JAX repeats the step, for which the state must still be there.
-    jitted = jax.jit(train_step, donate_argnums=() if run.flags.debug else 0, out_shardings=out_shardings)
+    jitted = jit_step(train_step, state, run.mesh, donate=not run.flags.debug)
     if run.flags.debug:
         return jitted
     began = time.perf_counter()
@@ -370,6 +369,20 @@ def _compile(train_step: TrainStep[State], state: State, frozen: Any, batch: Any
     devices = f"{run.mesh.size} × {run.mesh.devices.flat[0].device_kind}"
     say(f"compiled the step in {time.perf_counter() - began:.1f} s for {devices}")
     return program
+
+
+def jit_step(train_step: TrainStep[State], state: State, mesh: Mesh, *, donate: bool = True) -> Any:
+    """The step as the loop compiles it.
+
+    Args:
+      train_step: see `train`.
+      state: arrays, or their shapes with shardings.
+      mesh: that they lie on.
+      donate: whether the state is overwritten.
+    """
+    # The state comes out as it went in, or the next step would not accept it.
+    out_shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh))
+    return jax.jit(train_step, donate_argnums=0 if donate else (), out_shardings=out_shardings)
 
 
 def compile_for(platform: str, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
@@ -541,9 +554,8 @@ def _create_repository(flags: LoopFlags) -> None:
     try:
         HfApi(token=flags.hub_token).create_repo(_repository(flags), exist_ok=True)
     except Exception as error:
-        first_line = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"--push_to_hub cannot write to {_repository(flags)}: {first_line}; check --hub_model_id, and "
+            f"--push_to_hub cannot write to {_repository(flags)}: {first_line(error)}; check --hub_model_id, and "
             "--hub_token or `hf auth login`."
         ) from error
 

@@ -241,6 +241,13 @@ def test_gradient_is_that_of_peft_under_remat(tmp_path):
         assert layer["alpha"] == 0
 
 
+def test_scanned_layers_are_refused(models):
+    params = models["sdxl"]["unet"]
+    module = UNet2DCondition(UNetConfig.from_dict(PARTS["sdxl"]["unet"]), scan_layers=True)
+    with pytest.raises(WeightsError, match="scan no layers"):
+        jax.eval_shape(lambda *args: apply_lora(module, *args)[0], params, random_lora(params), *unet_inputs(SDXL)[:3])
+
+
 def test_bfloat16(models):
     params = models["sd-1.x"]["unet"]
     lora = random_lora(params)

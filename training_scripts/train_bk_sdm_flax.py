@@ -20,10 +20,17 @@ from codi_jax.denoising_training import DenoisingTrainingFlags, denoise
 from codi_jax.methods import bk_sdm
 from codi_jax.models.pruning import Features, Surgery, whole
 from codi_jax.pipeline import DiffusionPipeline
-from codi_jax.pretrained import load_batches, load_pretrained, open_training_data, pretrained_unet, trainable
+from codi_jax.pretrained import (
+    load_batches,
+    load_pretrained,
+    modules_of,
+    open_training_data,
+    pretrained_unet,
+    trainable,
+    with_network,
+)
 from codi_jax.pruning_levels import find_level
 from codi_jax.validation import validation_samples
-from codi_jax.weights import load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +87,8 @@ def main(args: Args) -> None:
     denoise(
         _with_validation_steps(args, loader), run_config, student, ["unet"], loader, samples, mesh,
         frozen={"teacher": teacher.params["unet"], "teacher_schedule": teacher.schedule}, teacher=teacher,
-        method=bk_sdm, teacher_unet=teacher.modules["unet"], features=features, output_weight=args.output_weight,
-        feature_weight=args.feature_weight, feature_normalize=args.feature_normalize,
+        method=bk_sdm, teacher_unet=modules_of(teacher, (), args).unet, features=features,
+        output_weight=args.output_weight, feature_weight=args.feature_weight, feature_normalize=args.feature_normalize,
         noise_offset=args.noise_offset, input_perturbation=args.input_perturbation,
     )  # fmt: skip
 
@@ -95,16 +102,8 @@ def _load_teacher(args: Args, mesh: Mesh) -> DiffusionPipeline:
         )
     if args.non_ema_revision is None:
         return teacher
-    source: dict[str, Any] = teacher.sources["unet"] | {"revision": args.non_ema_revision}
-    unet, params = load_model(
-        **source, dtype=teacher.modules["unet"].dtype, attention=args.attention, place=sharding.place(mesh)
-    )
-    return dataclasses.replace(
-        teacher,
-        modules=teacher.modules | {"unet": unet},
-        params=teacher.params | {"unet": params},
-        sources=teacher.sources | {"unet": source},
-    )
+    source = teacher.sources["unet"] | {"revision": args.non_ema_revision}
+    return with_network(teacher, "unet", source, args, mesh)
 
 
 def _make_student(

@@ -123,7 +123,8 @@ def configure(modules: Modules, flags: LcmFlags, *, dropout: float | int = 0.0, 
     if lora:
         if flags.weighs_image:
             raise ValueError("--w_image_min is of no use to a LoRA, which takes no guidance weights: leave it out.")
-        return Config(modules, unet, flags, dropout, lora)
+        # A LoRA finds layers by their names, which scanned ones do not have.
+        return Config(modules, dataclasses.replace(unet, scan_layers=False), flags, dropout, lora)
     widths = 2 if flags.weighs_image else 1
     config = dataclasses.replace(
         unet.config,

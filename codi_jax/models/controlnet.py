@@ -72,6 +72,7 @@ class ControlNet(UNetEncoder):
       dtype: of the computation.
       attention: the attention kernel.
       remat: recompute blocks in the backward pass.
+      scan_layers: compile transformer blocks in a row as a loop.
     """
 
     config: ControlNetConfig
@@ -177,7 +178,7 @@ def controlnet_from_unet(
     """
     shared = {field.name: getattr(unet.config, field.name) for field in dataclasses.fields(EncoderConfig)}
     config = ControlNetConfig(**shared, conditioning_embedding_out_channels=conditioning_embedding_out_channels)
-    module = ControlNet(config, unet.dtype, unet.attention, unet.remat)
+    module = ControlNet(config, unet.dtype, unet.attention, unet.remat, unet.scan_layers)
     abstract = module.abstract_params()
 
     embedding = ControlNetConditioningEmbedding(

@@ -254,7 +254,11 @@ class BasicTransformerBlock(nn.Module):
 
 
 class Transformer2DModel(nn.Module):
-    """A stack of transformer blocks over the pixels of a feature map."""
+    """A stack of transformer blocks over the pixels of a feature map.
+
+    With ``scan_layers`` the stack is compiled as a loop, see `_scan`. Neither the result nor the names of parameters
+    depend on it.
+    """
 
     features: int
     num_heads: int
@@ -263,6 +267,7 @@ class Transformer2DModel(nn.Module):
     use_linear_projection: bool
     attention: Implementation
     remat: bool
+    scan_layers: bool
     dtype: Any
 
     def setup(self) -> None:
@@ -271,22 +276,41 @@ class Transformer2DModel(nn.Module):
                 return nn.Dense(self.features, dtype=self.dtype)
             return conv(self.features, 1, dtype=self.dtype)
 
-        block = nn.remat(BasicTransformerBlock) if self.remat else BasicTransformerBlock
         self.norm = GroupNorm(self.num_groups, 1e-6, self.dtype)
         self.proj_in = projection()
-        self.transformer_blocks = [
-            block(self.features, self.num_heads, self.attention, self.dtype) for _ in range(self.num_layers)
-        ]
+        self.transformer_blocks = [self._block() for _ in range(self.num_layers)]
         self.proj_out = projection()
+
+    def _block(self, **options: Any) -> nn.Module:
+        block = nn.remat(BasicTransformerBlock) if self.remat else BasicTransformerBlock
+        return block(self.features, self.num_heads, self.attention, self.dtype, **options)
 
     def __call__(self, x: Float[Array, "b h w c"], context: Float[Array, "b s d"]) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
         residual = x
         # A 1 x 1 convolution and a dense layer do the same to a pixel: the order of reshape and projection is free.
         x = self.proj_in(self.norm(x)).reshape(b, h * w, c)
-        for block in self.transformer_blocks:
-            x = block(x, context)
+        if self.scan_layers and self.num_layers > 1 and not self.is_initializing():
+            x = self._scan(x, context)
+        else:
+            for block in self.transformer_blocks:
+                x = block(x, context)
         return self.proj_out(x.reshape(b, h, w, c)) + residual
+
+    def _scan(self, x: Float[Array, "b t c"], context: Float[Array, "b s d"]) -> Float[Array, "b t c"]:
+        """The blocks one after the other, in a loop over their stacked parameters.
+
+        The compiler sees one block in place of ten, and where parameters are split among devices, those of one block
+        are gathered at a time. The stack is a copy, of the matrices in the precision that they are multiplied in.
+        """
+        block: Any = self._block(parent=None)
+
+        def stack(*leaves: Array) -> Array:
+            return jnp.stack([leaf.astype(self.dtype) if leaf.ndim > 1 else leaf for leaf in leaves])
+
+        params = self.variables["params"]
+        stacked = jax.tree.map(stack, *(params[f"transformer_blocks_{i}"] for i in range(self.num_layers)))
+        return jax.lax.scan(lambda x, layer: (block.apply({"params": layer}, x, context), None), x, stacked)[0]
 
 
 class Downsample2D(nn.Module):

@@ -29,12 +29,15 @@ class UNetEncoder(nn.Module):
       dtype: of the computation; parameters may be stored in another.
       attention: the kernel, see `codi_jax.models.attention`.
       remat: whether each residual and each transformer block is recomputed in the backward pass instead of stored.
+      scan_layers: whether transformer blocks in a row, of which SDXL has up to ten, are compiled as a loop: that takes
+        much less time.
     """
 
     config: Any
     dtype: Any = jnp.float32
     attention: Implementation = "auto"
     remat: bool = False
+    scan_layers: bool = False
 
     def setup(self) -> None:
         config = self.config
@@ -71,7 +74,8 @@ class UNetEncoder(nn.Module):
         )
 
     def _common(self) -> dict[str, Any]:
-        return {"config": self.config, "attention": self.attention, "remat": self.remat, "dtype": self.dtype}
+        names = ("config", "attention", "remat", "scan_layers", "dtype")
+        return {name: getattr(self, name) for name in names}
 
     def embed_time(
         self,
@@ -140,6 +144,7 @@ class UNet2DCondition(UNetEncoder):
       dtype: of the computation.
       attention: the attention kernel.
       remat: recompute blocks in the backward pass.
+      scan_layers: compile transformer blocks in a row as a loop.
     """
 
     config: UNetConfig

@@ -27,6 +27,7 @@ class DownBlock2D(nn.Module):
     config: EncoderConfig
     attention: Implementation
     remat: bool
+    scan_layers: bool
     dtype: Any
 
     def setup(self) -> None:
@@ -60,6 +61,7 @@ class UpBlock2D(nn.Module):
     config: UNetConfig
     attention: Implementation
     remat: bool
+    scan_layers: bool
     dtype: Any
 
     def setup(self) -> None:
@@ -89,6 +91,7 @@ class MidBlock2D(nn.Module):
     config: EncoderConfig
     attention: Implementation
     remat: bool
+    scan_layers: bool
     dtype: Any
 
     def setup(self) -> None:
@@ -119,5 +122,6 @@ def _transformer(block: DownBlock2D | UpBlock2D | MidBlock2D, num_layers: int) -
         config.use_linear_projection,
         block.attention,
         block.remat,
+        block.scan_layers,
         block.dtype,
     )

@@ -192,6 +192,36 @@ def test_remat_changes_neither_value_nor_gradient_nor_names() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, recomputed)
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_scanned_layers_change_neither_value_nor_gradient_nor_names(remat: bool) -> None:
+    _, module, params = make_pair(TINY_SDXL)
+    batch = inputs(TINY_SDXL)
+    scanned = module.clone(scan_layers=True, remat=remat)
+    assert jax.tree.structure(scanned.abstract_params()) == jax.tree.structure(module.abstract_params())
+    plain = jax.jit(jax.value_and_grad(functools.partial(loss, module)))(params, batch)
+    in_a_loop = jax.jit(jax.value_and_grad(functools.partial(loss, scanned)))(params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, in_a_loop)
+
+
+def test_scanned_layers_are_compiled_once() -> None:
+    _, module, params = make_pair(TINY_SDXL)
+    batch = inputs(TINY_SDXL)
+
+    def blocks(module: UNet2DCondition) -> int:
+        return str(jax.make_jaxpr(functools.partial(loss, module))(params, batch)).count("name=_geglu")
+
+    assert blocks(module) == 5 * 2 + 6 * 3  # stacks of the second and of the third resolution
+    assert blocks(module.clone(scan_layers=True)) == 5 + 6
+
+
+def test_scanned_layers_round_as_the_others() -> None:
+    _, module, params = make_pair(TINY_SDXL)
+    module, batch = module.clone(dtype=jnp.bfloat16), inputs(TINY_SDXL)
+    with jax.disable_jit():  # operation by operation, since a compiler may round elsewhere
+        plain, scanned = (module.clone(scan_layers=on).apply({"params": params}, **batch)[0] for on in (False, True))
+    np.testing.assert_array_equal(plain, scanned)
+
+
 def test_remat_stores_less() -> None:
     _, module, params = make_pair(TINY_SDXL)
     batch = inputs(TINY_SDXL, height=32, width=32)
