@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.path import step as step_lib
 
 from codi_jax.flags import Flags
+from codi_jax.hub import first_line
 
 State = TypeVar("State")
 
@@ -263,7 +264,6 @@ def _of_all_processes(value: Any) -> list[Any]:
 
 def _reason(error: Exception) -> str:
     """The innermost cause, in one line."""
-    text = str(error)
-    if "No space left" in text or "ENOSPC" in text:
+    if any(words in str(error) for words in ("No space left", "ENOSPC")):
         return "no space left on the device"
-    return text.strip().partition("\n")[0] or type(error).__name__
+    return first_line(error)

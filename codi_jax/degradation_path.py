@@ -22,7 +22,6 @@ from codi_jax.models.config import Params
 from codi_jax.weights import Model, load_model, save_model
 
 PATH_NAME = "path.json"
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -153,8 +152,7 @@ def _digest_of_files(folder: Path) -> str:
     result = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as opened:
-            while block := opened.read(_MIB):
-                result.update(block)
+            hashlib.file_digest(opened, lambda: result)
     return result.hexdigest()
 
 

@@ -256,7 +256,7 @@ def backtrack(args: Any, run_config: Mapping[str, Any]) -> None:
 
 def _begin(args: Any, run_config: Mapping[str, Any]) -> Stage:
     """Everything up to the training itself, in an order that lets mistakes come out before long work."""
-    flags = disback.DisbackFlags(**{f.name: getattr(args, f.name) for f in dataclasses.fields(disback.DisbackFlags)})
+    flags = disback.DisbackFlags.of(args)
     args = train.start(args, run_config)
     condition = args.condition if args.controlnet_model_name_or_path or args.task == "edit" else None
     has_images = flags.needs_images or condition is not None

@@ -46,15 +46,14 @@ def main(args: Args) -> None:
     columns = functools.partial(image_columns, args, args.conditioning_image_column)
     items, line = open_table(args, columns, default=COYO, filters=args.filters)
     print(f"reading {line}")
-    pair_flags = PairFlags(**{name: getattr(args, name) for name in PairFlags.__dataclass_fields__})
     made_with = {name: getattr(args, name) for name in _MADE_WITH}
-    print(describe(make_data_set(args, items, Pair(pair_flags, args.seed), made_with), args))
+    print(describe(make_data_set(args, items, Pair(PairFlags.of(args), args.seed), made_with), args))
 
 
 # What a run that goes on must share with the one that was stopped.
 _MADE_WITH = (
-    *PairFlags.__dataclass_fields__, *ScoreFlags.__dataclass_fields__,
-    *sorted(TableFlags.__dataclass_fields__.keys() - {"cache_dir"}), "conditioning_image_column",
+    *PairFlags.names(), *ScoreFlags.names(),
+    *sorted({*TableFlags.names()} - {"cache_dir"}), "conditioning_image_column",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -34,15 +34,14 @@ def main(args: Args) -> None:
     columns = functools.partial(image_columns, args, None)
     items, line = open_table(args, columns, default=LAION_ART, filters=args.filters, shuffle=args.shuffle)
     print(f"reading {line}")
-    pictures = {name: getattr(args, name) for name in PictureFlags.__dataclass_fields__}
-    pair = Pair(PairFlags(**pictures, condition="none"), args.seed)
+    pair = Pair(PairFlags(**vars(PictureFlags.of(args)), condition="none"), args.seed)
     print(describe(make_data_set(args, items, pair, {name: getattr(args, name) for name in _MADE_WITH}), args))
 
 
 # What a run that goes on must share with the one that was stopped.
 _MADE_WITH = (
-    *PictureFlags.__dataclass_fields__, *ScoreFlags.__dataclass_fields__,
-    *sorted(TableFlags.__dataclass_fields__.keys() - {"cache_dir"}), "shuffle",
+    *PictureFlags.names(), *ScoreFlags.names(),
+    *sorted({*TableFlags.names()} - {"cache_dir"}), "shuffle",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -73,17 +73,18 @@ class Args(JobFlags, GenerateFlags, PictureFlags, TableFlags):
 
 
 def pair_columns(args: Args, names: Sequence[str], where: str) -> Columns:
-    def column(name: str, flag: str) -> tuple[str, str]:
-        return name, find_column(name, (), names, where, flag)
-
     before = BEFORE, find_column(args.input_image_column, (), names, where, "--input_image_column")
     after = AFTER, find_column(args.edited_image_column, (), names, where, "--edited_image_column")
-    texts = tuple(column(name, "--instruction") for name in fields_of(args.template))
+    texts = text_columns(fields_of(args.template), names, where, "--instruction")
     return Columns((before, after), texts, id_column(args, names, where), args.are_urls)
 
 
+def text_columns(wanted: Sequence[str], names: Sequence[str], where: str, flag: str) -> tuple[tuple[str, str], ...]:
+    return tuple((name, find_column(name, (), names, where, flag)) for name in wanted)
+
+
 def prompt_columns(args: Args, names: Sequence[str], where: str) -> Columns:
-    texts = tuple((name, find_column(name, (), names, where, "--input")) for name in ("input", "edit", "output"))
+    texts = text_columns(("input", "edit", "output"), names, where, "--input")
     return Columns((), texts, id_column(args, names, where), False)
 
 
@@ -108,22 +109,19 @@ def items_of_folders(args: Args) -> tuple[Callable[[], Iterable[Row | Skipped]],
 
 
 def _instruction_columns(args: Args, names: Sequence[str], where: str) -> Columns:
-    texts = tuple(
-        (name, find_column(name, (), names, where, "--instructions")) for name in ("file_name", "instruction")
-    )
+    texts = text_columns(("file_name", "instruction"), names, where, "--instructions")
     return Columns((), texts, None, False)
 
 
 def main(args: Args) -> None:
     args.check()
     size = _GENERATED if args.teacher else _SHARD_SIZE
-    processes = 1 if args.teacher and args.engine == "datasets" else args.num_proc
+    processes = 1 if args.teacher and args.engine == "datasets" else None
     args = replace(args, shard_size=args.shard_size or size, num_proc=args.num_proc or processes)
-    pictures = PictureFlags(**{name: getattr(args, name) for name in PictureFlags.__dataclass_fields__})
+    pictures = PictureFlags.of(args)
     prepare: Any = Edit(pictures, args.template)
     if args.teacher:
-        flags = GenerateFlags(**{name: getattr(args, name) for name in GenerateFlags.__dataclass_fields__})
-        prepare = Generate(flags, pictures, args.seed)
+        prepare = Generate(GenerateFlags.of(args), pictures, args.seed)
         items, line = open_table(args, functools.partial(prompt_columns, args))
     elif args.before_dir is not None:
         items, line = items_of_folders(args)
@@ -135,8 +133,8 @@ def main(args: Args) -> None:
 
 # What a run that goes on must share with the one that was stopped.
 _MADE_WITH = (
-    *PictureFlags.__dataclass_fields__, *GenerateFlags.__dataclass_fields__,
-    *sorted(TableFlags.__dataclass_fields__.keys() - {"cache_dir"}), "input_image_column", "edited_image_column",
+    *PictureFlags.names(), *GenerateFlags.names(),
+    *sorted({*TableFlags.names()} - {"cache_dir"}), "input_image_column", "edited_image_column",
     "before_dir", "after_dir", "instruction", "instructions",
 )  # fmt: skip
 

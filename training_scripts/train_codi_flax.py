@@ -72,8 +72,8 @@ class Args(
 
 
 def main(args: Args) -> None:
-    flags = codi.CodiFlags(**{name: getattr(args, name) for name in _CODI_FLAGS})
-    run_config = {name: getattr(args, name) for name in (*_RUN_CONFIG, *_CODI_FLAGS)}
+    flags = codi.CodiFlags.of(args)
+    run_config = {name: getattr(args, name) for name in _RUN_CONFIG}
     args = train.start(args, run_config)
     condition = args.condition if flags.distill_type == "conditional" else None
     data = open_training_data(args, condition)
@@ -131,10 +131,9 @@ def main(args: Args) -> None:
 
 
 # What a run that is resumed must share with the one that was stopped.
-_CODI_FLAGS = tuple(field.name for field in dataclasses.fields(codi.CodiFlags))
 _RUN_CONFIG = (
     "pretrained_model_name_or_path", "controlnet_model_name_or_path", "task", "resolution",
-    "gradient_accumulation_steps", "use_8bit_adam", "mixed_precision",
+    "gradient_accumulation_steps", "use_8bit_adam", "mixed_precision", *codi.CodiFlags.names(),
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def main(args: Args) -> None:
 _RUN_CONFIG = (
     "pretrained_model_name_or_path", "controlnet_model_name_or_path", "task", "resolution",
     "gradient_accumulation_steps", "use_8bit_adam", "mixed_precision",
-    *(field.name for field in dataclasses.fields(DisbackFlags)),
+    *DisbackFlags.names(),
 )  # fmt: skip
 
 if __name__ == "__main__":

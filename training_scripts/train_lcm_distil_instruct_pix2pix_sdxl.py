@@ -8,7 +8,6 @@ python3 training_scripts/train_lcm_distil_instruct_pix2pix_sdxl.py \
 Which family the teacher is of follows from its folder.
 """
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -35,7 +34,7 @@ def main(args: Args) -> None:
 _RUN_CONFIG = (
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "resolution", "conditioning_dropout_prob",
     "gradient_accumulation_steps", "use_8bit_adam", "mixed_precision",
-    *(field.name for field in dataclasses.fields(LcmFlags)),
+    *LcmFlags.names(),
 )  # fmt: skip
 
 if __name__ == "__main__":

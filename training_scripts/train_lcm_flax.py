@@ -8,7 +8,6 @@ python3 training_scripts/train_lcm_flax.py \
 and, for a LoRA, --use_lora --lora_rank 64 --learning_rate 1e-4.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 from codi_jax import command_line
@@ -62,7 +61,7 @@ def _require_text_to_image(pipeline: DiffusionPipeline) -> None:
 _RUN_CONFIG = (
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "controlnet_model_name_or_path", "task",
     "resolution", "use_lora", "lora_rank", "lora_target_modules", "gradient_accumulation_steps", "use_8bit_adam",
-    "mixed_precision", *(field.name for field in dataclasses.fields(LcmFlags)),
+    "mixed_precision", *LcmFlags.names(),
 )  # fmt: skip
 
 if __name__ == "__main__":

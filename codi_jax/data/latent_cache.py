@@ -216,6 +216,9 @@ def cache_part(
     """
     description = _describe(reader, encoders)
     folder = _folder(root, description)
+    if part.count == 1:  # nothing to join, nor to copy
+        open_cache(root, reader, tokenize, encoders, workers=workers, max_unreadable_share=max_unreadable_share)
+        return folder
     parts = [folder.with_suffix(".parts") / f"{index:05}-of-{part.count:05}" for index in range(part.count)]
     own = parts[part.index]
     with FileLock(f"{folder}-{own.name}.lock"):

@@ -18,7 +18,7 @@ from datasets import Dataset, IterableDataset
 
 from codi_jax.data.files import Folder
 from codi_jax.data.images import describe_cell
-from codi_jax.hub import listed
+from codi_jax.hub import first_line, listed
 
 Rows = Dataset | IterableDataset
 
@@ -126,28 +126,25 @@ def open_source(
     where = train_prompts or train_data_dir or train_shards or dataset_name
     if where is None:
         raise ValueError("there is no data to train on: give --dataset_name or --train_data_dir.")
-    rows: Rows
     wanted = Columns(image_column, caption_column, condition_column)
     folder = Folder(where)
     if train_data_dir is not None:
         require_folder(train_data_dir)
     is_table = train_shards is not None or train_prompts is not None
     metadata = None if is_table else next((name for name in METADATA_FILES if folder.has(name)), None)
-    if train_prompts is not None:
-        prompts = _load_prompts(Path(where).expanduser(), wanted)
-        source = _from_rows(prompts, wanted, condition_is_optional, folder, where)
-        rows = source.rows
-    elif train_shards is not None:
-        source = _from_rows(_load_shards(train_shards), wanted, condition_is_optional, folder, where)
-        rows = source.rows
-    elif metadata is not None:
+    if metadata is not None:
         source = _from_metadata(folder, metadata, wanted, condition_is_optional)
-        rows = source.rows
-        rows = rows.to_iterable_dataset() if streaming and isinstance(rows, Dataset) else rows
     else:
-        rows = _load(where, folder, dataset_config_name, load_from_disk, streaming, cache_dir)
-        source = _from_rows(rows, wanted, condition_is_optional, folder, where)
-        rows = source.rows
+        if train_prompts is not None:
+            loaded = _load_prompts(Path(where).expanduser(), wanted)
+        elif train_shards is not None:
+            loaded = _load_shards(train_shards)
+        else:
+            loaded = _load(where, folder, dataset_config_name, load_from_disk, streaming, cache_dir)
+        source = _from_rows(loaded, wanted, condition_is_optional, folder, where)
+    rows = source.rows
+    if metadata is not None and streaming and isinstance(rows, Dataset):
+        rows = rows.to_iterable_dataset()
     if max_train_samples is not None:
         rows = rows.take(min(max_train_samples, len(rows)) if isinstance(rows, Dataset) else max_train_samples)
     if isinstance(rows, Dataset) and not len(rows):
@@ -239,7 +236,7 @@ def _load_shards(pattern: str) -> IterableDataset:
     try:
         return datasets.load_dataset("webdataset", data_files={"train": files}, split="train", streaming=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         hint = ' (for URLs: pip install "codi_jax[data]")' if isinstance(error, ImportError) else ""
         raise ValueError(f"the shards {pattern} could not be read: {reason}{hint}") from error
 
@@ -266,7 +263,7 @@ def _training_split(loaded: Any, where: str) -> Any:
 
 
 def _explained(error: Exception, where: str, folder: Folder, load_from_disk: bool) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     if folder.is_dir():
         if isinstance(error, ValueError) and reason.startswith(where):
             return reason

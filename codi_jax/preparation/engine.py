@@ -16,6 +16,7 @@ import datasets
 from datasets import Dataset
 
 from codi_jax.flags import Flags
+from codi_jax.hub import first_line
 
 Function = Callable[[Any], Any]
 """Of a task; what it gives is small. Both travel to other processes, and a task may be done twice."""
@@ -128,8 +129,7 @@ def _start_ray(flags: EngineFlags) -> Any:
         try:
             ray.init(address=flags.ray_address, num_cpus=cores, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise ConnectionError(
-                f"--ray_address {flags.ray_address}: no Ray cluster was reached ({reason})."
+                f"--ray_address {flags.ray_address}: no Ray cluster was reached ({first_line(error)})."
             ) from None
     return ray

@@ -162,7 +162,7 @@ def make_data_set(
     description = json.loads(json.dumps({**description, **{name: getattr(flags, name) for name in names}}))
     if begin(target, description):
         output_format = format_of(flags.output_format)
-        work = Work(staging, output_format, prepare, _downloads(flags))
+        work = Work(staging, output_format, prepare, DownloadFlags.of(flags))
         # A process that is forked waits for ever when it ends threads that OpenCV has begun in its parent.
         cv2.setNumThreads(1)
         records = list(_records(flags, _tasks(items(), flags.shard_size), work))
@@ -235,10 +235,6 @@ def _refuse_another(target: Folder, other: Any, description: Mapping[str, Any], 
         f"--train_data_dir {target} {what} with other flags ({', '.join(differing) or 'more of them'}): name another "
         "folder, or use those."
     )
-
-
-def _downloads(flags: DownloadFlags) -> DownloadFlags:
-    return DownloadFlags(**{name: getattr(flags, name) for name in DownloadFlags.__dataclass_fields__})
 
 
 def _tasks(items: Iterable[Row | Skipped], size: int) -> Iterator[Task]:

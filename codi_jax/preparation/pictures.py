@@ -21,7 +21,7 @@ from codi_jax.preparation.rows import RejectedError
 Picture = UInt8[np.ndarray, "h w 3"]
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
-_ENDINGS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+_ENDINGS = {"jpeg": "jpg", "webp": "webp"}  # and png
 _FAST_PNG = 1  # zlib's level
 _ASPECT = 0.02  # by so much the shapes of two pictures may differ, which rounding of sizes does
 
@@ -140,11 +140,10 @@ def fit(image: Image.Image, placement: Placement, center_crop: bool) -> Picture:
 
 def encode(pixels: UInt8[np.ndarray, "h w *c"], flags: PictureFlags) -> Encoded:
     """The file of a picture in the format that the flags say."""
-    quality = {"jpeg": [cv2.IMWRITE_JPEG_QUALITY, flags.image_quality], "webp": [cv2.IMWRITE_WEBP_QUALITY]}
-    if flags.image_format == "webp":
-        quality["webp"].append(flags.image_quality)
-    options = quality.get(flags.image_format, [cv2.IMWRITE_PNG_COMPRESSION, _FAST_PNG])
-    return _encode(pixels, _ENDINGS[flags.image_format], options)
+    if flags.image_format == "png":
+        return encode_exactly(pixels)
+    quality = {"jpeg": cv2.IMWRITE_JPEG_QUALITY, "webp": cv2.IMWRITE_WEBP_QUALITY}[flags.image_format]
+    return _encode(pixels, _ENDINGS[flags.image_format], [quality, flags.image_quality])
 
 
 def encode_exactly(pixels: UInt8[np.ndarray, "h w *c"]) -> Encoded:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from codi_jax.features import load_features
+from codi_jax.hub import first_line
 
 Pictures = UInt8[np.ndarray, "n h w 3"]
 
@@ -70,8 +71,9 @@ def clip_encoder(source: str) -> Encoder:
         model: Any = CLIPModel.from_pretrained(source)
         processor: Any = CLIPProcessor.from_pretrained(source)
     except (OSError, ImportError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--clip_model {source} could not be loaded ({reason}): it needs PyTorch, too.") from error
+        raise ValueError(
+            f"--clip_model {source} could not be loaded ({first_line(error)}): it needs PyTorch, too."
+        ) from error
     model.requires_grad_(False)
 
     def images(pictures: Pictures) -> Float[np.ndarray, "n d"]:

@@ -19,7 +19,7 @@ from datasets import Dataset, IterableDataset
 from codi_jax.data.files import Folder, is_url
 from codi_jax.data.sources import METADATA_FILES, SAVED
 from codi_jax.flags import Flags
-from codi_jax.hub import listed
+from codi_jax.hub import first_line, listed
 from codi_jax.preparation.rows import Cell, File, Row, Skipped, Url, clean_text
 
 _BATCH = 1000
@@ -325,8 +325,7 @@ def _load(where: str, folder: Folder, flags: TableFlags, in_memory_order: bool) 
             return datasets.load_dataset(builder, data_files={flags.split: files}, **options, **more)
         return datasets.load_dataset(where, flags.config, **options)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"--input {where} could not be read: {reason}") from error
+        raise ValueError(f"--input {where} could not be read: {first_line(error)}") from error
 
 
 def _files(where: str, folder: Folder) -> tuple[list[str], str]:
