@@ -149,6 +149,13 @@ def test_only_what_is_trained_recomputes_activations(model: Path):
     assert modules_of(pipeline, ("unet",), flags).unet == pipeline.modules["unet"]
 
 
+def test_every_unet_scans_its_layers(model: Path):
+    flags, pipeline = load(model, scan_layers=True)
+    modules = modules_of(pipeline, ("unet",), flags)
+    assert modules.unet.scan_layers
+    assert modules.controlnet.scan_layers
+
+
 def test_resolutions_that_the_networks_take(model: Path):
     """Latents of 9 pixels cannot be halved, though the VAE could make them."""
     with pytest.raises(ValueError, match=r"--resolution 36 is not possible: .* takes multiples of 8"):
