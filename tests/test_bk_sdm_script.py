@@ -117,8 +117,12 @@ def test_before_training_the_student_is_what_stays_of_the_teacher(
 VARIANTS: dict[str, dict[str, Any]] = {
     "task alone": {"output_weight": 0.0, "feature_weight": 0.0},
     "another type": {"prediction_type": "v_prediction", "noise_offset": 0.1, "input_perturbation": 0.1},
-    "normalized": {"feature_normalize": True, "gradient_checkpointing": True, "scan_layers": True},
-    "accumulated": {"gradient_accumulation_steps": 2},
+    "normalized": {
+        "feature_normalize": True,
+        "gradient_checkpointing": True,
+        "gradient_accumulation_steps": 2,
+        "scan_layers": True,
+    },
     "fp16": {"mixed_precision": "fp16"},
 }
 
