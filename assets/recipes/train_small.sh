@@ -13,7 +13,7 @@ model=${MODEL:-assets/emoji}
 [ -e "$work/data" ] || "$python" dataset_tools/emoji.py --copies 2 --output_dir "$work/data"
 
 run=(--train_data_dir "$work/data/train" --validation_data_dir "$work/data/validation" --resolution 64
-     --cache_latents --cache_dir "$work/cache" --train_batch_size 32 --lr_scheduler cosine --lr_warmup_steps 50
+     --cache_latents --cache_dir "$work/cache" --train_batch_size 32 --lr_scheduler cosine --lr_warmup_steps 100
      --logging_steps 100 --checkpointing_steps 500 --checkpoints_total_limit 2 --resume_from_checkpoint latest
      --num_validation_images 16 --validation_steps 0 --guidance_scale 3 --save_dtype float16)
 
@@ -42,4 +42,4 @@ all() { echo "$work/$1-0,$work/$1-1,$work/$1-2"; }
 "$python" -m codi_jax.evaluate --models "full@50=$model" "full@4,1=$work/full-lcm" \
   "base@50=$work/base-0" "base@4,1=$work/base-lcm" "small@50=$(all small)" "small@4,1=$work/small-lcm" \
   "tiny@50=$work/tiny-0" "tiny@4,1=$work/tiny-lcm" "small,_without_features@50=$(all task)" \
-  --data "$work/data/validation" --guidance_scale 3 --seeds 0 1 2 --output_dir "$work/evaluation"
+  --data "$work/data/validation" --guidance_scale 3 --seeds 0 1 2 --max_samples 200 --output_dir "$work/evaluation"
