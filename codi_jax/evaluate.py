@@ -57,7 +57,7 @@ class Args:
     guidance_scale: float = 7.5
     """How strongly to follow the text; 1 is no guidance."""
     guidance_scales: tuple[str, ...] = ()
-    """NAME:SCALE for models with a guidance scale of their own, such as student:1."""
+    """NAME:SCALE for models with a guidance scale of their own, such as student:1, or base@4,1:1 for those steps."""
     image_guidance_scale: float = 1.5
     """How strongly to keep to the image, for InstructPix2Pix."""
     image_guidance_scales: tuple[str, ...] = ()
@@ -198,15 +198,20 @@ def _read_place(text: str, place: str) -> Place:
 
 
 def _overrides(flag: str, texts: Sequence[str], names: Mapping[str, Any]) -> dict[str, str]:
-    values = {}
+    """Values by models. A name without its steps means all of that name, but for those that are named in full."""
+    of_label, of_model = {}, {}
     for text in texts:
         name, colon, value = text.rpartition(":")
         if not colon or not value:
             raise ValueError(f"{flag} {text}: write NAME:VALUE.")
-        if name not in names:
+        meant = [each for each in names if each.partition("@")[0] == name]
+        if name in names:
+            of_model[name] = value
+        elif meant:
+            of_label |= dict.fromkeys(meant, value)
+        else:
             raise ValueError(f"{flag} {text}: --models names no {name}, only {', '.join(names)}.")
-        values[name] = value
-    return values
+    return of_label | of_model
 
 
 def _sampler(value: str | None) -> Sampler | None:

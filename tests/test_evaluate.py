@@ -403,7 +403,14 @@ def test_models_are_read() -> None:
 
 
 def test_models_have_steps_of_their_own() -> None:
-    """And may share a name, which makes them one curve."""
-    args = Args(("base@50=x/y", "base@4,1=x/z", "other=x/w"), steps=(2, 8), guidance_scales=("base@4,1:1",))
-    read = [(model.name, model.places[0][0], model.steps, model.guidance_scale) for model in read_models(args)]
-    assert read == [("base", "x/y", (50,), 7.5), ("base", "x/z", (4, 1), 1.0), ("other", "x/w", (2, 8), 7.5)]
+    """And may share a name, which makes them one curve, and what is said of the name alone is meant for all of it."""
+    models = ("base@50=x/y", "base@4,1=x/z", "other=x/w")
+    args = Args(models, steps=(2, 8), guidance_scales=("base@4,1:1", "base:3"), image_guidance_scales=("base:2",))
+    read = read_models(args)
+    assert [(model.name, model.places[0][0], model.steps) for model in read] == [
+        ("base", "x/y", (50,)),
+        ("base", "x/z", (4, 1)),
+        ("other", "x/w", (2, 8)),
+    ]
+    scales = [(model.guidance_scale, model.image_guidance_scale) for model in read]
+    assert scales == [(3.0, 2.0), (1.0, 2.0), (7.5, 1.5)]
