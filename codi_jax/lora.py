@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Key
 
 from codi_jax.hub import listed
 from codi_jax.models.config import Params
+from codi_jax.models.devices import gathered
 from codi_jax.weight_files import WeightsError
 from codi_jax.weights import torch_name
 
@@ -247,7 +248,7 @@ def _low_rank(
     down = layer.clone(parent=None, features=rank, use_bias=False)
     hidden: Any = down.apply({"params": {"kernel": lora["down"]}}, x)
     hidden = (_factor(lora, scale) * hidden).astype(hidden.dtype)
-    return hidden @ _matrix(lora["up"]).astype(hidden.dtype)
+    return hidden @ gathered(_matrix(lora["up"]).astype(hidden.dtype))
 
 
 def _factor(layer: LoraLayer, scale: float | Float[Array, ""]) -> Float[Array, ""]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from codi_jax.models.backend import backend
+from codi_jax.models.devices import backend
 
 Implementation = Literal["auto", "xla", "chunked", "cudnn", "pallas"]
 

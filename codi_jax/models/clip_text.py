@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from codi_jax.models.attention import dot_product_attention
 from codi_jax.models.config import ConfigError, ModelConfig, Params
+from codi_jax.models.layers import dense
 
 _PLAIN, _PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
 
@@ -98,7 +99,7 @@ class CLIPAttention(nn.Module):
 
     def setup(self) -> None:
         d = self.config.hidden_size
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Dense(d, dtype=self.dtype) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (dense(d, dtype=self.dtype) for _ in range(4))
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         heads = (*x.shape[:2], self.config.num_attention_heads, -1)
@@ -115,8 +116,8 @@ class CLIPMLP(nn.Module):
     dtype: Any
 
     def setup(self) -> None:
-        self.fc1 = nn.Dense(self.config.intermediate_size, dtype=self.dtype)
-        self.fc2 = nn.Dense(self.config.hidden_size, dtype=self.dtype)
+        self.fc1 = dense(self.config.intermediate_size, dtype=self.dtype)
+        self.fc2 = dense(self.config.hidden_size, dtype=self.dtype)
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         x = self.fc1(x)
@@ -219,7 +220,7 @@ class CLIPTextModel(nn.Module):
     def setup(self) -> None:
         self.text_model = CLIPTextTransformer(self.config, self.remat, self.dtype)
         if self.config.with_projection:
-            self.text_projection = nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype)
+            self.text_projection = dense(self.config.projection_dim, use_bias=False, dtype=self.dtype)
 
     def __call__(self, input_ids: Int[Array, "b s"]) -> CLIPTextOutput:
         """Encodes token ids.

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from codi_jax.models.config import Params
 from codi_jax.models.group_norm import GroupNorm
-from codi_jax.models.layers import conv
+from codi_jax.models.layers import conv, dense
 
 
 class DiscriminatorHead(nn.Module):
@@ -31,7 +31,7 @@ class DiscriminatorHead(nn.Module):
         # 32 groups, but of 8 channels at least: of one channel at one position nothing is left after normalisation.
         groups = math.gcd(32, self.features // 8) if self.features % 8 == 0 else 1
         self.norms = [GroupNorm(groups, 1e-5, self.dtype) for _ in range(2)]
-        self.logit = nn.Dense(1, dtype=jnp.float32)
+        self.logit = dense(1, dtype=jnp.float32)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, " b"]:
         """One logit for each sample, float32: positive for real."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from codi_jax.models.attention import Implementation, dot_product_attention
-from codi_jax.models.backend import backend
+from codi_jax.models.devices import backend, gathered
 from codi_jax.models.group_norm import GroupNorm
 
 # Output pixels of a batch up to which `convolve` gathers patches on a CPU.
@@ -60,6 +60,7 @@ def convolve(
     XLA's convolution for CPUs splits the work by output pixels; the lowest levels of a UNet have few of them and many
     channels, and there a product over gathered patches is 1.5 to 3 times faster.
     """
+    kernel = gathered(kernel)
     b, h, w, _ = x.shape
     kh, kw, channels, features = kernel.shape
     if backend() != "cpu" or b * h * w > _FEW_PIXELS or tuple(strides) != (1, 1) or kh != kw or kh == 1:
@@ -67,6 +68,16 @@ def convolve(
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     patches = jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(kh) for j in range(kw)], axis=-1)
     return patches @ kernel.reshape(kh * kw * channels, features)
+
+
+def dense(features: int, *, use_bias: bool = True, kernel_init: Any = nn.Dense.kernel_init, dtype: Any) -> nn.Dense:
+    """A dense layer."""
+    return nn.Dense(features, use_bias=use_bias, kernel_init=kernel_init, dtype=dtype, dot_general=product)
+
+
+def product(x: Float[Array, "..."], kernel: Float[Array, "c d"], *dimensions: Any, **options: Any) -> Array:
+    """`jax.lax.dot_general` with a weight that may be split among devices."""
+    return jax.lax.dot_general(x, gathered(kernel), *dimensions, **options)
 
 
 def timestep_embedding(
@@ -101,10 +112,10 @@ class TimestepEmbedding(nn.Module):
     dtype: Any
 
     def setup(self) -> None:
-        self.linear_1 = nn.Dense(self.features, dtype=self.dtype)
-        self.linear_2 = nn.Dense(self.features, dtype=self.dtype)
+        self.linear_1 = dense(self.features, dtype=self.dtype)
+        self.linear_2 = dense(self.features, dtype=self.dtype)
         if self.cond_proj_dim is not None:
-            self.cond_proj: nn.Dense | None = nn.Dense(  # as wide as the embedding that it is added to
+            self.cond_proj: nn.Dense | None = dense(  # as wide as the embedding that it is added to
                 self.features // 4, use_bias=False, kernel_init=nn.initializers.zeros, dtype=self.dtype
             )
         else:
@@ -132,7 +143,7 @@ class ResnetBlock2D(nn.Module):
         self.norm1 = GroupNorm(self.num_groups, self.epsilon, self.dtype)
         self.conv1 = conv(self.features, dtype=self.dtype)
         if self.use_time_embedding:
-            self.time_emb_proj = nn.Dense(self.features, dtype=self.dtype)
+            self.time_emb_proj = dense(self.features, dtype=self.dtype)
         self.norm2 = GroupNorm(self.num_groups, self.epsilon, self.dtype)
         self.conv2 = conv(self.features, dtype=self.dtype)
         if self.use_shortcut:
@@ -158,10 +169,10 @@ class Attention(nn.Module):
     dtype: Any
 
     def setup(self) -> None:
-        self.to_q = nn.Dense(self.features, use_bias=self.use_bias, dtype=self.dtype)
-        self.to_k = nn.Dense(self.features, use_bias=self.use_bias, dtype=self.dtype)
-        self.to_v = nn.Dense(self.features, use_bias=self.use_bias, dtype=self.dtype)
-        self.to_out = [nn.Dense(self.features, dtype=self.dtype)]
+        self.to_q = dense(self.features, use_bias=self.use_bias, dtype=self.dtype)
+        self.to_k = dense(self.features, use_bias=self.use_bias, dtype=self.dtype)
+        self.to_v = dense(self.features, use_bias=self.use_bias, dtype=self.dtype)
+        self.to_out = [dense(self.features, dtype=self.dtype)]
 
     def __call__(self, x: Float[Array, "b t c"], context: Float[Array, "b s d"] | None = None) -> Float[Array, "b t c"]:
         context = x if context is None else context
@@ -183,7 +194,7 @@ class GEGLU(nn.Module):
     dtype: Any
 
     def setup(self) -> None:
-        self.proj = nn.Dense(2 * self.features, dtype=self.dtype)
+        self.proj = dense(2 * self.features, dtype=self.dtype)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t d"]:
         return _geglu(self.proj(x))
@@ -221,7 +232,7 @@ class FeedForward(nn.Module):
 
     def setup(self) -> None:
         # diffusers' net.1 is a dropout without parameters; the position is kept for the names.
-        self.net = [GEGLU(4 * self.features, self.dtype), None, nn.Dense(self.features, dtype=self.dtype)]
+        self.net = [GEGLU(4 * self.features, self.dtype), None, dense(self.features, dtype=self.dtype)]
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         widen, _, narrow = self.net
@@ -273,7 +284,7 @@ class Transformer2DModel(nn.Module):
     def setup(self) -> None:
         def projection() -> nn.Module:
             if self.use_linear_projection:
-                return nn.Dense(self.features, dtype=self.dtype)
+                return dense(self.features, dtype=self.dtype)
             return conv(self.features, 1, dtype=self.dtype)
 
         self.norm = GroupNorm(self.num_groups, 1e-6, self.dtype)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from codi_jax.models.attention import Implementation, dot_product_attention
 from codi_jax.models.config import ConfigError, ModelConfig, Params
 from codi_jax.models.group_norm import GroupNorm
-from codi_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv
+from codi_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv, dense
 
 _EPSILON = 1e-6
 
@@ -88,8 +88,8 @@ class AttentionBlock(nn.Module):
 
     def setup(self) -> None:
         self.group_norm = GroupNorm(self.num_groups, _EPSILON, self.dtype)
-        self.to_q, self.to_k, self.to_v = (nn.Dense(self.features, dtype=self.dtype) for _ in range(3))
-        self.to_out = [nn.Dense(self.features, dtype=self.dtype)]
+        self.to_q, self.to_k, self.to_v = (dense(self.features, dtype=self.dtype) for _ in range(3))
+        self.to_out = [dense(self.features, dtype=self.dtype)]
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
