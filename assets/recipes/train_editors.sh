@@ -36,7 +36,7 @@ done
 
 students="$work/student-0,$work/student-1,$work/student-2"
 "$python" -m codi_jax.evaluate --models "teacher=$teacher" "LCM=$students" \
-  "LCM,_two_guidances@1,2,4,8=$work/two-guidances" "adapted@2,5,8=$work/adapted" \
+  "LCM, two guidances@1,2,4,8=$work/two-guidances" "adapted@2,5,8=$work/adapted" \
   --data "$work/data/edits/validation" --guidance_scale 6 --image_guidance_scale 1.5 \
   --guidance_scales teacher:3 adapted:2 --image_guidance_scales adapted:1 --seeds 0 1 2 \
   --max_samples 200 --output_dir "$work/evaluation"
