@@ -216,7 +216,7 @@ def on_devices(tree: Any, shardings: Any) -> Any:
 
 def total_on_gpu(lowered: jax.stages.Lowered) -> int:
     """Bytes of a device, of all that the step is given, makes and needs meanwhile."""
-    memory = lowered.compile().memory_analysis()
+    memory: Any = lowered.compile().memory_analysis()
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes + made
 
