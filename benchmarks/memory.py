@@ -11,6 +11,7 @@ of GB.
 """
 
 import functools
+import math
 import os
 import re
 import sys
@@ -125,8 +126,8 @@ def compile_step(args: Args, dump: Path) -> None:
     with jax.set_mesh(mesh):
         lowered = step.lower(state, frozen, batch)
     began = time.perf_counter()
-    total = total_on_gpu(lowered) if args.target in GPUS else total_on_tpu(lowered, dump)
-    report(args, mesh, (state, frozen, batch), total, time.perf_counter() - began)
+    needed = total(lowered.compile()) if args.target in GPUS else total_on_tpu(lowered, dump)
+    report(args, mesh, bytes_on_device((state, frozen, batch)), needed, time.perf_counter() - began)
 
 
 def lcm_training(args: Args, modules: Modules, unet: Any) -> Training:
@@ -214,9 +215,9 @@ def on_devices(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings)
 
 
-def total_on_gpu(lowered: jax.stages.Lowered) -> int:
+def total(program: jax.stages.Compiled) -> int:
     """Bytes of a device, of all that the step is given, makes and needs meanwhile."""
-    memory: Any = lowered.compile().memory_analysis()
+    memory: Any = program.memory_analysis()
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes + made
 
@@ -224,25 +225,24 @@ def total_on_gpu(lowered: jax.stages.Lowered) -> int:
 def total_on_tpu(lowered: jax.stages.Lowered, dump: Path) -> int:
     """The same, before the code is written; a step that does not fit is refused before that."""
     compilation = ThreadPoolExecutor(1).submit(lowered.compile)
-    while True:
-        if wait([compilation], timeout=1).done:
-            compilation.result()
+    while not wait([compilation], timeout=1).done:
         for path in dump.glob("*train_step*memory-usage-report.txt"):
             if found := re.search(r"^Memory Space: default.*\nTotal bytes: (\d+)", path.read_text()):
                 return int(found[1])
+    return total(compilation.result())
 
 
 def bytes_on_device(tree: Any) -> int:
     leaves = jax.tree.leaves(tree)
-    return sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def report(args: Args, mesh: Mesh, given: Any, total: int, seconds: float) -> None:
+def report(args: Args, mesh: Mesh, given: int, needed: int, seconds: float) -> None:
     devices = f"{mesh.size} × {mesh.devices.flat[0].device_kind}, fsdp {args.fsdp}"
     print(f"{args.method}, {args.architecture}, {args.resolution} px, {args.batch} a device, {devices}")
-    print(f"state and frozen networks  {bytes_on_device(given) / GIB:8.2f} GiB a device")
-    print(f"temporary                  {(total - bytes_on_device(given)) / GIB:8.2f} GiB a device")
-    print(f"in all                     {total / GIB:8.2f} GiB a device")
+    print(f"state and frozen networks  {given / GIB:8.2f} GiB a device")
+    print(f"temporary                  {(needed - given) / GIB:8.2f} GiB a device")
+    print(f"in all                     {needed / GIB:8.2f} GiB a device")
     print(f"compiled in                {seconds:8.0f} s")
 
 
