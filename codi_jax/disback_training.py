@@ -217,7 +217,7 @@ def backtrack(args: Any, run_config: Mapping[str, Any]) -> None:
         return generate_with(teacher, {"unet": unet}, stage.samples, steps=50, **scales)
 
     def unet_of(state: Any) -> Params:
-        return generator_unet(state.generator.params, stage.load_unet() if flags.generator_lora else {})
+        return generator_unet(state.generator.result, stage.load_unet() if flags.generator_lora else {})
 
     def validate(state: Any, _: int) -> dict[str, np.ndarray]:
         made = generate_with(student, {"unet": sharding.put(stage.mesh, unet_of(state))}, stage.samples)
@@ -228,7 +228,7 @@ def backtrack(args: Any, run_config: Mapping[str, Any]) -> None:
     def export(state: Any, folder: Path) -> None:
         save_trained(args, student, folder, {"unet": (student.modules["unet"], unet_of(state))})
         if flags.generator_lora:
-            save_lora(folder, {"unet": state.generator.params["unet_lora"]})
+            save_lora(folder, {"unet": state.generator.result["unet_lora"]})
 
     def export_too(state: Any, step: int) -> None:
         export(state, Path(args.output_dir) / f"step-{step}")

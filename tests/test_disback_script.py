@@ -1,5 +1,6 @@
 """DisBack's script, run as a user runs it, on models of a few channels."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -125,12 +126,19 @@ def test_a_resumed_run_ends_bit_for_bit_the_same(whole: Path, scratch: Path, tmp
 def test_plain_distribution_matching_has_the_teacher_as_its_target(
     scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    flags = {"stage": "backtracking", "path": "none"}
+    flags = {"stage": "backtracking", "path": "none", "use_ema": True}
     prepared = prepare(scratch, tmp_path, monkeypatch, **flags)
     teacher = weights_of(saved_pipeline("text-to-image", scratch) / "unet")
     for step in (0, 3, 100):
         kernel = prepared["frozen"].at(step)["unet"]["conv_in"]["kernel"]
         np.testing.assert_array_equal(np.asarray(kernel).transpose(3, 2, 0, 1), teacher["conv_in.weight"])
+    # What is written is the moving average.
+    state = prepared["state"]
+    average = jax.tree.map(lambda x: 2 * x, state.generator.ema)
+    generator = dataclasses.replace(state.generator, ema=average)
+    prepared["export"](dataclasses.replace(state, generator=generator), tmp_path / "exported")
+    written = weights_of(tmp_path / "exported" / "unet")
+    np.testing.assert_array_equal(written["conv_in.weight"], 2 * teacher["conv_in.weight"])
 
 
 def prepare(scratch: Path, output_dir: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, Any]:

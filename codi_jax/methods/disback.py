@@ -69,7 +69,7 @@ class DisbackState:
     """The state of stage 2.
 
     Attributes:
-      generator: G, ``unet`` or ``unet_lora``; its step counts updates of the generator.
+      generator: G, ``unet`` or ``unet_lora``, and its moving average; its step counts updates of the generator.
       fake: φ, ``unet``, and ``head`` for the GAN loss.
     """
 
@@ -106,9 +106,10 @@ def init_state(
     if config.flags.cls_on_clean_image:
         fake["head"] = config.head.random_params(head_key)
     generator = init_generator(config.flags, teacher_params, lora_key)
+    precision: dict[str, Any] = {"mixed_precision": mixed_precision}
     return DisbackState(
-        optim.init_state(generator, optimizers[0], generator_key, mixed_precision=mixed_precision),
-        optim.init_state(fake, optimizers[1], fake_key, mixed_precision=mixed_precision),
+        optim.init_state(generator, optimizers[0], generator_key, ema=config.flags.use_ema, **precision),
+        optim.init_state(fake, optimizers[1], fake_key, **precision),
     )
 
 
@@ -126,13 +127,7 @@ def degradation_step(
     That is the teacher too, ``unet`` of what is frozen.
     """
     generator = {"unet": frozen["unet"]}
-    return optim.step(
-        state,
-        lambda params, batch, key: fake_loss(params, generator, frozen, batch, key, config),
-        batch,
-        optimizer,
-        accumulation=accumulation,
-    )
+    return fake_step(state, generator, frozen, batch, config=config, optimizer=optimizer, accumulation=accumulation)
 
 
 def train_step(
@@ -154,16 +149,11 @@ def train_step(
       ``generator_learning_rate``. The first two are infinite where G was not updated, which means over several steps
       leave out.
     """
-    fake = state.fake.params
+    common: dict[str, Any] = {"config": config, "accumulation": accumulation}
 
     def update(generator: TrainState) -> tuple[TrainState, tuple[Array, Array]]:
-        generator, metrics = optim.step(
-            generator,
-            lambda params, batch, key: generator_loss(params, fake, frozen, batch, key, config),
-            batch,
-            optimizers[0],
-            accumulation=accumulation,
-        )
+        fake = state.fake.params
+        generator, metrics = generator_step(generator, fake, frozen, batch, optimizer=optimizers[0], **common)
         return generator, (metrics["loss"], metrics["grad_norm"])
 
     def keep(generator: TrainState) -> tuple[TrainState, tuple[Array, Array]]:
@@ -171,14 +161,49 @@ def train_step(
 
     is_turn = state.step % config.flags.dfake_gen_update_ratio == 0
     generator, (loss, grad_norm) = jax.lax.cond(is_turn, update, keep, state.generator)
-    new_fake, metrics = optim.step(
-        state.fake,
-        lambda params, batch, key: fake_loss(params, generator.params, frozen, batch, key, config),
-        batch,
-        optimizers[1],
-        accumulation=accumulation,
-    )
+    fake, metrics = fake_step(state.fake, generator.params, frozen, batch, optimizer=optimizers[1], **common)
     of_generator = {"loss": loss, "grad_norm": grad_norm, **optim.status(generator)}
     metrics |= {f"generator_{name}": value for name, value in of_generator.items()}
-    in_a_row = jnp.maximum(new_fake.skipped_in_a_row, generator.skipped_in_a_row)
-    return DisbackState(generator, new_fake), {**metrics, "skipped_in_a_row": in_a_row}
+    in_a_row = jnp.maximum(fake.skipped_in_a_row, generator.skipped_in_a_row)
+    return DisbackState(generator, fake), {**metrics, "skipped_in_a_row": in_a_row}
+
+
+def generator_step(
+    state: TrainState,
+    fake: Params,
+    frozen: Frozen,
+    batch: Batch,
+    *,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    accumulation: int = 1,
+) -> tuple[TrainState, Metrics]:
+    """One update of G by L_G, with φ at rest."""
+    return optim.step(
+        state,
+        lambda params, batch, key: generator_loss(params, fake, frozen, batch, key, config),
+        batch,
+        optimizer,
+        accumulation=accumulation,
+        ema_decay=config.flags.ema_decay if config.flags.use_ema else None,
+    )
+
+
+def fake_step(
+    state: TrainState,
+    generator: Params,
+    frozen: Frozen,
+    batch: Batch,
+    *,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    accumulation: int = 1,
+) -> tuple[TrainState, Metrics]:
+    """One update of φ by L_φ, with G at rest."""
+    return optim.step(
+        state,
+        lambda params, batch, key: fake_loss(params, generator, frozen, batch, key, config),
+        batch,
+        optimizer,
+        accumulation=accumulation,
+    )

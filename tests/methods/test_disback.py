@@ -85,6 +85,24 @@ def test_a_step_is_the_generators_update_and_then_the_fake_scores():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), new.fake.params, fake)
 
 
+def test_the_average_is_over_updates_of_the_generator_and_changes_no_training():
+    config, frozen, state, batch = make(dfake_gen_update_ratio=2, use_ema=True, ema_decay=0.75)
+    plain_config, _, plain, _ = make(dfake_gen_update_ratio=2)
+    assert plain.generator.ema is None
+    assert plain.generator.result is plain.generator.params
+    step, plain_step = step_of(config), step_of(plain_config)
+    average = jax.tree.map(np.float64, state.generator.params)
+    for i in range(3):
+        state, _ = step(state, frozen, batch)
+        plain, _ = plain_step(plain, frozen, batch)
+        if i % 2 == 0:
+            average = jax.tree.map(lambda a, p: 0.75 * a + 0.25 * np.float64(p), average, state.generator.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), state.generator.result, average)
+    for ours, theirs in ((state.generator, plain.generator), (state.fake, plain.fake)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours.params, theirs.params)
+    assert state.fake.ema is None
+
+
 def test_the_two_draw_different_noise():
     _, _, state, _ = make()
     assert jax.random.key_data(state.generator.key).tolist() != jax.random.key_data(state.fake.key).tolist()
