@@ -3,6 +3,7 @@
     python3 benchmarks/memory.py --target h200 --resolution 1024 --batch 4      # pip install "jax[cuda12]"
     python3 benchmarks/memory.py --target v5e:4x4 --fsdp 16 --scan_layers       # pip install "jax[tpu]"
     python3 benchmarks/memory.py --method disback --target h200 --resolution 1024
+    python3 benchmarks/memory.py --method disback --part generator --target v5e:4x8 --fsdp 32 --scan_layers
 
 The packages are needed for their compilers alone. The step is that of LCM, or of the second stage of DisBack, with
 weights of the published architecture that are only shapes, and with latents and text cached. Nothing is executed. For a
@@ -71,6 +72,8 @@ class Args:
 
     method: Literal["lcm", "disback"] = "lcm"
     """Whose step."""
+    part: Literal["generator", "fake_score"] | None = None
+    """Of DisBack's step, only that network's update, with the state of both. If left out: all of the step."""
     config: Literal["sdxl-instruct-pix2pix", "sd-instruct-pix2pix", "sdxl-base", "sd-2.1", "sd-1.5"] | None = None
     """The published architecture of the teacher. If left out: SDXL, an editor for LCM."""
     target: str = "h200"
@@ -147,9 +150,29 @@ def disback_training(args: Args, modules: Modules, unet: Any) -> Training:
     generator = Generator(modules, flags, (side, side, modules.vae.config.latent_channels))
     config = distribution_matching.Config(generator, flags)
     state = jax.eval_shape(lambda x: disback.init_state(config, x, x, optimizers, jax.random.key(0)), unet)
-    return Training(
-        functools.partial(disback.train_step, config=config, optimizers=optimizers), state, teacher_schedule()
+    parts = {None: disback.train_step, "generator": generator_train_step, "fake_score": fake_train_step}
+    step = functools.partial(parts[args.part], config=config, optimizers=optimizers)
+    return Training(step, state, teacher_schedule())
+
+
+def generator_train_step(
+    state: Any, frozen: Any, batch: Any, *, config: distribution_matching.Config, optimizers: disback.Optimizers
+) -> tuple[Any, Any]:
+    """The first half of a step of DisBack: its parts are smaller programs to compile, and run one after the other."""
+    generator, metrics = disback.generator_step(
+        state.generator, state.fake.params, frozen, batch, config=config, optimizer=optimizers[0]
     )
+    return disback.DisbackState(generator, state.fake), metrics
+
+
+def fake_train_step(
+    state: Any, frozen: Any, batch: Any, *, config: distribution_matching.Config, optimizers: disback.Optimizers
+) -> tuple[Any, Any]:
+    """The second half."""
+    fake, metrics = disback.fake_step(
+        state.fake, state.generator.params, frozen, batch, config=config, optimizer=optimizers[1]
+    )
+    return disback.DisbackState(state.generator, fake), metrics
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
@@ -226,9 +249,11 @@ def total_on_tpu(lowered: jax.stages.Lowered, dump: Path) -> int:
     """The same, before the code is written; a step that does not fit is refused before that."""
     compilation = ThreadPoolExecutor(1).submit(lowered.compile)
     while not wait([compilation], timeout=1).done:
-        for path in dump.glob("*train_step*memory-usage-report.txt"):
-            if found := re.search(r"^Memory Space: default.*\nTotal bytes: (\d+)", path.read_text()):
-                return int(found[1])
+        # The file that the compiler begins when the one that is read is complete.
+        for path in dump.glob("*train_step*.after_optimizations-buffer-assignment-values.txt"):
+            text = path.with_name(path.name.replace("-values", "")).read_text()
+            # Those of other memories than HBM have a color.
+            return sum(int(size) for size in re.findall(r"^allocation \d+: size (\d+), (?!color)", text, re.MULTILINE))
     return total(compilation.result())
 
 
@@ -239,7 +264,8 @@ def bytes_on_device(tree: Any) -> int:
 
 def report(args: Args, mesh: Mesh, given: int, needed: int, seconds: float) -> None:
     devices = f"{mesh.size} × {mesh.devices.flat[0].device_kind}, fsdp {args.fsdp}"
-    print(f"{args.method}, {args.architecture}, {args.resolution} px, {args.batch} a device, {devices}")
+    method = args.method if args.part is None else f"{args.method} ({args.part})"
+    print(f"{method}, {args.architecture}, {args.resolution} px, {args.batch} a device, {devices}")
     print(f"state and frozen networks  {given / GIB:8.2f} GiB a device")
     print(f"temporary                  {(needed - given) / GIB:8.2f} GiB a device")
     print(f"in all                     {needed / GIB:8.2f} GiB a device")
