@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One step: text to image from the models in assets/, by DisBack and by plain distribution matching (DMD), three seeds
 # each with as many updates of the generator, and their FID-lite in the course of training beside the teacher's.
-# An hour and a half on 2 cores; every run goes on where it was when the script is started again.
+# An hour on 2 cores; every run goes on where it was when the script is started again.
 #
 #   bash assets/recipes/train_disback.sh [FOLDER]    (PYTHON=.venv/bin/python)
 set -euo pipefail
@@ -9,7 +9,7 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 work=${1:-runs/disback}
 model=${MODEL:-assets/emoji}
-steps=${STEPS:-1000}    # of the fake score; half as many of the generator
+steps=${STEPS:-240}
 every=$((steps / 8))
 [ -e "$work/data" ] || "$python" dataset_tools/emoji.py --output_dir "$work/data"
 
@@ -17,11 +17,12 @@ every=$((steps / 8))
 run=(--pretrained_model_name_or_path "$model" --train_data_dir "$work/data/train" --resolution 64
      --validation_data_dir "$work/data/validation" --num_validation_images 16 --validation_steps 0 --save_dtype float16
      --train_batch_size 32 --real_guidance_scale 3 --teacher_guidance_scale 3 --conditioning_timestep 399
-     --dfake_gen_update_ratio 2 --generator_lr 5e-5 --guidance_lr 1e-4 --lr_scheduler constant_with_warmup
+     --dfake_gen_update_ratio 1 --use_ema --ema_decay 0.95 --generator_lr 1e-4 --guidance_lr 2e-4 --lr_scheduler constant_with_warmup
      --lr_warmup_steps 20 --max_train_steps "$steps" --export_steps "$every" --logging_steps 25
      --checkpointing_steps "$every" --checkpoints_total_limit 1 --resume_from_checkpoint latest)
-# Four nodes, 50 steps apart; each is the target for a sixteenth of the generator's updates, so the teacher is for most.
-path=(--num_nodes 4 --degradation_interval 50 --interval $((steps / 32)))
+# Four nodes, 10 steps apart: after 50 the score is that of the untrained generator. Each is the target for 4 updates of
+# the generator, and the teacher from the 12th on.
+path=(--num_nodes 4 --degradation_interval 10 --interval 4)
 
 for seed in 0 1 2; do
   "$python" training_scripts/train_disback_flax.py "${run[@]}" "${path[@]}" --seed "$seed" \
@@ -32,5 +33,5 @@ done
 
 "$python" -m codi_jax.evaluate --models "teacher=$model" "DisBack=$work/disback-0,$work/disback-1,$work/disback-2" \
   "DMD=$work/dmd-0,$work/dmd-1,$work/dmd-2" --data "$work/data/validation" --steps 1 50 \
-  --training_steps $(seq "$every" "$every" "$steps") --guidance_scale 1 --guidance_scales teacher:3 --seeds 0 1 2 \
-  --output_dir "$work/evaluation"
+  --training_steps $(seq "$every" "$every" "$steps") --guidance_scale 1 --guidance_scales teacher:3 --max_samples 200 \
+  --seeds 0 1 2 --output_dir "$work/evaluation"
