@@ -106,10 +106,10 @@ def init_state(
     if config.flags.cls_on_clean_image:
         fake["head"] = config.head.random_params(head_key)
     generator = init_generator(config.flags, teacher_params, lora_key)
-    precision: dict[str, Any] = {"mixed_precision": mixed_precision}
+    ema = config.flags.use_ema
     return DisbackState(
-        optim.init_state(generator, optimizers[0], generator_key, ema=config.flags.use_ema, **precision),
-        optim.init_state(fake, optimizers[1], fake_key, **precision),
+        optim.init_state(generator, optimizers[0], generator_key, ema=ema, mixed_precision=mixed_precision),
+        optim.init_state(fake, optimizers[1], fake_key, mixed_precision=mixed_precision),
     )
 
 
