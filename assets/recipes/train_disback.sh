@@ -17,9 +17,9 @@ every=$((steps / 8))
 run=(--pretrained_model_name_or_path "$model" --train_data_dir "$work/data/train" --resolution 64
      --validation_data_dir "$work/data/validation" --num_validation_images 16 --validation_steps 0 --save_dtype float16
      --train_batch_size 32 --real_guidance_scale 3 --teacher_guidance_scale 3 --conditioning_timestep 399
-     --dfake_gen_update_ratio 1 --use_ema --ema_decay 0.95 --generator_lr 1e-4 --guidance_lr 2e-4 --lr_scheduler constant_with_warmup
-     --lr_warmup_steps 20 --max_train_steps "$steps" --export_steps "$every" --logging_steps 25
-     --checkpointing_steps "$every" --checkpoints_total_limit 1 --resume_from_checkpoint latest)
+     --dfake_gen_update_ratio 1 --use_ema --ema_decay 0.95 --generator_lr 1e-4 --guidance_lr 2e-4
+     --lr_scheduler constant_with_warmup --lr_warmup_steps 20 --max_train_steps "$steps" --export_steps "$every"
+     --logging_steps 25 --checkpointing_steps "$every" --checkpoints_total_limit 1 --resume_from_checkpoint latest)
 # Four nodes, 10 steps apart: after 50 the score is that of the untrained generator. Each is the target for 4 updates of
 # the generator, and the teacher from the 12th on.
 path=(--num_nodes 4 --degradation_interval 10 --interval 4)
