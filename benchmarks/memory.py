@@ -108,6 +108,8 @@ class Training:
 
 
 def main(args: Args) -> None:
+    if args.part is not None and args.method != "disback":
+        sys.exit(f"--part {args.part} is of no use with --method {args.method}: only the step of disback has parts.")
     jax.config.update("jax_platforms", "cpu")  # of arrays
     with tempfile.TemporaryDirectory() as dump:
         compile_step(args, Path(dump))

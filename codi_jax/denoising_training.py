@@ -19,16 +19,14 @@ from codi_jax.validation import Samples, ValidationFlags, generate_with
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenoisingTrainingFlags(ModelFlags, train.LoopFlags, optim.OptimizerFlags, ValidationFlags):
+class DenoisingTrainingFlags(ModelFlags, train.LoopFlags, optim.OptimizerFlags, optim.EmaFlags, ValidationFlags):
     """The flags of a run of plain training, but for data and conditions."""
 
     snr_gamma: float | None = None
     """Gamma of the min-SNR weights of the loss, usually 5. If left out: no weights. With a model that predicts v
     they leave the noisiest times next to untrained."""
-    use_ema: bool = False
-    """Keep a moving average of the parameters, and show and save that."""
     ema_decay: float = 0.9999
-    """Its decay."""
+    """Decay of the moving average of --use_ema, for each update."""
     validation_sampling_steps: int = 50
     """Steps of the sampler for validation pictures."""
     guidance_scale: float = 7.5
@@ -70,7 +68,7 @@ def denoise(
     config = method.Config(
         modules_of(pipeline, names, args),
         args.snr_gamma,
-        ema_decay=args.ema_decay if args.use_ema else None,
+        ema_decay=args.decay_if_kept,
         accumulation=args.gradient_accumulation_steps,
         **options,
     )

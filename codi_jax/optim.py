@@ -75,6 +75,25 @@ class OptimizerFlags(Flags):
         self.require("max_grad_norm", self.max_grad_norm > 0, "positive; inf is no limit")
 
 
+@dataclass(frozen=True)
+class EmaFlags(Flags):
+    """The flags of the moving average of the parameters, where a run may go without."""
+
+    use_ema: bool = False
+    """Keep a moving average of the parameters, and show and save that."""
+    ema_decay: float = 0.999
+    """Its decay, for each update."""
+
+    def check(self) -> None:
+        super().check()
+        self.require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+
+    @property
+    def decay_if_kept(self) -> float | None:
+        """The decay, as `step` takes it."""
+        return self.ema_decay if self.use_ema else None
+
+
 def compute_dtype(mixed_precision: MixedPrecision) -> Any:
     """The dtype of the networks' computation."""
     return {"no": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}[mixed_precision]

@@ -139,6 +139,7 @@ def test_a_comparison(models: Models, data: Path, tmp_path: Path, monkeypatch, c
         np.testing.assert_allclose(results["edges", 2][key]["values"], values, rtol=1e-2, atol=1e-3)
         assert results["edges", 2][key]["mean"] == pytest.approx(np.mean(results["edges", 2][key]["values"]))
         assert results["edges", 2][key]["sd"] == pytest.approx(np.std(results["edges", 2][key]["values"], ddof=1))
+    assert "edge_f1" not in results["plain", 2]  # it has not seen them
     assert min(each["seconds"]["mean"] for each in results.values()) > 0
 
     html = Page((tmp_path / "out" / "report.html").read_text())

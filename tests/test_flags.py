@@ -10,6 +10,7 @@ import pytest
 
 from codi_jax import optim, train
 from codi_jax.data import DataFlags
+from codi_jax.denoising_training import DenoisingTrainingFlags
 from codi_jax.flags import Flags
 from codi_jax.lcm_training import LcmTrainingFlags
 from codi_jax.methods.codi import CodiFlags
@@ -20,6 +21,7 @@ from codi_jax.preparation.job import JobFlags
 from codi_jax.pretrained import EditFlags
 from codi_jax.validation import ValidationFlags
 
+PLAIN = (DenoisingTrainingFlags, DataFlags)
 CODI = (train.LoopFlags, optim.OptimizerFlags, CodiFlags, DataFlags, ValidationFlags)
 LCM = (LcmTrainingFlags, EditFlags)
 DISBACK = (DisbackFlags, train.LoopFlags, optim.OptimizerFlags, DataFlags, ValidationFlags)
@@ -33,7 +35,7 @@ OF_ALL = {
     "resolution": 0,
     "num_validation_images": 0,
 }
-BAD = [(CODI, flag, value) for flag, value in OF_ALL.items()]
+BAD = [(groups, flag, value) for groups in (PLAIN, CODI) for flag, value in OF_ALL.items()]
 BAD += [
     (LCM, flag, value)
     for flag, value in {
@@ -42,7 +44,7 @@ BAD += [
 ]  # fmt: skip
 BAD += [
     (DISBACK, flag, value)
-    for flag, value in {"interval": 0, "dfake_gen_update_ratio": 0, "lora_rank": 0, "learning_rate": -1.0}.items()
+    for flag, value in {"interval": 0, "dfake_gen_update_ratio": 0, "lora_rank": 0, "learning_rate": -1.0, "ema_decay": 1.0}.items()
 ]
 BAD += [
     (DATA_TOOL, flag, value)
@@ -86,14 +88,14 @@ def test_all_groups_of_a_script_are_checked(
 ) -> None:
     bases = groups[::-1] if backwards else groups
     script: Any = dataclasses.make_dataclass("Script", [], bases=bases, frozen=True, kw_only=True)
-    needed = {"train_data_dir": str(tmp_path), **({"pretrained_model_name_or_path": "m"} if groups is LCM else {})}
+    needed = {"train_data_dir": str(tmp_path), **({"pretrained_model_name_or_path": "m"} if groups in (PLAIN, LCM) else {})}
     script(**needed).check()
     with pytest.raises(ValueError, match=f"--{flag} {value} is not possible"):
         script(**{**needed, flag: value}).check()
 
 
 def test_every_group_with_a_check_is_tried_above() -> None:
-    tried = {cls for group in (*CODI, *LCM, *DISBACK, *DATA_TOOL) for cls in inspect.getmro(group)}
+    tried = {cls for group in (*PLAIN, *CODI, *LCM, *DISBACK, *DATA_TOOL) for cls in inspect.getmro(group)}
     missed, queue = [], [Flags]
     while queue:
         group = queue.pop()

@@ -27,7 +27,7 @@ _HELD_OUT = 128  # images whose latents give the scaling factor
 
 
 @dataclass(frozen=True)
-class Args(train.LoopFlags, optim.OptimizerFlags, DataFlags, ValidationFlags):
+class Args(train.LoopFlags, optim.OptimizerFlags, optim.EmaFlags, DataFlags, ValidationFlags):
     """Trains an autoencoder: images to latents and back."""
 
     pretrained_model_name_or_path: str | None = None
@@ -42,10 +42,6 @@ class Args(train.LoopFlags, optim.OptimizerFlags, DataFlags, ValidationFlags):
     """Error of the reconstruction: mean absolute or mean squared."""
     kl_scale: float = 1e-6
     """Weight of the divergence of the latents from a standard normal distribution."""
-    use_ema: bool = False
-    """Keep a moving average of the parameters, and save that."""
-    ema_decay: float = 0.999
-    """Its decay."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, in less memory."""
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -59,7 +55,7 @@ def main(args: Args) -> None:
         raise ValueError(f"{folder} is a {type(module).__name__}, not an autoencoder.")
     args.check_resolution(module.config.downscale, f"the autoencoder {folder}")
     config = autoencoder.Config(
-        module, args.rec_loss, args.kl_scale, args.ema_decay if args.use_ema else None, args.gradient_accumulation_steps
+        module, args.rec_loss, args.kl_scale, args.decay_if_kept, args.gradient_accumulation_steps
     )
     run_config = {"vae": module.config.to_dict(), **asdict(replace(config, vae=None))}
     args = train.start(args, run_config)

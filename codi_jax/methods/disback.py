@@ -185,7 +185,7 @@ def generator_step(
         batch,
         optimizer,
         accumulation=accumulation,
-        ema_decay=config.flags.ema_decay if config.flags.use_ema else None,
+        ema_decay=config.flags.decay_if_kept,
     )
 
 

@@ -24,13 +24,15 @@ from codi_jax.methods.inputs import Batch, Condition, Frozen, Inputs, prepare
 from codi_jax.methods.prediction import encode, guided, predict
 from codi_jax.models.config import Params
 from codi_jax.models.discriminator import DiscriminatorHead
-from codi_jax.optim import Metrics
+from codi_jax.optim import EmaFlags, Metrics
 from codi_jax.schedule import Latents
 
 
 @dataclasses.dataclass(frozen=True)
-class MatchingFlags(GeneratorFlags):
-    """The flags of distribution matching, with the names of DMD2's reference code."""
+class MatchingFlags(GeneratorFlags, EmaFlags):
+    """The flags of distribution matching, with the names of DMD2's reference code. The moving average is the
+    generator's.
+    """
 
     real_guidance_scale: float = 6.0
     """Guidance scale of the target; 8 for SDXL."""
@@ -60,16 +62,11 @@ class MatchingFlags(GeneratorFlags):
     """The time that their noise stays below."""
     gan_alone: bool = False
     """Train the generator by the GAN loss alone."""
-    use_ema: bool = False
-    """Keep a moving average of the generator's parameters, and show and save that."""
-    ema_decay: float = 0.999
-    """Its decay, for each update of the generator."""
 
     def check(self) -> None:
         super().check()
         self.require_at_least(1, "dfake_gen_update_ratio", "diffusion_gan_max_timestep")
         self.require_in(0, 1, "min_step_percent", "max_step_percent")
-        self.require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         high = self.max_step_percent
         self.require("min_step_percent", self.min_step_percent <= high, f"at most --max_step_percent {high}")
         needs = {

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from codi_jax.models.devices import backend
+from codi_jax.models import devices
 
 Implementation = Literal["auto", "xla", "chunked", "cudnn", "pallas"]
 
@@ -52,7 +52,7 @@ def dot_product_attention(
       The attended values, in the dtype of ``query``.
     """
     if implementation == "auto":
-        implementation = choose_implementation(backend(), query.dtype, query.shape, key.shape)
+        implementation = choose_implementation(devices.backend(), query.dtype, query.shape, key.shape)
     match implementation:
         case "pallas":
             return _on_each_device(functools.partial(_pallas_attention, is_causal=is_causal), query, key, value)
@@ -60,7 +60,7 @@ def dot_product_attention(
             return _chunked_attention(query, key, value, is_causal)
         case "cudnn":
             return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation="cudnn")
-        case _ if backend() == "cpu" and not is_causal:
+        case _ if devices.backend() == "cpu" and not is_causal:
             return _keys_first_attention(query, key, value)
         case _:
             return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation="xla")
@@ -143,8 +143,7 @@ def _on_each_device(
 
     The devices are those of the mesh in whose context (`jax.set_mesh`) the program is traced.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if (mesh := devices.mesh()) is None:
         return attention(query, key, value)
     # A batch that they cannot share, as in generation, is computed by all of them.
     spec = P(mesh.axis_names) if query.shape[0] % mesh.size == 0 else P()

@@ -4,6 +4,7 @@ The context is that of `jax.set_mesh`, see `codi_jax.sharding.context_of`.
 """
 
 import jax
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -18,11 +19,16 @@ def backend() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def mesh() -> AbstractMesh | None:
+    """The mesh, if it has several devices."""
+    found = jax.sharding.get_abstract_mesh()
+    return None if found.empty or found.size == 1 else found
+
+
 def gathered(weight: Array) -> Array:
     """All of a weight, on each device, where parameters are split among several (``--fsdp``).
 
     To be called where the weight is used and in the precision in which it is: that is what travels. Left to itself the
     compiler would leave weights where they are and gather activations, those of the whole batch on every device.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    return weight if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(weight, P())
+    return weight if mesh() is None else jax.lax.with_sharding_constraint(weight, P())

@@ -51,9 +51,13 @@ def zero_conv(features: int, kernel_size: int = 1, *, dtype: Any) -> nn.Conv:
 
 def convolve(
     x: Float[Array, "b h w c"],
-    kernel: Float[Array, "kh kw c d"],
+    kernel: Float[Array, "kh kw c_of_group d"],
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
+    *,
+    lhs_dilation: Sequence[int] = (1, 1),
+    rhs_dilation: Sequence[int] = (1, 1),
+    feature_group_count: int = 1,
     **options: Any,
 ) -> Float[Array, "b h2 w2 d"]:
     """`jax.lax.conv_general_dilated`, or on a CPU the same in a form that is known to be faster.
@@ -62,11 +66,15 @@ def convolve(
     channels, and there one matrix product over gathered patches is 1.5 to 3 times faster.
     """
     kernel = gathered(kernel)
-    if backend() != "cpu":
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    is_plain = {*lhs_dilation, *rhs_dilation, feature_group_count} == {1}
+    if backend() != "cpu" or not is_plain:
+        return jax.lax.conv_general_dilated(
+            x, kernel, strides, padding, lhs_dilation, rhs_dilation, feature_group_count=feature_group_count, **options
+        )
     b, h, w, _ = x.shape
     kh, kw, channels, features = kernel.shape
-    if b * h * w > _FEW_PIXELS or tuple(strides) != (1, 1) or kh != kw or kh == 1:
+    keeps_size = tuple(strides) == (1, 1) and [sum(pads) for pads in padding] == [kh - 1, kw - 1]
+    if b * h * w > _FEW_PIXELS or not keeps_size or kh == kw == 1:
         return _convolve_on_cpu(x, kernel, tuple(strides), tuple(padding))
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     patches = jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(kh) for j in range(kw)], axis=-1)

@@ -56,6 +56,7 @@ def test_group_norm_and_its_gradient_equal_torch(shape, groups, offset):
         ((17, 23), 1, 1, (0, 0)),
         ((18, 20), 4, 3, (2, 0)),
         ((6, 7), 3, 1, (1, 1)),  # few pixels
+        ((6, 7), 3, 1, (0, 0)),
     ],
 )
 def test_a_convolution_and_its_gradient_equal_torch(size, taps, stride, padding):
@@ -74,6 +75,15 @@ def test_a_convolution_and_its_gradient_equal_torch(size, taps, stride, padding)
     np.testing.assert_allclose(y, out.detach(), atol=2e-5)
     np.testing.assert_allclose(by_x, theirs.grad, atol=2e-5)
     np.testing.assert_allclose(by_kernel, weight.grad, atol=2e-4)
+
+
+def test_a_convolution_in_groups_and_with_holes_equals_torch():
+    x, kernel = RNG.standard_normal((3, 9, 8, 4)), RNG.standard_normal((3, 3, 2, 6))
+    theirs, weight = torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(kernel).permute(3, 2, 0, 1)
+    out = torch.nn.functional.conv2d(theirs, weight, padding=2, dilation=2, groups=2).permute(0, 2, 3, 1)
+    options = {"rhs_dilation": (2, 2), "feature_group_count": 2, "dimension_numbers": NHWC}
+    y = convolve(jnp.asarray(x, "f4"), jnp.asarray(kernel, "f4"), (1, 1), ((2, 2), (2, 2)), **options)
+    np.testing.assert_allclose(y, out, atol=2e-5)
 
 
 def test_gradients_of_convolutions_have_the_order_of_axes_that_is_fast_in_loops():
