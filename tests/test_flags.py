@@ -44,8 +44,10 @@ BAD += [
 ]  # fmt: skip
 BAD += [
     (DISBACK, flag, value)
-    for flag, value in {"interval": 0, "dfake_gen_update_ratio": 0, "lora_rank": 0, "learning_rate": -1.0, "ema_decay": 1.0}.items()
-]
+    for flag, value in {
+        "interval": 0, "dfake_gen_update_ratio": 0, "lora_rank": 0, "learning_rate": -1.0, "ema_decay": 1.0,
+    }.items()
+]  # fmt: skip
 BAD += [
     (DATA_TOOL, flag, value)
     for flag, value in {"shard_size": 0, "num_proc": 0, "retries": -1, "image_quality": 0, "max_shared": 2.0}.items()
@@ -88,7 +90,9 @@ def test_all_groups_of_a_script_are_checked(
 ) -> None:
     bases = groups[::-1] if backwards else groups
     script: Any = dataclasses.make_dataclass("Script", [], bases=bases, frozen=True, kw_only=True)
-    needed = {"train_data_dir": str(tmp_path), **({"pretrained_model_name_or_path": "m"} if groups in (PLAIN, LCM) else {})}
+    needed = {"train_data_dir": str(tmp_path)}
+    if groups in (PLAIN, LCM):
+        needed["pretrained_model_name_or_path"] = "m"
     script(**needed).check()
     with pytest.raises(ValueError, match=f"--{flag} {value} is not possible"):
         script(**{**needed, flag: value}).check()

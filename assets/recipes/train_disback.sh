@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One step: text to image from the models in assets/, by DisBack and by plain distribution matching (DMD), three seeds
 # each with as many updates of the generator, and their FID-lite in the course of training beside the teacher's.
-# An hour on 2 cores; every run goes on where it was when the script is started again.
+# Two hours on 2 cores; every run goes on where it was when the script is started again.
 #
 #   bash assets/recipes/train_disback.sh [FOLDER]    (PYTHON=.venv/bin/python)
 set -euo pipefail
@@ -9,15 +9,15 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 work=${1:-runs/disback}
 model=${MODEL:-assets/emoji}
-steps=${STEPS:-240}
-every=$((steps / 8))
+steps=${STEPS:-960}
+every=$((steps / 12))
 [ -e "$work/data" ] || "$python" dataset_tools/emoji.py --output_dir "$work/data"
 
 # Prompts alone: the pictures of the data are not read.
 run=(--pretrained_model_name_or_path "$model" --train_data_dir "$work/data/train" --resolution 64
      --validation_data_dir "$work/data/validation" --num_validation_images 16 --validation_steps 0 --save_dtype float16
      --train_batch_size 32 --real_guidance_scale 3 --teacher_guidance_scale 3 --conditioning_timestep 399
-     --dfake_gen_update_ratio 1 --use_ema --ema_decay 0.95 --generator_lr 1e-4 --guidance_lr 2e-4
+     --dfake_gen_update_ratio 1 --use_ema --ema_decay 0.98 --generator_lr 2e-4 --guidance_lr 4e-4
      --lr_scheduler constant_with_warmup --lr_warmup_steps 20 --max_train_steps "$steps" --export_steps "$every"
      --logging_steps 25 --checkpointing_steps "$every" --checkpoints_total_limit 1 --resume_from_checkpoint latest)
 # Four nodes, 10 steps apart: after 50 the score is that of the untrained generator. Each is the target for 4 updates of

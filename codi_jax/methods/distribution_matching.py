@@ -30,8 +30,9 @@ from codi_jax.schedule import Latents
 
 @dataclasses.dataclass(frozen=True)
 class MatchingFlags(GeneratorFlags, EmaFlags):
-    """The flags of distribution matching, with the names of DMD2's reference code. The moving average is the
-    generator's.
+    """The flags of distribution matching, with the names of DMD2's reference code.
+
+    The moving average is the generator's.
     """
 
     real_guidance_scale: float = 6.0
