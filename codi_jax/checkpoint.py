@@ -1,14 +1,15 @@
 """Checkpoints, from which a run goes on as if it had never stopped.
 
 A checkpoint is a folder ``checkpoint-<step>`` that Orbax writes: the training state, the position in the data, and the
-settings that the next run must share. It is written beside the training and appears at once when it is whole. Frozen
-networks are not in it.
+settings that the next run must share. It is written beside the training and appears at once when it is whole, with the
+checksums of its files. Frozen networks are not in it.
 """
 
 import contextlib
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,13 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint.path import step as step_lib
 
-from codi_jax.flags import Flags
+from codi_jax import processes
+from codi_jax.checksums import DamagedError, verify_checksums, write_checksums
+from codi_jax.flags import Flags, Operational
 from codi_jax.hub import first_line
 
 State = TypeVar("State")
@@ -30,6 +31,8 @@ State = TypeVar("State")
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _STATE, _DATA, _RUN = "state", "data", "run_config"
 _POSITIONS = "of_processes"
+_ORBAX_TIMES = "_CHECKPOINT_METADATA"  # written last, and of no use to a restore
+_ASIDE = ".damaged"  # what the folder of a damaged checkpoint is renamed to ends with
 
 
 class CheckpointError(ValueError):
@@ -40,12 +43,13 @@ class CheckpointError(ValueError):
 class CheckpointFlags(Flags):
     """Flags about checkpoints."""
 
-    checkpointing_steps: int = 5000
+    checkpointing_steps: Operational[int] = 5000
     """Steps between two checkpoints; 0 writes none, not even at the end."""
-    checkpoints_total_limit: int | None = None
+    checkpoints_total_limit: Operational[int | None] = None
     """How many checkpoints to keep; an old one goes when a new one is whole. If left out: all."""
-    resume_from_checkpoint: str | None = None
-    """Go on from a checkpoint: "latest" (afresh if there is none), the name of one in --output_dir, or a folder."""
+    resume_from_checkpoint: Operational[str | None] = None
+    """Go on from a checkpoint: "latest" (the newest that is whole; from the start if there is none), the name of one in
+    --output_dir, or a folder."""
 
     def check(self) -> None:
         super().check()
@@ -97,24 +101,82 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
     return folder
 
 
-def check_run_config(checkpoint: Path, run_config: Mapping[str, Any]) -> None:
+def require_whole(checkpoint: Path) -> None:
+    """Compares the files of a checkpoint with their checksums; one that was written without any passes.
+
+    Raises:
+      CheckpointError: naming the file that is missing or differs.
+    """
+    try:
+        verify_checksums(checkpoint)
+    except DamagedError as error:
+        raise CheckpointError(
+            f"{checkpoint} is damaged ({error}): --resume_from_checkpoint latest goes on from the newest that is whole."
+        ) from None
+
+
+def set_damaged_aside(output_dir: Path) -> list[str]:
+    """Renames the newest checkpoints of a folder as long as they are damaged, so that the newest left is whole.
+
+    Returns:
+      A line about each of them, for the user.
+
+    Raises:
+      CheckpointError: if all of them are damaged; they are not renamed then.
+      OSError: if one cannot be renamed.
+    """
+    damaged: dict[Path, DamagedError] = {}
+    for step in reversed(list_checkpoints(output_dir)):
+        checkpoint = output_dir / f"checkpoint-{step}"
+        try:
+            verify_checksums(checkpoint)
+        except DamagedError as error:
+            damaged[checkpoint] = error
+        else:
+            break
+    else:
+        if damaged:
+            reasons = "; ".join(f"{checkpoint.name}: {error}" for checkpoint, error in damaged.items())
+            raise CheckpointError(
+                f"every checkpoint in {output_dir} is damaged ({reasons}): restore one from a copy, or move them away "
+                "to train from the start."
+            )
+    for checkpoint in damaged:
+        checkpoint.rename(_free_name(checkpoint))
+    return [f"{checkpoint} is damaged and was set aside: {error}" for checkpoint, error in damaged.items()]
+
+
+def check_run_config(checkpoint: Path, run_config: Mapping[str, Any], if_both: Collection[str] = ()) -> None:
     """Compares the settings of a run with those that a checkpoint was made with.
+
+    Args:
+      checkpoint: its folder.
+      run_config: the settings, JSON.
+      if_both: names of settings that are compared only where both have them.
 
     Raises:
       CheckpointError: naming the first that differs, and both values.
     """
-    try:
-        saved = json.loads((checkpoint / _RUN / "metadata").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint} is no checkpoint of codi_jax, or incomplete: {error}.") from None
+    saved = _saved_run_config(checkpoint)
     # Tuples become lists on the way through JSON.
     given = json.loads(json.dumps(run_config))
-    for name in sorted(saved.keys() | given.keys()):
+    one_sided = (saved.keys() ^ given.keys()) & set(if_both)
+    for name in sorted((saved.keys() | given.keys()) - one_sided):
         if saved.get(name) != given.get(name):
             raise CheckpointError(
                 f"{checkpoint} was made with {name} = {json.dumps(saved.get(name))}, but this run has "
                 f"{json.dumps(given.get(name))}: give the same to go on, or start in another --output_dir."
             )
+
+
+def _saved_run_config(checkpoint: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads((checkpoint / _RUN / "metadata").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint} is no checkpoint of codi_jax, or incomplete: {error}.") from None
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{checkpoint} is no checkpoint of codi_jax: its {_RUN} is not a JSON object.")
+    return saved
 
 
 class Checkpoints:
@@ -127,6 +189,7 @@ class Checkpoints:
 
     def __init__(self, output_dir: Path, total_limit: int | None = None) -> None:
         self._folder = output_dir.absolute()
+        self._saving = 0
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -134,6 +197,8 @@ class Checkpoints:
                 max_to_keep=total_limit,
                 cleanup_tmp_directories=True,
                 save_root_metadata=False,
+                # Called by the first process, when all files are there and the folder does not have its name yet.
+                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
 
@@ -150,12 +215,14 @@ class Checkpoints:
           OSError: if this one cannot be written, or the last one could not.
         """
         with self._explained(step):
+            self._manager.wait_until_finished()
+            self._saving = step
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     **{
                         _STATE: ocp.args.StandardSave(state),
-                        _DATA: ocp.args.JsonSave({_POSITIONS: _of_all_processes(dict(data))}),
+                        _DATA: ocp.args.JsonSave({_POSITIONS: processes.gather(dict(data))}),
                         _RUN: ocp.args.JsonSave(dict(run_config)),
                     }
                 ),
@@ -173,13 +240,20 @@ class Checkpoints:
           The state and this process's position in the data; the first one's if there were other processes.
 
         Raises:
-          CheckpointError: if the state has other arrays than ``like``.
+          CheckpointError: if the state has other arrays than ``like``, or cannot be read.
         """
-        step = step_of(checkpoint)
         args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(like), _DATA: ocp.args.JsonRestore()})
-        _check_arrays(checkpoint, like)
-        restored = self._manager.restore(step, args=args, directory=checkpoint.absolute().parent)
-        positions = restored[_DATA][_POSITIONS]
+        try:
+            _check_arrays(checkpoint, like)
+            directory = checkpoint.absolute().parent
+            restored = self._manager.restore(step_of(checkpoint), args=args, directory=directory)
+            positions = restored[_DATA][_POSITIONS]
+        except (CheckpointError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{checkpoint} cannot be read ({_reason(error)}): move it away to go on from the one before."
+            ) from error
         return restored[_STATE], positions[jax.process_index() if len(positions) == jax.process_count() else 0]
 
     def wait(self) -> None:
@@ -200,6 +274,11 @@ class Checkpoints:
         """Waits like `wait`, and ends Orbax's threads."""
         with self._explained(None):
             self._manager.close()
+
+    def _seal(self) -> None:
+        names = (f"checkpoint-{self._saving}.orbax-checkpoint-tmp*", f"checkpoint-{self._saving}")
+        folder = next(folder for name in names for folder in self._folder.glob(name))
+        write_checksums(folder, leave_out=(_ORBAX_TIMES,))
 
     @contextlib.contextmanager
     def _explained(self, step: int | None) -> Iterator[None]:
@@ -230,6 +309,11 @@ class _Names(step_lib.NameFormat[step_lib.Metadata]):
         return step_lib.Metadata(step=step, path=path)
 
 
+def _free_name(checkpoint: Path) -> Path:
+    names = (checkpoint.with_name(f"{checkpoint.name}{_ASIDE}{number or ''}") for number in itertools.count())
+    return next(name for name in names if not name.exists())
+
+
 def _check_arrays(checkpoint: Path, like: Any) -> None:
     """Compares the names and shapes of the arrays in a checkpoint with those of a state."""
     saved = _shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(checkpoint.absolute() / _STATE)).tree)
@@ -250,16 +334,6 @@ def _numbers(leaf: jax.Array) -> jax.Array:
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def _of_all_processes(value: Any) -> list[Any]:
-    """A JSON value of each process."""
-    if jax.process_count() == 1:
-        return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(len(text)))
-    texts = multihost_utils.process_allgather(np.pad(text, (0, max(sizes) - len(text))))
-    return [json.loads(bytes(text[:size])) for text, size in zip(np.asarray(texts), sizes)]
 
 
 def _reason(error: Exception) -> str:

@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from codi_jax import sharding
+from codi_jax import processes, sharding
 from codi_jax.models.config import Params
 from codi_jax.weights import Model, load_model, save_model
 
@@ -82,17 +82,19 @@ def write_node(folder: Path, number: int, module: Model, params: Params, dtype: 
 def finish_path(folder: Path, num_nodes: int, identity: Mapping[str, Any]) -> None:
     """Writes ``path.json``, which makes a path of the nodes that are there.
 
+    All processes must call it; they go on when it is there.
+
     Args:
       folder: of the nodes.
       num_nodes: how many there are.
       identity: see `DegradationPath`, JSON.
     """
-    if jax.process_index() != 0:
-        return
-    nodes = {node_name(i): _digest_of_files(folder / node_name(i)) for i in range(num_nodes)}
-    unfinished = folder / f"{PATH_NAME}.tmp"
-    unfinished.write_text(json.dumps({**identity, "nodes": nodes}, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(folder / PATH_NAME)
+    if jax.process_index() == 0:
+        nodes = {node_name(i): _digest_of_files(folder / node_name(i)) for i in range(num_nodes)}
+        unfinished = folder / f"{PATH_NAME}.tmp"
+        unfinished.write_text(json.dumps({**identity, "nodes": nodes}, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(folder / PATH_NAME)
+    processes.wait_for_all("the path is written")
 
 
 def open_path(folder: Path) -> DegradationPath:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from codi_jax import optim, train
+from codi_jax.flags import Operational
 from codi_jax.images import labelled_rows
 from codi_jax.methods import denoising
 from codi_jax.pipeline import DiffusionPipeline
@@ -27,21 +28,21 @@ class DenoisingTrainingFlags(ModelFlags, train.LoopFlags, optim.OptimizerFlags, 
     they leave the noisiest times next to untrained."""
     ema_decay: float = 0.9999
     """Decay of the moving average of --use_ema, for each update."""
-    validation_sampling_steps: int = 50
+    validation_sampling_steps: Operational[int] = 50
     """Steps of the sampler for validation pictures."""
-    guidance_scale: float = 7.5
+    guidance_scale: Operational[float] = 7.5
     """Guidance scale of the text in validation pictures."""
 
 
 def denoise(
     args: Any,
-    run_config: Mapping[str, Any],
     pipeline: DiffusionPipeline,
     names: Sequence[str],
     loader: train.Loader,
     samples: Samples,
     mesh: Mesh,
     *,
+    run_config: Mapping[str, Any] | None = None,
     frozen: Mapping[str, Any] | None = None,
     image_guidance_scale: float | int | None = None,
     method: Any = denoising,
@@ -52,13 +53,13 @@ def denoise(
 
     Args:
       args: `DenoisingTrainingFlags` and `codi_jax.data.DataFlags`, from `codi_jax.train.start`.
-      run_config: what a run that is resumed must share with the one that was stopped.
       pipeline: the model, with float32 parameters of what is trained. These are taken out of it: they would lie in
         memory beside those of the state.
       names: of the networks that are trained.
       loader: of the data.
       samples: for validation pictures.
       mesh: that all of it lies on.
+      run_config: see `codi_jax.train.train`.
       frozen: what the step reads beyond the model's other networks and its schedule, such as the null text.
       image_guidance_scale: in validation pictures, for editors.
       method: `codi_jax.methods.denoising`, or one beyond it, with a ``Config`` and a ``train_step`` like it.

@@ -95,33 +95,31 @@ class Stage:
         return optim.make_optimizer(flags, num_steps, batch_size=train.global_batch_size(self.args))
 
 
-def distil(args: Any, run_config: Mapping[str, Any]) -> None:
+def distil(args: Any) -> None:
     """Runs the stages that the flags ask for.
 
     Args:
       args: ``Args`` of ``training_scripts/train_disback_flax.py``.
-      run_config: what a run that is resumed must share with the one that was stopped.
 
     Raises:
       ValueError: if flags, model, data and path do not fit each other.
     """
     args.check()
     if args.stage == "degradation":
-        record_path(args, run_config)
+        record_path(args)
     elif args.stage == "backtracking":
-        backtrack(args, run_config)
+        backtrack(args)
     else:
         is_recorded = args.resume_from_checkpoint is not None and (_path_folder(args) / PATH_NAME).is_file()
-        args = args if is_recorded else record_path(args, run_config)
-        backtrack(args, run_config)
+        args = args if is_recorded else record_path(args)
+        backtrack(args)
 
 
-def record_path(args: Any, run_config: Mapping[str, Any]) -> Any:
+def record_path(args: Any) -> Any:
     """Stage 1: a run in ``degradation`` of the output folder, which writes the path.
 
     Args:
       args: as in `distil`.
-      run_config: likewise.
 
     Returns:
       The arguments, with the output folder filled in.
@@ -129,7 +127,7 @@ def record_path(args: Any, run_config: Mapping[str, Any]) -> Any:
     Raises:
       ValueError: as `distil`.
     """
-    whole, run_config = args, {**run_config, "stage": "degradation"}
+    whole, run_config = args, {"stage": "degradation"}
     # Where both stages are run, the name of a checkpoint is that of one of the second.
     resume = args.resume_from_checkpoint and "latest" if args.stage == "both" else args.resume_from_checkpoint
     args = dataclasses.replace(
@@ -173,18 +171,17 @@ def record_path(args: Any, run_config: Mapping[str, Any]) -> Any:
     return whole
 
 
-def backtrack(args: Any, run_config: Mapping[str, Any]) -> None:
+def backtrack(args: Any) -> None:
     """Stage 2: trains the generator along a recorded path, or without one, and writes it.
 
     Args:
       args: as in `distil`.
-      run_config: likewise.
 
     Raises:
       ValueError: as `distil`.
     """
     path = None if args.path == NO_PATH else open_path(_path_folder(args))
-    run_config = {**run_config, "path": NO_PATH if path is None else path.fingerprint}
+    run_config = {"path": NO_PATH if path is None else path.fingerprint}
     stage = _begin(args, run_config)
     args, flags, teacher = stage.args, stage.flags, stage.teacher
     num_steps = train.num_steps(args, stage.loader.samples_per_epoch)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from codi_jax import optim, sharding, train
 from codi_jax.data import ConditionOf
+from codi_jax.flags import Adjustable, Operational
 from codi_jax.images import labelled_rows
 from codi_jax.lora import merge_lora
 from codi_jax.lora_files import save_lora
@@ -51,22 +52,22 @@ class LcmTrainingFlags(ModelFlags, lcm.LcmFlags, train.LoopFlags, optim.Optimize
     vae_precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Precision of the autoencoder. If left out: that of --mixed_precision, but fp32 for one that says that it needs it
     (force_upcast) instead of fp16."""
-    vae_encode_batch_size: int | None = None
+    vae_encode_batch_size: Adjustable[int | None] = None
     """Images of a device that the autoencoder takes at a time; fewer need less memory. If left out: all."""
-    cast_teacher_unet: bool = False
+    cast_teacher_unet: Operational[bool] = False
     """Has no effect: what is not trained is kept in the precision of the computation always."""
     checkpointing_steps: int = 500
     """Steps between two checkpoints; 0 for none."""
-    validation_sampling_steps: tuple[int, ...] = (1, 2, 4)
+    validation_sampling_steps: Operational[tuple[int, ...]] = (1, 2, 4)
     """Numbers of steps at which validation pictures show the student."""
-    guidance_scale: float = 7.5
+    guidance_scale: Operational[float] = 7.5
     """Guidance scale in validation pictures, of the teacher and of the student."""
-    image_guidance_scale: float = 1.5
+    image_guidance_scale: Operational[float] = 1.5
     """Guidance scale of the source image in validation pictures, likewise."""
-    bake_guidance_scale: float | None = None
+    bake_guidance_scale: Adjustable[float | None] = None
     """Fold this guidance scale into the exported weights, exactly. diffusers' InstructPix2Pix and text-to-image
     pipelines, which never pass guidance to the network, then give the right images: call them with guidance_scale=1."""
-    bake_image_guidance_scale: float | None = None
+    bake_image_guidance_scale: Adjustable[float | None] = None
     """The same for the image guidance of a student that takes it."""
 
     def check(self) -> None:
@@ -95,7 +96,6 @@ class Lora:
 
 def distil(
     args: Any,
-    run_config: dict[str, Any],
     condition: ConditionOf,
     *,
     controlnet: str | None = None,
@@ -107,7 +107,6 @@ def distil(
 
     Args:
       args: `LcmTrainingFlags` and `codi_jax.data.DataFlags`.
-      run_config: what a run that is resumed must share with the one that was stopped.
       condition: where condition images or source images come from, see `codi_jax.data.load_data`.
       controlnet: folder or repository of a ControlNet that the teacher has.
       dropout: see `codi_jax.methods.lcm.configure`.
@@ -118,7 +117,7 @@ def distil(
       ValueError: if flags, model and data do not fit each other.
     """
     flags = lcm.LcmFlags.of(args)
-    args = train.start(args, run_config)
+    args = train.start(args)
     data = open_training_data(args, condition)
     samples = validation_samples(args, condition)
     schedule = lcm.student_schedule(pretrained_schedule(args), flags)
@@ -185,7 +184,6 @@ def distil(
         mesh=mesh,
         validate=validate,
         export=export,
-        run_config=run_config,
     )
 
 

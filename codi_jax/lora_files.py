@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ import safetensors.numpy
 from jax.typing import DTypeLike
 from jaxtyping import Float, Shaped
 
+from codi_jax.atomic import partial_path
 from codi_jax.hub import ModelFolder, listed
 from codi_jax.lora import LoraLayer, ModulePath, kernels_of, lora_layers, module_name, nested, require_fit
 from codi_jax.models.config import Params
@@ -352,7 +352,7 @@ def _cast(array: Shaped[np.ndarray, "..."], dtype: np.dtype, path: Path, key: st
 
 
 def _write(path: Path, tensors: Mapping[str, Shaped[np.ndarray, "..."]], metadata: dict[str, str]) -> None:
-    stage = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    stage = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with stage.open("wb") as file:

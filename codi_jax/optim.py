@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from codi_jax.adam_8bit import scale_by_adam_8bit
-from codi_jax.flags import Flags
+from codi_jax.flags import Adjustable, Flags
 from codi_jax.models.config import Params
 
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -38,17 +38,17 @@ LOSS_SCALE_GROWTH_INTERVAL = 2000
 class OptimizerFlags(Flags):
     """The flags of optimiser, learning rate and precision."""
 
-    learning_rate: float = 1e-4
+    learning_rate: Adjustable[float] = 1e-4
     """The learning rate, after warm-up."""
-    scale_lr: bool = False
+    scale_lr: Adjustable[bool] = False
     """Multiply the learning rate by the number of samples of one update: devices, accumulation and batch size."""
-    lr_scheduler: Schedule = "constant"
+    lr_scheduler: Adjustable[Schedule] = "constant"
     """How the learning rate changes over the run."""
-    lr_warmup_steps: int = 500
+    lr_warmup_steps: Adjustable[int] = 500
     """Steps over which the learning rate rises from 0; constant has no warm-up."""
-    lr_num_cycles: int = 1
+    lr_num_cycles: Adjustable[int] = 1
     """Restarts of cosine_with_restarts."""
-    lr_power: float = 1.0
+    lr_power: Adjustable[float] = 1.0
     """The power of polynomial."""
     use_8bit_adam: bool = False
     """Keep Adam's two moments in 8 bits: 2 bytes for each parameter instead of 8."""
@@ -56,11 +56,11 @@ class OptimizerFlags(Flags):
     """Decay of Adam's first moment."""
     adam_beta2: float = 0.999
     """Decay of Adam's second moment."""
-    adam_weight_decay: float = 1e-2
+    adam_weight_decay: Adjustable[float] = 1e-2
     """Decoupled weight decay."""
     adam_epsilon: float = 1e-8
     """Added to the denominator of Adam's step."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Adjustable[float] = 1.0
     """Gradients are scaled down to this norm; inf for no limit."""
     mixed_precision: MixedPrecision = "no"
     """Precision of the computation; trained parameters are float32 always. fp16 scales the loss dynamically."""

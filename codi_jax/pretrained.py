@@ -14,9 +14,9 @@ import tyro
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from codi_jax import optim, sharding
+from codi_jax import optim, processes, sharding
 from codi_jax.data import ConditionOf, DataFlags, Encoders, Loader, Source, load_data, open_data
-from codi_jax.flags import Flags
+from codi_jax.flags import Adjustable, Flags, Operational
 from codi_jax.methods.inputs import Modules, encode_prompts, null_text, posterior
 from codi_jax.models.attention import Implementation
 from codi_jax.models.config import Params
@@ -39,17 +39,17 @@ class ModelFlags(Flags):
     """Variant of its weight files, such as fp16."""
     tokenizer_name: str | None = None
     """Folder or id of another tokenizer than the model's own."""
-    from_pt: bool = False
+    from_pt: Operational[bool] = False
     """Has no effect: PyTorch and Flax files are told apart by themselves."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Adjustable[bool] = False
     """Recompute activations in the backward pass: slower, in less memory."""
-    scan_layers: bool = False
+    scan_layers: Adjustable[bool] = False
     """Compile transformer blocks in a row, of which SDXL has up to ten, as a loop: ready much sooner."""
-    attention: Implementation = "auto"
+    attention: Adjustable[Implementation] = "auto"
     """Attention kernel. auto: the fastest that the device has."""
-    enable_xformers_memory_efficient_attention: bool = False
+    enable_xformers_memory_efficient_attention: Operational[bool] = False
     """Has no effect: --attention auto chooses a flash kernel where there is one."""
-    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    save_dtype: Adjustable[Literal["float32", "float16", "bfloat16"]] = "float32"
     """Precision in which trained networks are saved."""
 
 
@@ -274,9 +274,12 @@ def open_training_data(flags: Any, condition: ConditionOf = None, *, has_images:
       has_images: whether images are read, or prompts alone.
 
     Raises:
-      ValueError: as `codi_jax.data.open_data`.
+      ValueError: as `codi_jax.data.open_data`, or if the processes of the run do not see the same data.
     """
-    return open_data(flags, batch_size=global_batch_size(flags), condition=condition, has_images=has_images)
+    source = open_data(flags, batch_size=global_batch_size(flags), condition=condition, has_images=has_images)
+    seen = {"number of samples": len(source), "content": source.content_digest()}
+    processes.agree("data", seen, f"give all machines the same {source.name}")
+    return source
 
 
 def load_batches(

@@ -1,11 +1,10 @@
-"""The devices as a mesh, what lies where on it, and several hosts as one.
+"""The devices as a mesh, and what lies where on it.
 
 The mesh has two axes: ``"data"`` and ``"fsdp"``. Every device gets its own share of the batch. Parameters, and whatever
 has their shapes, are replicated along ``"data"`` and split along ``"fsdp"``; with ``--fsdp 1`` that is plain data
 parallelism.
 """
 
-import importlib.util
 import math
 import os
 from collections.abc import Callable
@@ -22,20 +21,6 @@ from jax.sharding import PartitionSpec as P
 
 # A smaller array costs more to gather than it saves: 256 KiB in float32.
 MIN_SHARDED_SIZE = 2**16
-
-
-def initialize() -> None:
-    """Joins the other processes of the run, if it has any; call it before anything touches a device.
-
-    Looks for what the launchers of TPU pods, Slurm, Open MPI and Kubernetes set, and for ``JAX_COORDINATOR_ADDRESS``
-    (with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``). On a single host it does nothing.
-
-    Raises:
-      ValueError: if ``JAX_COORDINATOR_ADDRESS`` is set and another variable that belongs to it is not a number.
-    """
-    if jax.distributed.is_initialized() or not _has_several_processes():
-        return
-    jax.distributed.initialize(**_given_processes())
 
 
 def keep_compiled_programs(folder: Path) -> None:
@@ -146,30 +131,3 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
         return jax.random.wrap_key_data(_put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
     array = np.asarray(leaf)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-def _has_several_processes() -> bool:
-    env = os.environ
-    hosts = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES", ""))
-    return (
-        "JAX_COORDINATOR_ADDRESS" in env
-        or "MEGASCALE_COORDINATOR_ADDRESS" in env
-        or "," in hosts
-        # JAX asks the metadata server which slice the machine belongs to.
-        or (not hosts and _is_tpu_machine())
-        # Not in a job of one task: there JAX would take one device and leave the others.
-        or ("SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1)
-        or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
-        or ("KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env)
-    )
-
-
-def _is_tpu_machine() -> bool:
-    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
-    return importlib.util.find_spec("libtpu") is not None and bool(chips) and os.environ.get("JAX_PLATFORMS") != "cpu"
-
-
-def _given_processes() -> dict[str, Any]:
-    """What the user says in the environment; JAX reads only the coordinator's address there."""
-    names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-    return {name: int(os.environ[variable]) for name, variable in names.items() if variable in os.environ}

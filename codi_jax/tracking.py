@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from codi_jax.flags import Flags
+from codi_jax.flags import Flags, Operational
 
 METRICS_NAME = "metrics.jsonl"
 _WARM_UP = 3  # steps before a profile starts
@@ -25,21 +25,21 @@ _WARM_UP = 3  # steps before a profile starts
 class TrackingFlags(Flags):
     """Flags about what a run reports, and where."""
 
-    logging_dir: str = "logs"
+    logging_dir: Operational[str] = "logs"
     """Folder of TensorBoard's files, in --output_dir."""
-    logging_steps: int = 100
+    logging_steps: Operational[int] = 100
     """Steps between two reports of the metrics."""
-    report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    report_to: Operational[Literal["tensorboard", "wandb", "none"]] = "tensorboard"
     """Where metrics and pictures go, besides metrics.jsonl and validation/ in --output_dir."""
-    tracker_project_name: str = "codi_jax"
+    tracker_project_name: Operational[str] = "codi_jax"
     """Project on Weights & Biases."""
-    wandb_entity: str | None = None
+    wandb_entity: Operational[str | None] = None
     """User or team on Weights & Biases."""
-    profile_steps: int = 0
+    profile_steps: Operational[int] = 0
     """Steps to profile, after the first few; TensorBoard's profile plugin shows the result."""
-    profile_validation: bool = False
+    profile_validation: Operational[bool] = False
     """Profile the first validation."""
-    profile_memory: bool = False
+    profile_memory: Operational[bool] = False
     """Write what takes memory before and after training as memory_initial.prof and memory_final.prof, for pprof."""
 
     def check(self) -> None:

@@ -6,7 +6,6 @@ and knows of the state that it is a tree with a ``step``, and of the metrics tha
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -19,32 +18,33 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from huggingface_hub import HfApi
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
-from codi_jax import sharding
-from codi_jax.checkpoint import CheckpointFlags, Checkpoints, check_run_config, find_checkpoint, step_of
-from codi_jax.hub import first_line
+from codi_jax import processes, publish, run_folder, sharding
+from codi_jax.checkpoint import (
+    CheckpointFlags,
+    Checkpoints,
+    check_run_config,
+    find_checkpoint,
+    require_whole,
+    set_damaged_aside,
+    step_of,
+)
+from codi_jax.flags import Adjustable, Local, Operational, Scope
 from codi_jax.monitor import Metrics, Monitor
+from codi_jax.publish import HubFlags
 from codi_jax.tracking import Profiler, Tracker, TrackingFlags, say
 
 State = TypeVar("State")
 Pictures = dict[str, UInt8[np.ndarray, "h w 3"]]
 TrainStep = Callable[[State, Any, Any], tuple[State, Metrics]]
 
-ARGS_NAME = "args.json"
 # Steps that may be under way while the host prepares the next: enough to keep the device busy, few enough that times
 # are true and that a stop comes soon.
 _IN_FLIGHT = 2
 _MAX_SKIPPED_IN_A_ROW = 25
-# What may differ between two starts of the same run.
-_NOT_CONFIGURATION = (
-    "resume_from_checkpoint", "local_rank", "ccache", "debug", "report_to", "logging_steps", "profile_steps",
-    "profile_validation", "profile_memory", "push_to_hub", "hub_model_id", "checkpoints_total_limit",
-)  # fmt: skip
-_SECRETS = ("hub_token",)
 # XLA hands products and convolutions for CPUs to YNNPACK, where a training step takes 1.1 times as long as with Eigen.
 # That is JAX 0.10; another may not know the option.
 CPU_OPTIONS: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
@@ -111,41 +111,35 @@ class Record:
 
 
 @dataclass(frozen=True)
-class LoopFlags(CheckpointFlags, TrackingFlags):
+class LoopFlags(CheckpointFlags, TrackingFlags, HubFlags):
     """Flags of the training loop."""
 
-    output_dir: str = "runs/{timestamp}"
+    output_dir: Adjustable[str] = "runs/{timestamp}"
     """Folder for checkpoints, logs and the trained model; {timestamp} is filled in."""
     seed: int = 0
     """Seed of everything random."""
-    train_batch_size: int = 1
+    train_batch_size: Adjustable[int] = 1
     """Examples per device and pass."""
     gradient_accumulation_steps: int = 1
     """Passes whose gradients make one step."""
-    num_train_epochs: int = 100
+    num_train_epochs: Adjustable[int] = 100
     """Passes through the data, if --max_train_steps is left out."""
-    max_train_steps: int | None = None
+    max_train_steps: Adjustable[int | None] = None
     """Steps (updates of the parameters) in all, those before a resume included."""
-    validation_steps: int = 100
+    validation_steps: Operational[int] = 100
     """Steps between two validations, where there is something to validate; 0 validates at the end only."""
-    validate_at_start: bool = False
+    validate_at_start: Operational[bool] = False
     """Validate before the first step, too."""
-    fsdp: int = 1
+    fsdp: Adjustable[int] = 1
     """Devices among which parameters and optimiser are split; 1 keeps a copy on every device."""
-    ccache: Path = Path("~/.cache/codi_jax/xla")
+    ccache: Local[Path] = Path("~/.cache/codi_jax/xla")
     """Folder that keeps compiled programs, so that the next start is faster."""
     allow_tf32: bool = False
     """Let float32 products use TF32 on every GPU that has it; JAX does so by itself on most."""
-    debug: bool = False
+    debug: Operational[bool] = False
     """End at the first NaN and say which operation made it, and wait for every step. Slow."""
-    local_rank: int = -1
+    local_rank: Local[int] = -1
     """Has no effect: JAX finds its processes by itself."""
-    push_to_hub: bool = False
-    """Upload the trained model to the Hugging Face Hub."""
-    hub_token: str | None = None
-    """Token for that, if not the one of `hf auth login`."""
-    hub_model_id: str | None = None
-    """Repository for that, owner/name; if left out: the name of --output_dir."""
 
     def check(self) -> None:
         super().check()
@@ -193,27 +187,39 @@ def start(flags: Args, run_config: Mapping[str, Any] | None = None) -> Args:
       OSError: if the folder cannot be written.
     """
     flags.check()
-    sharding.initialize()
+    processes.initialize()
+    everything = flags.values(Scope.START)
+    processes.agree("flags", {f"--{name}": value for name, value in everything.items()}, "give all the same command")
+    processes.agree("code", {"version": processes.code_version()}, "install the same version on all machines")
     if flags.local_rank != -1:
         say("--local_rank has no effect: JAX finds its processes by itself")
     _configure_jax(flags)
     sharding.make_mesh(flags.fsdp)
-    flags = dataclasses.replace(flags, output_dir=_fill_in(flags.output_dir))
+    flags = dataclasses.replace(flags, output_dir=run_folder.fill_in(flags.output_dir))
+    if jax.process_index() == 0:
+        _open_folder(flags, run_config or {})
+    processes.wait_for_all("output_dir is open")
+    return flags
+
+
+def _open_folder(flags: LoopFlags, run_config: Mapping[str, Any]) -> None:
+    """Takes possession of the folder, unless it holds another run or cannot be resumed from."""
     output_dir = Path(flags.output_dir)
+    run_folder.lock(output_dir)
+    if flags.resume_from_checkpoint == "latest":
+        for line in set_damaged_aside(output_dir):
+            say(line)
     checkpoint = find_checkpoint(flags.resume_from_checkpoint, output_dir)
-    if checkpoint is not None and run_config is not None:
-        check_run_config(checkpoint, _complete(run_config, flags))
-    if checkpoint is None:
+    if checkpoint is not None:
+        require_whole(checkpoint)
+        _check_resumed(checkpoint, run_config, flags)
+    else:
         if flags.resume_from_checkpoint is not None:
             say(f"{output_dir} has no checkpoint: starting afresh")
-        _check_arguments(_arguments(flags), output_dir / ARGS_NAME)
+        run_folder.check_arguments(flags, output_dir)
     if flags.push_to_hub:
-        _create_repository(flags)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("every process has looked into output_dir")
-    if jax.process_index() == 0:
-        _write_arguments(_arguments(flags), output_dir)
-    return flags
+        publish.create_repository(flags, output_dir)
+    run_folder.write_arguments(flags, output_dir)
 
 
 def train(
@@ -241,7 +247,7 @@ def train(
       validate: makes pictures by name from the state.
       record: writes something of the state every so often.
       export: writes the trained model into a folder.
-      run_config: what a run that is resumed must share, JSON; goes into every checkpoint.
+      run_config: what a run that is resumed must share beyond its flags, JSON; goes into every checkpoint.
 
     Returns:
       The trained state.
@@ -252,11 +258,11 @@ def train(
       FloatingPointError: if steps in a row gave something that is not finite.
       SystemExit: after SIGTERM or SIGINT, when the step is finished and a checkpoint is on the disk.
     """
-    output_dir, run_config = Path(flags.output_dir), _complete(run_config or {}, flags)
+    output_dir, run_config = Path(flags.output_dir), run_config or {}
     total = num_steps(flags, loader.samples_per_epoch)
     checkpoint = find_checkpoint(flags.resume_from_checkpoint, output_dir)
     if checkpoint is not None:
-        check_run_config(checkpoint, run_config)
+        _check_resumed(checkpoint, run_config, flags)
     first = 0 if checkpoint is None else step_of(checkpoint)
     frozen = frozen if isinstance(frozen, Changing) else _Constant(sharding.put(mesh, frozen))
     state = _own(sharding.put(mesh, state), frozen.at(first))
@@ -266,20 +272,30 @@ def train(
             state, position = checkpoints.restore(checkpoint, _forgotten(state))
             loader.set_state(position)
             say(f"going on from {checkpoint}")
-        tracker = stack.enter_context(contextlib.closing(Tracker(flags, output_dir, _arguments(flags), first)))
+        tracker = Tracker(flags, output_dir, flags.values(Scope.PROCESS), first)
+        stack.enter_context(contextlib.closing(tracker))
         if first < total:
-            run = _Run(flags, mesh, first, total, tracker, checkpoints, validate, record, run_config)
+            run = _Run(flags, mesh, first, total, tracker, checkpoints, validate, record, _complete(run_config, flags))
             state = _loop(train_step, state, frozen, loader, run)
     if export is not None:
         export(state, output_dir)
-    if flags.push_to_hub:
-        _push_to_hub(flags)
+    if jax.process_index() == 0:
+        if flags.push_to_hub:
+            publish.upload(flags, output_dir)
+        run_folder.unlock(output_dir)
+    processes.wait_for_all("the model is saved")
     return state
 
 
 def _complete(run_config: Mapping[str, Any], flags: LoopFlags) -> dict[str, Any]:
-    """With what every run has. The batch of all devices together, since their number may change."""
-    return {**run_config, "seed": flags.seed, "batch_size": global_batch_size(flags)}
+    """With what every run has: its flags, and the batch of all devices together, since their number may change."""
+    return {**flags.values(Scope.RUN), **run_config, "batch_size": global_batch_size(flags)}
+
+
+def _check_resumed(checkpoint: Path, run_config: Mapping[str, Any], flags: LoopFlags) -> None:
+    """Raises `CheckpointError` if a checkpoint is of a run with other settings."""
+    # It says nothing about flags that are younger than it is.
+    check_run_config(checkpoint, _complete(run_config, flags), if_both=flags.names())
 
 
 @dataclass(frozen=True)
@@ -497,77 +513,3 @@ def _configure_jax(flags: LoopFlags) -> None:
     sharding.keep_compiled_programs(flags.ccache)
     if flags.allow_tf32:
         jax.config.update("jax_default_matmul_precision", "tensorfloat32")
-
-
-def _fill_in(output_dir: str) -> str:
-    """The folder with the time in place of ``{timestamp}``, the same in all processes."""
-    if "{timestamp}" not in output_dir:
-        return output_dir
-    now = int(time.time())
-    if jax.process_count() > 1:
-        now = int(multihost_utils.broadcast_one_to_all(np.int32(now)))
-    return output_dir.replace("{timestamp}", time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(now)))
-
-
-def _arguments(flags: LoopFlags) -> dict[str, Any]:
-    """The arguments as JSON values, without secrets."""
-    arguments = {name: value for name, value in vars(flags).items() if name not in _SECRETS}
-    return json.loads(json.dumps(arguments, default=str))
-
-
-def _write_arguments(arguments: Mapping[str, Any], output_dir: Path) -> None:
-    unfinished = output_dir / f"{ARGS_NAME}.tmp"
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(output_dir / ARGS_NAME)
-    except OSError as error:
-        raise OSError(f"--output_dir {output_dir} cannot be written ({error.strerror}): choose another.") from error
-
-
-def _check_arguments(arguments: Mapping[str, Any], path: Path) -> None:
-    """Compares with the arguments of the run that is in the folder already.
-
-    Raises:
-      ValueError: naming the first that differs.
-    """
-    # Alone in its folder, it is from a start that was refused later, for its model or its data.
-    if not path.exists() or list(path.parent.iterdir()) == [path]:
-        return
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    for name in sorted((earlier.keys() | arguments.keys()) - {*_NOT_CONFIGURATION}):
-        if earlier.get(name) != arguments.get(name):
-            raise ValueError(
-                f"{path.parent} holds another run, with --{name} {json.dumps(earlier.get(name))} instead of "
-                f"{json.dumps(arguments.get(name))}: choose another --output_dir."
-            )
-
-
-def _create_repository(flags: LoopFlags) -> None:
-    """Makes the repository that `_push_to_hub` needs: without the right to, better to know before training.
-
-    Raises:
-      ValueError: if the hub refuses, or is not reached.
-    """
-    if jax.process_index() != 0:
-        return
-    try:
-        HfApi(token=flags.hub_token).create_repo(_repository(flags), exist_ok=True)
-    except Exception as error:
-        raise ValueError(
-            f"--push_to_hub cannot write to {_repository(flags)}: {first_line(error)}; check --hub_model_id, and "
-            "--hub_token or `hf auth login`."
-        ) from error
-
-
-def _push_to_hub(flags: LoopFlags) -> None:
-    if jax.process_index() == 0:
-        HfApi(token=flags.hub_token).upload_folder(
-            repo_id=_repository(flags),
-            folder_path=flags.output_dir,
-            ignore_patterns=["checkpoint-*", f"{flags.logging_dir}/*", "*.prof"],
-        )
-
-
-def _repository(flags: LoopFlags) -> str:
-    return flags.hub_model_id or Path(flags.output_dir).name

@@ -9,7 +9,7 @@ import tyro
 from jaxtyping import UInt8
 
 from codi_jax.data import load_data, open_data
-from codi_jax.flags import Flags
+from codi_jax.flags import Flags, Operational
 from codi_jax.images import open_image, to_pixels
 from codi_jax.models.config import Params
 from codi_jax.pipeline import DiffusionPipeline
@@ -19,15 +19,15 @@ from codi_jax.pipeline import DiffusionPipeline
 class ValidationFlags(Flags):
     """Flags about validation pictures."""
 
-    validation_data_dir: str | None = None
+    validation_data_dir: Operational[str | None] = None
     """Folder of samples to show that are not trained on, like --train_data_dir. If left out: training samples."""
-    validation_prompt: tuple[str, ...] = ()
+    validation_prompt: Operational[tuple[str, ...]] = ()
     """Prompts to show instead of samples of the data."""
-    validation_image: Annotated[
-        tuple[str, ...], tyro.conf.arg(aliases=["--val_image_url_or_path", "--val_image_url"])
+    validation_image: Operational[
+        Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--val_image_url_or_path", "--val_image_url"])]
     ] = ()
     """Condition images (files or URLs) for these prompts, or images to edit: one for all, or one for each."""
-    num_validation_images: int = 8
+    num_validation_images: Operational[int] = 8
     """Samples in a validation picture."""
 
     def check(self) -> None:

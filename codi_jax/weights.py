@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
+from codi_jax.atomic import partial_path
 from codi_jax.hub import ModelFolder, listed
 from codi_jax.models.attention import Implementation
 from codi_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
@@ -492,7 +492,7 @@ def _to_host(leaf: Any) -> Shaped[np.ndarray, "..."]:
 def _staged(target: Path) -> Iterator[Path]:
     """An empty folder to write into, which becomes ``target``, or vanishes on any error."""
     created = [parent for parent in target.parents if not parent.exists()]
-    stage = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    stage = partial_path(target)
     try:
         stage.mkdir(parents=True)
         yield stage

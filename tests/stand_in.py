@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from orbax.checkpoint.path import atomicity
 
-from codi_jax import sharding, train
+from codi_jax import processes, sharding, train
 
 EXAMPLES, WIDTH = 64, 8
 OPTIMIZER = optax.adamw(1e-2)
@@ -153,7 +153,7 @@ def kill_in_save(number: int) -> None:
 
 
 def main() -> None:
-    sharding.initialize()
+    processes.initialize()
     output_dir, flags = Path(sys.argv[1]), json.loads(sys.argv[2])
     if number := flags.pop("kill_in_save", None):
         kill_in_save(number)

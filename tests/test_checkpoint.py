@@ -17,6 +17,8 @@ from codi_jax.checkpoint import (
     check_run_config,
     find_checkpoint,
     list_checkpoints,
+    require_whole,
+    set_damaged_aside,
 )
 
 CONFIG = {"learning_rate": 1e-2, "sizes": (64, 64)}
@@ -183,3 +185,97 @@ def test_a_number_that_makes_no_sense_is_refused(flag, value):
 def test_the_settings_are_plain_json(tmp_path):
     save(tmp_path, 4)
     assert json.loads((tmp_path / "checkpoint-4/run_config/metadata").read_text())["sizes"] == [64, 64]
+
+
+# Damage
+
+
+def flip_a_bit(path: Path, rng: np.random.Generator) -> None:
+    data = bytearray(path.read_bytes())
+    data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    path.write_bytes(data)
+
+
+def files_of(checkpoint: Path) -> list[Path]:
+    """All that is not empty, but for what Orbax writes last and nobody reads."""
+    files = (path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size)
+    return sorted(path for path in files if path.name not in ("_CHECKPOINT_METADATA", "commit_success.txt"))
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    state = save(tmp_path, 4)
+    checkpoint, rng = tmp_path / "checkpoint-4", np.random.default_rng(0)
+    require_whole(checkpoint)
+    names = {path.name for path in files_of(checkpoint)}
+    assert {"manifest.ocdbt", "metadata", "checksums.json"} <= names
+    for path in files_of(checkpoint) * 3:
+        before = path.read_bytes()
+        flip_a_bit(path, rng)
+        with pytest.raises(CheckpointError, match=f"checkpoint-4 is damaged .*{path.name} is not what was written"):
+            require_whole(checkpoint)
+        path.write_bytes(before)
+    require_whole(checkpoint)
+    # What has no checksum does not matter.
+    for name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
+        for path in checkpoint.rglob(name):
+            path.write_bytes(b"\x00")
+    checkpoints = Checkpoints(tmp_path)
+    assert fingerprint(checkpoints.restore(checkpoint, abstract(state))[0]) == fingerprint(state)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("damage", ["flipped", "halved", "missing", "emptied"])
+def test_the_newest_whole_checkpoint_takes_the_place_of_damaged_ones(tmp_path, damage):
+    save(tmp_path, 2, 4, 6, 8)
+    for step in (6, 8):
+        largest = max(files_of(tmp_path / f"checkpoint-{step}"), key=lambda path: path.stat().st_size)
+        data = largest.read_bytes()
+        if damage == "flipped":
+            flip_a_bit(largest, np.random.default_rng(step))
+        elif damage == "missing":
+            largest.unlink()
+        else:
+            largest.write_bytes(data[: len(data) // 2] if damage == "halved" else b"")
+    lines = set_damaged_aside(tmp_path)
+    assert list_checkpoints(tmp_path) == [2, 4]
+    assert [line.partition(" is damaged and was set aside: ")[0] for line in lines] == [
+        str(tmp_path / "checkpoint-8"), str(tmp_path / "checkpoint-6"),
+    ]  # fmt: skip
+    assert (tmp_path / "checkpoint-8.damaged").is_dir()
+    assert set_damaged_aside(tmp_path) == []
+    save(tmp_path, 8)
+    flip_a_bit(files_of(tmp_path / "checkpoint-8")[-1], np.random.default_rng(0))
+    set_damaged_aside(tmp_path)
+    assert (tmp_path / "checkpoint-8.damaged1").is_dir()
+
+
+def test_where_every_checkpoint_is_damaged_nothing_starts_over(tmp_path):
+    save(tmp_path, 2, 4)
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}" / "state" / "manifest.ocdbt").unlink()
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged \(checkpoint-4: .*checkpoint-2: "):
+        set_damaged_aside(tmp_path)
+    assert list_checkpoints(tmp_path) == [2, 4]
+
+
+def test_a_checkpoint_without_checksums_is_taken_as_it_is(tmp_path):
+    state = save(tmp_path, 4)
+    checkpoint = tmp_path / "checkpoint-4"
+    (checkpoint / "checksums.json").unlink()
+    require_whole(checkpoint)
+    assert set_damaged_aside(tmp_path) == []
+    checkpoints = Checkpoints(tmp_path)
+    assert fingerprint(checkpoints.restore(checkpoint, abstract(state))[0]) == fingerprint(state)
+    for path in (checkpoint / "state").rglob("d/*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 cannot be read .*move it away"):
+        checkpoints.restore(checkpoint, abstract(state))
+    checkpoints.close()
+
+
+def test_settings_that_an_old_checkpoint_does_not_know_are_not_compared(tmp_path):
+    save(tmp_path, 4)
+    checkpoint, given = tmp_path / "checkpoint-4", CONFIG | {"new": 1}
+    check_run_config(checkpoint, given, if_both=("new", "learning_rate"))
+    with pytest.raises(CheckpointError, match="made with learning_rate"):
+        check_run_config(checkpoint, given | {"learning_rate": 1}, if_both=("new", "learning_rate"))

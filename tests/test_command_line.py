@@ -1,6 +1,7 @@
 """Errors as one sentence, on the command line."""
 
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import jax
 import pytest
 
 from codi_jax import command_line
+from codi_jax.flags import Flags, Secret
 
 
 @dataclass(frozen=True)
@@ -114,3 +116,28 @@ def test_of_many_warnings_of_a_kind_the_first_are_shown(
         "warning: there are more warnings of this kind; they are not shown.",
         "warning: something else.",
     ]
+
+
+@dataclass(frozen=True)
+class Uploads(Flags):
+    """Has a secret."""
+
+    hub_token: Secret[str | None] = None
+    """Of the hub."""
+    name: str = ""
+    """Of the model."""
+
+
+@pytest.mark.parametrize("words", [("--hub_token", "hf_x"), ("--hub_token=hf_x",), ("--hub-token", "hf_x")])
+def test_secrets_are_taken_off_the_command_line_that_trackers_record(words, monkeypatch):
+    seen = []
+
+    def function(args: Uploads) -> None:
+        seen.append((args.hub_token, args.name, list(sys.argv)))
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "--name", "a=b", *words])
+    command_line.run(Uploads, function)
+    ((token, name, recorded),) = seen
+    assert (token, name) == ("hf_x", "a=b")
+    assert "hf_x" not in " ".join(recorded)
+    assert recorded[:3] == ["train.py", "--name", "a=b"]

@@ -1,17 +1,19 @@
 """Groups of flags: every one of a script's groups is checked, whatever the order that it inherits them in."""
 
 import dataclasses
+import importlib
 import inspect
 import re
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
 
 from codi_jax import optim, train
 from codi_jax.data import DataFlags
 from codi_jax.denoising_training import DenoisingTrainingFlags
-from codi_jax.flags import Flags
+from codi_jax.flags import Adjustable, Flags, Local, Operational, Scope, Secret
 from codi_jax.lcm_training import LcmTrainingFlags
 from codi_jax.methods.codi import CodiFlags
 from codi_jax.methods.disback import DisbackFlags
@@ -107,3 +109,74 @@ def test_every_group_with_a_check_is_tried_above() -> None:
         if "check" in vars(group) and group.__module__.startswith("codi_jax.") and group not in tried:
             missed.append(group)
     assert missed == []
+
+
+# What has to share the value of a flag
+
+
+SCRIPTS = sorted(path.stem for path in (Path(__file__).parent.parent / "training_scripts").glob("train_*.py"))
+# All that a run may be resumed with another value of. A flag that is not here belongs to the run, so that a new one
+# does unless somebody decides otherwise.
+MAY_CHANGE = {
+    # The optimizer's
+    "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "adam_weight_decay",
+    "max_grad_norm", "generator_lr", "guidance_lr",
+    # How long, on how many devices, in how much memory
+    "max_train_steps", "num_train_epochs", "train_batch_size", "fsdp", "gradient_checkpointing", "scan_layers",
+    "attention", "vae_encode_batch_size", "debug",
+    # Where things are
+    "output_dir", "dataset_name", "train_data_dir", "train_shards_path_or_url", "train_prompt_path", "real_image_path",
+    "cache_dir", "cache_latents_dir", "ccache", "dataloader_num_workers", "max_unreadable_share", "path",
+    "distill_table", "model_config_name_or_path", "stage",
+    # What is shown and saved
+    "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "logging_dir", "logging_steps",
+    "report_to", "tracker_project_name", "wandb_entity", "profile_steps", "profile_validation", "profile_memory",
+    "validation_steps", "validate_at_start", "validation_data_dir", "validation_prompt", "validation_image",
+    "num_validation_images", "validation_sampling_steps", "validation_epochs", "guidance_scale",
+    "image_guidance_scale", "teacher_guidance_scale", "bake_guidance_scale", "bake_image_guidance_scale",
+    "save_dtype", "export_steps", "push_to_hub", "hub_token", "hub_model_id",
+    # What has no effect
+    "from_pt", "controlnet_from_pt", "enable_xformers_memory_efficient_attention", "local_rank", "cast_teacher_unet",
+    "sdxl", "denoising_loss_weight",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_flag_belongs_to_the_run_unless_it_says_otherwise(script):
+    args_class = importlib.import_module(f"training_scripts.{script}").Args
+    scopes = args_class.scopes()
+    assert set(scopes) == set(args_class.names())
+    assert {name for name, scope in scopes.items() if scope > Scope.RUN} <= MAY_CHANGE
+    assert scopes["hub_token"] is Scope.SECRET
+
+
+@pytest.mark.parametrize("script", ["train_text_to_image_flax", "train_bk_sdm_flax"])
+def test_what_a_network_predicts_belongs_to_the_run(script):
+    args_class = importlib.import_module(f"training_scripts.{script}").Args
+    args = args_class(pretrained_model_name_or_path="x", train_data_dir="y", prediction_type="v_prediction")
+    assert args.values(Scope.RUN)["prediction_type"] == "v_prediction"
+
+
+@dataclass(frozen=True)
+class Base(Flags):
+    plain: int = 1
+    adjusted: Adjustable[Annotated[Path, "more"]] = Path("a")
+    local: Local[int] = 3
+    token: Secret[str | None] = "secret"
+
+
+@dataclass(frozen=True)
+class Derived(Base):
+    adjusted: Path = Path("b")
+    shown: Operational[tuple[int, ...]] = (1, 2)
+
+
+def test_scopes_are_inherited_and_values_are_json_without_secrets():
+    assert Derived.scopes() == {
+        "plain": Scope.RUN, "adjusted": Scope.RESUME, "local": Scope.PROCESS, "token": Scope.SECRET,
+        "shown": Scope.START,
+    }  # fmt: skip
+    assert Derived().values(Scope.RUN) == {"plain": 1}
+    assert Derived().values(Scope.START) == {"plain": 1, "adjusted": "b", "shown": [1, 2]}
+    for widest in (Scope.PROCESS, Scope.SECRET):
+        assert Derived().values(widest) == {"plain": 1, "adjusted": "b", "local": 3, "shown": [1, 2]}

@@ -12,8 +12,6 @@ from jax.sharding import PartitionSpec as P
 
 from codi_jax import sharding
 
-LAUNCHERS = ("JAX_", "SLURM", "OMPI", "TPU_", "KUBERNETES", "MEGASCALE", "JOB_COMPLETION")
-
 ON_EIGHT_DEVICES = """
 import json, jax, jax.numpy as jnp, numpy as np
 from codi_jax import sharding
@@ -88,42 +86,3 @@ def test_eight_devices():
         assert "batch of 12" in of["error"]
         assert "--train_batch_size" in of["error"]
     assert found["error"] == "--fsdp 3 does not divide the 8 devices there are: choose from 1, 2, 4, 8."
-
-
-@pytest.mark.parametrize(
-    ("environment", "joins"),
-    [
-        ({}, False),
-        ({"JAX_COORDINATOR_ADDRESS": "host:1234"}, True),
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "host[1-2]"}, True),
-        # One task with all the machine's GPUs: JAX would take the first only.
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "host1"}, False),
-        # Inside sbatch, but not started by srun.
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}, False),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, True),
-    ],
-)
-def test_other_processes_are_joined_only_where_there_are_some(environment, joins, monkeypatch):
-    for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
-        monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
-    sharding.initialize()
-    assert calls == ([{}] if joins else [])
-
-
-def test_processes_can_be_given_in_the_environment(monkeypatch):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1234")
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
-    monkeypatch.setenv("JAX_PROCESS_ID", "3")
-    calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
-    sharding.initialize()
-    assert calls == [{"num_processes": 4, "process_id": 3}]

@@ -627,35 +627,104 @@ def test_tf32(tmp_path):
         jax.config.update("jax_default_matmul_precision", before)
 
 
-def test_push_to_hub(tmp_path, monkeypatch):
-    calls = []
-
-    class Hub:
-        def __init__(self, token):
-            calls.append(("token", token))
-
-        def create_repo(self, name, exist_ok):
-            calls.append(("create", name))
-
-        def upload_folder(self, repo_id, folder_path, ignore_patterns):
-            calls.append(("upload", repo_id, folder_path, ignore_patterns))
-
-    monkeypatch.setattr(train, "HfApi", Hub)
-    loader = Loader(8, lambda number: calls.append("batch") if number == 1 else None)
-    export = lambda *_: calls.append("export")  # noqa: E731
-    run(tmp_path / "dog", push_to_hub=True, hub_token="hf_x", hub_model_id="me/cat", loader=loader, export=export)
-    names = [call if isinstance(call, str) else call[0] for call in calls]
-    assert names == ["token", "create", "batch", "export", "token", "upload"]
-    assert calls[0] == ("token", "hf_x")
-    assert calls[-1][1:3] == ("me/cat", str(tmp_path / "dog"))
-    assert "checkpoint-*" in calls[-1][3]
-    run(tmp_path / "bird", push_to_hub=True)
-    assert calls[-1][1] == "bird"
-
-
 def test_a_hub_that_refuses_is_noticed_before_training(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     loader = Loader(8)
-    with pytest.raises(ValueError, match=r"--push_to_hub cannot write to .*check --hub_model_id, and --hub_token"):
+    with pytest.raises(ValueError, match=r"--push_to_hub cannot write to .*check --hub_model_id, and `hf auth"):
         run(tmp_path, push_to_hub=True, loader=loader)
     assert loader.given == 0
+
+
+def test_the_repository_is_made_before_training_and_filled_after_the_export(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train.publish, "create_repository", lambda flags, folder: calls.append(("create", folder)))
+    monkeypatch.setattr(train.publish, "upload", lambda flags, folder: calls.append(("upload", folder)))
+    loader = Loader(8, lambda number: calls.append("batch") if number == 1 else None)
+    run(tmp_path, push_to_hub=True, loader=loader, export=lambda *_: calls.append("export"))
+    assert calls == [("create", tmp_path), "batch", "export", ("upload", tmp_path)]
+
+
+# The folder belongs to one run
+
+
+HOLDS_THE_FOLDER = """
+import sys, time
+from pathlib import Path
+from codi_jax import run_folder
+run_folder.lock(Path(sys.argv[1]))
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_in_use_is_refused_until_its_run_has_ended(tmp_path):
+    held = subprocess.Popen([sys.executable, "-c", HOLDS_THE_FOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert held.stdout.readline() == "locked\n"
+    loader = Loader(8)
+    match = (
+        rf"{tmp_path} is in use by another run \(process {held.pid} on {socket.gethostname()}, since 20.*--output_dir"
+    )
+    with pytest.raises(ValueError, match=match):
+        run(tmp_path, loader=loader)
+    assert loader.given == 0
+    assert not (tmp_path / "args.json").exists()
+    held.kill()  # however it ends, the folder is free
+    held.wait()
+    run(tmp_path, loader=loader)
+    after = [sys.executable, "-c", HOLDS_THE_FOLDER.replace("60", "0"), tmp_path]
+    assert subprocess.run(after, check=True, capture_output=True, text=True).stdout == "locked\n"
+
+
+def test_damaged_arguments_are_named(tmp_path):
+    run(tmp_path, checkpointing_steps=0)
+    for damaged in ("", '{"seed": 0, "output_d', "[]"):
+        (tmp_path / "args.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"args.json, the arguments of an earlier run, is .*another --output_dir"):
+            run(tmp_path, checkpointing_steps=0)
+
+
+# Flags, and who shares them
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("seed", 1), ("gradient_accumulation_steps", 2), ("train_batch_size", 16), ("allow_tf32", True)]
+)
+def test_a_run_is_resumed_with_the_flags_that_it_was_started_with(tmp_path, flag, value):
+    run(tmp_path, max_train_steps=5)
+    with pytest.raises(CheckpointError, match=r"checkpoint-5 was made with .*, but this run has"):
+        run(tmp_path, max_train_steps=10, resume_from_checkpoint="latest", **{flag: value})
+
+
+def test_flags_that_say_so_may_change_when_a_run_is_resumed(tmp_path):
+    run(tmp_path / "old", max_train_steps=5)
+    (tmp_path / "old").rename(tmp_path / "new")
+    changed = {"logging_steps": 3, "checkpointing_steps": 2, "checkpoints_total_limit": 9, "validation_steps": 7}
+    state = run(tmp_path / "new", max_train_steps=6, resume_from_checkpoint="latest", **changed)
+    assert int(state.step) == 6
+
+
+def test_a_flag_that_is_younger_than_a_checkpoint_is_not_compared(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Younger(LoopFlags):
+        prediction_type: str | None = None
+
+    run(tmp_path, max_train_steps=5)
+    given = {"output_dir": str(tmp_path), "train_batch_size": 8, "resume_from_checkpoint": "latest"}
+    train.start(Younger(prediction_type="epsilon", **given), {"learning_rate": 1e-2})
+
+
+def test_damage_sends_a_run_back_to_the_checkpoint_before(tmp_path, capsys):
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", max_train_steps=8)
+    for path in (tmp_path / "parts" / "checkpoint-8" / "state").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:-7] + b"damaged")
+    resumed = run(tmp_path / "parts", resume_from_checkpoint="latest")
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'parts' / 'checkpoint-8'} is damaged and was set aside: " in said
+    assert f"going on from {tmp_path / 'parts' / 'checkpoint-4'}" in said
+    assert fingerprint(resumed) == fingerprint(whole)
+    assert list_checkpoints(tmp_path / "parts") == [4, 8, 10]
+    for path in (tmp_path / "parts" / "checkpoint-10" / "state").rglob("d/*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoint-10 is damaged .*is missing.*latest goes on from the newest"):
+        run(tmp_path / "parts", resume_from_checkpoint="checkpoint-10")

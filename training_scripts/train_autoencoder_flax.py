@@ -17,6 +17,7 @@ import numpy as np
 
 from codi_jax import command_line, optim, sharding, train
 from codi_jax.data import DataFlags, load_data, open_data
+from codi_jax.flags import Adjustable
 from codi_jax.images import labelled_rows
 from codi_jax.methods import autoencoder
 from codi_jax.models.vae import AutoencoderKL
@@ -36,15 +37,15 @@ class Args(train.LoopFlags, optim.OptimizerFlags, optim.EmaFlags, DataFlags, Val
     """Branch, tag or commit of it on the hub."""
     variant: str | None = None
     """Variant of its weight files, such as fp16."""
-    model_config_name_or_path: str | None = None
+    model_config_name_or_path: Adjustable[str | None] = None
     """The config.json of a new autoencoder, to start from random parameters."""
     rec_loss: Literal["l1", "l2"] = "l1"
     """Error of the reconstruction: mean absolute or mean squared."""
     kl_scale: float = 1e-6
     """Weight of the divergence of the latents from a standard normal distribution."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Adjustable[bool] = False
     """Recompute activations in the backward pass: slower, in less memory."""
-    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    save_dtype: Adjustable[Literal["float32", "float16", "bfloat16"]] = "float32"
     """Precision in which the autoencoder is saved."""
 
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from codi_jax import command_line, sharding, train
 from codi_jax.data import DataFlags
 from codi_jax.denoising_training import DenoisingTrainingFlags, denoise
+from codi_jax.flags import Adjustable, Operational
 from codi_jax.methods import bk_sdm
 from codi_jax.models.pruning import Features, Surgery, whole
 from codi_jax.pipeline import DiffusionPipeline
@@ -40,7 +41,7 @@ class Args(DenoisingTrainingFlags, DataFlags):
     distill_level: str = "sd_small"
     """Which blocks stay. For SD 1.x and 2.x: sd_small, sd_tiny, bk_base, bk_small, bk_tiny; for SDXL: ssd_1b, vega; or
     a level of --distill_table."""
-    distill_table: Path | None = None
+    distill_table: Adjustable[Path | None] = None
     """YAML file of levels of your own; assets/recipes/emoji-levels.yaml is an example."""
     prepare_unet: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """False takes no blocks away: the student starts as the whole teacher."""
@@ -61,7 +62,7 @@ class Args(DenoisingTrainingFlags, DataFlags):
     """Branch, tag or commit on the hub of the UNet alone, if it is another."""
     validation_prompt: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--validation_prompts"])] = ()
     """Prompts to show instead of samples of the data."""
-    validation_epochs: int | None = None
+    validation_epochs: Operational[int | None] = None
     """Passes through the data between two validations, in place of --validation_steps."""
 
     def check(self) -> None:
@@ -72,8 +73,7 @@ class Args(DenoisingTrainingFlags, DataFlags):
 
 def main(args: Args) -> None:
     surgery = find_level(args.distill_level, args.distill_table) if args.prepare_unet else None
-    run_config = {name: getattr(args, name) for name in _RUN_CONFIG}
-    run_config["surgery"] = None if surgery is None else dataclasses.asdict(surgery)
+    run_config = {"surgery": None if surgery is None else dataclasses.asdict(surgery)}
     args = train.start(args, run_config)
     data = open_training_data(args)
     samples = validation_samples(args)
@@ -85,7 +85,7 @@ def main(args: Args) -> None:
     loader = load_batches(args, teacher, data)
     student, features = _make_student(args, teacher, surgery, mesh)
     denoise(
-        _with_validation_steps(args, loader), run_config, student, ["unet"], loader, samples, mesh,
+        _with_validation_steps(args, loader), student, ["unet"], loader, samples, mesh, run_config=run_config,
         frozen={"teacher": teacher.params["unet"], "teacher_schedule": teacher.schedule}, teacher=teacher,
         method=bk_sdm, teacher_unet=modules_of(teacher, (), args).unet, features=features,
         output_weight=args.output_weight, feature_weight=args.feature_weight, feature_normalize=args.feature_normalize,
@@ -123,12 +123,6 @@ def _with_validation_steps(args: Args, loader: train.Loader) -> Args:
     passes = dataclasses.replace(args, max_train_steps=None, num_train_epochs=args.validation_epochs)
     return dataclasses.replace(args, validation_steps=train.num_steps(passes, loader.samples_per_epoch))
 
-
-_RUN_CONFIG = (
-    "pretrained_model_name_or_path", "distill_level", "prepare_unet", "output_weight", "feature_weight",
-    "feature_normalize", "prediction_type", "resolution", "gradient_accumulation_steps", "use_ema", "use_8bit_adam",
-    "mixed_precision",
-)  # fmt: skip
 
 if __name__ == "__main__":
     command_line.run(Args, main)

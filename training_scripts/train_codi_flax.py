@@ -17,6 +17,7 @@ import numpy as np
 
 from codi_jax import command_line, optim, sharding, train
 from codi_jax.data import DataFlags
+from codi_jax.flags import Operational
 from codi_jax.images import labelled_rows
 from codi_jax.methods import codi
 from codi_jax.pretrained import (
@@ -45,19 +46,19 @@ class Args(
     """ControlNet to start from. If left out: a new one, a copy of the UNet's encoder."""
     controlnet_revision: str | None = None
     """Branch, tag or commit of it on the hub."""
-    controlnet_from_pt: bool = False
+    controlnet_from_pt: Operational[bool] = False
     """Has no effect: PyTorch and Flax files are told apart by themselves."""
     learning_rate: float = 1e-5
     """The learning rate, after warm-up."""
     checkpointing_steps: int = 5000
     """Steps between two checkpoints; 0 for none."""
-    validation_sampling_steps: tuple[int, ...] = (1, 2, 4, 8)
+    validation_sampling_steps: Operational[tuple[int, ...]] = (1, 2, 4, 8)
     """Numbers of steps at which validation pictures show the student. Those above --distill_learning_steps are left
     out: its grid has no times for them."""
-    guidance_scale: float = 1.0
+    guidance_scale: Operational[float] = 1.0
     """Guidance scale of the student in validation pictures; with --cfg_aware_distill one of the range it was trained
     with."""
-    teacher_guidance_scale: float = 7.5
+    teacher_guidance_scale: Operational[float] = 7.5
     """Guidance scale of the teacher in validation pictures."""
 
     def check(self) -> None:
@@ -73,8 +74,7 @@ class Args(
 
 def main(args: Args) -> None:
     flags = codi.CodiFlags.of(args)
-    run_config = {name: getattr(args, name) for name in _RUN_CONFIG}
-    args = train.start(args, run_config)
+    args = train.start(args)
     condition = args.condition if flags.distill_type == "conditional" else None
     data = open_training_data(args, condition)
     samples = validation_samples(args, condition)
@@ -126,15 +126,8 @@ def main(args: Args) -> None:
         mesh=mesh,
         validate=validate,
         export=export,
-        run_config=run_config,
     )
 
-
-# What a run that is resumed must share with the one that was stopped.
-_RUN_CONFIG = (
-    "pretrained_model_name_or_path", "controlnet_model_name_or_path", "task", "resolution",
-    "gradient_accumulation_steps", "use_8bit_adam", "mixed_precision", *codi.CodiFlags.names(),
-)  # fmt: skip
 
 if __name__ == "__main__":
     command_line.run(Args, main)

@@ -34,8 +34,7 @@ class Args(DenoisingTrainingFlags, ConditionFlags, DataFlags):
 
 
 def main(args: Args) -> None:
-    run_config = {name: getattr(args, name) for name in _RUN_CONFIG}
-    args = train.start(args, run_config)
+    args = train.start(args)
     data = open_training_data(args, args.condition)
     samples = validation_samples(args, args.condition)
     mesh = sharding.make_mesh(args.fsdp)
@@ -48,13 +47,8 @@ def main(args: Args) -> None:
         pipeline = with_controlnet(pipeline, modules.controlnet)
         key = jax.random.fold_in(jax.random.key(args.seed), 0)
         pipeline.params["controlnet"] = init_controlnet(modules, trainable(pipeline, "unet", mesh), key)
-    denoise(args, run_config, pipeline, ["controlnet"], loader, samples, mesh)
+    denoise(args, pipeline, ["controlnet"], loader, samples, mesh)
 
-
-_RUN_CONFIG = (
-    "pretrained_model_name_or_path", "controlnet_model_name_or_path", "task", "resolution",
-    "gradient_accumulation_steps", "use_ema", "use_8bit_adam", "mixed_precision",
-)  # fmt: skip
 
 if __name__ == "__main__":
     command_line.run(Args, main)

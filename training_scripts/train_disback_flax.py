@@ -18,6 +18,7 @@ import tyro
 from codi_jax import command_line, optim, train
 from codi_jax.data import PromptFlags
 from codi_jax.disback_training import NO_PATH, distil
+from codi_jax.flags import Adjustable, Operational
 from codi_jax.methods.disback import DisbackFlags
 from codi_jax.pretrained import ConditionFlags, ModelFlags
 from codi_jax.tracking import say
@@ -32,9 +33,9 @@ class Args(
 
     pretrained_model_name_or_path: Annotated[str, tyro.conf.arg(aliases=["--model_id"])]
     """The teacher: a folder in diffusers' layout, or an id on the Hugging Face Hub."""
-    stage: Literal["degradation", "backtracking", "both"] = "both"
+    stage: Adjustable[Literal["degradation", "backtracking", "both"]] = "both"
     """degradation records the path, backtracking trains the generator along it."""
-    path: Annotated[str | None, tyro.conf.arg(aliases=["--trajectory_dir"])] = None
+    path: Adjustable[Annotated[str | None, tyro.conf.arg(aliases=["--trajectory_dir"])]] = None
     """Folder of the path. If left out: path in --output_dir. none, with --stage backtracking, has the teacher as the
     target throughout: plain distribution matching."""
     controlnet_model_name_or_path: str | None = None
@@ -42,7 +43,7 @@ class Args(
     train_data_dir: str | None = None
     """Folder of a data set. Its captions are the prompts; its images are read where they are needed: for the GAN loss,
     for --denoising without --backward_simulation, and for conditions."""
-    real_image_path: str | None = None
+    real_image_path: Adjustable[str | None] = None
     """The same, but put aside where no images are needed; where they are, --train_prompt_path is put aside."""
     max_train_steps: Annotated[int | None, tyro.conf.arg(aliases=["--train_iters"])] = None
     """Steps of backtracking in all, those before a resume included: each is one of the fake score, and every
@@ -51,9 +52,9 @@ class Args(
     """Examples per device and pass."""
     learning_rate: float = 5e-7
     """The learning rate, after warm-up: of full-size models."""
-    generator_lr: float | None = None
+    generator_lr: Adjustable[float | None] = None
     """That of the generator. If left out: --learning_rate."""
-    guidance_lr: float | None = None
+    guidance_lr: Adjustable[float | None] = None
     """That of the fake score, in both stages. If left out: --learning_rate."""
     lr_warmup_steps: Annotated[int, tyro.conf.arg(aliases=["--warmup_step"])] = 500
     """Updates of each network over which its learning rate rises from 0; constant has no warm-up."""
@@ -61,15 +62,15 @@ class Args(
     """Gradients of each network are scaled down to this norm; inf for no limit."""
     checkpointing_steps: int = 500
     """Steps between two checkpoints, in both stages; 0 for none."""
-    export_steps: int = 0
+    export_steps: Operational[int] = 0
     """Steps between two exports of the generator into folders step-N, besides the one at the end; 0 for none."""
-    teacher_guidance_scale: float = 7.5
+    teacher_guidance_scale: Operational[float] = 7.5
     """Guidance scale of the teacher in validation pictures."""
     lora_dropout: float = 0.0
     """Must be 0: a LoRA is trained without dropout here."""
-    denoising_loss_weight: float = 1.0
+    denoising_loss_weight: Operational[float] = 1.0
     """Has no effect: nor does the reference code multiply anything by it."""
-    sdxl: bool = False
+    sdxl: Operational[bool] = False
     """Has no effect: what family a model is of, its folder says."""
 
     def check(self) -> None:
@@ -85,15 +86,8 @@ def main(args: Args) -> None:
         if args.train_prompt_path is not None:
             say("--train_prompt_path is put aside: the prompts are the captions of --real_image_path")
         args = dataclasses.replace(args, train_data_dir=args.real_image_path, train_prompt_path=None)
-    distil(args, {name: getattr(args, name) for name in _RUN_CONFIG})
+    distil(args)
 
-
-# What a run that is resumed must share with the one that was stopped.
-_RUN_CONFIG = (
-    "pretrained_model_name_or_path", "controlnet_model_name_or_path", "task", "resolution",
-    "gradient_accumulation_steps", "use_8bit_adam", "mixed_precision",
-    *DisbackFlags.names(),
-)  # fmt: skip
 
 if __name__ == "__main__":
     command_line.run(Args, main)

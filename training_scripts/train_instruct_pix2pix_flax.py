@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from codi_jax import command_line, sharding, train
 from codi_jax.denoising_training import DenoisingTrainingFlags, denoise
+from codi_jax.flags import Operational
 from codi_jax.methods.inputs import widen_for_edits
 from codi_jax.pretrained import (
     EditFlags,
@@ -28,13 +29,12 @@ from codi_jax.validation import validation_samples
 class Args(DenoisingTrainingFlags, EditFlags):
     """Trains an editor on pairs of images and instructions."""
 
-    image_guidance_scale: float = 1.5
+    image_guidance_scale: Operational[float] = 1.5
     """Guidance scale of the image in validation pictures."""
 
 
 def main(args: Args) -> None:
-    run_config = {name: getattr(args, name) for name in _RUN_CONFIG}
-    args = train.start(args, run_config)
+    args = train.start(args)
     data = open_training_data(args, args.condition)
     samples = validation_samples(args, args.condition)
     mesh = sharding.make_mesh(args.fsdp)
@@ -46,16 +46,11 @@ def main(args: Args) -> None:
     require_editor(pipeline)
     loader = load_batches(args, pipeline, data, args.condition)
     denoise(
-        args, run_config, pipeline, ["unet"], loader, samples, mesh,
+        args, pipeline, ["unet"], loader, samples, mesh,
         frozen=null_text_of(pipeline), image_guidance_scale=args.image_guidance_scale,
         dropout=args.conditioning_dropout_prob,
     )  # fmt: skip
 
-
-_RUN_CONFIG = (
-    "pretrained_model_name_or_path", "resolution", "conditioning_dropout_prob", "gradient_accumulation_steps",
-    "use_ema", "use_8bit_adam", "mixed_precision",
-)  # fmt: skip
 
 if __name__ == "__main__":
     command_line.run(Args, main)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from codi_jax import command_line
 from codi_jax.lcm_training import LcmTrainingFlags, distil
-from codi_jax.methods.lcm import LcmFlags
 from codi_jax.pretrained import EditFlags, require_editor
 
 
@@ -26,16 +25,9 @@ class Args(LcmTrainingFlags, EditFlags):
 
 
 def main(args: Args) -> None:
-    run_config = {name: getattr(args, name) for name in _RUN_CONFIG}
     require = functools.partial(require_editor, flag=f"--pretrained_teacher_model {args.pretrained_model_name_or_path}")
-    distil(args, run_config, args.condition, dropout=args.conditioning_dropout_prob, require=require)
+    distil(args, args.condition, dropout=args.conditioning_dropout_prob, require=require)
 
-
-_RUN_CONFIG = (
-    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "resolution", "conditioning_dropout_prob",
-    "gradient_accumulation_steps", "use_8bit_adam", "mixed_precision",
-    *LcmFlags.names(),
-)  # fmt: skip
 
 if __name__ == "__main__":
     command_line.run(Args, main)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from codi_jax import command_line
 from codi_jax.data import DataFlags
 from codi_jax.lcm_training import LcmTrainingFlags, Lora, distil
-from codi_jax.methods.lcm import LcmFlags
 from codi_jax.pipeline import DiffusionPipeline
 from codi_jax.pretrained import ConditionFlags
 
@@ -40,13 +39,12 @@ class Args(LcmTrainingFlags, ConditionFlags, DataFlags):
 
 
 def main(args: Args) -> None:
-    run_config = {name: getattr(args, name) for name in _RUN_CONFIG}
     lora = None
     if args.use_lora:
         lora = Lora(rank=args.lora_rank, alpha=args.lora_alpha, target_modules=args.lora_target_modules or None)
     controlnet = args.controlnet_model_name_or_path
     condition = args.condition if controlnet is not None else None
-    distil(args, run_config, condition, controlnet=controlnet, lora=lora, require=_require_text_to_image)
+    distil(args, condition, controlnet=controlnet, lora=lora, require=_require_text_to_image)
 
 
 def _require_text_to_image(pipeline: DiffusionPipeline) -> None:
@@ -57,12 +55,6 @@ def _require_text_to_image(pipeline: DiffusionPipeline) -> None:
     if pipeline.task != "text-to-image":
         raise ValueError(f"the teacher is for the task {pipeline.task!r}, which LCM is not implemented for.")
 
-
-_RUN_CONFIG = (
-    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "controlnet_model_name_or_path", "task",
-    "resolution", "use_lora", "lora_rank", "lora_target_modules", "gradient_accumulation_steps", "use_8bit_adam",
-    "mixed_precision", *LcmFlags.names(),
-)  # fmt: skip
 
 if __name__ == "__main__":
     command_line.run(Args, main)

@@ -37,8 +37,7 @@ def main(args: Args) -> None:
     if "text_encoder" in args.from_scratch and not args.train_text_encoder:
         raise ValueError("--from_scratch text_encoder needs --train_text_encoder, or it stays random.")
     names = ("unet", "text_encoder") if args.train_text_encoder else ("unet",)
-    run_config = {name: getattr(args, name) for name in _RUN_CONFIG}
-    args = train.start(args, run_config)
+    args = train.start(args)
     data = open_training_data(args)
     samples = validation_samples(args)
     mesh, key = sharding.make_mesh(args.fsdp), jax.random.key(args.seed)
@@ -49,15 +48,10 @@ def main(args: Args) -> None:
     loader = load_batches(args, pipeline, data, cache_text=not args.train_text_encoder)
     pipeline.params |= {name: trainable(pipeline, name, mesh) for name in names}
     denoise(
-        args, run_config, pipeline, names, loader, samples, mesh,
+        args, pipeline, names, loader, samples, mesh,
         noise_offset=args.noise_offset, input_perturbation=args.input_perturbation,
     )  # fmt: skip
 
-
-_RUN_CONFIG = (
-    "pretrained_model_name_or_path", "train_text_encoder", "from_scratch", "resolution",
-    "gradient_accumulation_steps", "use_ema", "use_8bit_adam", "mixed_precision",
-)  # fmt: skip
 
 if __name__ == "__main__":
     command_line.run(Args, main)

@@ -17,7 +17,7 @@ from codi_jax.data.loader import Batches, Loader, Order, Shard, Tokenize, read_a
 from codi_jax.data.samples import Reader, Transform
 from codi_jax.data.sources import Source, open_source, require_folder
 from codi_jax.data.streams import StreamBatches
-from codi_jax.flags import Flags
+from codi_jax.flags import Adjustable, Flags, Local
 
 ConditionOf = Literal["column"] | Task | Condition | None
 """Where conditions come from: a column, what a task makes from the image (canny: a column if there is one, else edges),
@@ -28,18 +28,18 @@ a function of the image, or nowhere."""
 class DataFlags(Flags):
     """Which data, and how it becomes batches."""
 
-    dataset_name: str | None = None
+    dataset_name: Adjustable[str | None] = None
     """Data set to train on: its id on the Hugging Face Hub (a private one needs `hf auth login`), or a folder."""
 
     dataset_config_name: str | None = None
     """Configuration of the data set, if it has several."""
 
-    train_data_dir: str | None = None
+    train_data_dir: Adjustable[str | None] = None
     """Folder with images and a meta.jsonl (or metadata.jsonl), which for each holds an object of image, text and, if
     the task has conditions, conditioning_image, with paths absolute or relative to the folder; or a folder of parquet
     files, or anything else that `datasets` loads: for training without text, a folder of nothing but images."""
 
-    train_shards_path_or_url: str | None = None
+    train_shards_path_or_url: Adjustable[str | None] = None
     """Shards of a WebDataset to stream: paths or URLs of tar files, such as data/{00000..00099}.tar. Columns are the
     endings of the files in them: jpg, txt, edited_image.jpg."""
 
@@ -79,19 +79,19 @@ class DataFlags(Flags):
     random_flip: bool = False
     """Mirror half of the samples, an image and its condition alike."""
 
-    dataloader_num_workers: int = 0
+    dataloader_num_workers: Local[int] = 0
     """Processes that read images; 0 reads in threads of this process."""
 
-    cache_dir: str | None = None
+    cache_dir: Local[str | None] = None
     """Where downloaded data sets and cached latents are kept."""
 
     cache_latents: bool = False
     """Encode all images and captions once, before training, and keep the results on disk."""
 
-    cache_latents_dir: str | None = None
+    cache_latents_dir: Local[str | None] = None
     """Where, instead of the folder latents in --cache_dir."""
 
-    max_unreadable_share: float | int = 0.01
+    max_unreadable_share: Adjustable[float | int] = 0.01
     """Give up when more than this share of the images, and more than 10, are missing or broken; others take the place
     of such images. 0 gives up at the first."""
 
@@ -127,7 +127,7 @@ class DataFlags(Flags):
 class PromptFlags(DataFlags):
     """Which data, for training that needs no images."""
 
-    train_prompt_path: str | None = None
+    train_prompt_path: Adjustable[str | None] = None
     """File of prompts to train on: one a line, or parquet with --caption_column. Or give any of the data sets above,
     of which the captions alone are read, unless images are needed."""
 
@@ -220,7 +220,7 @@ def load_data(
         batches = Batches(order, reader.batch, shard, start)
         return iter(tokenized(read_ahead(batches, flags.dataloader_num_workers), tokenize))
 
-    identity = {"seed": reader.seed, "number_of_samples": len(source)}
+    identity = {"seed": reader.seed, "number_of_samples": len(source), "content": source.content_digest()}
     return Loader(open_at, identity, len(source), flags.max_unreadable_share)
 
 

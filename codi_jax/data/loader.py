@@ -105,7 +105,7 @@ class Loader:
           ValueError: if it was other data, or another seed.
         """
         for name, value in self._identity.items():
-            if state.get(name) != value:
+            if state.get(name, value) != value:  # older checkpoints say less
                 raise ValueError(
                     f"the data is not that of the checkpoint: its {name.replace('_', ' ')} is {value}, "
                     f"and was {state.get(name)}; restore the flags, or start anew without --resume_from_checkpoint."

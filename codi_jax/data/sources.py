@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets import Dataset, IterableDataset
 
 from codi_jax.data.files import Folder
@@ -31,6 +32,8 @@ _FALLBACKS = {"image": ("file_name", "jpg", "png", "jpeg", "webp"), "text": ("ca
 """Other names of a column, tried where the column has its default name."""
 
 _ENDINGS = (".jpg", ".png", ".jpeg", ".webp", ".txt")  # of the files of a WebDataset's samples, which are its columns
+
+_PROBED = 64  # rows that tell one data set from another
 
 SAVED = ("dataset_dict.json", "state.json")
 """What save_to_disk leaves in a folder."""
@@ -81,10 +84,27 @@ class Source:
         assert isinstance(self.rows, Dataset)
         return self.rows[number]
 
+    def content_digest(self) -> str:
+        """SHA-256 of some rows and their number, the same wherever the data lies; of a stream, of its columns alone."""
+        digest = hashlib.sha256(json.dumps(self.columns.names()).encode())
+        if isinstance(self.rows, Dataset):
+            digest.update(f"{len(self)}".encode())
+            for number in np.linspace(0, len(self) - 1, min(_PROBED, len(self))).astype(int).tolist():
+                row = {name: _essence(cell) for name, cell in self.row(number).items()}
+                digest.update(json.dumps(row, default=str, sort_keys=True).encode())
+        return digest.hexdigest()
+
     @property
     def is_streaming(self) -> bool:
         """Whether rows come one after the other only, and their number is not known."""
         return isinstance(self.rows, IterableDataset)
+
+
+def _essence(cell: Any) -> Any:
+    """What stays of a cell when the data moves to another folder: of an image file its contents, or else its name."""
+    if isinstance(cell, dict):
+        cell = cell.get("bytes") or Path(cell.get("path") or "").name
+    return hashlib.sha256(cell).hexdigest() if isinstance(cell, bytes) else cell
 
 
 def open_source(

@@ -16,6 +16,7 @@ from PIL import Image
 from codi_jax.data import DataFlags, PromptFlags, load_data, open_data
 from codi_jax.data.images import canny
 from codi_jax.data.loader import Loader
+from codi_jax.data.sources import Columns, Source
 
 COUNT = 30
 
@@ -457,3 +458,34 @@ def test_pictures_are_laid_on_white_in_batches(tmp_path):
     Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(folder / "images/2.png")
     (batch,) = take(load(folder, condition=None), 1)
     assert (batch["pixels"][numbers(batch).index(2)] == 255).all()
+
+
+def test_a_run_is_not_resumed_with_other_data_of_the_same_size(folder, tmp_path):
+    """Nor refused because the data has moved."""
+    state = load(folder).get_state()
+    shutil.copytree(folder, tmp_path / "moved")
+    load(tmp_path / "moved").set_state(state)
+    table = tmp_path / "moved" / "meta.jsonl"
+    lines = table.read_text().splitlines()
+    other = json.loads(lines[-1]) | {"text": "something else"}
+    table.write_text("\n".join([*lines[:-1], json.dumps(other)]) + "\n")
+    with pytest.raises(ValueError, match="the data is not that of the checkpoint: its content is"):
+        load(tmp_path / "moved").set_state(state)
+    older = {name: value for name, value in state.items() if name != "content"}
+    load(tmp_path / "moved").set_state(older)
+
+
+@pytest.mark.parametrize("kind", ["paths", "bytes"])
+def test_what_a_data_set_is_known_by_does_not_depend_on_where_it_lies(tmp_path, kind):
+    digests = []
+    for number, colors in enumerate([(1, 2), (1, 2), (1, 3)]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        cells = []
+        for index, color in enumerate(colors):
+            path = folder / f"{index if kind == 'bytes' else color}.png"
+            Image.new("RGB", (8, 8), (color, 0, 0)).save(path)
+            cells.append({"bytes": path.read_bytes() if kind == "bytes" else None, "path": str(path)})
+        rows = datasets.Dataset.from_dict({"image": cells, "text": ["a", "b"]})
+        digests.append(Source(rows, Columns("image", "text"), None, "data", str(number)).content_digest())
+    assert digests[0] == digests[1] != digests[2]
