@@ -12,6 +12,7 @@ Several machines build one in parts, each of consecutive rows and texts, which t
     pooled.npy         float16 [texts, P]               of SDXL
     text.npy           int64 [captions]                 the text of each caption
     first_caption.npy  int64 [rows + 1]                 where the captions of a row start
+    *.crc32.npy        uint32                           checksums of what is read at once
     manifest.json
 """
 
@@ -34,13 +35,15 @@ from tqdm import tqdm
 
 from codi_jax.data.images import UnreadableImageError, is_random
 from codi_jax.data.loader import Tokenize, read_ahead, refuse_too_many
+from codi_jax.data.row_files import DamagedRowsError, RowFile, RowWriter, create, open_rows, save_rows
 from codi_jax.data.samples import MAX_IN_A_ROW, Batch, Choices, Reader, substitute
 from codi_jax.data.sources import captions_of, describe_row, files_fingerprint
 
 _VERSION = 1
 _MANIFEST = "manifest.json"
 _IDS = "input_ids."  # and the name of the text encoder: the file name of its token ids
-_OF_ALL = ("text.npy", "first_caption.npy")
+_OF_ALL = ("text", "first_caption")  # and not of one part
+_VIEWS = ("moments", "conditioning_moments")  # as the picture is, and mirrored
 _BATCHES_TO_KEEP = 16  # after so many, what was computed is safe from an interruption
 
 _log = logging.getLogger(__name__)
@@ -93,7 +96,7 @@ class CachedReader:
       reader: of the samples that the cache was made of.
     """
 
-    arrays: Mapping[str, np.ndarray]
+    arrays: Mapping[str, RowFile]
     reasons: Mapping[str, str]
     reader: Reader
 
@@ -107,14 +110,14 @@ class CachedReader:
         rows = np.array([row for row, _ in pairs])
         flips = np.array([choice.flips(self.reader.transform) for choice in choices])
         texts = self._texts(rows, choices)
-        encoded = [name for name in ("moments", "conditioning_moments") if name in self.arrays]
-        batch = {name: self.arrays[name][rows, flips.astype(int)] for name in encoded}
-        batch |= {name: self.arrays[name][texts] for name in ("context", "pooled") if name in self.arrays}
-        ids = {name.removeprefix(_IDS): self.arrays[name][texts] for name in self.arrays if name.startswith(_IDS)}
+        encoded = [name for name in _VIEWS if name in self.arrays]
+        batch = {name: self.arrays[name].take(rows, flips.astype(int)) for name in encoded}
+        batch |= {name: self.arrays[name].take(texts) for name in ("context", "pooled") if name in self.arrays}
+        ids = {name.removeprefix(_IDS): self.arrays[name].take(texts) for name in self.arrays if name.startswith(_IDS)}
         batch |= {"input_ids": ids} if ids else {}
         batch |= self._conditioning(rows, flips, choices)
         if self.reader.time_ids:
-            batch["time_ids"] = self.arrays["time_ids"][rows]
+            batch["time_ids"] = self.arrays["time_ids"].take(rows)
         return {**batch, "unreadable": unreadable}
 
     def _readable(self, row: int, epoch: int, unreadable: list[tuple[str, str]]) -> int:
@@ -127,11 +130,11 @@ class CachedReader:
         raise ValueError(f"{MAX_IN_A_ROW} images in a row could not be read; the last was {unreadable[-1][1]}.")
 
     def _texts(self, rows: Int[np.ndarray, "b"], choices: list[Choices]) -> Int[np.ndarray, "b"]:
-        first = self.arrays["first_caption"][rows].tolist()
-        after = self.arrays["first_caption"][rows + 1].tolist()
+        first = self.arrays["first_caption"].take(rows).tolist()
+        after = self.arrays["first_caption"].take(rows + 1).tolist()
         chosen = [c.caption(b - a, self.reader.transform) for c, a, b in zip(choices, first, after, strict=True)]
         captions = [start + (index or 0) for start, index in zip(first, chosen, strict=True)]
-        return np.where([index is None for index in chosen], 0, self.arrays["text"][captions])
+        return np.where([index is None for index in chosen], 0, self.arrays["text"].take(np.array(captions)))
 
     def _conditioning(
         self, rows: Int[np.ndarray, "b"], flips: np.ndarray, choices: list[Choices]
@@ -139,10 +142,10 @@ class CachedReader:
         if "pixels" in self.arrays:
             condition = self.reader.condition
             assert condition is not None
-            pictures = zip(self.arrays["pixels"][rows], choices, strict=True)
+            pictures = zip(self.arrays["pixels"].take(rows), choices, strict=True)
             pixels = np.stack([condition(pixels, choice.rng) for pixels, choice in pictures])
         elif "conditioning" in self.arrays:
-            pixels = self.arrays["conditioning"][rows]
+            pixels = self.arrays["conditioning"].take(rows)
         else:
             return {}
         pixels[flips] = pixels[flips, :, ::-1]
@@ -177,14 +180,12 @@ def open_cache(
     description = _describe(reader, encoders)
     folder = _folder(root, description)
     with FileLock(f"{folder}.lock"):
-        if (folder / _MANIFEST).is_file():
+        if (cached := _open_whole(folder, reader)) is not None:
             _log.info("Using the latents in %s.", folder)
-        else:
-            _report_stale(root, folder, description)
-            _Builder(folder, reader, tokenize, encoders, workers, max_unreadable_share).build(description)
-    manifest = json.loads((folder / _MANIFEST).read_text())
-    arrays = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
-    return CachedReader(arrays, manifest["unreadable"], reader)
+            return cached
+        _report_stale(root, folder, description)
+        _Builder(folder, reader, tokenize, encoders, workers, max_unreadable_share).build(description)
+        return _open(folder, reader)
 
 
 def cache_part(
@@ -233,6 +234,41 @@ def cache_part(
     return folder
 
 
+def _open_whole(folder: Path, reader: Reader) -> CachedReader | None:
+    """Opens a cache that is there; a damaged one is removed, as if it had never been."""
+    if not folder.is_dir():
+        return None
+    try:
+        return _open(folder, reader)
+    except DamagedRowsError as error:
+        _log.warning("The latents in %s are damaged and are computed again: %s.", folder, error)
+        shutil.rmtree(folder)
+        return None
+
+
+def _open(folder: Path, reader: Reader) -> CachedReader:
+    manifest, arrays = _read_manifest(folder), open_rows(folder)
+    if missing := sorted(set(manifest.get("arrays", ())) - arrays.keys()):
+        raise DamagedRowsError(f"{folder / missing[0]}.npy is missing")
+    return CachedReader(arrays, manifest["unreadable"], reader)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        if isinstance(manifest["unreadable"], dict) and isinstance(manifest["description"], dict):
+            return manifest
+        reason = "it lacks what it must hold"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error)
+    raise DamagedRowsError(f"{folder / _MANIFEST} cannot be read ({reason})")
+
+
+def _write_manifest(folder: Path, description: Mapping[str, Any], unreadable: Mapping[str, str]) -> None:
+    contents = {"description": description, "unreadable": unreadable, "arrays": sorted(open_rows(folder))}
+    (folder / _MANIFEST).write_text(json.dumps(contents, indent=2))
+
+
 def _folder(root: Path, description: Mapping[str, Any]) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     return root / hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
@@ -244,20 +280,19 @@ def _join(parts: list[Path], folder: Path, description: Mapping[str, Any]) -> No
     shutil.rmtree(joined, ignore_errors=True)
     joined.mkdir()
     for name in sorted({file.name for part in parts for file in part.glob("*.npy")}):
-        if name in _OF_ALL:
+        if name.partition(".")[0] in _OF_ALL:
             shutil.copyfile(parts[0] / name, joined / name)
             continue
         arrays = [np.load(part / name, mmap_mode="r") for part in parts if (part / name).is_file()]
-        shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
-        whole = np.lib.format.open_memmap(joined / name, "w+", arrays[0].dtype, shape)
+        whole = create(joined / name, arrays[0].dtype, (sum(map(len, arrays)), *arrays[0].shape[1:]))
         end = 0
         for array in arrays:
             whole[end : end + len(array)] = array
             end += len(array)
         whole.flush()
-    manifests = [json.loads((part / _MANIFEST).read_text()) for part in parts]
+    manifests = [_read_manifest(part) for part in parts]
     unreadable = {row: reason for manifest in manifests for row, reason in manifest["unreadable"].items()}
-    (joined / _MANIFEST).write_text(json.dumps({"description": description, "unreadable": unreadable}, indent=2))
+    _write_manifest(joined, description, unreadable)
     joined.rename(folder)
 
 
@@ -288,8 +323,11 @@ def _describe(reader: Reader, encoders: Encoders) -> dict[str, Any]:
 def _report_stale(root: Path, folder: Path, description: dict[str, Any]) -> None:
     """Says what differs from other caches of this data set."""
     for manifest in sorted(root.glob(f"*/{_MANIFEST}")):
-        other = json.loads(manifest.read_text())["description"]
-        if other["data set"] == description["data set"]:
+        try:
+            other = _read_manifest(manifest.parent)["description"]
+        except DamagedRowsError:
+            continue
+        if other.get("data set") == description["data set"]:
             differing = ", ".join(key for key in description if other.get(key) != description[key])
             _log.warning(
                 "The latents in %s are of the same data set but do not fit (other %s): they are left alone, and new "
@@ -298,39 +336,6 @@ def _report_stale(root: Path, folder: Path, description: dict[str, Any]) -> None
                 differing,
                 folder,
             )
-
-
-class _Table:
-    """Arrays of a known number of rows, written in order; knows after an interruption how many there are."""
-
-    def __init__(self, folder: Path, name: str, length: int) -> None:
-        self._folder = folder
-        self._progress = folder / f"{name}.progress"
-        self._length = length
-        self._arrays: dict[str, np.memmap] = {}
-        kept = json.loads(self._progress.read_text()) if self._progress.is_file() else {"rows": 0, "notes": {}}
-        self.rows: int = kept["rows"]
-        self.notes: dict[str, str] = kept["notes"]
-
-    def append(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes some rows."""
-        for name, array in arrays.items():
-            if name not in self._arrays:
-                self._arrays[name] = self._open(self._folder / f"{name}.npy", array)
-            self._arrays[name][self.rows : self.rows + len(array)] = array
-        self.rows += len(next(iter(arrays.values())))
-
-    def keep(self) -> None:
-        """Makes sure that what was written outlives an interruption."""
-        for array in self._arrays.values():
-            array.flush()
-        unfinished = self._progress.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps({"rows": self.rows, "notes": self.notes}))
-        unfinished.replace(self._progress)
-
-    def _open(self, file: Path, rows: np.ndarray) -> np.memmap:
-        shape, mode = (self._length, *rows.shape[1:]), "r+" if self.rows else "w+"
-        return np.lib.format.open_memmap(file, mode, rows.dtype, shape)
 
 
 @dataclass(frozen=True)
@@ -355,8 +360,7 @@ class _Builder:
         except ValueError:  # other flags or other data will be needed, and then this is of no use
             shutil.rmtree(building)
             raise
-        manifest = {"description": description, "unreadable": unreadable}
-        (building / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+        _write_manifest(building, description, unreadable)
         for file in building.glob("*.progress"):
             file.unlink()
         building.rename(self.folder)
@@ -369,11 +373,11 @@ class _Builder:
         captions = [captions_of(cell) for cell in rows[column]]
         texts = list(dict.fromkeys(["", *(text for each in captions for text in each)]))
         number = {text: index for index, text in enumerate(texts)}
-        np.save(folder / "text.npy", np.array([number[text] for each in captions for text in each]))
-        np.save(folder / "first_caption.npy", np.cumsum([0, *map(len, captions)]))
+        save_rows(folder / "text.npy", np.array([number[text] for each in captions for text in each]))
+        save_rows(folder / "first_caption.npy", np.cumsum([0, *map(len, captions)]))
         part = self.part.of(len(texts))
         texts = texts[part.start : part.stop]
-        table = _Table(folder, "texts", len(texts))
+        table = RowWriter(folder, "texts", len(texts))
         size = self.encoders.batch_size
         starts = range(table.rows, len(texts), size)
         for step, start in enumerate(tqdm(starts, "encoding captions", disable=None)):
@@ -389,7 +393,7 @@ class _Builder:
 
     def _images(self, folder: Path) -> dict[str, str]:
         part = self.part.of(len(self.reader.source))
-        table = _Table(folder, "images", len(part))
+        table = RowWriter(folder, "images", len(part), _VIEWS)
         rows = _InOrder(self.reader, part[table.rows :], self.encoders.batch_size)
         for step, (arrays, reasons) in enumerate(_progress(rows, self.workers)):
             table.append(self._encoded(arrays))

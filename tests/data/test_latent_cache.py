@@ -1,8 +1,10 @@
 """Cached latents: equal to what the encoders give, found again, never stale, and as fast as a copy."""
 
+import errno
 import json
 import logging
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -307,3 +309,126 @@ def test_an_interrupted_part_goes_on(folder):
     assert found is not None
     assert resumed.images == 4  # both orientations of 11 images in batches of 4, but for the first, which was kept
     assert {file.name: file.read_bytes() for file in found.iterdir()} == expected
+
+
+# Damage
+
+
+def files_of_cache(folder: Path) -> list[Path]:
+    (manifest,) = caches(folder)
+    return sorted(manifest.parent.glob("*.npy"))
+
+
+def same(batches: list[dict], expected: list[dict]) -> bool:
+    return all(
+        np.array_equal(batch[name], other[name])
+        for batch, other in zip(batches, expected, strict=True)
+        for name in other
+    )
+
+
+def put(file: Path, data: bytes) -> None:
+    """Another file in its place: threads may still read the old one."""
+    file.with_suffix(".new").write_bytes(data)
+    file.with_suffix(".new").replace(file)
+
+
+def test_a_flipped_bit_is_never_trained_on(folder):
+    """In any of the files: reading says so, or the cache is computed again, or the bit lies where nothing is read."""
+    whole = take(load(folder, Model()), 12)
+    rng, refusals = np.random.default_rng(0), []
+    for file in files_of_cache(folder) * 2:
+        before = file.read_bytes()
+        data = bytearray(before)
+        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        put(file, data)
+        try:
+            assert same(take(load(folder, Model()), 12), whole), file
+        except ValueError as error:
+            refusals.append(str(error))
+        put(file, before)
+    assert len(refusals) > 8
+    for refusal in refusals:
+        assert re.search(r"\.npy is damaged at row \d+: remove the folder .* to compute", refusal)
+
+
+@pytest.mark.parametrize("damage", ["halved", "missing", "emptied", "manifest", "no manifest"])
+def test_a_cache_that_is_not_whole_is_computed_again(folder, damage, caplog):
+    whole = take(load(folder, Model()), 12)
+    file = next(file for file in files_of_cache(folder) if file.name == "moments.npy")
+    if "manifest" in damage:
+        file = file.with_name("manifest.json")
+    if damage in ("missing", "no manifest"):
+        file.unlink()
+    else:
+        data = file.read_bytes()
+        put(file, b"" if damage == "emptied" else data[: len(data) // 2])
+    model = Model()
+    with caplog.at_level(logging.WARNING, "codi_jax"):
+        assert same(take(load(folder, model), 12), whole)
+    assert model.images > 0
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert re.search(rf"The latents in .* are damaged and are computed again: .*{file.name}", line)
+
+
+def test_a_cache_from_before_there_were_checksums_still_serves(folder):
+    whole = take(load(folder, Model()), 12)
+    for file in files_of_cache(folder):
+        if ".crc32" in file.name:
+            file.unlink()
+    (manifest,) = caches(folder)
+    contents = json.loads(manifest.read_text())
+    del contents["arrays"]
+    manifest.write_text(json.dumps(contents))
+    model = Model()
+    assert same(take(load(folder, model), 12), whole)
+    assert model.images == 0
+
+
+def test_a_damaged_cache_beside_is_in_nobody_s_way(folder):
+    load(folder, Model())
+    (manifest,) = caches(folder)
+    manifest.write_text("{")
+    load(folder, Model("another"))
+
+
+def test_a_full_disk_is_an_error_and_not_a_signal(folder, monkeypatch):
+    asked = []
+
+    def full(file: int, start: int, size: int) -> None:
+        asked.append(size)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"no room for the .* GB of .*\.npy: make room, or .* --cache_latents_dir"):
+        load(folder, Model())
+    assert not list((folder.parent / "cache" / "latents").glob("*.building/*.npy.*"))
+    monkeypatch.undo()
+    take(load(folder, Model()), 1)
+
+
+def test_the_place_of_every_array_is_taken_before_it_is_written(folder, monkeypatch):
+    sizes, allocate = {}, os.posix_fallocate
+
+    def note(file: int, start: int, size: int) -> None:
+        sizes[Path(f"/proc/self/fd/{file}").readlink().name] = size
+        allocate(file, start, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", note)
+    load(folder, Model())
+    written = {file.name: file.stat().st_size for file in files_of_cache(folder)}
+    at_once = [name for name in written if name.startswith(("text", "first_caption"))]
+    assert sizes == {name: size for name, size in written.items() if name not in at_once}
+
+
+def test_joined_parts_keep_their_checksums(folder):
+    for index in (0, 1):
+        compute_part(folder, Model(), index, 2)
+    names = {file.name for file in files_of_cache(folder)}
+    assert {"moments.crc32.npy", "context.crc32.npy", "text.crc32.npy"} <= names
+    file = next(file for file in files_of_cache(folder) if file.name == "moments.npy")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    put(file, data)
+    with pytest.raises(ValueError, match=f"moments.npy is damaged at row {COUNT - 1}"):
+        take(load(folder, Model()), 12)

@@ -1,0 +1,177 @@
+"""Arrays on disk that are written row by row and read in any order, with a checksum for what is read at once.
+
+An array lies in ``<name>.npy``, and beside it in ``<name>.crc32.npy`` the CRC-32 of each of its rows, or of each view
+of a row for arrays that hold several.
+"""
+
+import errno
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped, UInt32
+from numpy.lib.format import open_memmap
+
+_CHECKSUMS = ".crc32"
+
+
+class DamagedRowsError(ValueError):
+    """Files that are not what was written."""
+
+
+@dataclass(frozen=True)
+class RowFile:
+    """An array that is read row by row.
+
+    Attributes:
+      file: of it.
+      array: memory-mapped.
+      checksums: with its leading axes, ``None`` if it was written without.
+    """
+
+    file: Path
+    array: Shaped[np.ndarray, "rows ..."]
+    checksums: UInt32[np.ndarray, "rows ..."] | None
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def take(self, rows: Shaped[np.ndarray, " b"], views: Shaped[np.ndarray, " b"] | None = None) -> np.ndarray:
+        """Copies some rows, or one view of each.
+
+        Raises:
+          DamagedRowsError: naming the first that is not what was written.
+        """
+        index = (rows,) if views is None else (rows, views)
+        taken = np.asarray(self.array[index])
+        if self.checksums is not None:
+            wrong = np.flatnonzero(_checksums_of(taken, 1) != self.checksums[index])
+            if len(wrong):
+                raise DamagedRowsError(
+                    f"{self.file} is damaged at row {rows[wrong[0]]}: remove the folder {self.file.parent} to compute "
+                    "what it holds again."
+                )
+        return taken
+
+
+def open_rows(folder: Path) -> dict[str, RowFile]:
+    """The arrays in a folder by name.
+
+    Raises:
+      DamagedRowsError: if a file is cut off, or its checksums are not those of its rows.
+    """
+    arrays = {file.name.removesuffix(".npy"): _map(file) for file in sorted(folder.glob("*.npy"))}
+    found = {}
+    for name, array in arrays.items():
+        if name.endswith(_CHECKSUMS):
+            continue
+        checksums, file = arrays.get(name + _CHECKSUMS), folder / f"{name}.npy"
+        if checksums is not None and checksums.shape != array.shape[: checksums.ndim]:
+            raise DamagedRowsError(f"{file} and its checksums are not of one size")
+        found[name] = RowFile(file, array, checksums)
+    return found
+
+
+def save_rows(file: Path, array: Shaped[np.ndarray, "rows ..."]) -> None:
+    """Writes a whole array as `RowWriter` does."""
+    np.save(file, array)
+    np.save(file.with_suffix(f"{_CHECKSUMS}.npy"), _checksums_of(array, 1))
+
+
+def create(file: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
+    """A new array of zeros whose place on the disk is taken at once.
+
+    A memory-mapped file without a place of its own ends the process with SIGBUS where the disk is full.
+
+    Raises:
+      OSError: if there is no room.
+    """
+    try:
+        array = open_memmap(file, "w+", dtype, shape)
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        raise OSError(
+            f"there is no room for the {size / 1e9:.3g} GB of {file}: make room, or choose another disk with "
+            "--cache_latents_dir."
+        ) from error
+    return array
+
+
+class RowWriter:
+    """Writes arrays of a known number of rows in order; knows after an interruption how many are there.
+
+    Args:
+      folder: of the files.
+      name: of the group of arrays that are written together.
+      length: rows of each.
+      views: of which arrays the second axis is one of views that are read one at a time.
+    """
+
+    def __init__(self, folder: Path, name: str, length: int, views: tuple[str, ...] = ()) -> None:
+        self._folder, self._length, self._views = folder, length, views
+        self._progress = folder / f"{name}.progress"
+        self._arrays: dict[str, np.memmap] = {}
+        kept = _read_progress(self._progress)
+        self.rows: int = kept["rows"]
+        self.notes: dict[str, str] = kept["notes"]
+
+    def append(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes some rows."""
+        for name, rows in self._with_checksums(arrays):
+            if name not in self._arrays:
+                self._arrays[name] = self._open(self._folder / f"{name}.npy", rows)
+            self._arrays[name][self.rows : self.rows + len(rows)] = rows
+        self.rows += len(next(iter(arrays.values())))
+
+    def keep(self) -> None:
+        """Makes sure that what was written outlives an interruption."""
+        for array in self._arrays.values():
+            array.flush()
+        unfinished = self._progress.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps({"rows": self.rows, "notes": self.notes, "checksums": True}))
+        unfinished.replace(self._progress)
+
+    def _with_checksums(self, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+        for name, rows in arrays.items():
+            yield name, rows
+            yield name + _CHECKSUMS, _checksums_of(rows, 2 if name in self._views else 1)
+
+    def _open(self, file: Path, rows: np.ndarray) -> np.memmap:
+        shape = (self._length, *rows.shape[1:])
+        return open_memmap(file, "r+") if self.rows else create(file, rows.dtype, shape)
+
+
+def _checksums_of(array: Shaped[np.ndarray, "rows ..."], axes: int) -> UInt32[np.ndarray, "rows ..."]:
+    """The CRC-32 of what lies behind the leading axes."""
+    shape = array.shape[:axes]
+    items = np.ascontiguousarray(array).reshape(math.prod(shape), -1).view(np.uint8)
+    return np.array([zlib.crc32(item) for item in items], np.uint32).reshape(shape)
+
+
+def _map(file: Path) -> np.ndarray:
+    try:
+        return np.load(file, mmap_mode="r")
+    except (ValueError, OSError, EOFError) as error:
+        raise DamagedRowsError(f"{file} cannot be read ({error})") from None
+
+
+def _read_progress(file: Path) -> dict[str, Any]:
+    """What `RowWriter.keep` has written; nothing if it is not there, or of no use."""
+    try:
+        kept = json.loads(file.read_text())
+        if kept["checksums"] and isinstance(kept["rows"], int) and isinstance(kept["notes"], dict):
+            return kept
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return {"rows": 0, "notes": {}}
