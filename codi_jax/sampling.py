@@ -14,7 +14,6 @@ the caller's `jax.jit`. Those of `COUNTED` can take that number as an input, so 
 those of diffusers' schedulers, to rounding; the notation is `codi_jax.schedule`'s.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, assert_never, get_args
 
@@ -29,6 +28,18 @@ from codi_jax.schedule import Latents, NoiseSchedule, distillation_grid, x0_eps
 Sampler = Literal["ddim", "euler", "euler-ancestral", "pndm", "dpm-solver++", "lcm", "codi"]
 
 Denoise = Callable[[Latents, Shaped[Array, ""]], Latents]
+
+_SCHEDULERS: dict[Sampler, str] = {
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "dpm-solver++": "DPMSolverMultistepScheduler",
+    "lcm": "LCMScheduler",
+    "codi": "DDIMScheduler",  # after "ddim", which a file that names this class and has no grid asks for
+}
+"""The class of diffusers that samples alike, and whose defaults hold where a file leaves keys out."""
+
 COUNTED: tuple[Sampler, ...] = ("ddim", "lcm", "codi")
 """Samplers that take ``num_steps``: how many of ``timesteps`` to visit, the others being there to fill the array."""
 
@@ -137,21 +148,10 @@ def default_sampler(schedule: NoiseSchedule) -> Sampler:
     """
     if schedule.distill_learning_steps is not None:
         return "codi"
-    match schedule.scheduler:
-        case "DDIMScheduler":
-            return "ddim"
-        case "PNDMScheduler":
-            return "pndm"
-        case "EulerDiscreteScheduler":
-            return "euler"
-        case "EulerAncestralDiscreteScheduler":
-            return "euler-ancestral"
-        case "DPMSolverMultistepScheduler":
-            return "dpm-solver++"
-        case "LCMScheduler":
-            return "lcm"
-        case name:
-            raise ValueError(f"There is no sampler for {name}: choose one of {', '.join(get_args(Sampler))}.")
+    for sampler, scheduler in _SCHEDULERS.items():
+        if scheduler == schedule.scheduler:
+            return sampler
+    raise ValueError(f"There is no sampler for {schedule.scheduler}: choose one of {', '.join(get_args(Sampler))}.")
 
 
 def timesteps_for(sampler: Sampler, schedule: NoiseSchedule, steps: int) -> np.ndarray:
@@ -170,7 +170,7 @@ def timesteps_for(sampler: Sampler, schedule: NoiseSchedule, steps: int) -> np.n
         sampler that is not implemented.
     """
     _check_variant(sampler, schedule)
-    schedule = _with_spacing_of(sampler, schedule)
+    schedule = schedule.read_by(_SCHEDULERS[sampler])
     match sampler:
         case "ddim":
             return _spaced(schedule, steps).round().astype(np.int32)
@@ -187,13 +187,6 @@ def timesteps_for(sampler: Sampler, schedule: NoiseSchedule, steps: int) -> np.n
             return _codi_times(schedule, steps)
         case _:
             assert_never(sampler)
-
-
-def _with_spacing_of(sampler: Sampler, schedule: NoiseSchedule) -> NoiseSchedule:
-    """Where the file leaves the spacing out, each of diffusers' classes has its own, whichever class the file names."""
-    if schedule.to_config().get("timestep_spacing") is not None:
-        return schedule
-    return dataclasses.replace(schedule, timestep_spacing="leading" if sampler in ("ddim", "pndm") else "linspace")
 
 
 def _spaced(schedule: NoiseSchedule, steps: int) -> Float[np.ndarray, " n"]:
@@ -325,6 +318,7 @@ def sample(
     """
     if num_steps is not None and sampler not in COUNTED:
         raise ValueError(f"the sampler {sampler} visits all of its timesteps: give no num_steps.")
+    schedule = schedule.read_by(_SCHEDULERS[sampler])
     match sampler:
         case "ddim":
             return ddim(denoise, schedule, z, timesteps, num_steps=num_steps, on_step=on_step)

@@ -8,6 +8,7 @@ The notation of every file in this package: z_0 is a clean latent, ε ~ N(0, I),
 is computed in float64 on the host and kept in float32; so are x̂, ε̂ and the latents that come out of this file.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -76,8 +77,9 @@ _SCHEDULERS: dict[str, dict[str, Any]] = {
     "TCDScheduler": _LCM,
     "UniPCMultistepScheduler": {},
 }
-# The keys whose defaults differ.
+# The keys whose defaults differ: those of the noise, and those of a sampler.
 _CLASS_KEYS = ("beta_start", "beta_end", "beta_schedule", "timestep_spacing", "set_alpha_to_one")
+_SAMPLER_KEYS = ("timestep_spacing", "set_alpha_to_one")
 
 # Keys whose values change the mathematics, and the values that are implemented. `clip_sample` and `thresholding` clip x̂
 # to pixels' range, which latents do not have; a learned variance doubles the network's output channels.
@@ -218,6 +220,20 @@ class NoiseSchedule:
         defaults = {**_DEFAULTS, **_SCHEDULERS[self.scheduler]} if "_class_name" in changes else {}
         kept = {key: defaults[key] for key in _CLASS_KEYS if key in defaults}
         return self.from_config({**kept, **self.to_config(), **changes})
+
+    def read_by(self, scheduler: str) -> "NoiseSchedule":
+        """Returns the schedule as another of diffusers' classes reads the same file.
+
+        What the file leaves out about sampling has the defaults of the class that samples, not those of the class that
+        the file names, as with ``EulerDiscreteScheduler.from_config(pipeline.scheduler.config)``. ᾱ stays as it is: the
+        network was trained on it.
+
+        Args:
+          scheduler: name of the class.
+        """
+        given, defaults = self.to_config(), {**_DEFAULTS, **_SCHEDULERS[scheduler]}
+        left_out = {key: defaults[key] for key in _SAMPLER_KEYS if given.get(key) is None}
+        return dataclasses.replace(self, **left_out)
 
     def with_distillation_grid(
         self, num_steps: int, kind: DistillationGrid = "trailing", timestep_scaling: float = 10.0

@@ -517,20 +517,58 @@ def test_guidance_embedding_from_the_formula():
     np.testing.assert_allclose(sampling.guidance_embedding(jnp.asarray(w, jnp.float32)), expected, atol=1e-3)
 
 
+# ---- Files that leave keys out
+
+
+_KEYS_OF_SAMPLERS = ("set_alpha_to_one", "steps_offset", "timestep_spacing", "skip_prk_steps", "prediction_type")
+LEFT_OUT: dict[str, dict[str, Any]] = {
+    **{name: PUBLISHED[name] for name in ("sd-1.4, sd-1.5", "sd-2.1", "sdxl-base", "instruct-pix2pix")},
+    # As Stable Diffusion was first published: nothing but the noise, and what PNDM needs.
+    "sd, first": {
+        "_class_name": "PNDMScheduler",
+        "_diffusers_version": "0.2.2",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "num_train_timesteps": 1000,
+        "skip_prk_steps": True,
+        "trained_betas": None,
+    },
+}
+LEFT_OUT |= {
+    f"{name}, bare": {key: value for key, value in SD.items() if key not in _KEYS_OF_SAMPLERS} | {"_class_name": name}
+    for name in CLASSES.values()
+}
+
+
+def switched(file: dict[str, Any], sampler: str) -> Any:
+    """As users do it: ``pipeline.scheduler = SomeScheduler.from_config(pipeline.scheduler.config)``."""
+    loaded = getattr(diffusers, file["_class_name"]).from_config(file)
+    # diffusers' pipelines turn clip_sample off; and none of them wants the Runge-Kutta steps.
+    more: dict[str, Any] = {"clip_sample": False} if sampler in ("ddim", "lcm") else {}
+    more |= {"skip_prk_steps": True} if sampler == "pndm" else {}
+    return getattr(diffusers, CLASSES[sampler]).from_config(loaded.config, **more)
+
+
 @pytest.mark.parametrize(
-    ("sampler", "scheduler_class"),
-    [
-        ("ddim", diffusers.DDIMScheduler),
-        ("pndm", diffusers.PNDMScheduler),
-        ("euler", diffusers.EulerDiscreteScheduler),
-        ("dpm-solver++", diffusers.DPMSolverMultistepScheduler),
-    ],
+    ("name", "sampler"),
+    [case for case in itertools.product(LEFT_OUT, CLASSES) if case != ("PNDMScheduler, bare", "pndm")],  # it is refused
 )
-def test_a_spacing_left_out_of_the_file_is_that_of_the_samplers_class(sampler: Sampler, scheduler_class: Any) -> None:
-    """SD 1.5's file names PNDM and no spacing; diffusers changes PNDM's "leading" to "linspace" for other samplers."""
-    folder = {**SD, "_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1}
-    folder.pop("timestep_spacing", None)
-    scheduler = scheduler_class.from_config(diffusers.PNDMScheduler.from_config(folder).config)
-    scheduler.set_timesteps(20)
-    times = sampling.timesteps_for(sampler, NoiseSchedule.from_config(folder), 20)
+def test_what_a_file_leaves_out_has_the_defaults_of_the_class_that_samples(
+    name: str, sampler: Sampler, replayed_noise: np.ndarray
+) -> None:
+    """Where the first step starts and the last one ends depends on them, as times do."""
+    scheduler, schedule, z, steps = (
+        switched(LEFT_OUT[name], sampler),
+        NoiseSchedule.from_config(LEFT_OUT[name]),
+        normal(0),
+        10,
+    )
+    scheduler.set_timesteps(steps)
+    x, model = torch.tensor(z) * scheduler.init_noise_sigma, denoise(torch)
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(scheduler.scale_model_input(x, t), t), t, x, return_dict=False)[0]
+    times = sampling.timesteps_for(sampler, schedule, steps)
     np.testing.assert_allclose(times, scheduler.timesteps.numpy(), rtol=1e-6)
+    noise = replayed_noise[: steps - 1] if sampling.is_stochastic(sampler) else None
+    assert relative_error(our_sample(sampler, schedule, z, times, noise), x.numpy()) <= TOLERANCE
