@@ -1,5 +1,6 @@
 """What the scripts of plain training share: all of it but their flags of data and the networks that they train."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,10 @@ def denoise(
       teacher: shown in validation pictures too.
       **options: further attributes of the method's ``Config``.
     """
+    if "unet" in names:
+        # Whatever few steps the model was distilled for, it is trained at all times now. A ControlNet changes nothing
+        # of the UNet that it is for.
+        pipeline = dataclasses.replace(pipeline, schedule=pipeline.schedule.with_many_steps())
     config = method.Config(
         modules_of(pipeline, names, args),
         args.snr_gamma,

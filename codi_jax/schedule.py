@@ -77,6 +77,12 @@ _SCHEDULERS: dict[str, dict[str, Any]] = {
     "TCDScheduler": _LCM,
     "UniPCMultistepScheduler": {},
 }
+# What the noise is, and what the network puts out: what stays when a model gets another way of being sampled.
+_NOISE_KEYS = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
+    "prediction_type",
+)  # fmt: skip
+_FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 # The keys whose defaults differ: those of the noise, and those of a sampler.
 _CLASS_KEYS = ("beta_start", "beta_end", "beta_schedule", "timestep_spacing", "set_alpha_to_one")
 _SAMPLER_KEYS = ("timestep_spacing", "set_alpha_to_one")
@@ -106,7 +112,8 @@ _STATIC = {"static": True}  # for JAX: part of the tree's structure, so that a c
 class NoiseSchedule:
     """The noise schedule of a model: a pytree with one leaf, ᾱ; everything else is static.
 
-    Made by `from_pretrained` or `from_config`, changed by `with_config`.
+    Made by `from_pretrained` or `from_config`, changed by `with_config`. A method of training says how its model is to
+    be sampled by `sampled_by`, or by one of the methods after it.
 
     Attributes:
       alphas_cumprod: ᾱ_0 … ᾱ_{T−1}, float32.
@@ -235,12 +242,30 @@ class NoiseSchedule:
         left_out = {key: defaults[key] for key in _SAMPLER_KEYS if given.get(key) is None}
         return dataclasses.replace(self, **left_out)
 
+    def sampled_by(self, scheduler: str, **keys: Any) -> "NoiseSchedule":
+        """Returns the same noise with another way of being sampled, which replaces the present one whole.
+
+        A model is sampled as it was last trained to be, so nothing stays of a former student's grid, scalings or times,
+        nor an option of a former scheduler class.
+
+        Args:
+          scheduler: the diffusers class that samples it.
+          **keys: its keys of the configuration.
+
+        Raises:
+          ConfigError: as `from_config`.
+        """
+        values = {**_DEFAULTS, **_SCHEDULERS[self.scheduler], **self.to_config()}
+        noise = {key: values[key] for key in _NOISE_KEYS}
+        # For a file with another offset, diffusers' pipelines warn that it is outdated.
+        return self.from_config({"_class_name": scheduler, **noise, "clip_sample": False, "steps_offset": 1, **keys})
+
     def with_distillation_grid(
         self, num_steps: int, kind: DistillationGrid = "trailing", timestep_scaling: float = 10.0
     ) -> "NoiseSchedule":
         """Returns the schedule of a CoDi student: the grid that it is trained on is saved with it.
 
-        The other changes make the student's file one that stock diffusers samples nearly as `codi_jax.sampling.codi`
+        The other keys make the student's file one that stock diffusers samples nearly as `codi_jax.sampling.codi`
         does: DDIM steps on evenly spread times, the last of which ends at x̂. (diffusers warns that it ignores the
         ``distill_`` keys.)
 
@@ -252,17 +277,28 @@ class NoiseSchedule:
         Raises:
           ConfigError: if the grid is impossible.
         """
-        return self.with_config(
-            _class_name="DDIMScheduler",
+        return self.sampled_by(
+            "DDIMScheduler",
             timestep_spacing=kind,
-            # Trailing times have no offset; for a file without one, diffusers' pipelines warn that it is outdated.
-            steps_offset=1 if kind == "trailing" else 0,
+            steps_offset=1 if kind == "trailing" else 0,  # trailing times have no offset
             set_alpha_to_one=True,
-            clip_sample=False,
             distill_learning_steps=num_steps,
             distill_grid=kind,
             distill_timestep_scaling=timestep_scaling,
         )
+
+    def with_consistency_grid(self, num_steps: int = 50, timestep_scaling: float = 10.0) -> "NoiseSchedule":
+        """Returns the schedule of an LCM student, for the LCM sampler; the defaults are those of published ones.
+
+        Args:
+          num_steps: N of `distillation_grid`.
+          timestep_scaling: the factor from t to τ in `boundary_scalings`.
+
+        Raises:
+          ValueError: if the grid is impossible.
+        """
+        distillation_grid(self.num_train_timesteps, num_steps)  # or it refuses
+        return self.sampled_by("LCMScheduler", original_inference_steps=num_steps, timestep_scaling=timestep_scaling)
 
     def with_generator_timesteps(self, timesteps: Sequence[int]) -> "NoiseSchedule":
         """Returns the schedule of a generator that is sampled at these descending times, by the LCM sampler.
@@ -272,10 +308,18 @@ class NoiseSchedule:
         Raises:
           ConfigError: if they do not descend, or lie outside of 0 to T − 1.
         """
-        whole = self.with_config(_class_name="LCMScheduler", clip_sample=False, **{_GENERATOR_TIMESTEPS: [*timesteps]})
-        # What other schedulers have besides, such as skip_prk_steps, diffusers' LCMScheduler would warn of.
-        kept = {k: v for k, v in whole.to_config().items() if k in (*_DEFAULTS, "clip_sample") or k.startswith("_")}
-        return self.from_config(kept)
+        return self.sampled_by("LCMScheduler", **{_GENERATOR_TIMESTEPS: [*timesteps]})
+
+    def with_many_steps(self) -> "NoiseSchedule":
+        """Returns the schedule of a model that is trained by denoising: as it is, unless it is that of a student.
+
+        The scheduler of a student's own teacher is not in its folder: DDIM takes its place, at trailing times, which do
+        for a signal of zero at the last time too (Lin et al., 2024, section 3.3).
+        """
+        is_student = self.distill_learning_steps is not None or self.scheduler in _FEW_STEP_SCHEDULERS
+        if not is_student and self.generator_timesteps is None:
+            return self
+        return self.sampled_by("DDIMScheduler", timestep_spacing="trailing", set_alpha_to_one=True)
 
     @property
     def num_train_timesteps(self) -> int:

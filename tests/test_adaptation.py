@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from safetensors.numpy import load_file, save_file
 from codi_jax import adaptation, command_line
 from codi_jax.methods import weight_delta
 from codi_jax.pipeline import DiffusionPipeline
+from codi_jax.sampling import timesteps_for
+from codi_jax.schedule import NoiseSchedule
 from training_scripts import adapt_instruct_pix2pix as script
 
 WEIGHT = 0.37
@@ -119,6 +122,16 @@ def test_the_folder_is_a_whole_model_for_lcm_steps(folder: Path, tmp_path: Path)
     wanted = theirs("a dog", image=image, num_inference_steps=1, latents=latents, output_type="np", **given).images
     made = DiffusionPipeline.from_pretrained(out)("a dog", image, steps=1, latents=noise, **given)
     assert np.abs(made - 255 * wanted).max() <= 2
+
+
+def test_a_distilled_editor_is_sampled_as_what_it_has_become(folder: Path, tmp_path: Path) -> None:
+    editor = shutil.copytree(folder / "instruct-pix2pix", tmp_path / "editor")
+    NoiseSchedule.from_pretrained(editor).with_generator_timesteps([399]).save_pretrained(editor)
+    words = ["--pretrained_model_name_or_path", str(editor), "--output_dir", str(tmp_path / "out"), *of_models(folder)]
+    script.main(parse(words))
+    adapted = NoiseSchedule.from_pretrained(tmp_path / "out")
+    assert adapted.generator_timesteps is None
+    assert timesteps_for("lcm", adapted, 4).tolist() == [999, 759, 499, 259]
 
 
 def test_a_lora_is_what_peft_merges(folder: Path, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """`codi_jax.schedule` against diffusers' schedulers, and against NumPy in float64 from the papers' equations."""
 
+import itertools
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import jax
@@ -12,7 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from codi_jax.methods import codi, lcm
+from codi_jax.methods.codi import CodiFlags
+from codi_jax.methods.generator import GeneratorFlags, generator_schedule
+from codi_jax.methods.lcm import LcmFlags
 from codi_jax.models.config import ConfigError
+from codi_jax.sampling import default_sampler, timesteps_for
 from codi_jax.schedule import NoiseSchedule, boundary_scalings, distillation_grid, x0_eps
 
 # torch 2.13 and NumPy's conversion protocol, inside diffusers and in comparisons.
@@ -369,7 +376,9 @@ def test_a_student_carries_its_grid(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert (loaded.distill_learning_steps, loaded.distill_grid, loaded.timestep_scaling) == (20, "leading", 5.0)
     assert teacher.distill_learning_steps is None
     np.testing.assert_array_equal(loaded.alphas_cumprod, teacher.alphas_cumprod)
-    assert PUBLISHED["sd-1.4, sd-1.5"].keys() <= loaded.to_config().keys()
+    of_the_noise = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    assert {loaded.to_config()[key] == PUBLISHED["sd-1.4, sd-1.5"][key] for key in of_the_noise} == {True}
+    assert "skip_prk_steps" not in loaded.to_config()  # an option of the former class
 
     logging.getLogger("diffusers").addHandler(caplog.handler)
     theirs = diffusers.DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
@@ -405,6 +414,86 @@ def test_another_class_brings_none_of_its_defaults(name: str, other: str):
     assert changed.timestep_spacing == schedule.timestep_spacing
     assert changed.set_alpha_to_one == schedule.set_alpha_to_one
     assert changed.scheduler == other
+
+
+# ---- Distilled again
+
+
+class Way(NamedTuple):
+    """How a method's model is sampled in four steps, or in as many as it has."""
+
+    schedule: Callable[[NoiseSchedule], NoiseSchedule]
+    sampler: str
+    times: list[int]
+    timestep_scaling: float = 10.0
+    grid: tuple[int, str] | None = None
+    generator_timesteps: tuple[int, ...] | None = None
+
+
+CODI = CodiFlags(distill_learning_steps=20, distill_grid="leading", distill_timestep_scaling=3.0)
+LCM = LcmFlags(num_ddim_timesteps=25, timestep_scaling_factor=7.0)
+WAYS = {
+    "codi": Way(lambda s: codi.student_schedule(s, CODI), "codi", [950, 700, 450, 200], 3.0, (20, "leading")),
+    "lcm": Way(lambda s: lcm.student_schedule(s, LCM), "lcm", [999, 759, 519, 279], 7.0),
+    "generator": Way(lambda s: generator_schedule(s, GeneratorFlags()), "lcm", [399], generator_timesteps=(399,)),
+    "denoising, bk-sdm": Way(lambda s: s.with_many_steps(), "ddim", [999, 749, 499, 249]),
+    "adaptation": Way(lambda s: s.with_consistency_grid(), "lcm", [999, 759, 499, 259]),
+}
+STARTS = {
+    "sd-1.5": PUBLISHED["sd-1.4, sd-1.5"],
+    "sdxl": PUBLISHED["sdxl-base"] | {"use_karras_sigmas": True},
+    "v, zero signal": {
+        "_class_name": "EulerDiscreteScheduler",
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    },
+}
+
+
+def saved_and_read(schedule: NoiseSchedule, folder: Path) -> NoiseSchedule:
+    schedule.save_pretrained(folder)
+    return NoiseSchedule.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(WAYS, WAYS)))
+def test_a_method_replaces_how_the_model_before_was_sampled(first: str, second: str, start: str, tmp_path: Path):
+    """Whole: neither grid, scaling nor times of the student that it started from are left in the file."""
+    teacher, way = NoiseSchedule.from_config(STARTS[start]), WAYS[second]
+    before = saved_and_read(WAYS[first].schedule(teacher), tmp_path)
+    schedule = saved_and_read(way.schedule(before), tmp_path)
+    if second == "denoising, bk-sdm" and first == second:
+        assert schedule.to_config() == STARTS[start]  # no student at all: as published
+        return
+    assert default_sampler(schedule) == way.sampler
+    assert timesteps_for(default_sampler(schedule), schedule, len(way.times)).tolist() == way.times
+    assert schedule.timestep_scaling == way.timestep_scaling
+    grid = None if schedule.distill_learning_steps is None else (schedule.distill_learning_steps, schedule.distill_grid)
+    assert grid == way.grid
+    assert schedule.generator_timesteps == way.generator_timesteps
+    np.testing.assert_array_equal(schedule.alphas_cumprod, teacher.alphas_cumprod)
+    assert schedule.prediction_type == teacher.prediction_type
+    keys = set(schedule.to_config())
+    assert not keys & {"use_karras_sigmas", "skip_prk_steps", "interpolation_type"}
+    assert ("distill_learning_steps" in keys) == (second == "codi")
+    assert ("_generator_timesteps" in keys) == (second == "generator")
+
+    theirs = getattr(diffusers, schedule.scheduler).from_pretrained(tmp_path, subfolder="scheduler")
+    assert theirs.config.prediction_type == teacher.prediction_type
+    np.testing.assert_allclose(np.sqrt(theirs.alphas_cumprod), np.sqrt(teacher.alphas_cumprod), atol=2e-6)
+    if second != "codi":
+        theirs.set_timesteps(**({"timesteps": [399]} if second == "generator" else {"num_inference_steps": 4}))
+        np.testing.assert_array_equal(theirs.timesteps, way.times)
+    if way.sampler == "lcm":
+        assert theirs.config.timestep_scaling == way.timestep_scaling
+
+
+def test_a_grid_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match=r"grid of 1001 steps is impossible"):
+        make().with_consistency_grid(1001)
 
 
 @pytest.mark.parametrize(

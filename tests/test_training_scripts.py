@@ -28,7 +28,9 @@ from codi_jax import command_line, pipeline, train
 from codi_jax.checkpoint import CheckpointError, list_checkpoints
 from codi_jax.pipeline import DiffusionPipeline
 from codi_jax.sampling import default_sampler
+from codi_jax.schedule import NoiseSchedule
 from training_scripts import train_autoencoder_flax as autoencoder
+from training_scripts import train_bk_sdm_flax as bk_sdm
 from training_scripts import train_codi_flax as codi
 from training_scripts import train_controlnet_flax as controlnet
 from training_scripts import train_text_to_image_flax as text_to_image
@@ -374,6 +376,22 @@ def test_text_to_image(inputs: Inputs, tmp_path: Path):
     ours, theirs = (CLIPTextModel.from_pretrained(each / "text_encoder").state_dict() for each in (out, inputs.model))
     assert sum(not np.array_equal(value, theirs[key]) for key, value in ours.items()) > 0.9 * len(ours)
     assert picture_of(out).shape[0] == 2 * SIZE
+
+
+@pytest.mark.parametrize("script", [text_to_image, controlnet, bk_sdm], ids=lambda script: script.__name__)
+def test_a_student_that_is_trained_at_all_times_is_a_student_no_more(
+    script: Any, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its grid goes with the training of its UNet; a ControlNet leaves the UNet, and how it is sampled, as they are."""
+    model = shutil.copytree(inputs.model, tmp_path / "model")
+    NoiseSchedule.from_pretrained(model).with_distillation_grid(20).save_pretrained(model)
+    flags = {"prepare_unet": False} if script is bk_sdm else {}
+    prepared = prepare(script, Inputs(model, inputs.data), tmp_path / "run", monkeypatch, **flags)
+    prepared.export(prepared.state, tmp_path / "trained")
+    trained = NoiseSchedule.from_pretrained(tmp_path / "trained")
+    wanted = (20, "codi") if script is controlnet else (None, "ddim")
+    assert (trained.distill_learning_steps, default_sampler(trained)) == wanted
+    assert NoiseSchedule.from_pretrained(model).distill_learning_steps == 20
 
 
 def test_from_scratch_needs_no_weights(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

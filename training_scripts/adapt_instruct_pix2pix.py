@@ -79,7 +79,7 @@ def main(args: Args) -> None:
     source, folder = args.pretrained_model_name_or_path, Path(args.output_dir).expanduser()
     pipeline = DiffusionPipeline.from_pretrained(source, variant=args.variant, untrained={"unet": None})
     require_editor(pipeline, f"--pretrained_model_name_or_path {source}")
-    pipeline.schedule = pipeline.schedule.with_config(_class_name="LCMScheduler", clip_sample=False)
+    pipeline.schedule = pipeline.schedule.with_consistency_grid()
     editor = open_editor(source, args.variant)
     if args.lora is not None:
         delta = delta_of_lora(editor, args.lora)

@@ -135,17 +135,12 @@ def configure(modules: Modules, flags: LcmFlags, *, dropout: float | int = 0.0, 
 
 
 def student_schedule(schedule: NoiseSchedule, flags: LcmFlags) -> NoiseSchedule:
-    """The schedule to train with, and to save with the student: the teacher's, for the LCM sampler.
+    """The schedule to train with, and to save with the student: the teacher's noise, for the LCM sampler.
 
     Raises:
       ConfigError: if the grid is impossible.
     """
-    return schedule.with_config(
-        _class_name="LCMScheduler",
-        original_inference_steps=flags.num_ddim_timesteps,
-        timestep_scaling=flags.timestep_scaling_factor,
-        clip_sample=False,
-    )
+    return schedule.with_consistency_grid(flags.num_ddim_timesteps, flags.timestep_scaling_factor)
 
 
 def init_student(config: Config, teacher_params: Params) -> Params:
