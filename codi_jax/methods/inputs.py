@@ -187,7 +187,7 @@ def drop_conditions(inputs: Inputs, key: Key[Array, ""], probability: float | in
       probability: p, at most 1/3.
 
     Returns:
-      The same, but for what `cond` is.
+      The same, but for what `cond` is, and `image_only`: a sample that has lost its image has none in any branch.
     """
     assert inputs.null is not None
     r = jax.random.uniform(key, (len(inputs.z0),))
@@ -200,7 +200,9 @@ def drop_conditions(inputs: Inputs, key: Key[Array, ""], probability: float | in
     text = (cond.context, cond.added_cond), (null.context, null.added_cond)
     context, added_cond = jax.tree.map(lambda kept, null: pick(without_text, null, kept), *text)
     image = None if cond.image is None else pick(without_image, null.image, cond.image)
-    return replace(inputs, cond=replace(cond, context=context, added_cond=added_cond, image=image))
+    image_only = None if inputs.image_only is None else replace(inputs.image_only, image=image)
+    cond = replace(cond, context=context, added_cond=added_cond, image=image)
+    return replace(inputs, cond=cond, image_only=image_only)
 
 
 def to_signed(pixels: UInt8[Array, "b hp wp 3"]) -> Float[Array, "b hp wp 3"]:

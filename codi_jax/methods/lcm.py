@@ -12,7 +12,8 @@ with f(z, t) = c_skip(t) z + c_out(t) x̂(z, t), d the squared or the pseudo-Hub
 
 w is the guidance scale *minus one*: x̂ = x̂_c + w (x̂_c − x̂_u). For InstructPix2Pix u has neither text nor image; with
 ``w_image_min`` and ``w_image_max`` the image has a weight of its own, and x̂ = x̂_u + s_I (x̂_i − x̂_u) + s_T (x̂_c − x̂_i)
-with s = w + 1 (Brooks et al., 2023, equation 3). That is this project's own extension.
+with s = w + 1 (Brooks et al., 2023, equation 3). That is this project's own extension. A sample whose image is dropped
+has none in any branch, so there x̂_i is x̂_u.
 
 LCM-LoRA (Luo et al., 2023, arXiv:2311.05556): θ is a LoRA on the teacher, w is no input, and θ⁻ is θ.
 

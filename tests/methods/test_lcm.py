@@ -108,39 +108,37 @@ def numpy_loss(problem: Problem) -> Any:
     s = np.maximum(t - k, 0)
     z_t = alpha[t][COLUMN] * z0 + sigma[t][COLUMN] * noise
 
-    # What there is to condition on: text, pooled text, image; image latents are the mode, not scaled.
-    image = np.split(batch["conditioning_moments"], 2, axis=-1)[0] if edits else None
-    full = batch["context"], batch["pooled"], image
-    null_context, null_pooled = (np.repeat(frozen[name], B, 0) for name in ("null_context", "null_pooled"))
-    image_only = null_context, null_pooled, image
-    null = null_context, null_pooled, np.zeros_like(image) if edits else None
+    # What there is to condition on: c_T, text with its pooled output; c_I, image latents (the mode, not scaled); and what
+    # stands in their place.
+    c_I = np.split(batch["conditioning_moments"], 2, axis=-1)[0] if edits else None
+    no_I = np.zeros_like(c_I) if edits else None
+    c_T = batch["context"], batch["pooled"]
+    no_T = tuple(np.repeat(frozen[name], B, 0) for name in ("null_context", "null_pooled"))
     if config.dropout:
+        # From here on a sample's c_T and c_I are what is left to it: teacher, student and target see nothing else.
         r = float64(jax.random.uniform(keys[1], (B,)))
-        no_text, no_image = r < 0.6, (r >= 0.3) & (r < 0.9)
-        context = np.where(no_text[:, None, None], null_context, full[0])
-        pooled = np.where(no_text[:, None], null_pooled, full[1])
-        full = context, pooled, np.where(no_image[COLUMN], 0, image)
+        c_T = tuple(np.where((r < 0.6).reshape(-1, *(1,) * (c.ndim - 1)), no, c) for c, no in zip(c_T, no_T))
+        c_I = np.where(((r >= 0.3) & (r < 0.9))[COLUMN], no_I, c_I)
 
-    def x_eps(networks, z, t, given, guidance=None):
-        context, pooled, image = given
-        out = numpy_predict(networks, z, t, context, pooled, batch["time_ids"], control, image, guidance)
+    def e(networks, z, t, c_I, c_T, guidance=None):
+        out = numpy_predict(networks, z, t, *c_T, batch["time_ids"], control, c_I, guidance)
         return x_and_eps(schedule.prediction_type, out, z, alpha[t][COLUMN], sigma[t][COLUMN])
 
     # The teacher's guided step, on x̂ and ε̂ apart.
-    conditional, unconditional = x_eps(frozen, z_t, t, full), x_eps(frozen, z_t, t, null)
-    if config.flags.weighs_image:
-        of_image = x_eps(frozen, z_t, t, image_only)
-        scales = (w_image + 1)[COLUMN], (w + 1)[COLUMN]
-        guided = unconditional + scales[0] * (of_image - unconditional) + scales[1] * (conditional - of_image)
+    of_both, of_none = e(frozen, z_t, t, c_I, c_T), e(frozen, z_t, t, no_I, no_T)
+    if config.flags.weighs_image:  # Brooks et al., 2023, equation 3
+        s_I, s_T = (w_image + 1)[COLUMN], (w + 1)[COLUMN]
+        of_image = e(frozen, z_t, t, c_I, no_T)
+        guided = of_none + s_I * (of_image - of_none) + s_T * (of_both - of_image)
         embedding = np.concatenate([numpy_embedding(w, DIM), numpy_embedding(w_image, DIM)], 1)
     else:
-        guided = conditional + w[COLUMN] * (conditional - unconditional)
+        guided = of_both + w[COLUMN] * (of_both - of_none)
         embedding = numpy_embedding(w, DIM)
     z_s = alpha[s][COLUMN] * guided[0] + sigma[s][COLUMN] * guided[1]
 
     def f(theta, z, t):
         c_skip, c_out = boundary_scalings(t, 0.01)
-        return c_skip * z + c_out * x_eps({**frozen, **theta}, z, t, full, embedding)[0]
+        return c_skip * z + c_out * e({**frozen, **theta}, z, t, c_I, c_T, embedding)[0]
 
     target = f(float64(problem.state.ema), z_s, s)
 
@@ -279,6 +277,9 @@ def test_conditions_are_dropped_together_and_in_these_shares() -> None:
     kept = ~text & ~image
     np.testing.assert_array_equal(dropped.cond.context[kept], inputs.cond.context[kept])
     np.testing.assert_array_equal(dropped.cond.image[~image], inputs.cond.image[~image])
+    assert dropped.image_only is not None
+    np.testing.assert_array_equal(dropped.image_only.image, dropped.cond.image)
+    np.testing.assert_array_equal(dropped.image_only.context, inputs.null.context)
 
 
 def test_the_source_image_is_its_mode_and_not_scaled() -> None:
