@@ -37,22 +37,22 @@ def huber(
 
 
 def min_snr_weights(
-    snr: Float[Array, " b"], gamma: float | int | Float[Array, ""] | None, prediction_type: PredictionType
+    snr: Float[Array, " b"], gamma: float | int | Float[Array, ""] | None, space: PredictionType
 ) -> Float[Array, " b"]:
-    """The min-SNR-γ weights of a loss on the network's output (Hang et al., 2023, section 3.4).
+    """The min-SNR-γ weights of a loss (Hang et al., 2023, section 3.4).
 
-    min(SNR, γ) of a loss on x̂, hence min(SNR, γ)/SNR of one on ε̂ and min(SNR, γ)/(SNR + 1) of one on v. The last
-    goes to 0 with the signal: a network that predicts v is hardly trained at the noisiest times, and not at all at one
-    without any signal.
+    min(SNR, γ) of a loss on x̂, hence min(SNR, γ)/SNR of one on ε̂ and min(SNR, γ)/(SNR + 1) of one on v. The first and
+    the last go to 0 with the signal: such a loss hardly teaches at the noisiest times, and not at all at one without
+    any signal.
 
     Args:
       snr: the signal-to-noise ratio of each sample, 0 where there is no signal.
       gamma: γ; 5 in the paper. ``None`` weighs all samples alike.
-      prediction_type: what the network puts out.
+      space: what the loss compares; for a loss on the network's output, what that is.
     """
     if gamma is None:
         return jnp.ones_like(snr)
-    match prediction_type:
+    match space:
         case "epsilon":
             return jnp.minimum(gamma / snr, 1.0)  # at SNR = 0 too
         case "v_prediction":

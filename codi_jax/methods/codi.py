@@ -9,6 +9,12 @@ that the student will be sampled on, and s the one before it,
 with f(z, t) = c_skip(t) z + c_out(t) x̂(z, t), and θ⁻ the moving average of θ. θ is a ControlNet on the frozen UNet
 (parameter-efficient CoDi), or the UNet too. A new ControlNet puts out zeros, so that the student starts as the teacher.
 
+Departures from the reference code. ``consistency_epsilon`` has ε̂ in place of x̂ in the first term, and there f(ẑ_0, 0)
+is the clean latent: a target for x̂, but none for a noise. The reference trains on it (a perfect network has a loss of
+mean‖ε − z_0‖² there, in one draw of N); here w = 0 where s = 0. And w_snr, which is 1 without ``snr_gamma``, weighs by
+what the term compares, min(SNR, γ) for x̂ and min(SNR, γ)/SNR for ε̂, while the reference weighs by what the network puts
+out, although the term is not a loss on that (``snr_weight_space``).
+
 Beyond LCM, its neighbour: the condition, the second term, which teaches it, and guidance that stays a choice at
 sampling time instead of an input of the network.
 """
@@ -70,6 +76,10 @@ class CodiFlags(Flags):
     """The guidance scale that all are below."""
     snr_gamma: float | None = None
     """γ of min-SNR weights on the consistency term; 5 is usual."""
+    snr_weight_space: Literal["loss", "prediction"] = "loss"
+    """What --snr_gamma weighs by. loss: what the consistency term compares, clean latents or noise. prediction: what
+    the network predicts, as in the reference code, where models that predict noise have the opposite order of
+    weights."""
     ema_decay: float = 0.999
     """Decay of the moving average, which is the target and the result."""
 
@@ -80,6 +90,10 @@ class CodiFlags(Flags):
             "distill_guidance_min", self.distill_guidance_min <= high, f"at most --distill_guidance_max {high}"
         )
         self.require_at_least(1, "distill_learning_steps")
+        if self.distill_loss == "consistency_epsilon":
+            least = 2 if self.distill_grid == "trailing" else 3  # or every step of the teacher ends at s = 0
+            what = f"at least {least} with --distill_loss consistency_epsilon"
+            self.require("distill_learning_steps", self.distill_learning_steps >= least, what)
         self.require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         self.require("snr_gamma", self.snr_gamma is None or self.snr_gamma > 0, "positive")
 
@@ -194,7 +208,7 @@ def loss(
       config: of the method.
 
     Returns:
-      The loss, and its two parts before their weights: ``consistency`` and ``reconstruction``.
+      The loss, and its two parts before γ and λ weigh them: ``consistency`` and ``reconstruction``.
     """
     modules, flags, schedule = config.modules, config.flags, frozen["schedule"]
     z0_key, t_key, noise_key, w_key = jax.random.split(key, 4)
@@ -219,12 +233,14 @@ def loss(
     f, f_eps = consistency(schedule, guided(modules, online, z_t, t, inputs, w_student, features), z_t, t)
     f_target, f_eps_target = consistency(schedule, guided(modules, target, z_s, s, inputs, w_student), z_s, s)
     if flags.distill_loss == "consistency_x":
-        distance = losses.mse(f, jax.lax.stop_gradient(f_target))
+        distance, space = losses.mse(f, jax.lax.stop_gradient(f_target)), "sample"
     else:
-        distance = losses.mse(f_eps, jax.lax.stop_gradient(f_eps_target))
+        distance, space = losses.mse(f_eps, jax.lax.stop_gradient(f_eps_target)), "epsilon"
+        distance = jnp.where(s > 0, distance, 0)  # f(z, 0) = z is no target for a noise
     reconstruction = losses.mse(f, z0)
 
-    weights = losses.min_snr_weights(schedule.snr(t), flags.snr_gamma, schedule.prediction_type)
+    space = schedule.prediction_type if flags.snr_weight_space == "prediction" else space
+    weights = losses.min_snr_weights(schedule.snr(t), flags.snr_gamma, space)
     value = jnp.mean(weights * distance) + flags.distill_x0_weight * jnp.mean(reconstruction)
     return value, {"consistency": distance.mean(), "reconstruction": reconstruction.mean()}
 

@@ -48,6 +48,7 @@ CHOICES: dict[str, list[Any]] = {
     "onestepode_cfg": [False, True],
     "onestepode_sample_eps": [None, "epsilon"],
     "snr_gamma": [None, 0.3],
+    "snr_weight_space": ["loss", "prediction"],
 }
 
 
@@ -138,9 +139,14 @@ def numpy_loss(problem: Problem) -> Any:
     z_s = alpha[s][COLUMN] * x + sigma[s][COLUMN] * eps
     target = f({"unet": frozen["unet"], **theta_minus}, z_s, s)
 
+    # Hang et al., 2023: min(SNR, γ) ‖Δx‖², and ‖Δx‖² = ‖Δε‖²/SNR = ‖Δv‖²/(SNR + 1).
     snr = (alpha[t] / sigma[t]) ** 2
-    of_type = {"epsilon": snr, "v_prediction": snr + 1, "sample": np.ones(B)}[schedule.prediction_type]
-    w_snr = np.ones(B) if flags.snr_gamma is None else np.minimum(snr, flags.snr_gamma) / of_type
+    of_loss = {"consistency_x": "sample", "consistency_epsilon": "epsilon"}[flags.distill_loss]
+    space = {"loss": of_loss, "prediction": schedule.prediction_type}[flags.snr_weight_space]
+    of_space = {"epsilon": snr, "v_prediction": snr + 1, "sample": np.ones(B)}[space]
+    w_snr = np.ones(B) if flags.snr_gamma is None else np.minimum(snr, flags.snr_gamma) / of_space
+    if flags.distill_loss == "consistency_epsilon":
+        w_snr = np.where(s == 0, 0, w_snr)  # there the clean latent would be the target of a noise
     index = 0 if flags.distill_loss == "consistency_x" else 1
 
     def loss(theta):
@@ -149,6 +155,26 @@ def numpy_loss(problem: Problem) -> Any:
         return np.mean(w_snr * consistency) + 0.7 * np.mean((online[0] - z0) ** 2)
 
     return loss
+
+
+@pytest.mark.parametrize("distill_grid", ["trailing", "leading"])
+def test_a_perfect_network_has_no_loss(distill_grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ε: the reference compares ε̂ with the clean latent where the teacher's step ends at s = 0."""
+    problem = make_problem({**FIRST, "distill_loss": "consistency_epsilon", "distill_grid": distill_grid})
+    size, schedule = 64, problem.frozen["schedule"]
+    problem.batch = make_batch(size)
+
+    def perfect(modules: Any, networks: Any, z: Any, t: Any, inputs: Any, *_: Any) -> Any:
+        alpha, sigma = schedule.alpha_sigma(t)
+        return (z - alpha * inputs.z0) / sigma
+
+    monkeypatch.setattr(codi, "guided", perfect)
+    scalings = dataclasses.replace(schedule, timestep_scaling=10.0)  # as in training: c_skip is 0 but at s = 0
+    problem.frozen["schedule"] = scalings
+    value, metrics = problem.loss()
+    np.testing.assert_allclose(metrics["consistency"], 0, atol=1e-6)
+    # f(z, 0) = z, with its noise: of variance 8.5e-4 at t = 0, which the leading grid has.
+    np.testing.assert_allclose(value, 0, atol=1e-4 if distill_grid == "leading" else 1e-6)
 
 
 def assert_equals_numpy(problem: Problem) -> None:
@@ -393,6 +419,14 @@ def test_without_condition_the_unet_is_trained_alone() -> None:
         ({"ema_decay": 1.0}, "--ema_decay 1.0"),
         ({"distill_learning_steps": 0}, "--distill_learning_steps 0 is not possible: it must be at least 1"),
         ({"snr_gamma": 0.0}, "--snr_gamma 0.0 is not possible: it must be positive"),
+        (
+            {"distill_loss": "consistency_epsilon", "distill_learning_steps": 1},
+            "--distill_learning_steps 1 is not possible: it must be at least 2 with --distill_loss consistency_epsilon",
+        ),
+        (
+            {"distill_loss": "consistency_epsilon", "distill_learning_steps": 2, "distill_grid": "leading"},
+            "--distill_learning_steps 2 is not possible: it must be at least 3 with --distill_loss consistency_epsilon",
+        ),
     ],
 )
 def test_impossible_flags_are_refused(values: dict[str, float], message: str) -> None:
