@@ -61,21 +61,21 @@ class Program:
 def choose_guidance(
     guidance_scale: float | int, image_guidance_scale: float | int, *, embeds_guidance: bool, edits: bool
 ) -> Guidance:
-    """The cheapest guidance that computes what the scales ask for.
+    """The cheapest guidance that computes what the scales ask for, which is what diffusers' pipelines do with them.
 
     Args:
-      guidance_scale: of the text; 1 is none.
-      image_guidance_scale: of the image; 1 is none.
+      guidance_scale: of the text; 1 or less is no guidance at all, see `codi_jax.sampling.is_guided`.
+      image_guidance_scale: of the image, for InstructPix2Pix; 1 is none of the image, less is no guidance at all.
       embeds_guidance: whether the UNet has a guidance embedding (``time_cond_proj_dim``).
       edits: whether the UNet is an InstructPix2Pix model.
     """
     if embeds_guidance:
         return "embedded"
-    if edits and image_guidance_scale != 1.0:
-        return "instruct_pix2pix"
-    if guidance_scale == 1.0:
+    if not edits:
+        return "classifier_free" if sampling.is_guided(guidance_scale) else "none"
+    if not sampling.is_guided(guidance_scale, image_guidance_scale):
         return "none"
-    return "image" if edits else "classifier_free"
+    return "image" if image_guidance_scale == 1 else "instruct_pix2pix"
 
 
 def generate(

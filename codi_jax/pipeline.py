@@ -222,10 +222,10 @@ class DiffusionPipeline:
           negative_prompt: the text that guidance leads away from; ``None`` is the model's null text.
           steps: network evaluations of the sampler; ``None`` is 4 for the samplers of few-step students, or as many as
             a generator was trained for, else 50.
-          guidance_scale: of the text; 1 is none. A model with a guidance embedding takes it as an input. ``None`` is
-            7.5, and none for a generator, which was trained to need none.
-          image_guidance_scale: of the image, for InstructPix2Pix; 1 needs two passes a step instead of three. ``None``
-            is 1.5, and none for a generator.
+          guidance_scale: of the text; 1 or less is no guidance. A model with a guidance embedding takes it as an input.
+            ``None`` is 7.5, and none for a generator, which was trained to need none.
+          image_guidance_scale: of the image, for InstructPix2Pix; 1 needs two passes a step instead of three, and less
+            is no guidance, neither of image nor of text. ``None`` is 1.5, and none for a generator.
           controlnet_conditioning_scale: a factor on the ControlNet's outputs.
           sampler: ``None`` is what the folder's scheduler says.
           timesteps: times of one's own instead of ``steps``, see `times`.

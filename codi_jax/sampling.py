@@ -75,6 +75,19 @@ def split_branches(prediction: Float[Array, "b ..."], count: int) -> list[Float[
     return jnp.split(prediction, count)
 
 
+def is_guided(guidance_scale: float | int, image_guidance_scale: float | int = 1.0) -> bool:
+    """Whether scales ask for guidance: that of the text must be above 1, and that of an edit's image at least 1.
+
+    So it is in all of diffusers' pipelines: at lower scales the prediction is that of the condition alone, not one that
+    is led to the unconditional one, which a scale of 0 would be in the formulas below.
+
+    Args:
+      guidance_scale: of the text.
+      image_guidance_scale: of the image, for InstructPix2Pix.
+    """
+    return guidance_scale > 1 and image_guidance_scale >= 1
+
+
 def classifier_free_guidance(uncond: Latents, cond: Latents, guidance_scale: Scale) -> Latents:
     """ε_u + s (ε_c − ε_u) (Ho and Salimans, 2021, equation 6, with s = 1 + w).
 

@@ -151,6 +151,10 @@ def test_pictures_equal_diffusers(
     assert_same_picture(made, wanted)
 
 
+def slow(family: str) -> Any:
+    return pytest.param(family, marks=pytest.mark.slow)
+
+
 # The smallest run: most tests below share this one program, two images in two steps with guidance.
 RUN = {"steps": 2, "guidance_scale": 3.0}
 
@@ -198,8 +202,34 @@ def test_a_control_image_is_resized_as_diffusers_does(pairs: Pairs) -> None:
     )
 
 
-def test_without_guidance_equals_diffusers(pairs: Pairs) -> None:
-    assert_same_picture(*run_both(pairs("text-to-image"), guidance_scale=1))
+@pytest.mark.parametrize("scale", [1, 0.5, 0, -1])
+@pytest.mark.parametrize(
+    "family", ["text-to-image", "controlnet", *map(slow, ("inpainting", "sdxl", "sdxl-controlnet"))]
+)
+def test_without_guidance_equals_diffusers(pairs: Pairs, family: str, scale: float) -> None:
+    """A scale of 0 is "no guidance" to users of few-step models, and not the unconditional picture."""
+    assert_same_picture(*run_both(pairs(family), guidance_scale=scale))
+
+
+@pytest.mark.parametrize(
+    "scales", [(0, 1.5), (1, 1.5), (0.5, 1), (3, 0.5), (3, 0), (0, 0)], ids=lambda scales: "-".join(map(str, scales))
+)
+@pytest.mark.parametrize("family", ["instruct-pix2pix", slow("sdxl-instruct-pix2pix")])
+def test_editors_without_guidance_equal_diffusers(pairs: Pairs, family: str, scales: tuple[float, float]) -> None:
+    """Where either scale is too low there is none at all, of the image neither."""
+    text, image = scales
+    assert_same_picture(*run_both(pairs(family), guidance_scale=text, image_guidance_scale=image))
+
+
+@pytest.mark.parametrize("scale", [0, 0.5, 1, 3])
+def test_a_guidance_embedding_is_that_of_the_scale_minus_one(pairs: Pairs, scale: float) -> None:
+    """At low scales, too: nothing else says how much guidance there is."""
+    pair = pairs("lcm")
+    pair.theirs.scheduler = diffusers.LCMScheduler.from_config(pair.ours.schedule.to_config())
+    options = {"num_inference_steps": 1, "guidance_scale": scale}
+    wanted = run_theirs(pair.family, pair.theirs, latents(), **options)
+    assert_same_picture(run_ours(pair.ours, steps=1, guidance_scale=scale), wanted)
+    assert np.any(run_ours(pair.ours, steps=1, guidance_scale=scale + 1) != wanted)
 
 
 def test_image_guidance_one_needs_two_passes_and_equals_diffusers(pairs: Pairs) -> None:
@@ -213,11 +243,15 @@ def test_image_guidance_one_needs_two_passes_and_equals_diffusers(pairs: Pairs) 
         ((7.5, 1.5), {}, "classifier_free"),
         ((1, 1.5), {}, "none"),
         ((7.5, 1.5), {"edits": True}, "instruct_pix2pix"),
-        ((1, 1.5), {"edits": True}, "instruct_pix2pix"),
+        ((0, 1.5), {}, "none"),
+        ((7.5, 0), {}, "classifier_free"),
+        ((1, 1.5), {"edits": True}, "none"),
         ((7.5, 1), {"edits": True}, "image"),
+        ((7.5, 0.9), {"edits": True}, "none"),
         ((1, 1), {"edits": True}, "none"),
         ((7.5, 1.5), {"embeds_guidance": True}, "embedded"),
         ((1, 1), {"embeds_guidance": True}, "embedded"),
+        ((0, 0), {"embeds_guidance": True}, "embedded"),
     ],
 )
 def test_guidance_takes_the_fewest_passes(scales: tuple[float, float], model: dict[str, bool], guidance: str) -> None:

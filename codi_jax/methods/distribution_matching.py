@@ -25,6 +25,7 @@ from codi_jax.methods.prediction import encode, guided, predict
 from codi_jax.models.config import Params
 from codi_jax.models.discriminator import DiscriminatorHead
 from codi_jax.optim import EmaFlags, Metrics
+from codi_jax.sampling import is_guided
 from codi_jax.schedule import Latents
 
 
@@ -36,11 +37,11 @@ class MatchingFlags(GeneratorFlags, EmaFlags):
     """
 
     real_guidance_scale: float = 6.0
-    """Guidance scale of the target; 8 for SDXL."""
+    """Guidance scale of the target; 8 for SDXL. 1 or less is no guidance."""
     real_image_guidance_scale: float = 1.5
-    """Guidance scale of the image, for an InstructPix2Pix target."""
+    """Guidance scale of the image, for an InstructPix2Pix target. Less than 1 is no guidance at all."""
     fake_guidance_scale: float = 1.0
-    """Guidance scale of the fake score where it is compared with the target; 1 is none."""
+    """Guidance scale of the fake score where it is compared with the target. 1 or less is no guidance."""
     dfake_gen_update_ratio: int = 1
     """Steps of the fake score for one of the generator; 5 in the recipes for full-size models."""
     min_step_percent: float = 0.02
@@ -145,9 +146,9 @@ def matching_gradient(
     x_t = schedule.add_noise(x, jax.random.normal(noise_key, x.shape), t)
 
     def output(unet: Params, text: float, image: float) -> Latents:
-        needs_image = modules.edits and (text, image) != (1, 1)
-        s_T = jnp.full(B, text, jnp.float32) if text != 1 or needs_image else None
-        s_I = jnp.full(B, image, jnp.float32) if needs_image else None
+        needs_guidance = is_guided(text, image if modules.edits else 1)
+        s_T = jnp.full(B, text, jnp.float32) if needs_guidance else None
+        s_I = jnp.full(B, image, jnp.float32) if needs_guidance and modules.edits else None
         return guided(modules, {**frozen, "unet": unet}, x_t, t, inputs, s_T, image_guidance_scale=s_I)
 
     target = output(frozen["unet"], flags.real_guidance_scale, flags.real_image_guidance_scale)

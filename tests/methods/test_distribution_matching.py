@@ -79,6 +79,8 @@ class Equations:
 
     def guided(self, unet: Any, z: Any, t: Any, text: float, image: float) -> np.ndarray:
         full, null = (self.output(unet, z, t, given) for given in (self.full, self.null))
+        if text <= 1 or (self.full[2] is not None and image < 1):  # as in DMD2's code, and in all pipelines
+            return full
         if self.full[2] is None:
             return null + text * (full - null)
         of_image = self.output(unet, z, t, self.image_only)
@@ -122,6 +124,23 @@ def test_the_generators_loss_and_gradient_equal_the_equations(task: str, predict
         return 2.0 * 0.5 * np.mean((equations.generate(theta["unet"], x_key) - wanted_x) ** 2)
 
     assert_equals(problem, loss)
+
+
+@pytest.mark.parametrize(
+    ("task", "scales"), [("text", (0.0, 1.5)), ("edit", (0.5, 1.5)), ("edit", (1.0, 1.5)), ("edit", (3.0, 0.5))]
+)
+def test_low_scales_are_no_guidance_of_the_target_either(task: str, scales: tuple[float, float]):
+    text, image = scales
+    plain, problem = (
+        make_problem(GENERATOR_LOSS, task, "epsilon", real_guidance_scale=s_T, real_image_guidance_scale=s_I)
+        for s_T, s_I in ((1.0, 1.0), (text, image))
+    )
+    equations = Equations(problem)
+    _, x_key, g_key, _ = jax.random.split(problem.key, 4)
+    x = equations.generate(float64(problem.state.params)["unet"], x_key)
+    g = equations.gradient(x, float64(problem.state.other)["unet"], equations.frozen["unet"], g_key)
+    np.testing.assert_allclose(problem.loss()[0], 0.5 * np.mean(g**2), rtol=1e-4)
+    assert problem.loss()[0] == plain.loss()[0]
 
 
 @pytest.mark.parametrize(("task", "prediction_type"), COMBINATIONS)
