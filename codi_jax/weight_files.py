@@ -5,24 +5,25 @@ the index only. Nothing is memory-mapped: pages of a mapped file count as reside
 its size while it is loaded.
 """
 
-import collections
 import io
 import json
 import math
 import os
-import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import ml_dtypes  # noqa: F401  (gives NumPy the names bfloat16 and float8_*)
+import ml_dtypes
 import msgpack
 import numpy as np
 from jaxtyping import Shaped
 from safetensors import safe_open
+
+from codi_jax import torch_pickle
+from codi_jax.torch_pickle import PickledTensor, RefusedError, checked_shape
 
 Layout = Literal["torch", "flax"]
 """How kernels are stored: OIHW and [out, in], or HWIO and [in, out]."""
@@ -33,15 +34,12 @@ _SAFETENSORS_DTYPES = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-_TORCH_STORAGES = {
-    "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16",
-    "Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool",
-    "ComplexFloat": "complex64", "Float8_e4m3fn": "float8_e4m3fn", "Float8_e5m2": "float8_e5m2",
-}  # fmt: skip
+_NUMBERS = frozenset({*_SAFETENSORS_DTYPES.values(), "complex128"}) - {"bfloat16", "float8_e4m3fn", "float8_e5m2"}
 _LEGACY_TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_TORCH_VERSION = 1001
 # Keys, scalars and the header of an array: what the msgpack index reads at a time.
 _MSGPACK_WINDOW = 4096
+_MAX_NAME = 1000  # characters; modules that are nested ten deep take a hundred
 
 
 class WeightsError(ValueError):
@@ -115,6 +113,9 @@ class WeightFile(Mapping[str, StoredTensor]):
         self.path = path
         self.layout: Layout = layout
         self._tensors = dict(tensors)
+        for name in self._tensors:
+            if len(name) > _MAX_NAME or not name.isprintable():
+                raise WeightsError(f"{path} holds a tensor of the name {ascii(name)[:80]}, which is none of a network.")
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self._tensors[name]
@@ -159,6 +160,8 @@ def open_weights(path: str | Path) -> WeightFile:
         return WeightFile(path, "torch", _index_torch(path))
     except (WeightsError, PermissionError):
         raise
+    except RefusedError as error:
+        raise WeightsError(f"{path} wants to run code ({error}): refused; use a safetensors version.") from None
     # A damaged file can make a parser fail in any way; the reader needs one sentence, and the cause is chained.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -208,35 +211,45 @@ def shard_names(path: Path) -> list[str]:
     """The files that an index of shards names.
 
     Raises:
-      WeightsError: if one lies outside the folder of the index.
+      WeightsError: if it is no such index, or one of them lies outside its folder.
     """
-    names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    names = sorted(set(_weight_map(path).values()))
     for name in names:
-        if Path(name).name != name:
-            raise WeightsError(f"{path} names the shard {name!r}; shards must lie beside their index.")
+        if Path(name).name != name or name.endswith(".json"):
+            raise WeightsError(f"{path} names the shard {name!r:.80}; shards must lie beside their index.")
+    return names
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        names = json.loads(path.read_text(encoding="utf-8-sig"))["weight_map"]
+        if not all(isinstance(name, str) for name in names.values()):
+            raise TypeError
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise WeightsError(f"{path} is no index of shards: download it again.") from None
     return names
 
 
 def _open_shards(path: Path) -> WeightFile:
-    missing = [name for name in shard_names(path) if not (path.parent / name).is_file()]
-    if missing:
+    names = shard_names(path)
+    if missing := [name for name in names if not (path.parent / name).is_file()]:
         raise WeightsError(f"{path} needs shards that are not there: {', '.join(missing)}; download them.")
     tensors: dict[str, StoredTensor] = {}
-    for name in shard_names(path):
+    for name in names:
         tensors |= open_weights(path.parent / name)
-    absent = json.loads(path.read_text(encoding="utf-8"))["weight_map"].keys() - tensors.keys()
-    if absent:
+    if absent := _weight_map(path).keys() - tensors.keys():
         raise WeightsError(
             f"{path} names {len(absent)} tensors that its shards lack, {min(absent)} first: download them again."
         )
     return WeightFile(path, "torch", tensors)
 
 
-def _dtype(path: Path, name: str) -> np.dtype:
-    try:
+def _dtype(path: Path, name: Any) -> np.dtype:
+    """The dtype of that name: of numbers alone, as NumPy also makes objects, texts and records of names."""
+    if isinstance(name, str) and (name in _NUMBERS or hasattr(ml_dtypes, name)):
         return np.dtype(name)
-    except TypeError:
-        raise WeightsError(f"{path} holds tensors of type {name}, which are not supported.") from None
+    shown = name if isinstance(name, str) and name.isprintable() else type(name).__name__
+    raise WeightsError(f"{path} holds tensors of type {shown[:40]}, which are not supported.")
 
 
 def _index_safetensors(path: Path) -> dict[str, StoredTensor]:
@@ -251,91 +264,13 @@ def _index_safetensors(path: Path) -> dict[str, StoredTensor]:
         if name != "__metadata__":
             dtype = _dtype(path, _SAFETENSORS_DTYPES.get(str(entry["dtype"]), str(entry["dtype"])))
             start, end = entry["data_offsets"]
-            tensors[name] = StoredTensor(path, dtype, tuple(entry["shape"]), ((8 + header_size + start, end - start),))
+            span = (8 + header_size + start, end - start)
+            tensors[name] = StoredTensor(path, dtype, checked_shape(entry["shape"]), (span,))
     return tensors
 
 
 # PyTorch: a pickle of nested dictionaries whose tensors are calls of `_rebuild_tensor_v2` on storages, and the bytes of
 # the storages: as members of a zip archive, or (before 1.6) one after the other behind the pickle.
-
-
-class _Storage(NamedTuple):
-    key: str
-    dtype: str
-    start: int  # in elements: a legacy storage can be a view of another
-
-
-class _PickledTensor(NamedTuple):
-    storage: _Storage
-    dtype: str
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-def _rebuild_tensor(storage: Any, offset: int, shape: tuple, strides: tuple, *_: Any) -> _PickledTensor:
-    return _PickledTensor(storage, storage.dtype, offset, shape, strides)
-
-
-def _rebuild_tensor_v3(
-    storage: Any, offset: int, shape: tuple, strides: tuple, grad: Any, hooks: Any, dtype: str, *_: Any
-) -> _PickledTensor:
-    return _PickledTensor(storage, dtype, offset, shape, strides)
-
-
-def _rebuild_parameter(tensor: _PickledTensor, *_: Any) -> _PickledTensor:
-    return tensor
-
-
-class _Callable(NamedTuple):
-    """A function that a pickle may call; of a plain one it could also set attributes."""
-
-    function: Callable[..., _PickledTensor]
-
-    def __call__(self, *arguments: Any) -> _PickledTensor:
-        return self.function(*arguments)
-
-
-# All that a pickle may name. Dtypes stay strings, which unlike np.dtype have no __setstate__ for a pickle to call.
-_PICKLE_NAMES: dict[str, Any] = {
-    "collections.OrderedDict": collections.OrderedDict,
-    "torch.Size": tuple,
-    "torch._utils._rebuild_tensor": _Callable(_rebuild_tensor),
-    "torch._utils._rebuild_tensor_v2": _Callable(_rebuild_tensor),
-    "torch._utils._rebuild_tensor_v3": _Callable(_rebuild_tensor_v3),
-    "torch._utils._rebuild_parameter": _Callable(_rebuild_parameter),
-    "torch._utils._rebuild_parameter_with_state": _Callable(_rebuild_parameter),
-    "torch.storage.UntypedStorage": "uint8",
-    **{f"torch.{name}Storage": dtype for name, dtype in _TORCH_STORAGES.items()},
-    **{f"torch.cuda.{name}Storage": dtype for name, dtype in _TORCH_STORAGES.items()},
-    **{f"torch.{dtype}": dtype for dtype in _TORCH_STORAGES.values()},
-    **{f"torch.uint{bits}": f"uint{bits}" for bits in (16, 32, 64)},
-}
-
-
-class _StateDictUnpickler(pickle.Unpickler):
-    """Builds dictionaries of `_PickledTensor`, and nothing else: no name outside `_PICKLE_NAMES` is looked up."""
-
-    def __init__(self, file: io.BufferedIOBase, path: Path) -> None:
-        super().__init__(file, encoding="utf-8")
-        self.path = path
-        self.storages: dict[str, str] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _PICKLE_NAMES[f"{module}.{name}"]
-        except KeyError:
-            raise WeightsError(
-                f"{self.path} wants to run code ({module}.{name}): refused; use a safetensors version."
-            ) from None
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _location, _numel, *view = pid
-        if kind != "storage" or not isinstance(dtype, str):
-            raise pickle.UnpicklingError(f"unknown storage {kind!r}")
-        self.storages[str(key)] = dtype
-        _, start, _ = view[0] if view and view[0] else (None, 0, None)
-        return _Storage(str(key), dtype, start)
 
 
 def _index_torch(path: Path) -> dict[str, StoredTensor]:
@@ -344,7 +279,8 @@ def _index_torch(path: Path) -> dict[str, StoredTensor]:
         file.seek(0)
         content, spans = (_open_torch_zip if is_zip else _open_torch_legacy)(file, path)
     content = _state_dict(path, content)
-    return {name: _locate(path, tensor, spans[tensor.storage.key]) for name, tensor in content.items()}
+    file_size = path.stat().st_size
+    return {name: _locate(path, tensor, spans[tensor.storage.key], file_size) for name, tensor in content.items()}
 
 
 def _open_torch_zip(file: io.BufferedIOBase, path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
@@ -354,11 +290,17 @@ def _open_torch_zip(file: io.BufferedIOBase, path: Path) -> tuple[Any, dict[str,
             raise WeightsError(f"{path} is a compressed archive: load it in PyTorch and save it again.")
         (pickle_name,) = (name for name in members if re.fullmatch(r"([^/]*/)?data\.pkl", name))
         root = pickle_name.removesuffix("data.pkl")
-        if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
+        if f"{root}byteorder" in members and _read_member(archive, f"{root}byteorder") != b"little":
             raise WeightsError(f"{path} was written on a big-endian machine, which is not supported.")
-        unpickler = _StateDictUnpickler(io.BytesIO(archive.read(pickle_name)), path)
-    content = unpickler.load()
-    return content, {key: _zip_member_span(file, members[f"{root}data/{key}"]) for key in unpickler.storages}
+        pickled = _read_member(archive, pickle_name)
+    content, storages = torch_pickle.load(io.BytesIO(pickled), len(pickled))
+    return content, {key: _zip_member_span(file, members[f"{root}data/{key}"]) for key in storages}
+
+
+def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    if (size := archive.getinfo(name).file_size) > torch_pickle.MAX_BYTES:
+        raise ValueError(f"{name} has {size} bytes, more than the index of a model takes")
+    return archive.read(name)
 
 
 def _zip_member_span(file: io.BufferedIOBase, member: zipfile.ZipInfo) -> tuple[int, int]:
@@ -369,40 +311,44 @@ def _zip_member_span(file: io.BufferedIOBase, member: zipfile.ZipInfo) -> tuple[
 
 
 def _open_torch_legacy(file: io.BufferedIOBase, path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
-    magic, version, _system = (_StateDictUnpickler(file, path).load() for _ in range(3))
+    size = path.stat().st_size
+    magic, version, _system = (torch_pickle.load(file, size)[0] for _ in range(3))
     if (magic, version) != (_LEGACY_TORCH_MAGIC, _LEGACY_TORCH_VERSION):
-        raise pickle.UnpicklingError("it does not begin as a PyTorch file does")
-    unpickler = _StateDictUnpickler(file, path)
-    content = unpickler.load()
+        raise ValueError("it does not begin as a PyTorch file does")
+    content, storages = torch_pickle.load(file, size)
+    keys, _ = torch_pickle.load(file, size)
     spans = {}
-    for key in _StateDictUnpickler(file, path).load():
+    for key in keys if isinstance(keys, list) and all(isinstance(key, str) for key in keys) else ():
         numel = int.from_bytes(file.read(8), "little")
-        spans[key] = (file.tell(), numel * np.dtype(unpickler.storages[key]).itemsize)
+        spans[key] = (file.tell(), numel * np.dtype(storages[key]).itemsize)
+        if sum(spans[key]) > size:
+            raise EOFError("its last bytes are missing")
         file.seek(spans[key][1], 1)
-    if file.tell() > path.stat().st_size:
-        raise EOFError("its last bytes are missing")
     return content, spans
 
 
-def _state_dict(path: Path, content: Any) -> dict[str, _PickledTensor]:
+def _state_dict(path: Path, content: Any) -> dict[str, PickledTensor]:
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds a {type(content).__name__}, not a state dict of named tensors.")
+        kind = "single tensor" if isinstance(content, PickledTensor) else type(content).__name__
+        raise WeightsError(f"{path} holds a {kind}, not a state dict of named tensors.")
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, _PickledTensor):
-            raise WeightsError(f"{path} is not a state dict: {name!r} is a {type(value).__name__}, not a tensor.")
+        if not isinstance(name, str) or not isinstance(value, PickledTensor):
+            raise WeightsError(f"{path} is not a state dict: {name!r:.80} is a {type(value).__name__}, not a tensor.")
     return content
 
 
-def _locate(path: Path, tensor: _PickledTensor, span: tuple[int, int]) -> StoredTensor:
-    dtype = _dtype(path, tensor.dtype)
-    shape, strides = tuple(tensor.shape), tuple(tensor.strides)
+def _locate(path: Path, tensor: PickledTensor, span: tuple[int, int], file_size: int) -> StoredTensor:
+    dtype, shape, strides = _dtype(path, tensor.dtype), tensor.shape, tensor.strides
     # The part of the storage from the tensor's first element to its last.
     length = 0 if 0 in shape else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    start = tensor.storage.start * np.dtype(tensor.storage.dtype).itemsize + tensor.offset * dtype.itemsize
-    if min(start, *shape, *strides, 0) < 0 or start + length * dtype.itemsize > span[1]:
+    start = tensor.storage.start * _dtype(path, tensor.storage.dtype).itemsize + tensor.offset * dtype.itemsize
+    if start + length * dtype.itemsize > span[1] or sum(span) > file_size:
         raise ValueError("a tensor reaches beyond its storage")
+    # A view can repeat elements without end.
+    if math.prod(shape) * dtype.itemsize > file_size:
+        raise ValueError("a tensor is larger than its file")
     contiguous = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     return StoredTensor(
         path, dtype, shape, ((span[0] + start, length * dtype.itemsize),), None if strides == contiguous else strides
@@ -432,14 +378,22 @@ def _scan_msgpack(file: io.BufferedIOBase, path: Path) -> Any:
         tensor = _flax_array(path, window[header_size:], start + header_size, size)
         file.seek(start + header_size + size)
         return tensor
-    unpacker = msgpack.Unpacker(strict_map_key=False)
+    # What does not fit into the window is refused, not allocated for.
+    unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=_MSGPACK_WINDOW)
     unpacker.feed(window)
     is_map = window[0] & 0xF0 == 0x80 or window[0] in (0xDE, 0xDF)
     value = unpacker.read_map_header() if is_map else unpacker.unpack()
     file.seek(start + unpacker.tell())
     if not is_map:
         return value
-    return {_scan_msgpack(file, path): _scan_msgpack(file, path) for _ in range(value)}
+    return dict(_scan_msgpack_entry(file, path) for _ in range(value))
+
+
+def _scan_msgpack_entry(file: io.BufferedIOBase, path: Path) -> tuple[str, Any]:
+    name = _scan_msgpack(file, path)
+    if not isinstance(name, str | int):
+        raise ValueError("an array has no name")
+    return str(name), _scan_msgpack(file, path)
 
 
 def _extension_header(window: bytes) -> tuple[int, int, int] | None:
@@ -454,11 +408,11 @@ def _extension_header(window: bytes) -> tuple[int, int, int] | None:
 
 
 def _flax_array(path: Path, window: bytes, start: int, size: int) -> StoredTensor:
-    unpacker = msgpack.Unpacker()
+    unpacker = msgpack.Unpacker(max_buffer_size=_MSGPACK_WINDOW)
     unpacker.feed(window)
     if unpacker.read_array_header() != 3:
         raise ValueError("an array is not (shape, dtype, bytes)")
-    shape, dtype = tuple(unpacker.unpack()), _dtype(path, unpacker.unpack())
+    shape, dtype = checked_shape(unpacker.unpack()), _dtype(path, unpacker.unpack())
     position = unpacker.tell()
     position += {0xC4: 2, 0xC5: 3, 0xC6: 5}[window[position]]  # bin8, bin16, bin32
     data_size = math.prod(shape) * dtype.itemsize
@@ -481,7 +435,9 @@ def _named_leaves(path: Path, tree: Any, prefix: str = "") -> Iterator[tuple[str
 
 def _join_chunks(tree: Mapping[str, Any]) -> StoredTensor:
     shape, chunks = ([tree[key][str(i)] for i in range(len(tree[key]))] for key in ("shape", "chunks"))
-    joined = replace(chunks[0], shape=tuple(shape), spans=tuple(span for chunk in chunks for span in chunk.spans))
+    joined = replace(
+        chunks[0], shape=checked_shape(shape), spans=tuple(span for chunk in chunks for span in chunk.spans)
+    )
     if joined.size * joined.dtype.itemsize != sum(size for _, size in joined.spans):
         raise ValueError("an array lacks some of its pieces")
     return joined

@@ -352,9 +352,162 @@ def test_hostile_opcodes(tmp_path: Path, program: bytes):
         open_weights(handmade(tmp_path / "m.bin", program))
 
 
+# What takes more than ten seconds of CPU time is killed.
+LIMITED = """
+import resource, sys
+from codi_jax.weight_files import WeightsError, open_weights
+
+resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[1:]:
+    try:
+        list(open_weights(path).arrays())
+    except WeightsError as error:
+        assert path in str(error) and str(error).isprintable() and len(str(error)) < 1000, str(error)[:2000]
+    else:
+        raise SystemExit(f"{path} was read")
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 100_000, f"{path} took {grown} KB"
+"""
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def bombs() -> dict[str, bytes]:
+    """Small pickles, without their protocol, that take memory or time without end."""
+    doubled = b"K\x01" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60))
+    deep = b")" + b"\x85" * 200_000
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE
+    many = b"(" + b"K\x01" * 100_000 + b"tq\x00" + b"}" + b"h\x00Ns" * 100_000 + b"."
+    items = b"ccollections\nOrderedDict\nq\x00](" + b"".join(text(f"{i}") + b"N\x86" for i in range(20_000))
+    return {
+        "memo index": b"}r\xff\xff\xff\x1f" + text("a") + b"Ns.",
+        "memo index in text": b"}p99999999999\n" + text("a") + b"Ns.",
+        "doubled tuples as a key": b"}" + doubled + b"Ns.",
+        "doubled tuples in a set": b"\x8f(" + doubled + b"\x90.",
+        "doubled tuples in a frozen set": b"(" + doubled + b"\x91.",
+        "doubled tuples as a key of an ordered dictionary": b"ccollections\nOrderedDict\n]" + doubled + b"N\x86a\x85R.",
+        "doubled tuples as attributes": b"}}" + doubled + b"Nsb.",
+        "doubled tuples as a kind of storage": b"(" + doubled + b"NX\x01\x00\x00\x000NNtQ.",
+        "doubled tuples as the key of a storage": b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+        + doubled
+        + b"NK\x04tQ.",
+        "nested tuples as a key": b"}" + deep + b"Ns.",
+        "nested tuples": b"}" + text("a") + deep + b"s.",
+        "a long tuple as a key, again and again": many,
+        "the same items, again and again": items + b"e\x85q\x01" + b"h\x00h\x01R0" * 20_000 + b".",
+        "a text that is not there": b"}X\xff\xff\xff\x7f.",
+        "a text of 2^62 bytes": b"}\x8d" + struct.pack("<Q", 1 << 62) + b".",
+        "a number that is not there": b"}\x8b\xff\xff\xff\x7f.",
+        "a text in place of a stride": b"}"
+        + text("a")
+        + tensor
+        + b"K\x00J\xff\xff\xff\x7f\x85"
+        + text("x" * 99)
+        + b"\x85\x89}tRs.",
+        "a text in place of a size": b"}"
+        + text("a")
+        + tensor
+        + b"K\x00"
+        + text("x")
+        + b"J\xff\xff\xff\x7f\x86K\x01K\x01\x86\x89}tRs.",
+        "sizes of many digits": b"}"
+        + text("a")
+        + tensor
+        + b"K\x00("
+        + (b"\x8a\xfa" + b"\x7f" * 250) * 1000
+        + b"t)\x89}tRs.",
+        "a hundred thousand dimensions": b"}"
+        + text("a")
+        + tensor
+        + b"K\x00("
+        + b"K\x01" * 100_000
+        + b"tq\x01h\x01\x89}tRs.",
+        "a view without end": b"}" + text("a") + tensor + b"K\x00J\xff\xff\xff\x7f\x85K\x00\x85\x89}tRs.",
+        "a name without end": b"}" + text("a" * 1_000_000) + tensor + b"K\x00K\x01\x85K\x01\x85\x89}tRs.",
+        "a name that cannot be printed": b"}X\x03\x00\x00\x00\xed\xa0\x80"
+        + tensor
+        + b"K\x00K\x01\x85K\x01\x85\x89}tRs.",
+        "a dictionary in itself": b"}q\x00" + text("state_dict") + b"h\x00s.",
+    }
+
+
+def test_small_pickles_that_would_take_everything(tmp_path: Path):
+    paths = []
+    for number, (_, program) in enumerate(bombs().items()):
+        paths.append(handmade(tmp_path / f"{number}.bin", program))
+        legacy = tmp_path / f"{number}-legacy.bin"
+        legacy.write_bytes(
+            b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {})) + b"\x80\x02" + program
+        )
+        paths.append(legacy)
+    subprocess.run([sys.executable, "-c", LIMITED, *map(str, paths)], check=True, cwd=ROOT)
+
+
+def test_files_that_promise_more_than_they_hold(tmp_path: Path):
+    array = {"a": np.zeros(4, np.float32)}
+    packed = flax.serialization.to_bytes(array)
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1] * 100_000, "data_offsets": [0, 4]}}).encode()
+    files = {
+        "array.msgpack": b"\x81\xa1a\xdd\xff\xff\xff\xff",
+        "arrays.msgpack": b"\x81\xa1a" + b"\xdd\x05\xf5\xe1\x00" * 200,
+        "map.msgpack": b"\xdf\xff\xff\xff\xff",
+        "maps.msgpack": b"\x81\xa1a" * 100_000,
+        "keys.msgpack": b"\x81" * 100_000,
+        "text.msgpack": b"\x81\xdb\xff\xff\xff\xff",
+        "piece.msgpack": b"\x81\xa1a\xc9\xff\xff\xff\xff\x01",
+        "text_shape.msgpack": msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb(((1 << 40, "ab"), "uint8", b"")))}),
+        "negative.msgpack": msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb(((-2, -2), "uint8", b"1234")))}),
+        "object.msgpack": packed.replace(b"float32", b"object0"),
+        "record.msgpack": msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb(((1,), "O", b"12345678")))}),
+        "header.safetensors": struct.pack("<Q", 1 << 62) + b"{}",
+        "large_header.safetensors": struct.pack("<Q", 99_000_000) + b"{}",
+        "nested.safetensors": struct.pack("<Q", 200_000) + b"[" * 200_000,
+        "dimensions.safetensors": struct.pack("<Q", len(header)) + header + b"1234",
+        "nested.safetensors.index.json": b'{"a":' * 100_000,
+        "list.safetensors.index.json": b"[]",
+        "numbers.safetensors.index.json": b'{"weight_map": {"a": 1}}',
+        "itself.safetensors.index.json": b'{"weight_map": {"a": "itself.safetensors.index.json"}}',
+    }
+    paths = []
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        paths.append(str(tmp_path / name))
+    for name, numel in (("storage.bin", 1 << 40), ("all.bin", (1 << 64) - 1)):
+        torch.save({"a": torch.zeros(4)}, tmp_path / name, _use_new_zipfile_serialization=False)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:-24] + struct.pack("<Q", numel) + content[-16:])
+        paths.append(str(tmp_path / name))
+    with zipfile.ZipFile(handmade(tmp_path / "member.bin", tensor_program(0, 1 << 28, 1)), "a") as archive:
+        archive.getinfo("m/data/0").file_size = archive.getinfo("m/data/0").compress_size = 1 << 31
+        archive.writestr("m/version", "3")  # the directory is written anew
+    paths.append(str(tmp_path / "member.bin"))
+    subprocess.run([sys.executable, "-c", LIMITED, *paths], check=True, cwd=ROOT)
+
+
+@TORCH_FORMATS
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_protocol_is_read_as_pytorch_reads_it(tensors: dict, tmp_path: Path, protocol: int, is_zip: bool):
+    module = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3))
+    content = OrderedDict({**tensors, **module.state_dict(), **dict(module.named_parameters(prefix="p"))})
+    path = tmp_path / "model.bin"
+    torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=is_zip)
+    assert_same(open_weights(path), torch.load(path, weights_only=False))
+
+
+def test_ordered_dictionaries_of_python_2(tmp_path: Path):
+    """There an OrderedDict was pickled as a call with a list of its items, and texts as bytes."""
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\x01K\x02\x85K\x01\x85\x89}tR"
+    program = b"ccollections\nOrderedDict\n](](U\x01a" + tensor + b"eeq\x01\x85R."
+    path = handmade(tmp_path / "m.bin", program)
+    np.testing.assert_array_equal(np.asarray(open_weights(path)["a"]), [1, 2])
+
+
 def test_torch_files_without_a_state_dict(tmp_path: Path):
     for content, problem in (
-        (torch.zeros(2), "holds a _PickledTensor, not a state dict"),
+        (torch.zeros(2), "holds a single tensor, not a state dict"),
         ([1, 2], "holds a list, not a state dict"),
         ({"a": torch.zeros(2), "step": 3}, "'step' is a int, not a tensor"),
         ({"unet": {"a": torch.zeros(2)}}, "'unet' is a dict, not a tensor"),
