@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from codi_jax.models.attention import dot_product_attention
-from codi_jax.models.config import ConfigError, ModelConfig, Params
+from codi_jax.models.config import Channels, ConfigError, Epsilon, ModelConfig, Params, Range, Token
 from codi_jax.models.layers import dense
 
 _PLAIN, _PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
@@ -35,18 +35,18 @@ class CLIPTextConfig(ModelConfig):
     })  # fmt: skip
 
     architectures: tuple[str, ...] = (_PLAIN,)
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    projection_dim: int = 512
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
+    vocab_size: Annotated[int, Range(1, 1 << 24)] = 49408
+    hidden_size: Channels = 512
+    intermediate_size: Channels = 2048
+    projection_dim: Channels = 512
+    num_hidden_layers: Annotated[int, Range(1, 128)] = 12
+    num_attention_heads: Channels = 8
+    max_position_embeddings: Annotated[int, Range(2, 1 << 16)] = 77
     hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    pad_token_id: int | None = 1
-    bos_token_id: int | None = 49406
-    eos_token_id: int = 49407
+    layer_norm_eps: Epsilon = 1e-5
+    pad_token_id: Token | None = 1
+    bos_token_id: Token | None = 49406
+    eos_token_id: Token = 49407
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -54,6 +54,8 @@ class CLIPTextConfig(ModelConfig):
                 f"hidden_size = {self.hidden_size} is not divisible by "
                 f"num_attention_heads = {self.num_attention_heads}."
             )
+        if self.eos_token_id >= self.vocab_size:
+            raise ConfigError(f"eos_token_id = {self.eos_token_id} is none of vocab_size = {self.vocab_size} tokens.")
 
     @property
     def with_projection(self) -> bool:

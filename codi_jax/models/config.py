@@ -9,12 +9,39 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 Config = TypeVar("Config", bound="ModelConfig")
 
 Params = dict[str, Any]
 """A tree of parameters: nested dicts, module names above, arrays (or their shapes) at the leaves."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a field may have, both ends included: far beyond those of any model, and quick to build with."""
+
+    low: float | int
+    high: float | int
+
+    def __contains__(self, value: float | int) -> bool:
+        return self.low <= value <= self.high  # not of NaN
+
+
+Channels = Annotated[int, Range(1, 1 << 16)]
+"""How wide something is: features, or heads, or groups of them."""
+Layers = Annotated[int, Range(1, 10)]
+"""Residual blocks of a resolution."""
+Depth = Annotated[int, Range(0, 64)]
+"""Transformer blocks in a row."""
+Side = Annotated[int, Range(1, 1 << 16)]
+"""Of a picture, or of its latents."""
+Token = Annotated[int, Range(0, 1 << 24)]
+"""The number of a token."""
+Epsilon = Annotated[float, Range(1e-12, 0.1)]
+"""What is added to a variance."""
+
+_MAX_ENTRIES = 12  # of lists, which have one for each block
 
 
 class ConfigError(ValueError):
@@ -31,8 +58,10 @@ class ModelConfig:
     ignored_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys that are known to change nothing in what the network computes."""
 
-    fixed_numbers: ClassVar[Mapping[str, float]] = {}
-    """Numbers that the network is built for: ``Literal`` does not take floats."""
+    averaging_keys: ClassVar[frozenset[str]] = frozenset({
+        "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power",
+    })  # fmt: skip
+    """How diffusers made a moving average of parameters, which it writes into the configuration of the average."""
 
     @classmethod
     def from_dict(cls: type[Config], mapping: Mapping[str, Any], where: str = "config.json") -> Config:
@@ -52,23 +81,19 @@ class ModelConfig:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         values = {}
         for key, value in mapping.items():
-            if key.startswith("_") or key in cls.ignored_keys:
+            if key.startswith("_") or key in cls.ignored_keys | cls.averaging_keys:
                 continue
             if key not in fields:
                 raise ConfigError(
-                    f"{where}: the key {key!r} (value {value!r}) is not one that {cls.class_names[0]} is known to "
-                    "have; remove it if it has no effect on the model."
+                    f"{where}: the key {key!r:.80} (value {value!r:.80}) is not one that {cls.class_names[0]} is known "
+                    "to have; remove it if it has no effect on the model."
                 )
-            value = _freeze(value)
-            if not _matches(value, fields[key].type):
+            value, kind = _freeze(value), fields[key].type
+            if not _matches(value, kind):
                 raise ConfigError(
-                    f"{where}: {key} = {value!r} is not supported; codi_jax can build {_describe(fields[key].type)}."
+                    f"{where}: {key} = {value!r:.80} is not supported; codi_jax can build {_describe(kind)}."
                 )
-            if key in cls.fixed_numbers and value != cls.fixed_numbers[key]:
-                raise ConfigError(
-                    f"{where}: {key} = {value!r} is not supported; codi_jax can build only {cls.fixed_numbers[key]}."
-                )
-            values[key] = float(value) if fields[key].type is float else value
+            values[key] = float(value) if _is_float(kind) else value
         try:
             return cls(**values)
         except ConfigError as error:
@@ -99,6 +124,13 @@ def per_block(value: Any, num_blocks: int, key: str) -> tuple:
     return value
 
 
+def require_even(config: Any, *keys: str) -> None:
+    """Raises `ConfigError` unless these widths, of sinusoidal embeddings, are even or not there."""
+    for key in keys:
+        if (getattr(config, key) or 0) % 2:
+            raise ConfigError(f"{key} = {getattr(config, key)} must be even: half of it are sines, half cosines.")
+
+
 def _freeze(value: Any) -> Any:
     return tuple(_freeze(item) for item in value) if isinstance(value, list | tuple) else value
 
@@ -107,14 +139,23 @@ def _thaw(value: Any) -> Any:
     return [_thaw(item) for item in value] if isinstance(value, tuple) else value
 
 
+def _is_float(annotation: Any) -> bool:
+    return (typing.get_args(annotation) or (annotation,))[0] is float
+
+
 def _matches(value: Any, annotation: Any) -> bool:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _matches(value, args[0]) and value in args[1]
     if origin in (typing.Union, types.UnionType):
         return any(_matches(value, arg) for arg in args)
     if origin is Literal:
         return any(value == arg and type(value) is type(arg) for arg in args)
     if origin is tuple:
-        return isinstance(value, tuple) and all(_matches(item, args[0]) for item in value)
+        if not isinstance(value, tuple) or not 1 <= len(value) <= _MAX_ENTRIES:
+            return False
+        kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
+        return len(kinds) == len(value) and all(map(_matches, value, kinds))
     if annotation is None or annotation is types.NoneType:
         return value is None
     if annotation is float:
@@ -126,12 +167,16 @@ def _matches(value: Any, annotation: Any) -> bool:
 
 def _describe(annotation: Any) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        low, high = args[1].low, args[1].high
+        return f"only {low}" if low == high else f"{_describe(args[0])} from {low} to {high}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_describe(arg) for arg in args)
     if origin is Literal:
         return "only " + " or ".join(repr(arg) for arg in args)
     if origin is tuple:
-        return f"a list of ({_describe(args[0])})"
+        length = f"1 to {_MAX_ENTRIES}" if args[-1] is Ellipsis else str(len(args))
+        return f"a list of {length} ({_describe(args[0])})"
     if annotation is None or annotation is types.NoneType:
         return "null"
     return {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[annotation]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from codi_jax.models.config import ConfigError, Params
+from codi_jax.models.config import Channels, ConfigError, Params
 from codi_jax.models.layers import conv, zero_conv
 from codi_jax.models.unet import UNet2DCondition, UNetEncoder
 from codi_jax.models.unet_config import EncoderConfig
@@ -26,9 +26,9 @@ class ControlNetConfig(EncoderConfig):
     # diffusers' former Flax ControlNet wrote them; neither enters a forward pass.
     ignored_keys: ClassVar[frozenset[str]] = EncoderConfig.ignored_keys | {"dropout", "sample_size"}
 
-    conditioning_channels: int = 3
+    conditioning_channels: Channels = 3
     controlnet_conditioning_channel_order: Literal["rgb", "bgr"] = "rgb"
-    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
+    conditioning_embedding_out_channels: tuple[Channels, ...] = (16, 32, 96, 256)
     global_pool_conditions: Literal[False] = False
 
     def __post_init__(self) -> None:
@@ -161,7 +161,7 @@ def controlnet_from_unet(
     unet: UNet2DCondition,
     unet_params: Params,
     key: Array,
-    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256),
+    conditioning_embedding_out_channels: tuple[Channels, ...] = (16, 32, 96, 256),
 ) -> tuple[ControlNet, Params]:
     """A new ControlNet for a UNet: the encoder's weights copied, every output zero.
 

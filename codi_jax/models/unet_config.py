@@ -1,17 +1,29 @@
 """The ``config.json`` of the UNet, and the part of it that the ControlNet shares."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from codi_jax.models.config import ConfigError, ModelConfig, per_block
+from codi_jax.models.config import (
+    Channels,
+    ConfigError,
+    Depth,
+    Epsilon,
+    Layers,
+    ModelConfig,
+    Range,
+    Side,
+    per_block,
+    require_even,
+)
 
 DownBlockType = Literal["CrossAttnDownBlock2D", "DownBlock2D"]
 UpBlockType = Literal["CrossAttnUpBlock2D", "UpBlock2D"]
 MidBlockType = Literal["UNetMidBlock2DCrossAttn", "UNetMidBlock2D"]
+
+_MAX_DEPTH = 400  # SDXL has 34
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,37 +33,36 @@ class EncoderConfig(ModelConfig):
     ignored_keys: ClassVar[frozenset[str]] = frozenset({
         "dtype", "use_memory_efficient_attention", "split_head_dim",  # of diffusers' former Flax models
     })  # fmt: skip
-    fixed_numbers: ClassVar[Mapping[str, float]] = {"mid_block_scale_factor": 1.0}
 
-    in_channels: int = 4
+    in_channels: Channels = 4
     flip_sin_to_cos: bool = True
-    freq_shift: int = 0
+    freq_shift: Annotated[int, Range(0, 1)] = 0
     down_block_types: tuple[DownBlockType, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     mid_block_type: MidBlockType | None = "UNetMidBlock2DCrossAttn"
     only_cross_attention: Literal[False] | tuple[Literal[False], ...] = False
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int | tuple[int, ...] = 2
+    block_out_channels: tuple[Channels, ...] = (320, 640, 1280, 1280)
+    layers_per_block: Layers | tuple[Layers, ...] = 2
     downsample_padding: Literal[1] = 1
-    mid_block_scale_factor: float = 1.0
+    mid_block_scale_factor: Annotated[float, Range(1.0, 1.0)] = 1.0
     act_fn: Literal["silu"] = "silu"
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    cross_attention_dim: int | tuple[int, ...] = 1280
-    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
+    norm_num_groups: Channels = 32
+    norm_eps: Epsilon = 1e-5
+    cross_attention_dim: Channels | tuple[Channels, ...] = 1280
+    transformer_layers_per_block: Depth | tuple[Depth | tuple[Depth, ...], ...] = 1
     encoder_hid_dim: None = None
     encoder_hid_dim_type: None = None
-    attention_head_dim: int | tuple[int, ...] = 8
-    num_attention_heads: int | tuple[int, ...] | None = None
+    attention_head_dim: Channels | tuple[Channels, ...] = 8
+    num_attention_heads: Channels | tuple[Channels, ...] | None = None
     use_linear_projection: bool = False
     class_embed_type: None = None
     addition_embed_type: Literal["text_time"] | None = None
-    addition_embed_type_num_heads: int = 64
-    addition_time_embed_dim: int | None = None
+    addition_embed_type_num_heads: Channels = 64
+    addition_time_embed_dim: Channels | None = None
     num_class_embeds: None = None
     # True in SD 2.1: queries and keys in float32. `dot_product_attention` always accumulates scores in float32.
     upcast_attention: bool = False
     resnet_time_scale_shift: Literal["default"] = "default"
-    projection_class_embeddings_input_dim: int | None = None
+    projection_class_embeddings_input_dim: Channels | None = None
 
     def __post_init__(self) -> None:
         n = self.num_blocks
@@ -63,6 +74,8 @@ class EncoderConfig(ModelConfig):
                     f"block_out_channels = {channels} must be divisible by the {heads} attention heads "
                     f"(attention_head_dim) and by norm_num_groups = {self.norm_num_groups}."
                 )
+        if (depth := sum(sum(self.down_transformer_layers(block)) for block in range(n))) > _MAX_DEPTH:
+            raise ConfigError(f"the model has {depth} transformer blocks on its way down; {_MAX_DEPTH} can be built.")
         if self.addition_embed_type and not (
             self.addition_time_embed_dim and self.projection_class_embeddings_input_dim
         ):
@@ -70,6 +83,14 @@ class EncoderConfig(ModelConfig):
                 "addition_embed_type = 'text_time' needs addition_time_embed_dim and "
                 "projection_class_embeddings_input_dim."
             )
+        if self.addition_embed_type and self.text_embeds_dim < 1:
+            raise ConfigError(
+                f"projection_class_embeddings_input_dim = {self.projection_class_embeddings_input_dim} has no room for "
+                f"the text beside six embeddings of addition_time_embed_dim = {self.addition_time_embed_dim}."
+            )
+        require_even(self, "addition_time_embed_dim")
+        if self.block_out_channels[0] % 2:
+            raise ConfigError(f"block_out_channels = {self.block_out_channels[0]} must be even in the first block.")
 
     @property
     def num_blocks(self) -> int:
@@ -104,10 +125,14 @@ class EncoderConfig(ModelConfig):
         """Zeros in the shapes of SDXL's ``added_cond``, for initialisation; ``None`` for models without."""
         if self.addition_embed_type is None:
             return None
+        return {"text_embeds": jnp.zeros((1, self.text_embeds_dim)), "time_ids": jnp.zeros((1, 6))}
+
+    @property
+    def text_embeds_dim(self) -> int:
+        """The width of SDXL's pooled text: what six embedded sizes leave of the projection's input."""
         assert self.projection_class_embeddings_input_dim is not None
         assert self.addition_time_embed_dim is not None
-        text_dim = self.projection_class_embeddings_input_dim - 6 * self.addition_time_embed_dim
-        return {"text_embeds": jnp.zeros((1, text_dim)), "time_ids": jnp.zeros((1, 6))}
+        return self.projection_class_embeddings_input_dim - 6 * self.addition_time_embed_dim
 
     def down_transformer_layers(self, block: int) -> tuple[int, ...]:
         """The depth of each `Transformer2DModel` of a down block; empty for a block without attention."""
@@ -121,24 +146,21 @@ class UNetConfig(EncoderConfig):
     """The ``config.json`` of a ``UNet2DConditionModel``."""
 
     class_names: ClassVar[tuple[str, ...]] = ("UNet2DConditionModel", "FlaxUNet2DConditionModel")
-    fixed_numbers: ClassVar[Mapping[str, float]] = {
-        **EncoderConfig.fixed_numbers, "dropout": 0.0, "resnet_out_scale_factor": 1.0
-    }  # fmt: skip
 
-    sample_size: int | tuple[int, ...] | None = None
-    out_channels: int = 4
+    sample_size: Side | tuple[Side, Side] | None = None
+    out_channels: Channels = 4
     center_input_sample: Literal[False] = False
     up_block_types: tuple[UpBlockType, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    dropout: float = 0.0
-    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None
+    dropout: Annotated[float, Range(0.0, 0.0)] = 0.0
+    reverse_transformer_layers_per_block: tuple[Depth | tuple[Depth, ...], ...] | None = None
     dual_cross_attention: Literal[False] = False
     resnet_skip_time_act: Literal[False] = False
-    resnet_out_scale_factor: float = 1.0
+    resnet_out_scale_factor: Annotated[float, Range(1.0, 1.0)] = 1.0
     time_embedding_type: Literal["positional"] = "positional"
     time_embedding_dim: None = None
     time_embedding_act_fn: None = None
     timestep_post_act: None = None
-    time_cond_proj_dim: int | None = None
+    time_cond_proj_dim: Channels | None = None
     conv_in_kernel: Literal[3] = 3
     conv_out_kernel: Literal[3] = 3
     attention_type: Literal["default"] = "default"
@@ -154,6 +176,7 @@ class UNetConfig(EncoderConfig):
             raise ConfigError(
                 f"embeds_image_guidance = true needs a time_cond_proj_dim that 4 divides: {self.time_cond_proj_dim}."
             )
+        require_even(self, "time_cond_proj_dim")
         if len(self.up_block_types) != self.num_blocks:
             raise ConfigError(
                 f"up_block_types has {len(self.up_block_types)} entries and down_block_types {self.num_blocks}; "

@@ -1,7 +1,7 @@
 """The autoencoder of latent diffusion (Rombach et al., 2022, section 3.1): diffusers' ``AutoencoderKL``, in NHWC."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from codi_jax.models.attention import Implementation, dot_product_attention
-from codi_jax.models.config import ConfigError, ModelConfig, Params
+from codi_jax.models.config import Channels, ConfigError, Layers, ModelConfig, Params, Range, Side
 from codi_jax.models.group_norm import GroupNorm
 from codi_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv, dense
 
@@ -23,17 +23,17 @@ class VAEConfig(ModelConfig):
     class_names: ClassVar[tuple[str, ...]] = ("AutoencoderKL", "FlaxAutoencoderKL")
     ignored_keys: ClassVar[frozenset[str]] = frozenset({"dtype"})
 
-    in_channels: int = 3
-    out_channels: int = 3
+    in_channels: Channels = 3
+    out_channels: Channels = 3
     down_block_types: tuple[Literal["DownEncoderBlock2D"], ...] = ("DownEncoderBlock2D",)
     up_block_types: tuple[Literal["UpDecoderBlock2D"], ...] = ("UpDecoderBlock2D",)
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
+    block_out_channels: tuple[Channels, ...] = (64,)
+    layers_per_block: Layers = 1
     act_fn: Literal["silu"] = "silu"
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    sample_size: int | tuple[int, ...] = 32
-    scaling_factor: float = 0.18215
+    latent_channels: Channels = 4
+    norm_num_groups: Channels = 32
+    sample_size: Side | tuple[Side, Side] = 32
+    scaling_factor: Annotated[float, Range(1e-6, 1e6)] = 0.18215
     shift_factor: None = None
     latents_mean: None = None
     latents_std: None = None
@@ -45,6 +45,10 @@ class VAEConfig(ModelConfig):
     def __post_init__(self) -> None:
         if not len(self.down_block_types) == len(self.up_block_types) == len(self.block_out_channels):
             raise ConfigError("down_block_types, up_block_types and block_out_channels must have the same length.")
+        if wrong := [channels for channels in self.block_out_channels if channels % self.norm_num_groups]:
+            raise ConfigError(
+                f"block_out_channels = {wrong[0]} is not divisible by norm_num_groups = {self.norm_num_groups}."
+            )
 
     @property
     def downscale(self) -> int:
