@@ -273,7 +273,7 @@ def _read_rows(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"--data {folder} has no metadata.jsonl: make the folder with dataset_tools/emoji.py.")
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except ValueError as error:
         raise ValueError(f"{path} is not JSON, one object a line: {error}.") from None
     if len(rows) < 2:

@@ -232,4 +232,5 @@ def _lines(path: Path) -> list[str]:
     """The complete lines: a run that was killed may have left half of one."""
     if not path.exists():
         return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+    with path.open(encoding="utf-8") as lines:
+        return [line for line in lines if line.endswith("}\n")]

@@ -415,3 +415,10 @@ def test_models_have_steps_of_their_own() -> None:
     ]
     scales = [(model.guidance_scale, model.image_guidance_scale) for model in read]
     assert scales == [(3.0, 2.0), (1.0, 2.0), (7.5, 1.5)]
+
+
+def test_captions_with_unusual_ends_of_lines_are_read(tmp_path: Path) -> None:
+    rows = [{"text": f"a{separator}b"} for separator in "\u2028\u2029\x85"]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "metadata.jsonl").write_bytes(f"\ufeff{lines}\n".encode())
+    assert evaluate._read_rows(tmp_path) == rows

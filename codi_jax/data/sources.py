@@ -4,13 +4,14 @@ A folder may lie on an object store: wherever a path is meant, a URL that `fsspe
 Images stay encoded here, and are opened by whoever wants the sample: see `codi_jax.data.images`.
 """
 
+import csv
 import hashlib
 import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
@@ -19,6 +20,7 @@ from datasets import Dataset, IterableDataset
 
 from codi_jax.data.files import Folder
 from codi_jax.data.images import describe_cell
+from codi_jax.data.picture_folders import captions_in
 from codi_jax.hub import first_line, listed
 
 Rows = Dataset | IterableDataset
@@ -152,8 +154,11 @@ def open_source(
         require_folder(train_data_dir)
     is_table = train_shards is not None or train_prompts is not None
     metadata = None if is_table else next((name for name in METADATA_FILES if folder.has(name)), None)
+    captions = _captions_beside(folder, wanted) if metadata is None and not is_table else {}
     if metadata is not None:
         source = _from_metadata(folder, metadata, wanted, condition_is_optional)
+    elif captions:
+        source = _from_captions(folder, captions, wanted, condition_is_optional)
     else:
         if train_prompts is not None:
             loaded = _load_prompts(Path(where).expanduser(), wanted)
@@ -163,7 +168,7 @@ def open_source(
             loaded = _load(where, folder, dataset_config_name, load_from_disk, streaming, cache_dir)
         source = _from_rows(loaded, wanted, condition_is_optional, folder, where)
     rows = source.rows
-    if metadata is not None and streaming and isinstance(rows, Dataset):
+    if (metadata is not None or captions) and streaming and isinstance(rows, Dataset):
         rows = rows.to_iterable_dataset()
     if max_train_samples is not None:
         rows = rows.take(min(max_train_samples, len(rows)) if isinstance(rows, Dataset) else max_train_samples)
@@ -214,10 +219,30 @@ def _load(
             name, files = (folder.path if folder.is_dir() else where), None
         else:
             name, files = _files_of(folder)
-        loaded = datasets.load_dataset(name, config, data_files=files, cache_dir=cache_dir, streaming=streaming)
+        loaded = datasets.load_dataset(
+            name, config, data_files=files, cache_dir=cache_dir, streaming=streaming, **_options_of(folder)
+        )
     except Exception as error:
         raise ValueError(_explained(error, where, folder, load_from_disk)) from error
     return _training_split(loaded, where)
+
+
+def _options_of(folder: Folder) -> dict[str, Any]:
+    """How `datasets` reads the files of a folder, where they are tables that are texts, all of one kind."""
+    paths = folder.fs.find(folder.locate()) if folder.is_dir() and folder.is_local else ()
+    endings = {PurePosixPath(path).suffix for path in paths} - {".md", ""}
+    return text_options(*endings) if len(endings) == 1 else {}
+
+
+def text_options(ending: str) -> dict[str, Any]:
+    """How `datasets` reads tables that are texts, by the ending of their files."""
+    if ending not in (".csv", ".tsv", ".json", ".jsonl"):
+        return {}
+    options: dict[str, Any] = {"encoding": "utf-8-sig", "encoding_errors": "replace"}
+    if ending in (".csv", ".tsv"):  # "NA", "null" and "None" are captions, and only what is empty is none
+        options |= {"keep_default_na": False, "na_values": [""]}
+    # A TSV has no quotes: one that is in a caption would take the rows up to the next with it.
+    return options | ({"sep": "\t", "quoting": csv.QUOTE_NONE} if ending == ".tsv" else {})
 
 
 def _load_prompts(file: Path, wanted: Columns) -> Dataset:
@@ -230,9 +255,12 @@ def _load_prompts(file: Path, wanted: Columns) -> Dataset:
         except Exception as error:
             raise ValueError(f"--train_prompt_path {file} could not be read as parquet: {error}.") from error
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        # Not str.splitlines, which cuts at U+2028, U+0085 and vertical tabs, too: they stand in captions of the web.
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError:
-        raise ValueError(f"--train_prompt_path {file} is no text: give a prompt a line, or a .parquet file.") from None
+        raise ValueError(
+            f"--train_prompt_path {file} is no UTF-8 text: give a prompt a line, or a .parquet file."
+        ) from None
     prompts = [line for line in lines if line]
     if not prompts:
         raise ValueError(f"--train_prompt_path {file} is empty: write a prompt a line.")
@@ -344,6 +372,26 @@ def _from_metadata(folder: Folder, name: str, wanted: Columns, optional: bool) -
     digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
     where = str(Path(file).absolute()) if folder.is_local else file
     return Source(Dataset.from_dict(values), columns, folder.path, file, f"{where} {digest}")
+
+
+def _captions_beside(folder: Folder, wanted: Columns) -> dict[str, str | None]:
+    """The captions of a folder of pictures, if it is one and they are asked for by the usual name."""
+    if wanted.caption not in ("text", *_FALLBACKS["text"]) or any(folder.has(name) for name in SAVED):
+        return {}
+    return captions_in(folder)
+
+
+def _from_captions(folder: Folder, captions: Mapping[str, str | None], wanted: Columns, optional: bool) -> Source:
+    values = {"image": list(captions), "text": [caption or "" for caption in captions.values()]}
+    asked = replace(wanted, caption="text", image=wanted.image and "image")
+    columns = _find_columns(asked, list(values), folder.path, optional)
+    if missing := sum(not caption for caption in captions.values()):
+        text = f"{missing} of the {len(captions)} pictures in {folder} have no caption: theirs is the empty text."
+        warnings.warn(text, stacklevel=2)
+    digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    rows = Dataset.from_dict({name: values[name] for name in columns.names()})
+    where = str(Path(folder.path).absolute()) if folder.is_local else folder.path
+    return Source(rows, columns, folder.path, folder.path, f"{where} {digest}")
 
 
 def _read_lines(file: str, lines: Iterable[bytes]) -> Iterable[tuple[int, dict[str, Any]]]:

@@ -76,6 +76,6 @@ class Skipped:
 def clean_text(value: str | bytes | None) -> str:
     """A caption on one line, as valid Unicode: what is broken becomes U+FFFD."""
     if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
+        value = value.decode("utf-8-sig", "replace")
     text = (value or "").encode("utf-8", "replace").decode("utf-8")
     return " ".join(text.replace("\0", " ").split())

@@ -5,6 +5,7 @@ many rows there are, and nothing is copied to a cache.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,14 +18,14 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
 from codi_jax.data.files import Folder, is_url
-from codi_jax.data.sources import METADATA_FILES, SAVED
+from codi_jax.data.picture_folders import beside, images_in
+from codi_jax.data.sources import METADATA_FILES, SAVED, text_options
 from codi_jax.flags import Flags
 from codi_jax.hub import first_line, listed
 from codi_jax.preparation.rows import Cell, File, Row, Skipped, Url, clean_text
 
 _BATCH = 1000
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".arrow": "arrow"}
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Names of a column that mean the same, tried where the flag is left out.
 _URLS = ("url", "URL", "image_url", "IMAGE_URL")
 _IMAGES = ("image", "jpg", "png", "file_name", "original_image")
@@ -80,7 +81,7 @@ class Filter:
 
     def rejects(self, table: pa.Table, column: str) -> np.ndarray:
         """Whether each row is rejected; those without a number are."""
-        values = pc.fill_null(table[column].cast(pa.float64()), np.nan).to_numpy()
+        values = _numbers(table[column])
         return ~(values >= self.limit if self.at_least else values <= self.limit)
 
     @property
@@ -320,9 +321,7 @@ def _load(where: str, folder: Folder, flags: TableFlags, in_memory_order: bool) 
         files, ending = _files(where, folder)
         if files:
             builder = _BUILDERS[ending]
-            more: dict[str, Any] = {"encoding_errors": "replace"} if builder in ("csv", "json") else {}
-            more |= {"sep": "\t"} if ending == ".tsv" else {}
-            return datasets.load_dataset(builder, data_files={flags.split: files}, **options, **more)
+            return datasets.load_dataset(builder, data_files={flags.split: files}, **options, **text_options(ending))
         return datasets.load_dataset(where, flags.config, **options)
     except Exception as error:
         raise ValueError(f"--input {where} could not be read: {first_line(error)}") from error
@@ -356,19 +355,26 @@ def _is_folder_of_images(folder: Folder) -> bool:
     return not any(PurePosixPath(name).suffix in _BUILDERS or name in SAVED for name in names)
 
 
-def images_in(folder: Folder) -> Iterator[str]:
-    """The paths of all images in it, relative to it."""
-    root = folder.locate().rstrip("/")
-    for path in folder.fs.find(root):
-        if PurePosixPath(path).suffix.lower() in _PICTURES:
-            yield path[len(root) + 1 :]
-
-
 def _items_of_images(folder: Folder, paths: Sequence[str]) -> Iterator[Row]:
     for position, path in enumerate(paths):
-        beside = str(PurePosixPath(path).with_suffix(".txt"))
-        caption = clean_text(folder.read(beside)) if folder.has(beside) else ""
+        text = beside(path)
+        caption = clean_text(folder.read(text)) if folder.has(text) else ""
         yield Row(position, path, {"image": File(folder.url(path))}, {"text": caption, "id": path})
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of numbers, NaN where there is none. One that says "NA" somewhere is a column of texts."""
+    try:
+        return pc.fill_null(column.cast(pa.float64()), np.nan).to_numpy()
+    except pa.ArrowInvalid:
+        return np.array([_number(value) for value in column.to_pylist()], np.float64)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:

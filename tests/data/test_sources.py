@@ -1,5 +1,6 @@
 """Data sets as others write them: folders with JSON lines, save_to_disk, parquet, imagefolder."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from test_load import numbers, take
 
 from codi_jax.data import DataFlags, load_data, streams
 from codi_jax.data.sources import captions_of, files_fingerprint, open_source
+from codi_jax.preparation.rows import Row
+from codi_jax.preparation.tables import TableFlags, open_table
 
 
 @pytest.fixture(autouse=True)
@@ -252,6 +255,82 @@ def test_an_empty_data_set_is_refused(tmp_path):
     hf_dataset().select([]).to_parquet(tmp_path / "data" / "train.parquet")
     with pytest.raises(ValueError, match=r"data holds no .* no data!"):
         check(flags(tmp_path / "data", conditioning_image_column="edges", cache_dir=str(tmp_path / "cache")))
+
+
+# What str.splitlines takes for ends of lines, and files do not.
+SEPARATORS = "\u2028\u2029\x85\v\f\x1c\x1d\x1e"
+
+
+def test_prompts_are_cut_where_files_cut_lines_and_nowhere_else(tmp_path):
+    prompts = [f"a{separator}b" for separator in SEPARATORS]
+    for end, mark in itertools.product(("\n", "\r\n"), ("", "\ufeff")):
+        file = tmp_path / "prompts.txt"
+        file.write_bytes((mark + end.join(["first", *prompts, "", "last"])).encode())
+        source = open_source(train_prompts=str(file), image_column=None)
+        assert [row["text"] for row in source.rows] == ["first", *prompts, "last"]
+
+
+def test_json_lines_are_cut_where_files_cut_lines_and_nowhere_else(tmp_path):
+    folder = write_folder(tmp_path / "data", 6, condition_size=(32, 32))
+    rows = [json.loads(line) for line in (folder / "meta.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**row, "text": f"a{SEPARATORS[i]}b"}, ensure_ascii=False) for i, row in enumerate(rows)]
+    (folder / "meta.jsonl").write_bytes("\ufeff".encode() + "\n".join(lines).replace("\v", "\\u000b").encode())
+    source = open_source(train_data_dir=str(folder))
+    assert [row["text"] for row in source.rows] == [json.loads(line)["text"] for line in lines_of(folder)]
+    assert next(iter(source.rows))["text"] == "a\u2028b"
+
+
+def lines_of(folder: Path) -> list[bytes]:
+    return (folder / "meta.jsonl").read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_a_table_of_texts_has_the_captions_that_it_says(tmp_path, kind):
+    captions = ["NA", "null", "None", "n/a", 'a 5" pipe', "a\u2028b\x85c", "nan"]
+    separator = {"csv": ",", "tsv": "\t"}[kind]
+    (tmp_path / "data").mkdir()
+    lines = [f"image{separator}text", *(f"{i}.png{separator}{caption}" for i, caption in enumerate(captions))]
+    (tmp_path / "data" / f"train.{kind}").write_bytes(("\ufeff" + "\n".join(lines) + "\n").encode())
+    source = open_source(train_data_dir=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
+    assert [row["text"] for row in source.rows] == captions
+    assert [row["image"] for row in source.rows] == [f"{i}.png" for i in range(len(captions))]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("subfolder", [".", "train"])
+def test_a_folder_of_pictures_with_captions_beside_them(tmp_path, monkeypatch, streaming, subfolder):
+    monkeypatch.setattr(streams, "WINDOW", 6)
+    folder = tmp_path / "data" / subfolder
+    folder.mkdir(parents=True)
+    for i in range(6):
+        numbered(i).save(folder / f"picture.{i}.png")
+        (folder / f"picture.{i}.txt").write_bytes(b"\xef\xbb\xbf" + f"{i}\r\n".encode())
+    check(flags(tmp_path / "data", streaming=streaming), condition=None)
+
+
+def test_captions_beside_pictures_are_those_that_the_data_tool_reads(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i, text in enumerate(["one\ntwo", "\u2028 a b\0", "", None]):
+        numbered(i).save(folder / f"{i}.png")
+        if text is not None:
+            (folder / f"{i}.txt").write_text(text)
+    with pytest.warns(UserWarning, match="2 of the 4 pictures in .*data have no caption"):
+        source = open_source(train_data_dir=str(folder))
+    items, _ = open_table(TableFlags(input=str(folder)), lambda names, where: pytest.fail("no columns are asked for"))
+    tool = {row.id: row.texts["text"] for row in items() if isinstance(row, Row)}
+    assert {row["image"]: row["text"] for row in source.rows} == tool
+    assert tool["0.png"] == "one two"
+    (folder / "0.txt").write_text("three")
+    with pytest.warns(UserWarning, match="have no caption"):
+        assert open_source(train_data_dir=str(folder)).fingerprint != source.fingerprint
+
+
+def test_a_column_that_captions_beside_pictures_do_not_make_is_named(tmp_path):
+    numbered(0).save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_text("one")
+    with pytest.raises(ValueError, match="no column 'conditioning_image': set --conditioning_image_column to one of"):
+        open_source(train_data_dir=str(tmp_path), condition_column="conditioning_image")
 
 
 def test_captions_in_every_form():

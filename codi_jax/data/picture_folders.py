@@ -1,0 +1,45 @@
+"""Folders of pictures without a table: captions lie beside them, in .txt files of the same names."""
+
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+
+from codi_jax.data.files import Folder
+
+TABLES = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".arrow", ".tar")
+"""Endings of files that list samples: a folder with one is no folder of pictures alone."""
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def images_in(folder: Folder) -> Iterator[str]:
+    """The paths of all images in it, relative to it."""
+    root = folder.locate().rstrip("/")
+    for path in folder.fs.find(root):
+        if PurePosixPath(path).suffix.lower() in PICTURES:
+            yield path[len(root) + 1 :]
+
+
+def captions_in(folder: Folder) -> dict[str, str | None]:
+    """The path of each picture, sorted, and its caption; ``None`` for those that have none.
+
+    Nothing if the folder is not there, holds a table or has no caption at all.
+    """
+    if not folder.is_dir() or any(PurePosixPath(name).suffix in TABLES for name in folder.names()):
+        return {}
+    paths = sorted(images_in(folder))
+    root = folder.locate().rstrip("/")
+    texts = {path[len(root) + 1 :] for path in folder.fs.find(root) if path.endswith(".txt")}
+    captions = {path: beside(path) for path in paths}
+    if not texts & set(captions.values()):
+        return {}
+    return {path: text_of(folder.read(name)) if name in texts else None for path, name in captions.items()}
+
+
+def beside(path: str) -> str:
+    """The path of a picture's caption."""
+    return str(PurePosixPath(path).with_suffix(".txt"))
+
+
+def text_of(content: bytes) -> str:
+    """The text of a file, on one line; what is no UTF-8 becomes U+FFFD."""
+    return " ".join(content.decode("utf-8-sig", "replace").replace("\0", " ").split())
