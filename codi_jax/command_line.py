@@ -5,8 +5,8 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, get_type_hints
 
 import jax
 import tyro
@@ -18,6 +18,7 @@ Args = TypeVar("Args")
 
 _HIDDEN = "***"
 _SHOWN = 10  # warnings from one place: a million captions may each have something wrong
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _SAVE_MEMORY = ("train_batch_size", "gradient_checkpointing", "fsdp")
 
 
@@ -33,9 +34,9 @@ def run(
       save_memory: what to try when the device has not enough memory; ``None`` names the flags of training.
     """
     warnings.showwarning = _warning_printer()
-    args = tyro.cli(args_class, prog=prog, use_underscores=True, config=(tyro.conf.DisallowNone,))
-    _hide_secrets(args_class)
     try:
+        args = parse(args_class, sys.argv[1:], prog)
+        _hide_secrets(args_class)
         function(args)
     except (Exception, KeyboardInterrupt) as error:
         explanation = _explained(error, save_memory or _other_values(args_class))
@@ -65,6 +66,38 @@ def _hide_secrets(args_class: type) -> None:
         elif flag in secrets and equals:
             sys.argv[index] = f"{argument.partition('=')[0]}={_HIDDEN}"
         hides_next = flag in secrets and not equals
+
+
+def parse(args_class: type[Args], words: Sequence[str], prog: str | None = None) -> Args:
+    """The arguments of these words. A flag that is on or off may be ``--flag``, ``--no_flag`` or ``--flag False``.
+
+    Args:
+      args_class: see `run`.
+      words: of the command line, without the program.
+      prog: see `run`.
+
+    Raises:
+      SystemExit: after a message, if they cannot be read; after the help, if it is asked for.
+    """
+    switches = {name for name, kind in get_type_hints(args_class).items() if kind is bool}
+    plain = list(_without_truth_values(words, switches))
+    return tyro.cli(args_class, args=plain, prog=prog, use_underscores=True, config=(tyro.conf.DisallowNone,))
+
+
+def _without_truth_values(words: Sequence[str], switches: set[str]) -> Iterable[str]:
+    """``--flag True`` as ``--flag`` and ``--flag False`` as ``--no_flag``, in which tyro knows switches alone."""
+    rest = list(reversed(words))
+    while rest:
+        word = rest.pop()
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or name not in switches:
+            yield word
+            continue
+        if not equals and rest and rest[-1].lower() in _TRUTH:
+            value = rest.pop()
+        truth = _TRUTH.get(value.lower(), True if not equals else None)
+        yield word if truth is None else f"--{name}" if truth else f"--no_{name}"
 
 
 def _warning_printer() -> Callable[..., None]:

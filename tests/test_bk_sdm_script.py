@@ -9,7 +9,6 @@ import diffusers
 import jax
 import numpy as np
 import pytest
-import tyro
 import yaml
 from folders import SD_UNET, SIZE, make_pipeline
 from oracle import make_torch
@@ -27,7 +26,7 @@ from test_training_scripts import (
     weights_of,
 )
 
-from codi_jax import pipeline
+from codi_jax import command_line, pipeline
 from codi_jax.models.pruning import prune
 from codi_jax.pipeline import DiffusionPipeline
 from codi_jax.pruning_levels import find_level
@@ -190,7 +189,7 @@ def test_few_steps_and_fewer_blocks(inputs: Inputs, student: Path, tmp_path: Pat
 
 
 def parse(words: list[str]) -> Any:
-    return tyro.cli(bk_sdm.Args, args=words, use_underscores=True, config=(tyro.conf.DisallowNone,))
+    return command_line.parse(bk_sdm.Args, words)
 
 
 def test_the_command_line_of_the_seed() -> None:

@@ -54,6 +54,28 @@ def test_flags_are_spelled_with_underscores_and_hyphens(run: Any) -> None:
     assert run() == [Args()]
 
 
+@pytest.mark.parametrize(
+    ("words", "fast"),
+    [
+        ("--fast", True), ("--fast True", True), ("--fast true", True), ("--fast=True", True), ("--fast 1", True),
+        ("--no_fast", False), ("--fast False", False), ("--fast=False", False), ("--fast no", False),
+        ("--fast False --train_batch_size 1", False), ("--train-batch-size 1 --fast --name True", True),
+    ],
+)  # fmt: skip
+def test_a_switch_is_written_alone_or_with_its_value(run: Any, words: str, fast: bool) -> None:
+    """The latter as users of argparse do."""
+    (args,) = run(*words.split())
+    assert args.fast is fast
+
+
+def test_a_switch_takes_no_other_value(run: Any, capsys: pytest.CaptureFixture) -> None:
+    for words in (["--fast", "perhaps"], ["--fast=perhaps"], ["--no_fast", "True"]):
+        with pytest.raises(SystemExit) as ended:
+            run(*words)
+        assert ended.value.code == 2
+    assert "perhaps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("error", [ValueError("no."), FileNotFoundError("no."), FloatingPointError("no.")])
 def test_errors_that_the_user_can_mend(run: Any, error: Exception) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -43,8 +43,8 @@ class Args(DenoisingTrainingFlags, DataFlags):
     a level of --distill_table."""
     distill_table: Adjustable[Path | None] = None
     """YAML file of levels of your own; assets/recipes/emoji-levels.yaml is an example."""
-    prepare_unet: Annotated[bool, tyro.conf.FlagConversionOff] = True
-    """False takes no blocks away: the student starts as the whole teacher."""
+    prepare_unet: bool = True
+    """Take blocks away; without it (--no_prepare_unet) the student starts as the whole teacher."""
     output_weight: float = 1.0
     """Weight of the distance between the outputs of student and teacher."""
     feature_weight: float = 1.0
