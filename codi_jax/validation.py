@@ -1,8 +1,9 @@
 """What a run shows while it trains: which samples, and what is made of them."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import tyro
@@ -14,30 +15,41 @@ from codi_jax.images import open_image, to_pixels
 from codi_jax.models.config import Params
 from codi_jax.pipeline import DiffusionPipeline
 
+Item = TypeVar("Item")
+
+_AT_A_TIME = 8  # pictures of a batch
+
 
 @dataclass(frozen=True)
 class ValidationFlags(Flags):
     """Flags about validation pictures."""
 
     validation_data_dir: Operational[str | None] = None
-    """Folder of samples to show that are not trained on, like --train_data_dir. If left out: training samples."""
+    """Folder of samples to show that are not trained on, like --train_data_dir. Default: training samples."""
     validation_prompt: Operational[tuple[str, ...]] = ()
     """Prompts to show instead of samples of the data."""
     validation_image: Operational[
         Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--val_image_url_or_path", "--val_image_url"])]
     ] = ()
-    """Condition images (files or URLs) for these prompts, or images to edit: one for all, or one for each."""
+    """Condition images (files or URLs) for these prompts, or images to edit: one for each prompt, one for all prompts,
+    or several for one prompt."""
     num_validation_images: Operational[int] = 8
-    """Samples in a validation picture."""
+    """Pictures of each prompt of --validation_prompt, or of each prompt with its image; without prompts, the samples of
+    the data that are shown."""
 
     def check(self) -> None:
         super().check()
         self.require_at_least(1, "num_validation_images")
-        if self.validation_image and len(self.validation_image) not in (1, len(self.validation_prompt)):
+        images, prompts = len(self.validation_image), len(self.validation_prompt)
+        if images and not prompts:
+            raise ValueError('--validation_image needs --validation_prompt: give one, such as "", the empty one.')
+        if images != prompts and images > 1 and prompts > 1:
             raise ValueError(
-                f"--validation_image has {len(self.validation_image)} images and --validation_prompt "
-                f"{len(self.validation_prompt)} prompts: give one image, or one for each prompt."
+                f"--validation_image has {images} images and --validation_prompt {prompts} prompts: give one of "
+                "either, or as many images as prompts."
             )
+        if prompts and self.validation_data_dir is not None:
+            raise ValueError("--validation_prompt and --validation_data_dir exclude each other: give one of them.")
 
 
 @dataclass(frozen=True)
@@ -60,13 +72,17 @@ class Samples:
 def validation_samples(flags: Any, condition: Any = None, *, has_images: bool = True) -> Samples:
     """The samples that the flags ask for: prompts of the user, else of a data set, in every run the same.
 
+    Prompts and images make pairs as in diffusers' ``train_controlnet.py``, and each pair is there
+    ``num_validation_images`` times: the noise of each is its own.
+
     Args:
       flags: `codi_jax.data.DataFlags` and `ValidationFlags`.
       condition: see `codi_jax.data.load_data`.
       has_images: whether the training data has images; that of ``validation_data_dir`` always does.
 
     Raises:
-      ValueError: if data or images cannot be read, or prompts lack the condition images that the task has.
+      ValueError: if data or images cannot be read, or prompts lack the condition images that the task has, or have
+        some where it has none.
     """
     if not flags.validation_prompt:
         return held_out(flags, flags.num_validation_images, condition, has_images=has_images)
@@ -74,12 +90,21 @@ def validation_samples(flags: Any, condition: Any = None, *, has_images: bool = 
         raise ValueError(
             "--validation_prompt needs --validation_image here: a condition image for all, or one for each."
         )
-    prompts, size = list(flags.validation_prompt), (flags.resolution, flags.resolution)
+    if condition is None and flags.validation_image:
+        raise ValueError("--validation_image has no place here: this training has no condition images.")
+    count, pairs = flags.num_validation_images, max(len(flags.validation_prompt), len(flags.validation_image))
+    prompts = _repeated(flags.validation_prompt, pairs, count)
     if not flags.validation_image:
         return Samples(prompts, flags.resolution)
-    images = [to_pixels(open_image(source), size) for source in flags.validation_image]
-    images = images * len(prompts) if len(images) == 1 else images
-    return Samples(prompts, flags.resolution, conditions=np.round(np.stack(images) * 255).astype(np.uint8))
+    pixels = [to_pixels(open_image(source), (flags.resolution,) * 2) for source in flags.validation_image]
+    images = [np.round(image * 255).astype(np.uint8) for image in pixels]
+    return Samples(prompts, flags.resolution, conditions=np.stack(_repeated(images, pairs, count)))
+
+
+def _repeated(items: Sequence[Item], pairs: int, count: int) -> list[Item]:
+    """One for each pair, or one for all of them, each ``count`` times in a row."""
+    of_pairs = items if len(items) == pairs else [*items] * pairs
+    return [item for item in of_pairs for _ in range(count)]
 
 
 def held_out(
@@ -140,6 +165,8 @@ def generate_with(
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """What the pipeline makes of the samples with some of its parameters replaced; compiled once.
 
+    Few at a time, since training leaves little memory. Picture i is that of seed i, whatever the batch.
+
     Args:
       pipeline: as it was loaded.
       params: those that are trained, by the name of the network.
@@ -148,12 +175,27 @@ def generate_with(
     """
     original = pipeline.params
     pipeline.params = {**original, **params}
+    size = {"height": samples.resolution, "width": samples.resolution}
+    name = "image" if pipeline.task == "edit" else "control_image" if "controlnet" in pipeline.modules else None
     try:
-        images = {}
-        if pipeline.task == "edit":
-            images["image"] = samples.conditions
-        elif "controlnet" in pipeline.modules:
-            images["control_image"] = samples.conditions
-        return pipeline(samples.prompts, **images, height=samples.resolution, width=samples.resolution, **options)
+        made = []
+        for start, batch in _batches(samples):
+            images = {} if name is None else {name: batch.conditions}
+            seed = {"seed": start} if start else {}
+            made.append(pipeline(batch.prompts, **images, **size, **seed, **options))
+        return np.concatenate(made)[: len(samples.prompts)]
     finally:
         pipeline.params = original
+
+
+def _batches(samples: Samples) -> Iterator[tuple[int, Samples]]:
+    """Where each batch begins, and its samples: all have one size, and the last is filled up with the last sample."""
+    count = len(samples.prompts)
+    if count <= _AT_A_TIME:
+        yield 0, samples
+        return
+    size = math.ceil(count / math.ceil(count / _AT_A_TIME))
+    for start in range(0, count, size):
+        rows = np.minimum(np.arange(start, start + size), count - 1)
+        conditions = None if samples.conditions is None else samples.conditions[rows]
+        yield start, Samples([samples.prompts[row] for row in rows], samples.resolution, conditions=conditions)

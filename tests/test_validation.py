@@ -86,14 +86,48 @@ def test_a_stream(data: Path):
 def test_prompts_of_ones_own(data: Path, tmp_path: Path):
     file = tmp_path / "condition.png"
     numbered(7, (64, 64)).save(file)
-    flags = flags_of(data, validation_prompt=("a", "b"), validation_image=(str(file),))
+    flags = flags_of(data, validation_prompt=("a", "b"), validation_image=(str(file),), num_validation_images=1)
     samples = validation_samples(flags, "column")
     assert samples.prompts == ["a", "b"]
     assert samples.pictures is None
     assert samples.conditions is not None
     assert samples.conditions.shape == (2, 32, 32, 3)
     assert np.all(samples.conditions[..., 0] == 7)
-    assert validation_samples(flags_of(data, validation_prompt=("a",))) == Samples(["a"], 32)
+    assert validation_samples(flags_of(data, validation_prompt=("a",), num_validation_images=1)) == Samples(["a"], 32)
+
+
+def pairs_of_diffusers(images: list[int], prompts: list[str], count: int) -> list[tuple[str, int]]:
+    """The pictures of ``log_validation`` in diffusers' train_controlnet.py, in their order."""
+    if len(images) == len(prompts):
+        pass
+    elif len(images) == 1:
+        images = images * len(prompts)
+    elif len(prompts) == 1:
+        prompts = prompts * len(images)
+    else:
+        raise ValueError
+    return [pair for pair in zip(prompts, images, strict=True) for _ in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("images", "prompts"), [("1", "a"), ("123", "abc"), ("1", "abc"), ("123", "a")])
+def test_prompts_and_images_make_the_pairs_of_diffusers(
+    data: Path, tmp_path: Path, images: str, prompts: str, count: int
+):
+    for number in map(int, images):
+        numbered(number, (64, 64)).save(tmp_path / f"{number}.png")
+    files = tuple(str(tmp_path / f"{number}.png") for number in images)
+    flags = flags_of(data, validation_prompt=tuple(prompts), validation_image=files, num_validation_images=count)
+    flags.check()
+    samples = validation_samples(flags, "column")
+    assert samples.conditions is not None
+    shown = [*zip(samples.prompts, samples.conditions[:, 0, 0, 0].tolist(), strict=True)]
+    assert shown == pairs_of_diffusers([*map(int, images)], [*prompts], count)
+
+
+def test_each_prompt_is_shown_as_often_as_asked_for(data: Path):
+    flags = flags_of(data, validation_prompt=("a", "b"), num_validation_images=2)
+    assert validation_samples(flags) == Samples(["a", "a", "b", "b"], 32)
 
 
 @pytest.mark.parametrize(
@@ -102,9 +136,14 @@ def test_prompts_of_ones_own(data: Path, tmp_path: Path):
         ({"num_validation_images": 0}, "--num_validation_images 0 is not possible: it must be at least 1"),
         (
             {"validation_prompt": ("a", "b", "c"), "validation_image": ("x", "y")},
-            "--validation_image has 2 images and --validation_prompt 3 prompts: give one image, or one for each",
+            "--validation_image has 2 images and --validation_prompt 3 prompts: give one of either, or as many images",
         ),
-        ({"validation_image": ("x", "y")}, "--validation_image has 2 images and --validation_prompt 0 prompts"),
+        ({"validation_image": ("x",)}, "--validation_image needs --validation_prompt: give one, such as"),
+        ({"validation_image": ("x", "y")}, "--validation_image needs --validation_prompt: give one, such as"),
+        (
+            {"validation_prompt": ("a",), "validation_data_dir": "d"},
+            "--validation_prompt and --validation_data_dir exclude each other",
+        ),
     ],
 )
 def test_flags_that_make_no_sense(data: Path, flags: dict[str, Any], message: str):
@@ -115,6 +154,12 @@ def test_flags_that_make_no_sense(data: Path, flags: dict[str, Any], message: st
 def test_prompts_need_the_condition_images_of_the_task(data: Path):
     with pytest.raises(ValueError, match="--validation_prompt needs --validation_image here"):
         validation_samples(flags_of(data, validation_prompt=("a",)), "column")
+
+
+def test_images_are_not_put_aside_silently(data: Path):
+    flags = flags_of(data, validation_prompt=("a",), validation_image=("x.png",))
+    with pytest.raises(ValueError, match="--validation_image has no place here: this training has no condition images"):
+        validation_samples(flags)
 
 
 def test_a_missing_folder_is_named_by_its_flag(data: Path):
@@ -165,3 +210,20 @@ def test_generating_puts_the_parameters_back() -> None:
     editor.task = "edit"
     generate_with.__wrapped__(editor, {}, samples)
     assert editor.calls[0][2]["image"] is samples.conditions
+
+
+def test_many_samples_are_made_in_batches_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the noise that they would have in one batch: image i of a call is that of seed + i."""
+
+    def made(self: Pipeline, prompts: list[str], *, seed: int = 0, **options: Any) -> np.ndarray:
+        self.calls.append((self.params, prompts, options))
+        rows = zip(prompts, options["control_image"][:, 0, 0, 0], strict=True)
+        return np.stack([np.full((4, 4, 3), (int(p), c, seed + i), np.uint8) for i, (p, c) in enumerate(rows)])
+
+    monkeypatch.setattr(Pipeline, "__call__", made)
+    pipeline = Pipeline("unet", "controlnet")
+    conditions = np.repeat(np.arange(100, 119, dtype=np.uint8), 16 * 16 * 3).reshape(19, 16, 16, 3)
+    samples = Samples([str(i) for i in range(19)], 16, conditions=conditions)
+    pictures = generate_with.__wrapped__(pipeline, {}, samples)
+    assert pictures[:, 0, 0].tolist() == [[i, 100 + i, i] for i in range(19)]
+    assert [len(prompts) for _, prompts, _ in pipeline.calls] == [7, 7, 7]
