@@ -34,6 +34,12 @@ class DenoisingTrainingFlags(ModelFlags, train.LoopFlags, optim.OptimizerFlags, 
     guidance_scale: Operational[float] = 7.5
     """Guidance scale of the text in validation pictures."""
 
+    def check(self) -> None:
+        super().check()
+        self.require_positive("snr_gamma")
+        self.require_at_least(1, "validation_sampling_steps")
+        self.require_at_least(0, "guidance_scale")
+
 
 def denoise(
     args: Any,

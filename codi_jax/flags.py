@@ -4,7 +4,11 @@ import dataclasses
 import enum
 import inspect
 import json
-from typing import Annotated, Any, TypeVar
+import math
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from codi_jax.outputs import file_in_place_of, obstacle
 
 Group = TypeVar("Group", bound="Flags")
 _T = TypeVar("_T")
@@ -33,13 +37,23 @@ Operational = Annotated[_T, Scope.START]
 Local = Annotated[_T, Scope.PROCESS]
 Secret = Annotated[_T, Scope.SECRET]
 
+LARGEST_SEED = 2**63 - 1
+"""The largest seed that JAX takes."""
+_LARGEST = 2**31 - 1  # of any other number: steps and sizes are int32 on devices
+_FOLDERS = ("output_dir", "cache_dir", "cache_latents_dir", "ccache", "logging_dir")
+
 
 class Flags:
     """Base of the groups.
 
     A group with values to refuse overrides `check`, and calls that of ``super()`` in it, so that a script that is made
-    of several groups checks them all.
+    of several groups checks them all. What holds for every number and for every folder that is written is checked here.
+
+    Attributes:
+      may_be_infinite: the flags for which inf means that there is no limit.
     """
+
+    may_be_infinite: ClassVar[tuple[str, ...]] = ("max_grad_norm",)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -77,20 +91,61 @@ class Flags:
 
         Raises:
           ValueError: one sentence, naming the flag.
+          OSError: likewise, if ``--output_dir`` cannot be written.
         """
+        for flag in self.names():
+            self._check_numbers(flag)
+        for flag in _FOLDERS:
+            self._check_folder(flag)
 
     def require(self, flag: str, holds: bool, what: str) -> None:
         """Raises that sentence unless the condition holds; ``what`` the flag must be ends it."""
         if not holds:
-            raise ValueError(f"--{flag} {getattr(self, flag)} is not possible: it must be {what}.")
+            raise ValueError(f"--{flag} {_shown(getattr(self, flag))} is not possible: it must be {what}.")
 
     def require_at_least(self, least: int, *flags: str) -> None:
-        """The same for numbers; those that are left out pass."""
+        """The same for numbers, one or several in a flag; those that are left out pass."""
         for flag in flags:
-            value = getattr(self, flag)
-            self.require(flag, value is None or value >= least, f"at least {least}")
+            self.require(flag, all(value >= least for value in self._values(flag)), f"at least {least}")
+
+    def require_positive(self, *flags: str) -> None:
+        """The same for numbers above 0; those that are left out pass."""
+        for flag in flags:
+            self.require(flag, all(value > 0 for value in self._values(flag)), "positive")
 
     def require_in(self, low: float | int, high: float | int, *flags: str) -> None:
-        """The same for numbers from ``low`` to ``high``."""
+        """The same for numbers from ``low`` to ``high``; those that are left out pass."""
         for flag in flags:
-            self.require(flag, low <= getattr(self, flag) <= high, f"between {low:g} and {high:g}")
+            possible = all(low <= value <= high for value in self._values(flag))
+            self.require(flag, possible, f"between {low:g} and {high:g}")
+
+    def _values(self, flag: str) -> tuple[Any, ...]:
+        value = getattr(self, flag)
+        return value if isinstance(value, tuple) else () if value is None else (value,)
+
+    def _check_numbers(self, flag: str) -> None:
+        values = self._values(flag)
+        whole = [value for value in values if isinstance(value, int)]
+        if flag in ("seed", "seeds"):
+            self.require(flag, all(0 <= value <= LARGEST_SEED for value in whole), "from 0 to 2^63 - 1")
+            return
+        self.require(flag, all(abs(value) <= _LARGEST for value in whole), "below 2^31")
+        for value in values:
+            without_limit = value == math.inf and flag in self.may_be_infinite
+            self.require(flag, not isinstance(value, float) or math.isfinite(value) or without_limit, "a finite number")
+
+    def _check_folder(self, flag: str) -> None:
+        folder = getattr(self, flag, None)
+        if folder is None:
+            return
+        path = Path(getattr(self, "output_dir", ""), folder) if flag == "logging_dir" else Path(folder)
+        # Other folders than this may be read-only: what they hold already is of use.
+        if flag == "output_dir" and (reason := obstacle(path)):
+            raise OSError(f"--{flag} {folder} cannot be written ({reason}): choose another.")
+        if file := file_in_place_of(path):
+            raise ValueError(f"--{flag} {folder} is not possible: {file} is a file, where a folder is needed.")
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

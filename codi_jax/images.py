@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
+from codi_jax.outputs import obstacle
+
 Picture = Image.Image | np.ndarray
 """A PIL image, or an array [H, W, 3], uint8 or float in [0, 1]."""
 
@@ -135,8 +137,8 @@ def save_images(path: str | Path, images: UInt8[np.ndarray, "n h w 3"]) -> list[
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     single = [Image.fromarray(image) for image in images]
-    names = [path.with_stem(f"{path.stem}_{i}") for i in range(len(images))]
-    pictures = {path: single[0]} if len(single) == 1 else {path: grid(images), **dict(zip(names, single, strict=True))}
+    names = _single_names(path, len(images))
+    pictures = {path: grid(images), **dict(zip(names, single, strict=True))} if names else {path: single[0]}
     unfinished = {name: name.with_stem(f".{name.stem}-{secrets.token_hex(4)}") for name in pictures}
     try:
         for name, picture in pictures.items():
@@ -149,8 +151,17 @@ def save_images(path: str | Path, images: UInt8[np.ndarray, "n h w 3"]) -> list[
     return list(pictures)
 
 
-def check_output(path: str | Path) -> None:
+def _single_names(path: Path, count: int) -> list[Path]:
+    """Where each of several images goes, beside their grid; one alone is at ``path``."""
+    return [path.with_stem(f"{path.stem}_{i}") for i in range(count)] if count > 1 else []
+
+
+def check_output(path: str | Path, count: int = 1) -> None:
     """Refuses a file name that `save_images` could not write, before any work is done.
+
+    Args:
+      path: of the file.
+      count: of images.
 
     Raises:
       ValueError: if the ending is not that of an image format, or the folder cannot be written.
@@ -158,11 +169,13 @@ def check_output(path: str | Path) -> None:
     path = Path(path).expanduser()
     if path.suffix.lower() not in _ENDINGS:
         raise ValueError(f"{path} must end like an image file: use one of {', '.join(_ENDINGS)}.")
-    if path.is_dir():
-        raise ValueError(f"{path} cannot be written: it is a folder.")
+    if folder := next((name for name in (path, *_single_names(path, count)) if name.is_dir()), None):
+        raise ValueError(f"{folder} cannot be written: it is a folder.")
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"{path} cannot be written: {parent} is not a folder that you may write to.")
+    if reason := obstacle(path.parent):
+        raise ValueError(f"{path} cannot be written ({reason}): name another file.")
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:

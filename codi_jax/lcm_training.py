@@ -72,6 +72,8 @@ class LcmTrainingFlags(ModelFlags, lcm.LcmFlags, train.LoopFlags, optim.Optimize
 
     def check(self) -> None:
         super().check()
+        self.require_at_least(0, "guidance_scale", "image_guidance_scale")
+        self.require_at_least(0, "bake_guidance_scale", "bake_image_guidance_scale")
         possible = all(1 <= steps <= self.num_ddim_timesteps for steps in self.validation_sampling_steps)
         self.require("validation_sampling_steps", possible, f"1 to --num_ddim_timesteps {self.num_ddim_timesteps}")
         self.require_at_least(1, "vae_encode_batch_size")

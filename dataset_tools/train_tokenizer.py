@@ -4,17 +4,17 @@ python3 dataset_tools/train_tokenizer.py --train_data_dir data/emoji/train --voc
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
+from codi_jax import command_line
 from codi_jax.data.sources import captions_of, open_source
+from codi_jax.flags import Flags
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 # That of CLIP: contractions, words, single digits, and runs of anything else.
@@ -22,7 +22,7 @@ _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(Flags):
     """Learns a small vocabulary from captions, for a text encoder that is trained from nothing."""
 
     train_data_dir: Path
@@ -35,6 +35,13 @@ class Args:
     """Tokens in all: 512 for single bytes, 2 for start and end, the others learnt."""
     model_max_length: int = 32
     """Tokens of a prompt, start and end included; longer ones are cut off."""
+
+    def check(self) -> None:
+        super().check()
+        least = 2 * len(ByteLevel.alphabet()) + 2
+        if self.vocab_size < least:
+            raise ValueError(f"--vocab_size {self.vocab_size} must be at least {least}: all bytes, twice.")
+        self.require_at_least(3, "model_max_length")
 
 
 def captions(args: Args) -> list[str]:
@@ -50,9 +57,8 @@ def train(args: Args) -> CLIPTokenizer:
     Raises:
       ValueError: if there are no captions, or the vocabulary has no room for the bytes.
     """
+    args.check()
     letters = sorted(ByteLevel.alphabet())
-    if args.vocab_size < 2 * len(letters) + 2:
-        raise ValueError(f"--vocab_size {args.vocab_size} must be at least {2 * len(letters) + 2}: all bytes, twice.")
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -88,13 +94,9 @@ def write(args: Args, tokens: list[str], merges: list[tuple[str, ...]]) -> None:
     (args.output_dir / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    """The command line."""
-    args = tyro.cli(Args, use_underscores=True)
-    try:
-        tokenizer = train(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+def tell(args: Args) -> None:
+    """Learns the vocabulary, and says how the captions fare with it."""
+    tokenizer = train(args)
     texts = captions(args)
     lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
     longer = sum(length > args.model_max_length for length in lengths)
@@ -102,6 +104,11 @@ def main() -> None:
         f"{len(tokenizer)} tokens from {len(texts)} captions; a caption has {sum(lengths) / len(lengths):.1f} tokens "
         f"on average and {max(lengths)} at most; {longer} are longer than {args.model_max_length}"
     )
+
+
+def main() -> None:
+    """The command line."""
+    command_line.run(Args, tell)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,16 @@ class Args(train.LoopFlags, optim.OptimizerFlags, optim.EmaFlags, DataFlags, Val
     save_dtype: Adjustable[Literal["float32", "float16", "bfloat16"]] = "float32"
     """Precision in which the autoencoder is saved."""
 
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(0, "kl_scale")
+        for flag in ("validation_prompt", "validation_image"):
+            if getattr(self, flag):
+                raise ValueError(f"--{flag} has no place here: give --validation_data_dir, a folder of images to show.")
+
 
 def main(args: Args) -> None:
+    args.check()
     folder, has_weights = source_of(args)
     module = build_module(folder, optim.compute_dtype(args.mixed_precision), remat=args.gradient_checkpointing)
     if not isinstance(module, AutoencoderKL):

@@ -67,7 +67,7 @@ class Args(DenoisingTrainingFlags, DataFlags):
 
     def check(self) -> None:
         super().check()
-        self.require_at_least(0, "output_weight", "feature_weight")
+        self.require_at_least(0, "output_weight", "feature_weight", "noise_offset", "input_perturbation")
         self.require_at_least(1, "validation_epochs")
 
 

@@ -63,6 +63,7 @@ class Args(
 
     def check(self) -> None:
         super().check()
+        self.require_at_least(0, "guidance_scale", "teacher_guidance_scale")
         possible = all(steps >= 1 for steps in self.validation_sampling_steps) and len(self.student_steps) > 0
         self.require("validation_sampling_steps", possible, "1 to --distill_learning_steps")
 

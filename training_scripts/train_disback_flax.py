@@ -75,7 +75,8 @@ class Args(
 
     def check(self) -> None:
         super().check()
-        self.require_at_least(0, "generator_lr", "guidance_lr", "export_steps")
+        self.require_at_least(0, "generator_lr", "guidance_lr", "export_steps", "teacher_guidance_scale")
+        self.require_at_least(0, "denoising_loss_weight")
         self.require("lora_dropout", self.lora_dropout == 0, "0")
         if self.path == NO_PATH and self.stage != "backtracking":
             raise ValueError("--path none needs no stage but the second: give --stage backtracking with it.")

@@ -32,6 +32,10 @@ class Args(DenoisingTrainingFlags, EditFlags):
     image_guidance_scale: Operational[float] = 1.5
     """Guidance scale of the image in validation pictures."""
 
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(0, "image_guidance_scale")
+
 
 def main(args: Args) -> None:
     args = train.start(args)

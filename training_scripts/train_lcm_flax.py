@@ -36,6 +36,7 @@ class Args(LcmTrainingFlags, ConditionFlags, DataFlags):
     def check(self) -> None:
         super().check()
         self.require_at_least(1, "lora_rank")
+        self.require_positive("lora_alpha")
 
 
 def main(args: Args) -> None:

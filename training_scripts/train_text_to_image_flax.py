@@ -32,6 +32,10 @@ class Args(DenoisingTrainingFlags, DataFlags):
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the UNet shall predict, if not what the model's scheduler says."""
 
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(0, "noise_offset", "input_perturbation")
+
 
 def main(args: Args) -> None:
     if "text_encoder" in args.from_scratch and not args.train_text_encoder:

@@ -85,6 +85,8 @@ class CodiFlags(Flags):
 
     def check(self) -> None:
         super().check()
+        self.require_at_least(0, "distill_x0_weight", "distill_guidance_min")
+        self.require_positive("distill_timestep_scaling")
         high = self.distill_guidance_max
         self.require(
             "distill_guidance_min", self.distill_guidance_min <= high, f"at most --distill_guidance_max {high}"

@@ -68,6 +68,8 @@ class MatchingFlags(GeneratorFlags, EmaFlags):
     def check(self) -> None:
         super().check()
         self.require_at_least(1, "dfake_gen_update_ratio", "diffusion_gan_max_timestep")
+        self.require_at_least(0, "real_guidance_scale", "real_image_guidance_scale", "fake_guidance_scale")
+        self.require_at_least(0, "dm_loss_weight", "gen_cls_loss_weight", "guidance_cls_loss_weight")
         self.require_in(0, 1, "min_step_percent", "max_step_percent")
         high = self.max_step_percent
         self.require("min_step_percent", self.min_step_percent <= high, f"at most --max_step_percent {high}")

@@ -45,7 +45,9 @@ class GeneratorFlags(Flags):
 
     def check(self) -> None:
         super().check()
+        self.require_at_least(0, "conditioning_timestep")
         self.require_at_least(1, "num_denoising_step", "denoising_timestep", "lora_rank")
+        self.require_positive("lora_alpha")
         possible = self.num_denoising_step < self.denoising_timestep
         self.require("num_denoising_step", possible, f"less than --denoising_timestep {self.denoising_timestep}")
         for flag, given in (

@@ -68,6 +68,7 @@ class LcmFlags(Flags):
 
     def check(self) -> None:
         super().check()
+        self.require_at_least(0, "w_min", "w_image_min")
         self.require("w_min", self.w_min <= self.w_max, f"at most --w_max {self.w_max}")
         if (self.w_image_min is None) != (self.w_image_max is None):
             raise ValueError("--w_image_min and --w_image_max go together: give both, or neither.")

@@ -37,6 +37,8 @@ class PairFlags(PictureFlags):
         for flag in ("canny_low", "canny_high"):
             low, high = getattr(self, flag)
             self.require(flag, 0 <= low <= high, "two numbers from 0 on, the smaller one first")
+        in_order = all(low <= high for low, high in zip(self.canny_low, self.canny_high, strict=True))
+        self.require("canny_low", in_order, f"at most --canny_high {' '.join(map(str, self.canny_high))}")
 
 
 def make_condition(flags: PairFlags) -> Condition | None:

@@ -145,6 +145,8 @@ class GenerateFlags(Flags):
     def check(self) -> None:
         super().check()
         self.require_at_least(1, "steps", "samples_per_prompt", "pairs_at_a_time", "max_pairs_per_prompt")
+        self.require_at_least(0, "min_guidance_scale")
+        self.require_in(-1, 1, "min_image_similarity", "min_direction_similarity", "min_caption_similarity")
         self.require_in(0, 1, "min_shared", "max_shared")
         self.require("max_shared", self.max_shared >= self.min_shared, "at least --min_shared")
         largest = self.max_guidance_scale >= self.min_guidance_scale

@@ -101,6 +101,11 @@ class ScoreFlags(Flags):
     min_aesthetic_score: float | None = None
     """Least score of LAION's aesthetic predictor."""
 
+    def check(self) -> None:
+        super().check()
+        self.require_in(-1, 1, "min_clip_similarity")
+        self.require_in(0, 1, "max_watermark_score")
+
     @property
     def filters(self) -> tuple[Filter, ...]:
         """Those that are asked for, by the columns of COYO and of LAION."""
