@@ -5,6 +5,7 @@ import html
 import importlib.util
 import io
 import json
+import math
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -111,13 +112,15 @@ class Report:
 def write_report(folder: Path, report: Report) -> None:
     """Writes ``metrics.json``, ``report.html``, ``pictures.png`` and one SVG file a plot.
 
+    The numbers come first: they took the work, and everything else can be made of them and the models.
+
     Raises:
       OSError: if the folder cannot be written.
     """
+    _write(folder / "metrics.json", json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     plots = draw_plots(report)
     for name, svg in plots.items():
         _write(folder / f"{name}.svg", svg.replace(_INK, "#555555"))
-    _write(folder / "metrics.json", json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     _write(folder / "report.html", page(report, plots))
     Image.fromarray(_pictures_alone(report)).save(folder / "pictures.png", optimize=True)
 
@@ -134,7 +137,8 @@ def _pictures_alone(report: Report) -> UInt8[np.ndarray, "height width 3"]:
 
 def _write(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(text, encoding="utf-8")
+    # A command line may hold bytes that are no text.
+    unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
     unfinished.replace(path)
 
 
@@ -148,7 +152,11 @@ def as_json(report: Report) -> dict[str, Any]:
             "sampler": result.sampler,
             "guidance_scale": result.guidance_scale,
             **{
-                key: {"mean": result.mean(key), "sd": result.sd(key), "values": [*map(float, result.values[key])]}
+                key: {
+                    "mean": _finite(result.mean(key)),
+                    "sd": _finite(result.sd(key)),
+                    "values": [_finite(float(value)) for value in result.values[key]],
+                }
                 for key in METRICS
                 if key in result.values
             },
@@ -156,6 +164,11 @@ def as_json(report: Report) -> dict[str, Any]:
         for result in report.results
     ]
     return {"command": report.command, **dict(report.facts), "results": results}
+
+
+def _finite(value: float | None) -> float | None:
+    """The number, or ``None`` for what JSON has no number for."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def markdown(report: Report) -> str:
@@ -215,21 +228,23 @@ def _plot(results: Sequence[Result], across: str, key: str) -> str:
 
     drawn = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     style: dict[Any, Any] = dict.fromkeys(drawn, _INK)
+    style |= {"text.parse_math": False}  # "$" in the name of a model is a dollar
     style |= {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "svg.hashsalt": "codi_jax"}
     with rc_context(style):
         figure = Figure(figsize=(5.2, 3.4), layout="constrained")
         axes = figure.add_subplot()
+        drawn_as: dict[str, Any] = {}
         for i, (name, own) in enumerate(_lines(results, across, key).items()):
             colour = _COLOURS[i % len(_COLOURS)]
             is_level = across == "training_steps" and any(result.training_steps is None for result in own)
             if is_level:  # what is not in training, as a level to reach
-                axes.axhline(own[0].mean(key), label=name, color=colour, linestyle="--", linewidth=1.5)
+                drawn_as[name] = axes.axhline(own[0].mean(key), color=colour, linestyle="--", linewidth=1.5)
                 continue
-            axes.errorbar(
+            drawn_as[name] = axes.errorbar(
                 [1000 * result.mean("seconds") if across == "seconds" else getattr(result, across) for result in own],
                 [result.mean(key) for result in own],
                 [result.sd(key) or 0 for result in own],
-                label=name, color=colour, marker="o", markersize=5, linewidth=2, capsize=3,
+                color=colour, marker="o", markersize=5, linewidth=2, capsize=3,
             )  # fmt: skip
         if across != "training_steps":
             axes.set_xscale("log", base=2 if across == "steps" else 10)
@@ -243,7 +258,8 @@ def _plot(results: Sequence[Result], across: str, key: str) -> str:
         axes.set_ylabel(f"{METRICS[key].label}  ({METRICS[key].better} is better)")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.18, color=_INK)
-        axes.legend(frameon=False)
+        # Not by their labels, of which matplotlib leaves out those that begin with "_".
+        axes.legend([*drawn_as.values()], [*drawn_as], frameon=False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return buffer.getvalue()

@@ -356,6 +356,32 @@ def test_plots_take_the_colour_of_the_page(small_report: Report) -> None:
     assert text.count("#d55e00") == sum(svg.count("#d55e00") for svg in plots.values())
 
 
+def test_names_are_plotted_as_they_are(small_report: Report) -> None:
+    """Nothing in them is a formula, or hides them."""
+    names = ["$x^$", "5$", "a$b$", "_hidden", "\\alpha"]
+    results = [dataclasses.replace(small_report.results[0], model=name) for name in names]
+    for across in ("steps", "seconds"):
+        svg = report.draw_plots(dataclasses.replace(small_report, results=results))[f"fid_lite-{across}"]
+        texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+        assert [text for text in texts if text in names] == names
+
+
+def test_the_numbers_are_written_before_anything_else(
+    small_report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Report) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(report, "draw_plots", fail)
+    nan = dataclasses.replace(small_report.results[0], values={"fid_lite": [float("nan"), 1.0]})
+    with pytest.raises(RuntimeError):
+        report.write_report(tmp_path, dataclasses.replace(small_report, results=[nan], command="a\udcff"))
+    (path,) = tmp_path.iterdir()
+    written = json.loads(path.read_text())
+    assert (path.name, written["command"]) == ("metrics.json", "a\udcff")
+    assert written["results"][0]["fid_lite"] == {"mean": None, "sd": None, "values": [None, 1.0]}
+
+
 def test_plots_are_the_same_every_time(small_report: Report) -> None:
     assert report.draw_plots(small_report) == report.draw_plots(small_report)
 
