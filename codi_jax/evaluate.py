@@ -1,6 +1,7 @@
 """``python3 -m codi_jax.evaluate``: models side by side, by metrics, plots and pictures, in one page of HTML."""
 
 import json
+import math
 import platform
 import shlex
 import sys
@@ -18,10 +19,11 @@ from tqdm import tqdm
 
 from codi_jax import command_line
 from codi_jax.features import Features, load_features
+from codi_jax.flags import LARGEST_SEED, Flags
 from codi_jax.images import canny, open_image
 from codi_jax.metrics import edge_f1, edit_success, fid, kid, preservation, psnr
 from codi_jax.models.attention import Implementation
-from codi_jax.pipeline import DiffusionPipeline, DType, resolve_dtype
+from codi_jax.pipeline import DiffusionPipeline, DType, open_pipeline, resolve_dtype
 from codi_jax.report import Report, Result, Row, check_plots, markdown, write_report
 from codi_jax.sampling import Sampler, default_sampler
 from codi_jax.sharding import keep_compiled_programs
@@ -34,7 +36,7 @@ _SEEDS_APART = 1_000_000  # so that the pictures of two seeds have no noise in c
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(Flags):
     """Compares models on a folder of pictures with captions, edges or edits, such as the emoji benchmark.
 
     Writes metrics.json, report.html (one file that needs nothing else), pictures.png and the plots, and prints the
@@ -78,6 +80,20 @@ class Args:
     """Attention kernel. auto: the fastest that the device has."""
     ccache: Path = Path("~/.cache/codi_jax/xla")
     """Folder that keeps compiled programs, so that the next start is faster."""
+
+    def check(self) -> None:
+        super().check()
+        if not self.steps or min(self.steps) < 1:
+            raise ValueError("--steps must be numbers of at least 1.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("--seeds must be different numbers of at least 0.")
+        self.require("seeds", max(self.seeds) < LARGEST_SEED // _SEEDS_APART, f"below 2^63 / {_SEEDS_APART}")
+        if self.batch_size < 1 or self.num_shown < 1:
+            raise ValueError("--batch_size and --num_shown must be at least 1.")
+        if self.max_samples is not None and self.max_samples < 2:
+            raise ValueError("--max_samples must be at least 2.")
+        self.require_at_least(0, "guidance_scale", "image_guidance_scale")
+        self.require_at_least(1, "training_steps")
 
 
 @dataclass(frozen=True)
@@ -139,6 +155,8 @@ def read_models(args: Args) -> list[Competitor]:
         name, equals, places = text.partition("=")
         if not (name and equals):
             raise ValueError(f"--models {text}: write NAME=FOLDER or NAME=FOLDER+CONTROLNET_FOLDER.")
+        if not name.isprintable():
+            raise ValueError(f"--models {text!r}: the name must be of printable characters.")
         if name in models:
             raise ValueError(f"--models has two models of the name {name}: give each a name of its own.")
         models[name] = tuple(_read_place(text, place) for place in places.split(","))
@@ -227,6 +245,8 @@ def _scales(flag: str, texts: Sequence[str], default: float | int, names: Mappin
             scales[name] = float(value)
         except ValueError:
             raise ValueError(f"{flag}: {value} is no number.") from None
+        if not 0 <= scales[name] < math.inf:
+            raise ValueError(f"{flag}: {value} is not possible: it must be a finite number of at least 0.")
     return scales
 
 
@@ -342,7 +362,35 @@ def _load(place: Place, args: Args) -> DiffusionPipeline:
     return DiffusionPipeline.from_pretrained(*place, dtype=resolve_dtype(args.dtype), attention=args.attention)
 
 
-def _possible_steps(pipeline: DiffusionPipeline, model: Competitor, steps: Sequence[int]) -> list[int]:
+def _with_possible_steps(model: Competitor, samples: Samples, args: Args) -> Competitor:
+    """The model with the steps that its sampler can take, once it is found to fit the data.
+
+    Weights are not read: hours may be spent on the models before this one.
+
+    Raises:
+      ValueError: if it is for another task, or cannot make pictures of this size.
+    """
+    steps, (height, width) = model.steps, samples.truth.shape[1:3]
+    for place in model.places:
+        pipeline = open_pipeline(*place)
+        _check_task(pipeline, model, samples, args.data)
+        steps = _possible_steps(pipeline, model, steps)
+        conditions = samples.conditions if "controlnet" in pipeline.modules else None
+        try:
+            pipeline.check(
+                samples.inputs,
+                conditions,
+                steps=next(iter(steps), 1),
+                sampler=model.sampler,
+                height=height,
+                width=width,
+            )
+        except ValueError as error:
+            raise ValueError(f"the model {model.name}: {error}") from error
+    return replace(model, steps=steps)
+
+
+def _possible_steps(pipeline: DiffusionPipeline, model: Competitor, steps: Sequence[int]) -> tuple[int, ...]:
     """The numbers of steps that the sampler can take; a warning names the others."""
     possible = []
     for number in steps:
@@ -351,7 +399,7 @@ def _possible_steps(pipeline: DiffusionPipeline, model: Competitor, steps: Seque
             possible.append(number)
         except ValueError as error:
             warnings.warn(f"{model.name} is not run with {number} steps: {error}", stacklevel=2)
-    return possible
+    return tuple(possible)
 
 
 def _check_task(pipeline: DiffusionPipeline, model: Competitor, samples: Samples, data: Path) -> None:
@@ -375,21 +423,22 @@ def run(args: Args) -> Report:
       OSError: if a picture is not there, or the output cannot be written.
       FloatingPointError: if a model gives NaN.
     """
+    args.check()
     models = read_models(args)
-    _check_numbers(args)
     check_plots()
     samples = read_samples(args.data, args.max_samples)
+    models = [_with_possible_steps(model, samples, args) for model in models]
+    if not any(model.steps for model in models):
+        raise ValueError("no model can be run with any of --steps: see the warnings above.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     keep_compiled_programs(args.ccache)
     features = load_features()
     shown = np.linspace(0, len(samples.prompts) - 1, min(args.num_shown, len(samples.prompts))).round().astype(int)
     benchmark = Benchmark(samples, features, features(samples.truth), shown)
-    results = [result for model in models for result in _evaluate(model, benchmark, args)]
+    results = [result for model in models if model.steps for result in _evaluate(model, benchmark, args)]
     if not any("edge_f1" in result.values for result in results):
         samples = _without_conditions(samples)
     names = {model.name for model in models}
-    if not results:
-        raise ValueError("no model can be run with any of --steps: see the warnings above.")
     report = Report(
         title=f"{len(names)} models on {args.data}" if len(names) > 1 else f"{models[0].name} on {args.data}",
         results=results,
@@ -409,10 +458,9 @@ def _evaluate(model: Competitor, benchmark: Benchmark, args: Args) -> list[Resul
     sampler = model.sampler
     for place, seeds in _seeds_of(model, args.seeds):
         pipeline = _load(place, args)
-        _check_task(pipeline, model, benchmark.samples, args.data)
         samples = benchmark.samples if "controlnet" in pipeline.modules else _without_conditions(benchmark.samples)
         sampler = model.sampler or default_sampler(pipeline.schedule)
-        for steps in _possible_steps(pipeline, model, model.steps):
+        for steps in model.steps:
             for seed in _progress(seeds, f"{model.name}, {steps} steps"):
                 made, seconds = make_pictures(pipeline, model, samples, steps, seed, args)
                 measured = measure(made, samples, benchmark.features, benchmark.of_truth)
@@ -452,19 +500,6 @@ def _progress(seeds: tuple[int, ...], name: str) -> Iterable[int]:
 def _row(samples: Samples, i: int) -> Row:
     condition = samples.conditions if samples.inputs is None else samples.inputs
     return Row(samples.prompts[i], samples.truth[i], None if condition is None else condition[i])
-
-
-def _check_numbers(args: Args) -> None:
-    if not args.steps or min(args.steps) < 1:
-        raise ValueError("--steps must be numbers of at least 1.")
-    if not args.seeds or len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
-        raise ValueError("--seeds must be different numbers of at least 0.")
-    if args.batch_size < 1 or args.num_shown < 1:
-        raise ValueError("--batch_size and --num_shown must be at least 1.")
-    if args.max_samples is not None and args.max_samples < 2:
-        raise ValueError("--max_samples must be at least 2.")
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        raise ValueError(f"--output_dir {args.output_dir} is a file: name a folder.")
 
 
 def _facts(args: Args, count: int) -> dict[str, str]:

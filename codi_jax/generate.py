@@ -11,9 +11,10 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from codi_jax import command_line
+from codi_jax.flags import LARGEST_SEED, Flags
 from codi_jax.images import check_output, open_image, save_images
 from codi_jax.models.attention import Implementation
-from codi_jax.pipeline import DiffusionPipeline, DType, resolve_dtype
+from codi_jax.pipeline import DiffusionPipeline, DType, open_pipeline, resolve_dtype
 from codi_jax.sampling import Sampler
 from codi_jax.sharding import keep_compiled_programs
 
@@ -21,7 +22,7 @@ _LONG_RUN = 10  # steps from which a progress bar is worth its line
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(Flags):
     """Generates images. The task follows from the model: text to image, edit (InstructPix2Pix) or inpaint.
 
     Only --model and --prompt are needed; --image, --mask_image and --control_image where the model takes them.
@@ -83,6 +84,17 @@ class Args:
     ccache: Path = Path("~/.cache/codi_jax/xla")
     """Folder that keeps compiled programs, so that the next start is faster."""
 
+    def check(self) -> None:
+        super().check()
+        if self.num_images < 1 or (self.batch_size is not None and self.batch_size < 1):
+            raise ValueError("--num_images and --batch_size must be at least 1.")
+        # Batches are filled up to one size.
+        fits = self.seed <= LARGEST_SEED - 2 * self.num_images
+        self.require("seed", fits, "smaller: the next images have the next seeds, up to 2^63 - 1")
+        self.require_at_least(0, "guidance_scale", "image_guidance_scale", "timesteps")
+        self.require_at_least(1, "height", "width")
+        check_output(self.output, self.num_images)
+
 
 def run(args: Args) -> list[Path]:
     """Loads the model, generates, writes the images, and prints what it took.
@@ -95,11 +107,17 @@ def run(args: Args) -> list[Path]:
       OSError: if an image is not there, or the output cannot be written.
       FloatingPointError: if the model gives NaN.
     """
-    check_output(args.output)
-    if args.num_images < 1 or (args.batch_size is not None and args.batch_size < 1):
-        raise ValueError("--num_images and --batch_size must be at least 1.")
+    args.check()
     given = {"image": args.image, "mask_image": args.mask_image, "control_image": args.control_image}
     pictures = {name: open_image(source) for name, source in given.items() if source is not None}
+    open_pipeline(args.model, args.controlnet, revision=args.revision).check(
+        **pictures,
+        steps=args.steps,
+        sampler=args.sampler,
+        timesteps=args.timesteps or None,
+        height=args.height,
+        width=args.width,
+    )
     keep_compiled_programs(args.ccache)
     made, compile_seconds, seconds = _generate(_load(args), args, pictures)
     files = save_images(args.output, made[: args.num_images])

@@ -43,6 +43,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 """Precision of weights and computation, as a flag says it."""
 
 _REQUIRED = ("unet", "vae", "text_encoder", "tokenizer")
+_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet")
 _jitted_generate = jax.jit(generate, static_argnames="program")
 
 
@@ -297,6 +298,37 @@ class DiffusionPipeline:
             )
         return images
 
+    def check(
+        self,
+        image: Picture | Sequence[Picture] | None = None,
+        control_image: Picture | Sequence[Picture] | None = None,
+        *,
+        mask_image: Picture | Sequence[Picture] | None = None,
+        steps: int | None = None,
+        sampler: Sampler | None = None,
+        timesteps: Sequence[int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> None:
+        """Refuses arguments of a call that do not fit the model or each other, as the call would; needs no weights.
+
+        Args:
+          image: this and the others are those of `__call__`.
+          control_image: likewise.
+          mask_image: likewise.
+          steps: likewise.
+          sampler: likewise.
+          timesteps: likewise.
+          height: likewise.
+          width: likewise.
+
+        Raises:
+          ValueError: if the call would raise it.
+        """
+        self.times(steps, sampler, timesteps)
+        self._size(height, width, image if image is not None else control_image)
+        self._check_given(image, mask_image, control_image)
+
     def times(
         self, steps: int | None = None, sampler: Sampler | None = None, timesteps: Sequence[int] | None = None
     ) -> Num[np.ndarray, " n"]:
@@ -537,6 +569,28 @@ def resolve_dtype(name: DType) -> DTypeLike:
     return jnp.dtype(name)
 
 
+def open_pipeline(
+    source: str | Path, controlnet: str | Path | None = None, *, revision: str | None = None
+) -> DiffusionPipeline:
+    """A model without its weights: what can be checked before they are downloaded and read.
+
+    Args:
+      source: see `DiffusionPipeline.from_pretrained`.
+      controlnet: likewise.
+      revision: likewise.
+
+    Raises:
+      WeightsError: likewise.
+      ConfigError: likewise.
+    """
+    pipeline = DiffusionPipeline.from_pretrained(source, revision=revision, untrained=dict.fromkeys(_PARTS))
+    if controlnet is None:
+        return pipeline
+    folder = ModelFolder(**_find_controlnet(controlnet, {}))
+    modules = pipeline.modules | {"controlnet": _require_controlnet(build_module(folder), folder.source)}
+    return dataclasses.replace(pipeline, modules=modules)
+
+
 class _StepReporter:
     """Tells the caller about steps. JAX keeps it with the compiled program, so it must not hold the pipeline."""
 
@@ -600,6 +654,10 @@ def _find_controlnet(source: str | Path, hub: Mapping[str, Any]) -> dict[str, An
 
 def _load_controlnet(source: dict[str, Any], **options: Any) -> tuple[Model, Params]:
     module, params = load_model(**source, **options)
+    return _require_controlnet(module, source["source"]), params
+
+
+def _require_controlnet(module: Model, source: str) -> ControlNet:
     if not isinstance(module, ControlNet):
-        raise WeightsError(f"{source['source']} is a {type(module).__name__}, not a ControlNet.")
-    return module, params
+        raise WeightsError(f"{source} is a {type(module).__name__}, not a ControlNet.")
+    return module

@@ -17,7 +17,7 @@ import pytest
 from folders import SIZE, saved_pipeline
 from PIL import Image
 
-from codi_jax import evaluate, report
+from codi_jax import evaluate, pipeline, report
 from codi_jax.evaluate import Args, Competitor, make_pictures, measure, read_models, read_samples, run
 from codi_jax.images import canny
 from codi_jax.metrics import edge_f1, fid, kid, psnr
@@ -118,7 +118,7 @@ def test_a_comparison(models: Models, data: Path, tmp_path: Path, monkeypatch, c
     assert written["command"] == "python3 -m codi_jax.evaluate " + " ".join(flags)
 
     # The same by hand, one picture after the other: no batch, no filling up.
-    pipeline = DiffusionPipeline.from_pretrained(plain, tmp_path / "control")
+    by_hand = DiffusionPipeline.from_pretrained(plain, tmp_path / "control")
     samples = read_samples(data)
     assert samples.prompts == [f"square {i}" for i in range(5)]
     assert samples.conditions is not None
@@ -126,7 +126,7 @@ def test_a_comparison(models: Models, data: Path, tmp_path: Path, monkeypatch, c
     for seed in (0, 3):
         pictures = np.concatenate(
             [
-                pipeline(prompt, None, edges, steps=2, guidance_scale=1, seed=1_000_000 * seed + i)
+                by_hand(prompt, None, edges, steps=2, guidance_scale=1, seed=1_000_000 * seed + i)
                 for i, (prompt, edges) in enumerate(zip(samples.prompts, samples.conditions, strict=True))
             ]
         )
@@ -249,6 +249,9 @@ def test_max_samples_are_spread_over_the_folder(data: Path) -> None:
         ({"samplers": ("a:best",)}, "--samplers: there is no sampler best; there are ddim, euler, "),
         ({"guidance_scales": ("a",)}, "--guidance_scales a: write NAME:VALUE"),
         ({"guidance_scales": ("a:high",)}, "--guidance_scales: high is no number"),
+        ({"guidance_scales": ("a:nan",)}, "--guidance_scales: nan is not possible: it must be a finite number of at"),
+        ({"image_guidance_scales": ("a:-1",)}, "--image_guidance_scales: -1 is not possible"),
+        ({"models": ("a\udcff=o/r",)}, "the name must be of printable characters"),
         ({"steps": (0, 1)}, "--steps must be numbers of at least 1"),
         ({"seeds": (1, 1)}, "--seeds must be different numbers"),
         ({"batch_size": 0}, "--batch_size and --num_shown must be at least 1"),
@@ -293,6 +296,30 @@ def test_a_model_for_another_task_is_refused(models: Models, data: Path, tmp_pat
     write_rows(tmp_path / "plain", [{"file_name": f"{data}/{i}.png", "text": "a"} for i in range(2)])
     with pytest.raises(ValueError, match=r"the model a has a ControlNet, but .*plain names no conditioning_image"):
         run(Args((f"a={models('controlnet')}",), tmp_path / "plain", output_dir=tmp_path))
+
+
+def refuse_to_load(*_: Any, **__: Any) -> Any:
+    raise AssertionError("weights are loaded although the models do not fit the data")
+
+
+def test_every_model_is_checked_before_weights_are_read(
+    models: Models, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one would be found out after the hours that the first one takes."""
+    monkeypatch.setattr(pipeline, "load_model", refuse_to_load)
+    good, editor = f"a={models('text-to-image')}", f"b={models('instruct-pix2pix')}"
+    with pytest.raises(ValueError, match="the model b is for the task 'edit'"):
+        run(Args((good, editor), data, output_dir=tmp_path / "out"))
+    with (
+        pytest.warns(UserWarning, match="a is not run with 5000 steps"),
+        pytest.raises(ValueError, match="no model can be run with any of --steps"),
+    ):
+        run(Args((good,), data, steps=(5000,), output_dir=tmp_path / "out"))
+    write_rows(tmp_path / "odd", [{"file_name": "odd.png", "text": "a"}] * 2)
+    Image.new("RGB", (30, 30)).save(tmp_path / "odd" / "odd.png")
+    with pytest.raises(ValueError, match="the model a: height = 30, width = 30: this model makes images whose sides"):
+        run(Args((good,), tmp_path / "odd", output_dir=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_matplotlib_is_told_first(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

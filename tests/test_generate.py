@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from folders import SIZE, XL_UNET, saved_pipeline
 from PIL import Image
 
-from codi_jax import generate
+from codi_jax import generate, pipeline
 from codi_jax.lora import init_lora
 from codi_jax.lora_files import save_lora
 from codi_jax.models.unet import UNet2DCondition
@@ -101,6 +102,10 @@ def test_help_names_the_flags(tmp_path: Path) -> None:
         assert word in ran.stdout
 
 
+def refuse_to_load(*_: Any, **__: Any) -> Any:
+    raise AssertionError("weights are loaded although the flags do not fit")
+
+
 BAD = {
     "model": (
         ["--model", "runs/3/final"],
@@ -138,11 +143,22 @@ def test_bad_input_is_one_sentence(models: Models, tmp_path: Path, case: str) ->
         (["--timesteps", "5", "9", "--sampler", "lcm"], r"error: timesteps = \[5, 9\]: they must descend"),
         (["--mask_image", "file.png"], "error: mask_image is for inpainting models"),
         (["--control_image", "file.png"], "error: control_image needs a ControlNet"),
+        (["--height", "30"], "error: height = 30, width = 32: this model makes images whose sides are multiples of 4"),
+        (["--sampler", "codi"], "error: .*codi"),
+        (["--sampler", "ddim", "--timesteps", "9", "5"], "error: the sampler ddim takes even steps only"),
+        (["--steps", "1001"], "error: steps = 1001: choose 1 to 1000"),
+        (["--controlnet", "CONTROLNET"], "error: the pipeline has a ControlNet: give it a control_image"),
+        (["--seed", str(2**63)], "error: --seed 9223372036854775808 is not possible"),
+        (["--guidance_scale", "nan"], "error: --guidance_scale nan is not possible: it must be a finite number"),
+        (["--output", "/proc/self/out.png"], r"error: /proc/self/out\.png cannot be written"),
     ],
 )
 def test_more_bad_input(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
 ) -> None:
+    """Found before weights are read: with large models that takes minutes."""
+    monkeypatch.setattr(pipeline, "load_model", refuse_to_load)
+    flags = [str(models("controlnet") / "controlnet") if flag == "CONTROLNET" else flag for flag in flags]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     Image.new("RGB", (8, 8)).save("file.png")

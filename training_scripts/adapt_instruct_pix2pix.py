@@ -70,7 +70,10 @@ class Args(Flags):
             raise ValueError("give either --base_model and --distilled_model, or --lora.")
         if (self.validation_prompt is None) != (self.validation_image is None):
             raise ValueError("--validation_prompt and --validation_image go together: give both, or neither.")
-        self.require("weight", len(self.weight) > 0, "at least one number")
+        folders = {_weight_folder(weight) for weight in self.weight}
+        self.require("weight", 0 < len(folders) == len(self.weight), "one number or more, each of them once")
+        self.require_at_least(1, "validation_sampling_steps")
+        self.require_at_least(0, "guidance_scale")
 
 
 def main(args: Args) -> None:
@@ -80,6 +83,8 @@ def main(args: Args) -> None:
     pipeline = DiffusionPipeline.from_pretrained(source, variant=args.variant, untrained={"unet": None})
     require_editor(pipeline, f"--pretrained_model_name_or_path {source}")
     pipeline.schedule = pipeline.schedule.with_consistency_grid()
+    if image is not None:
+        pipeline.check(image, steps=args.validation_sampling_steps)
     editor = open_editor(source, args.variant)
     if args.lora is not None:
         delta = delta_of_lora(editor, args.lora)
@@ -92,7 +97,7 @@ def main(args: Args) -> None:
     say(describe(delta.plan))
     rows: dict[str, Any] = {}
     for weight in args.weight:
-        adapted = folder if len(args.weight) == 1 else folder / f"weight-{weight:g}"
+        adapted = folder if len(args.weight) == 1 else folder / _weight_folder(weight)
         write_adapted(adapted, editor, delta, weight, args.save_dtype)
         pipeline.save_pretrained(adapted)
         say(f"wrote {adapted}")
@@ -102,6 +107,10 @@ def main(args: Args) -> None:
         height, width = next(iter(rows.values())).shape[1:3]
         shown = (to_pixels(image, (height, width)) * 255).round().astype(np.uint8)
         save_images(folder / "validation.png", labelled_rows({"source": shown[None], **rows})[None])
+
+
+def _weight_folder(weight: float) -> str:
+    return f"weight-{weight:g}"
 
 
 def _edit(args: Args, folder: Path, image: Any) -> np.ndarray:
