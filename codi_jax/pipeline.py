@@ -42,7 +42,14 @@ _ROOMS = (8, 64)  # numbers of steps that programs are compiled for, where a sam
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 """Precision of weights and computation, as a flag says it."""
 
-_REQUIRED = ("unet", "vae", "text_encoder", "tokenizer")
+# What a model must have, and which class each may be: others' configurations would be read as if they were of these.
+_REQUIRED = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+_SUPPORTED = "text-to-image, InstructPix2Pix, inpainting and ControlNet pipelines of Stable Diffusion 1.x, 2.x and XL"
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet")
 _jitted_generate = jax.jit(generate, static_argnames="program")
 
@@ -131,12 +138,7 @@ class DiffusionPipeline:
         """
         hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = ModelFolder(str(Path(source).expanduser()), **hub)
-        index = folder.read_json("model_index.json")
-        if absent := [name for name in _REQUIRED if not _is_present(index, name)]:
-            raise WeightsError(
-                f"{folder}/model_index.json describes a {index.get('_class_name')} without {' and '.join(absent)}: it "
-                "is no Stable Diffusion 1.x, 2.x or XL model."
-            )
+        index = read_index(folder)
         tokenizers, files = _load_tokenizers(folder, index, tokenizer, cache_dir)
         schedule = load_schedule(folder)
         names = [name for name in ("unet", "vae", "text_encoder", "text_encoder_2") if _is_present(index, name)]
@@ -615,6 +617,29 @@ def _check_controlnet(modules: Mapping[str, Any]) -> None:
                 f"the ControlNet has {key} = {values[0]} and the UNet {values[1]}: take a ControlNet that was made for "
                 "this model's family."
             )
+
+
+def read_index(folder: ModelFolder) -> dict[str, Any]:
+    """The ``model_index.json`` of a model, which says what its parts are.
+
+    Raises:
+      WeightsError: if there is none, or it is that of a pipeline which is not supported.
+    """
+    index = folder.read_json("model_index.json")
+    what, absent = index.get("_class_name"), [name for name in _REQUIRED if not _is_present(index, name)]
+    if absent:
+        raise WeightsError(
+            f"{folder}/model_index.json describes a {what} without {' and '.join(absent)}: it is no Stable Diffusion "
+            f"1.x, 2.x or XL model; supported are {_SUPPORTED}."
+        )
+    for name, classes in _REQUIRED.items():
+        found = str(index[name][-1])
+        if found.removeprefix("Flax") not in classes:
+            raise WeightsError(
+                f"{folder}/model_index.json describes a {what} whose {name} is {found}, not {' or '.join(classes)}; "
+                f"supported are {_SUPPORTED}."
+            )
+    return index
 
 
 def load_schedule(folder: ModelFolder) -> NoiseSchedule:

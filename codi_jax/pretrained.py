@@ -21,10 +21,14 @@ from codi_jax.methods.inputs import Modules, encode_prompts, null_text, posterio
 from codi_jax.models.attention import Implementation
 from codi_jax.models.config import Params
 from codi_jax.models.unet import UNetEncoder
-from codi_jax.pipeline import DiffusionPipeline, load_schedule
+from codi_jax.pipeline import DiffusionPipeline, load_schedule, read_index
+from codi_jax.sampling import default_sampler, timesteps_for
 from codi_jax.schedule import NoiseSchedule
 from codi_jax.train import global_batch_size
+from codi_jax.validation import ValidationFlags
 from codi_jax.weights import Model, ModelFolder, build_module, load_model
+
+_STEPS_OF_TEACHER = 50  # in validation pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +127,7 @@ def load_pretrained(
       ValueError: if it cannot be loaded, or the resolution is not one that its VAE can take.
     """
     _check_resolution(flags)
+    _check_validation(flags)
     if controlnet is not None:
         ModelFolder(str(Path(controlnet).expanduser()), None, controlnet_revision, flags.cache_dir).find("config.json")
     pipeline = DiffusionPipeline.from_pretrained(
@@ -170,7 +175,7 @@ def _folder(flags: Any) -> ModelFolder:
     folder = ModelFolder(
         str(Path(flags.pretrained_model_name_or_path).expanduser()), None, flags.revision, flags.cache_dir
     )
-    folder.require("model_index.json")
+    read_index(folder)
     return folder
 
 
@@ -180,6 +185,22 @@ def _check_resolution(flags: Any) -> None:
     vae: Any = build_module(folder.part("vae")).config
     unet: Any = build_module(folder.part("unet")).config
     flags.check_resolution(vae.downscale * 2 ** (unet.num_blocks - 1), f"the model {folder}")
+
+
+def _check_validation(flags: Any) -> None:
+    """Before weights are read, and not at the first validation: can the model be sampled as its pictures need it?"""
+    if not isinstance(flags, ValidationFlags):
+        return
+    schedule = pretrained_schedule(flags)
+    steps = getattr(flags, "validation_sampling_steps", None)
+    try:
+        # Several numbers are those of a student, beside which its teacher is shown.
+        timesteps_for(default_sampler(schedule), schedule, steps if isinstance(steps, int) else _STEPS_OF_TEACHER)
+    except ValueError as error:
+        flag = (
+            f"--validation_sampling_steps {steps}" if isinstance(steps, int) else "validation pictures of the teacher"
+        )
+        raise ValueError(f"{flag}: {error}") from error
 
 
 def require_editor(pipeline: DiffusionPipeline, flag: str = "--pretrained_model_name_or_path") -> None:

@@ -596,7 +596,14 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: (f / "model_index.json").write_text(
             '{"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}'
         ),
-        "describes a FluxPipeline without unet and vae and text_encoder and tokenizer: it is no Stable Diffusion",
+        "describes a FluxPipeline without unet and vae and text_encoder and tokenizer: it is no Stable Diffusion .*; "
+        "supported are text-to-image, InstructPix2Pix, inpainting and ControlNet pipelines of Stable Diffusion",
+    ),
+    "kolors": (
+        lambda f: edit_json(
+            f / "model_index.json", _class_name="KolorsPipeline", text_encoder=["kolors", "ChatGLMModel"]
+        ),
+        "describes a KolorsPipeline whose text_encoder is ChatGLMModel, not CLIPTextModel or .*; supported are",
     ),
     "refiner": (
         lambda f: edit_json(f / "model_index.json", text_encoder=[None, None], tokenizer=[None, None]),

@@ -1,6 +1,8 @@
 """What training scripts start from, and the folder that they write."""
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +29,7 @@ from codi_jax.pretrained import (
     trainable,
     with_controlnet,
 )
+from codi_jax.validation import ValidationFlags
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,6 +163,45 @@ def test_resolutions_that_the_networks_take(model: Path):
     """Latents of 9 pixels cannot be halved, though the VAE could make them."""
     with pytest.raises(ValueError, match=r"--resolution 36 is not possible: .* takes multiples of 8"):
         load(model, resolution=36)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShownFlags(Flags, ValidationFlags):
+    validation_sampling_steps: int | tuple[int, ...] = 50
+
+
+def test_pictures_that_cannot_be_made_are_found_before_weights_are_read(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And not at the first validation, after hours of training."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(pipelines, "load_model", refuse)
+    folder = shutil.copytree(model, tmp_path / "model")
+
+    def refused(steps: int | tuple[int, ...]) -> str:
+        shown = ShownFlags(pretrained_model_name_or_path=str(folder), resolution=SIZE, validation_sampling_steps=steps)
+        with pytest.raises(ValueError, match="sampl") as caught:
+            load_pretrained(shown, sharding.make_mesh())
+        return str(caught.value)
+
+    assert refused(1001).startswith("--validation_sampling_steps 1001: steps = 1001: choose 1 to 1000")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "HeunDiscreteScheduler"}))
+    assert "There is no sampler for HeunDiscreteScheduler" in refused((1, 2))
+    with pytest.raises(AssertionError):  # where no pictures are made, it is of no matter
+        load(folder)
+
+
+@pytest.mark.parametrize("read", [load, lambda folder: pretrained.pretrained_unet(flags_of(folder))])
+def test_a_model_of_another_pipeline_is_named(tmp_path: Path, read: Callable[[Path], Any]):
+    """Not the parts that it lacks, which its own scripts do not need."""
+    parts = {"transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", **parts}))
+    with pytest.raises(ValueError, match=r"describes a FluxPipeline without unet .*; supported are text-to-image"):
+        read(tmp_path)
 
 
 def test_another_tokenizer(model: Path, tmp_path: Path):
