@@ -77,7 +77,7 @@ class Flags:
                     scopes[name] = found[-1]
         return scopes
 
-    def values(self, widest: Scope) -> dict[str, Any]:
+    def values_within(self, widest: Scope) -> dict[str, Any]:
         """The flags of this scope and of narrower ones, as JSON values.
 
         Args:

@@ -82,7 +82,7 @@ def write_arguments(flags: Flags, output_dir: Path) -> None:
     unfinished = output_dir / f"{ARGS_NAME}.tmp"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(flags.values(Scope.PROCESS), indent=2) + "\n", encoding="utf-8")
+        unfinished.write_text(json.dumps(flags.values_within(Scope.PROCESS), indent=2) + "\n", encoding="utf-8")
         unfinished.replace(output_dir / ARGS_NAME)
     except OSError as error:
         raise _unwritable(output_dir, error) from error
@@ -98,7 +98,7 @@ def check_arguments(flags: Flags, output_dir: Path) -> None:
     # Alone in its folder, it is from a start that was refused later, for its model or its data.
     if not path.exists() or {file.name for file in output_dir.iterdir()} <= {ARGS_NAME, _LOCK_NAME}:
         return
-    earlier, given = _read(path), flags.values(Scope.RESUME)
+    earlier, given = _read(path), flags.values_within(Scope.RESUME)
     operational = {name for name, scope in flags.scopes().items() if scope > Scope.RESUME}
     for name in sorted((earlier.keys() | given.keys()) - operational):
         if earlier.get(name) != given.get(name):

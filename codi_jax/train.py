@@ -188,7 +188,7 @@ def start(flags: Args, run_config: Mapping[str, Any] | None = None) -> Args:
     """
     flags.check()
     processes.initialize()
-    everything = flags.values(Scope.START)
+    everything = flags.values_within(Scope.START)
     processes.agree("flags", {f"--{name}": value for name, value in everything.items()}, "give all the same command")
     processes.agree("code", {"version": processes.code_version()}, "install the same version on all machines")
     if flags.local_rank != -1:
@@ -272,7 +272,7 @@ def train(
             state, position = checkpoints.restore(checkpoint, _forgotten(state))
             loader.set_state(position)
             say(f"going on from {checkpoint}")
-        tracker = Tracker(flags, output_dir, flags.values(Scope.PROCESS), first)
+        tracker = Tracker(flags, output_dir, flags.values_within(Scope.PROCESS), first)
         stack.enter_context(contextlib.closing(tracker))
         if first < total:
             run = _Run(flags, mesh, first, total, tracker, checkpoints, validate, record, _complete(run_config, flags))
@@ -289,7 +289,7 @@ def train(
 
 def _complete(run_config: Mapping[str, Any], flags: LoopFlags) -> dict[str, Any]:
     """With what every run has: its flags, and the batch of all devices together, since their number may change."""
-    return {**flags.values(Scope.RUN), **run_config, "batch_size": global_batch_size(flags)}
+    return {**flags.values_within(Scope.RUN), **run_config, "batch_size": global_batch_size(flags)}
 
 
 def _check_resumed(checkpoint: Path, run_config: Mapping[str, Any], flags: LoopFlags) -> None:

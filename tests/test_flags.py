@@ -162,7 +162,7 @@ def test_a_flag_belongs_to_the_run_unless_it_says_otherwise(script):
 def test_what_a_network_predicts_belongs_to_the_run(script):
     args_class = importlib.import_module(f"training_scripts.{script}").Args
     args = args_class(pretrained_model_name_or_path="x", train_data_dir="y", prediction_type="v_prediction")
-    assert args.values(Scope.RUN)["prediction_type"] == "v_prediction"
+    assert args.values_within(Scope.RUN)["prediction_type"] == "v_prediction"
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def test_scopes_are_inherited_and_values_are_json_without_secrets():
         "plain": Scope.RUN, "adjusted": Scope.RESUME, "local": Scope.PROCESS, "token": Scope.SECRET,
         "shown": Scope.START,
     }  # fmt: skip
-    assert Derived().values(Scope.RUN) == {"plain": 1}
-    assert Derived().values(Scope.START) == {"plain": 1, "adjusted": "b", "shown": [1, 2]}
+    assert Derived().values_within(Scope.RUN) == {"plain": 1}
+    assert Derived().values_within(Scope.START) == {"plain": 1, "adjusted": "b", "shown": [1, 2]}
     for widest in (Scope.PROCESS, Scope.SECRET):
-        assert Derived().values(widest) == {"plain": 1, "adjusted": "b", "local": 3, "shown": [1, 2]}
+        assert Derived().values_within(widest) == {"plain": 1, "adjusted": "b", "local": 3, "shown": [1, 2]}

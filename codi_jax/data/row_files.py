@@ -156,7 +156,7 @@ def _checksums_of(array: Shaped[np.ndarray, "rows ..."], axes: int) -> UInt32[np
     """The CRC-32 of what lies behind the leading axes."""
     shape = array.shape[:axes]
     items = np.ascontiguousarray(array).reshape(math.prod(shape), -1).view(np.uint8)
-    return np.array([zlib.crc32(item) for item in items], np.uint32).reshape(shape)
+    return np.array([zlib.crc32(item.data) for item in items], np.uint32).reshape(shape)
 
 
 def _map(file: Path) -> np.ndarray:

@@ -108,8 +108,8 @@ def numpy_loss(problem: Problem) -> Any:
     s = np.maximum(t - k, 0)
     z_t = alpha[t][COLUMN] * z0 + sigma[t][COLUMN] * noise
 
-    # What there is to condition on: c_T, text with its pooled output; c_I, image latents (the mode, not scaled); and what
-    # stands in their place.
+    # What there is to condition on: c_T, text with its pooled output; c_I, image latents (the mode, not scaled); and
+    # what stands in their place.
     c_I = np.split(batch["conditioning_moments"], 2, axis=-1)[0] if edits else None
     no_I = np.zeros_like(c_I) if edits else None
     c_T = batch["context"], batch["pooled"]
