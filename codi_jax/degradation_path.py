@@ -111,8 +111,9 @@ def open_path(folder: Path) -> DegradationPath:
             "none for plain distribution matching."
         ) from None
     except ValueError as error:
-        raise ValueError(f"{folder / PATH_NAME} is not valid JSON ({error}): record the path anew.") from None
-    nodes = content.pop("nodes", {})
+        raise ValueError(f"{folder / PATH_NAME} is not valid JSON ({error}): record the path again.") from None
+    if not isinstance(content, dict) or not isinstance(nodes := content.pop("nodes", None), dict) or not nodes:
+        raise ValueError(f"{folder / PATH_NAME} names no nodes: record the path again.")
     missing = [name for name in nodes if not any((folder / name).glob("*.safetensors"))]
     if missing:
         raise ValueError(

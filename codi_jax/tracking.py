@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ class _Files:
     def __init__(self, output_dir: Path, step: int) -> None:
         self._folder = output_dir / "validation"
         path = output_dir / METRICS_NAME
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step] if step else []
+        kept = [line for line in _lines(path) if _step_of(line) <= step] if step else []
         path.write_text("".join(kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
@@ -229,8 +230,15 @@ class _Wandb:
 
 
 def _lines(path: Path) -> list[str]:
-    """The complete lines: a run that was killed may have left half of one."""
+    """What a run before has written, line by line."""
     if not path.exists():
         return []
-    with path.open(encoding="utf-8") as lines:
-        return [line for line in lines if line.endswith("}\n")]
+    return [line + "\n" for line in path.read_text(encoding="utf-8", errors="replace").split("\n")]
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinity if the line is damaged, as the last one is if the run was killed."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from published import TINY_SD15
+from several import end_of, free_address, start
 
 from codi_jax import sharding, train
 from codi_jax.degradation_path import (
@@ -102,6 +103,10 @@ def test_a_file_that_is_no_path_is_refused(folder: Path):
     (folder / "path.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         open_path(folder)
+    for content in ("[]", "{}", '{"nodes": []}'):
+        (folder / "path.json").write_text(content)
+        with pytest.raises(ValueError, match="names no nodes: record the path again"):
+            open_path(folder)
 
 
 def test_the_digest_is_that_of_names_and_numbers():
@@ -176,3 +181,29 @@ def test_path_json_says_what_the_path_is_of(recorded: Path):
     content = json.loads((recorded / "path" / "path.json").read_text())
     assert content["model"] == "a/teacher"
     assert len(content["nodes"]["node_00"]) == 64
+
+
+TWO_PROCESSES = """
+import sys, time
+from pathlib import Path
+import jax
+from codi_jax import degradation_path, processes
+
+processes.initialize()
+folder = Path(sys.argv[1])
+digest_of = degradation_path._digest_of_files
+
+def slowly(node):
+    time.sleep(0.5)
+    return digest_of(node)
+
+degradation_path._digest_of_files = slowly
+degradation_path.finish_path(folder, 3, {})
+print(len(degradation_path.open_path(folder).nodes), file=sys.stderr)
+"""
+
+
+def test_every_process_reads_the_path_after_it_is_written(folder: Path):
+    (folder / "path.json").unlink()
+    address = free_address()
+    assert end_of([start(["-c", TWO_PROCESSES, str(folder)], i, address) for i in (0, 1)]) == [(0, "3"), (0, "3")]

@@ -61,6 +61,7 @@ def test_a_resumed_run_takes_back_what_was_reported_after_the_checkpoint(tmp_pat
         tracker.scalars({"loss": step}, step)
     tracker.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('[1]\n{"loss": 1}\n\x00\x00\n{"step": null}\n')  # of a disk that lost its power
         file.write('{"step": 4, "lo')  # killed in the middle of a line
     tracker = Tracker(flags, tmp_path, {}, step=2)
     tracker.scalars({"loss": 30.0}, 3)
