@@ -13,6 +13,7 @@ from typing import Any
 
 import diffusers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ from folders import SIZE, saved_pipeline
 from picture_folders import write_folder
 from safetensors.numpy import load_file
 
-from codi_jax import train
+from codi_jax import optim, train
 from codi_jax.pipeline import DiffusionPipeline
 from training_scripts import train_disback_flax as script
 
@@ -123,6 +124,73 @@ def test_a_resumed_run_ends_bit_for_bit_the_same(whole: Path, scratch: Path, tmp
     assert_same(stopped / "unet", whole / "unet")
 
 
+@pytest.mark.parametrize("generator_lora", [False, True], ids=["unet", "lora"])
+def test_the_target_walks_the_recorded_path_back_to_the_teacher(
+    generator_lora: bool, scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of three nodes: φ starts as the third, its target is the second, then the first, and at last the teacher."""
+
+    def degrade(step: Any, state: Any, frozen: Any, loader: Any, args: Any, *, record: train.Record, **_: Any) -> None:
+        loader.close()
+        for n in (1, 2, 3):
+            unet = jax.tree.map(lambda x, n=n: x * (1 + n), state.params["unet"])
+            record.write(dataclasses.replace(state, params={"unet": unet}), n * record.every)
+
+    targets: list[float] = []
+
+    def backtrack(step: Any, state: Any, frozen: Any, loader: Any, args: Any, **_: Any) -> None:
+        loader.close()
+        assert factor(state.fake.params["unet"]) == 4
+        targets.extend(factor(frozen.at(step)["unet"]) for step in (*range(12), 1000))
+        assert factor(frozen.at(0)["teacher"] if generator_lora else state.generator.params["unet"]) == 1
+
+    def factor(unet: Any) -> float:
+        """How many times the teacher it is."""
+        ratio = np.asarray(unet["conv_in"]["kernel"]).transpose(3, 2, 0, 1) / teacher
+        np.testing.assert_allclose(ratio, ratio.flat[0], rtol=1e-5)
+        return round(float(ratio.flat[0]), 4)
+
+    teacher = weights_of(saved_pipeline("text-to-image", scratch) / "unet")["conv_in.weight"]
+    flags = {"generator_lora": generator_lora, "lora_rank": 2, "interval": 2, "max_train_steps": 20}
+    for stage, loop in (("degradation", degrade), ("backtracking", backtrack)):
+        monkeypatch.setattr(train, "train", loop)
+        run(scratch, tmp_path, stage=stage, num_nodes=3, **flags)
+    # An update of the generator in steps 0, 2, 4, …; a node is the target of two.
+    assert targets == [3] * 3 + [2] * 4 + [1] * 6
+
+
+class EnoughError(Exception):
+    """Where a test has seen enough of a run."""
+
+
+def test_each_network_has_its_own_learning_rate(scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And its own number of updates, by which it falls: 10 of the generator and 20 of the fake score."""
+    handed: list[tuple[Any, Any]] = []
+
+    def take(step: Any, state: Any, frozen: Any, loader: Any, *_: Any, **__: Any) -> None:
+        loader.close()
+        handed.append((step, state))
+        raise EnoughError
+
+    monkeypatch.setattr(train, "train", take)
+    rates = {"generator_lr": 1e-3, "guidance_lr": 4e-3, "lr_scheduler": "linear", "max_train_steps": 20}
+    for flags in ({"stage": "backtracking", "path": "none"}, {"stage": "degradation", "num_nodes": 20}):
+        with pytest.raises(EnoughError):
+            run(scratch, tmp_path, **flags, **rates)
+    (backtracking, state), (degradation, of_path) = handed
+    optimizers = *backtracking.keywords["optimizers"], degradation.keywords["optimizer"]
+    networks = state.generator, state.fake, of_path
+    for network, optimizer, (rate, updates) in zip(networks, optimizers, [(1e-3, 10), (4e-3, 20), (4e-3, 20)]):
+        assert optim.status(network)["learning_rate"] == np.float32(rate)
+        params = {"unet": {"bias": jnp.zeros(3)}}
+        opt_state, sizes = optimizer.init(params), []
+        for _ in range(3):
+            changes, opt_state = optimizer.update(jax.tree.map(jnp.ones_like, params), opt_state, params)
+            sizes.append(float(-changes["unet"]["bias"][0]))
+        # Adam's steps by a constant gradient are as long as the rate.
+        np.testing.assert_allclose(sizes, [rate * (1 - i / updates) for i in range(3)], rtol=1e-3)
+
+
 def test_plain_distribution_matching_has_the_teacher_as_its_target(
     scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -149,7 +217,9 @@ def prepare(scratch: Path, output_dir: Path, monkeypatch: pytest.MonkeyPatch, **
         batch = next(loader)
         loader.close()
         trees = frozen.at(0) if isinstance(frozen, train.Changing) else frozen
-        handed.update(others, batch=batch, frozen=frozen, state=state, result=jax.eval_shape(step, state, trees, batch))
+        handed.update(
+            others, step=step, batch=batch, frozen=frozen, state=state, result=jax.eval_shape(step, state, trees, batch)
+        )
 
     with monkeypatch.context() as patched:
         patched.setattr(train, "train", take)

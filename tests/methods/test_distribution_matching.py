@@ -161,6 +161,90 @@ def test_the_fake_scores_loss_and_gradient_equal_the_equations(task: str, predic
     assert_equals(problem, loss)
 
 
+# ---- The GAN loss of DMD2
+
+
+class StandInHead:
+    """A logit of each sample by a few weights."""
+
+    def apply(self, variables: Any, low: Any) -> Any:
+        return (low * variables["params"]["k"]).mean((1, 2, 3))
+
+
+HEAD = {"k": 5 * standins.controlnet_params(9)["e"]}
+
+
+@pytest.fixture
+def stand_in_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dm.Config, "head", property(lambda _: StandInHead()))
+
+
+def numpy_logits(equations: Equations, fake: Any, x: np.ndarray, key: jax.Array) -> np.ndarray:
+    """Of φ's lowest features, at t = 0, or of noised images at times below the highest."""
+    t_key, noise_key = jax.random.split(key)
+    t = np.zeros(B, int)
+    if equations.flags.diffusion_gan:
+        t = np.asarray(jax.random.randint(t_key, (B,), 0, 300))
+        x = equations.add_noise(x, float64(jax.random.normal(noise_key, x.shape)), t)
+    batch, unet = equations.batch, fake["unet"]
+    temb = t / 1000 + batch["pooled"].mean(1) * batch["time_ids"][:, 0]
+    low = x * unet["a"] * temb[COLUMN] + batch["context"].mean((1, 2))[COLUMN] * unet["b"]
+    return (low * fake["head"]["k"]).mean((1, 2, 3))
+
+
+def softplus(x: np.ndarray) -> np.ndarray:
+    return np.log1p(np.exp(x))
+
+
+GAN = {"cls_on_clean_image": True, "gen_cls_loss": True, "diffusion_gan_max_timestep": 300}
+
+
+@pytest.mark.usefixtures("stand_in_head")
+@pytest.mark.parametrize("gan_alone", [False, True])
+@pytest.mark.parametrize("diffusion_gan", [False, True])
+def test_the_generators_loss_with_the_gan_equals_the_equations(diffusion_gan: bool, gan_alone: bool):
+    """Distribution matching and the GAN loss are added, unless the latter is to be alone."""
+    flags = {**GAN, "diffusion_gan": diffusion_gan, "gan_alone": gan_alone, "gen_cls_loss_weight": 0.7}
+    problem = make_problem(GENERATOR_LOSS, "text", "epsilon", **flags)
+    problem.state.other["head"] = HEAD
+    equations = Equations(problem)
+    _, x_key, g_key, logits_key = jax.random.split(problem.key, 4)
+    fake = float64(problem.state.other)
+    x = equations.generate(float64(problem.state.params)["unet"], x_key)
+    wanted_x = x - equations.gradient(x, fake["unet"], equations.frozen["unet"], g_key)
+
+    def loss(theta: Any) -> Any:
+        x = equations.generate(theta["unet"], x_key)
+        matching = 0 if gan_alone else 0.5 * np.mean((x - wanted_x) ** 2)
+        return matching + 0.7 * np.mean(softplus(-numpy_logits(equations, fake, x, logits_key)))
+
+    assert_equals(problem, loss)
+
+
+@pytest.mark.usefixtures("stand_in_head")
+@pytest.mark.parametrize("diffusion_gan", [False, True])
+def test_the_heads_loss_equals_the_equations(diffusion_gan: bool):
+    """Beside denoising; real latents and generated ones are noised apart."""
+    flags = {**GAN, "diffusion_gan": diffusion_gan, "guidance_cls_loss_weight": 0.7}
+    problem = make_problem(FAKE_LOSS, "text", "epsilon", **flags)
+    problem.state.params["head"] = HEAD
+    equations = Equations(problem)
+    z0_key, x_key, t_key, noise_key, logits_key = jax.random.split(problem.key, 5)
+    x = equations.generate(float64(problem.state.other)["unet"], x_key)
+    z0 = draw_latents(equations.batch, z0_key)
+    t = np.asarray(jax.random.randint(t_key, (B,), 0, 1000))
+    noise = float64(jax.random.normal(noise_key, x.shape))
+    x_t = equations.add_noise(x, noise, t)
+    real_key, made_key = jax.random.split(logits_key)
+
+    def loss(theta: Any) -> Any:
+        denoising = np.mean((equations.output(theta["unet"], x_t, t, equations.full) - noise) ** 2)
+        of_real, of_made = (numpy_logits(equations, theta, *given) for given in ((z0, real_key), (x, made_key)))
+        return denoising + 0.7 * np.mean(softplus(-of_real) + softplus(of_made))
+
+    assert_equals(problem, loss)
+
+
 def test_prompts_alone_will_do():
     problem = make_problem(GENERATOR_LOSS, "text", "epsilon")
     with_images = problem.loss()[0]
