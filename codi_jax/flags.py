@@ -37,6 +37,8 @@ Operational = Annotated[_T, Scope.START]
 Local = Annotated[_T, Scope.PROCESS]
 Secret = Annotated[_T, Scope.SECRET]
 
+LARGEST_SIDE = 2**14
+"""The longest side of a picture, in pixels: beyond it no device has the memory, and to find out takes minutes."""
 LARGEST_SEED = 2**63 - 1
 """The largest seed that JAX takes."""
 _LARGEST = 2**31 - 1  # of any other number: steps and sizes are int32 on devices

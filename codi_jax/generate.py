@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from codi_jax import command_line
-from codi_jax.flags import LARGEST_SEED, Flags
+from codi_jax.flags import LARGEST_SEED, LARGEST_SIDE, Flags
 from codi_jax.images import check_output, open_image, save_images
 from codi_jax.models.attention import Implementation
 from codi_jax.pipeline import DiffusionPipeline, DType, open_pipeline, resolve_dtype
@@ -92,7 +92,7 @@ class Args(Flags):
         fits = self.seed <= LARGEST_SEED - 2 * self.num_images
         self.require("seed", fits, "smaller: the next images have the next seeds, up to 2^63 - 1")
         self.require_at_least(0, "guidance_scale", "image_guidance_scale", "timesteps")
-        self.require_at_least(1, "height", "width")
+        self.require_in(1, LARGEST_SIDE, "height", "width")
         check_output(self.output, self.num_images)
 
 
@@ -110,7 +110,8 @@ def run(args: Args) -> list[Path]:
     args.check()
     given = {"image": args.image, "mask_image": args.mask_image, "control_image": args.control_image}
     pictures = {name: open_image(source) for name, source in given.items() if source is not None}
-    open_pipeline(args.model, args.controlnet, revision=args.revision).check(
+    model = open_pipeline(args.model, args.controlnet, revision=args.revision)
+    model.check(
         **pictures,
         steps=args.steps,
         sampler=args.sampler,
@@ -118,6 +119,8 @@ def run(args: Args) -> list[Path]:
         height=args.height,
         width=args.width,
     )
+    for lora in args.lora:
+        model.check_lora(lora)
     keep_compiled_programs(args.ccache)
     made, compile_seconds, seconds = _generate(_load(args), args, pictures)
     files = save_images(args.output, made[: args.num_images])

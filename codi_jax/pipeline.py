@@ -186,6 +186,11 @@ class DiffusionPipeline:
         """Whether this is an SDXL model."""
         return self.modules["unet"].config.addition_embed_type == "text_time"
 
+    def check_lora(self, source: str | Path, **hub: Any) -> None:
+        """Refuses what `merge_lora` would refuse with `WeightsError`; needs the LoRA, but not the model's weights."""
+        names = ("unet", "text_encoder", "text_encoder_2")
+        load_lora(source, {name: self.modules[name].abstract_params() for name in names if name in self.modules}, **hub)
+
     def merge_lora(self, source: str | Path, scale: float | int = 1.0, **hub: Any) -> None:
         """Merges a LoRA into the weights; raises `WeightsError` if it is not one for this model."""
         parts = {name: self.params.get(name) for name in ("unet", "text_encoder", "text_encoder_2")}

@@ -102,6 +102,11 @@ def test_help_names_the_flags(tmp_path: Path) -> None:
         assert word in ran.stdout
 
 
+def save_lora_of_another_model(path: Path) -> None:
+    params = UNet2DCondition(UNetConfig.from_dict(XL_UNET)).abstract_params()
+    save_lora(path, {"unet": init_lora(jax.random.key(0), params, rank=2, target_modules=["to_q"])})
+
+
 def refuse_to_load(*_: Any, **__: Any) -> Any:
     raise AssertionError("weights are loaded although the flags do not fit")
 
@@ -122,9 +127,7 @@ BAD = {
 def test_bad_input_is_one_sentence(models: Models, tmp_path: Path, case: str) -> None:
     flags, message = BAD[case]
     if case == "lora":
-        params = UNet2DCondition(UNetConfig.from_dict(XL_UNET)).abstract_params()
-        lora = init_lora(jax.random.key(0), params, rank=2, target_modules=["to_q"])
-        save_lora(tmp_path / "lora.safetensors", {"unet": lora})
+        save_lora_of_another_model(tmp_path / "lora.safetensors")
     before = sorted(tmp_path.rglob("*"))
     ran = command_line(tmp_path, "--prompt", "a cat", "--model", models("text-to-image"), *flags)
     assert ran.returncode == 1
@@ -148,6 +151,9 @@ def test_bad_input_is_one_sentence(models: Models, tmp_path: Path, case: str) ->
         (["--sampler", "ddim", "--timesteps", "9", "5"], "error: the sampler ddim takes even steps only"),
         (["--steps", "1001"], "error: steps = 1001: choose 1 to 1000"),
         (["--controlnet", "CONTROLNET"], "error: the pipeline has a ControlNet: give it a control_image"),
+        (["--height", "100000000"], "error: --height 100000000 is not possible: it must be between 1 and 16384"),
+        (["--lora", "nothing.safetensors"], r"error: There is no weight file nothing\.safetensors"),
+        (["--lora", "OTHER"], r"error: .*lora\.safetensors.*is a LoRA for another model"),
         (["--seed", str(2**63)], "error: --seed 9223372036854775808 is not possible"),
         (["--guidance_scale", "nan"], "error: --guidance_scale nan is not possible: it must be a finite number"),
         (["--output", "/proc/self/out.png"], r"error: /proc/self/out\.png cannot be written"),
@@ -158,7 +164,10 @@ def test_more_bad_input(
 ) -> None:
     """Found before weights are read: with large models that takes minutes."""
     monkeypatch.setattr(pipeline, "load_model", refuse_to_load)
-    flags = [str(models("controlnet") / "controlnet") if flag == "CONTROLNET" else flag for flag in flags]
+    lora = tmp_path.parent / "lora.safetensors"
+    save_lora_of_another_model(lora)
+    stand_for = {"CONTROLNET": models("controlnet") / "controlnet", "OTHER": lora}
+    flags = [str(stand_for.get(flag, flag)) for flag in flags]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     Image.new("RGB", (8, 8)).save("file.png")
