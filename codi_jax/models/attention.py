@@ -62,6 +62,9 @@ def dot_product_attention(
             return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation="cudnn")
         case _ if devices.backend() == "cpu" and not is_causal:
             return _keys_first_attention(query, key, value)
+        case _ if devices.backend() == "cpu" and query.dtype == jnp.float16:
+            # JAX's own formula asks for an algorithm, float16 with sums in float32, that XLA does not have for CPUs.
+            return _chunked_attention(query, key, value, is_causal)
         case _:
             return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation="xla")
 

@@ -36,6 +36,25 @@ def test_causal_attention_equals_pytorch(implementation: attention.Implementatio
     assert_close(out, reference(*arrays, is_causal=True), 1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["auto", "xla", "chunked"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("tokens", [77, 300])
+def test_float16_on_a_cpu_equals_pytorch(
+    implementation: attention.Implementation, is_causal: bool, tokens: int
+) -> None:
+    arrays = tuple(x.astype(jnp.float16) for x in qkv(tokens, tokens, 2, 16))
+    out = attention.dot_product_attention(*arrays, implementation=implementation, is_causal=is_causal)
+    assert out.dtype == jnp.float16
+    wanted = reference(*(x.astype(jnp.float32) for x in arrays), is_causal=is_causal)
+    assert_close(out.astype(jnp.float32), wanted, 2e-3)  # 11 bits of mantissa
+
+    def loss(q: jax.Array) -> jax.Array:
+        attended = attention.dot_product_attention(q, *arrays[1:], implementation=implementation, is_causal=is_causal)
+        return attended.astype(jnp.float32).sum()
+
+    assert np.isfinite(jax.grad(loss)(arrays[0])).all()
+
+
 @pytest.mark.parametrize("implementation", ["xla", "chunked"])
 def test_gradients_equal_those_of_pytorch(implementation: attention.Implementation) -> None:
     arrays = qkv(384, 300, 2, 16)
