@@ -45,7 +45,7 @@ class Args(Flags):
     controlnet: str | None = None
     """Folder or id of a ControlNet. If left out: the one in the model's folder, where there is one."""
     lora: tuple[str, ...] = ()
-    """LoRA files, folders or ids to merge into the model."""
+    """LoRA files, folders or ids to merge into the model, or files in a repository: owner/name/file.safetensors."""
     lora_scale: float = 1.0
     """Strength of every LoRA."""
     steps: int | None = None
@@ -80,7 +80,7 @@ class Args(Flags):
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
     variant: str | None = None
-    """Variant of the model's weight files, such as fp16."""
+    """Variant of the weight files, such as fp16, for each part of the model that has it; the ControlNet, too."""
     ccache: Path = Path("~/.cache/codi_jax/xla")
     """Folder that keeps compiled programs, so that the next start is faster."""
 

@@ -90,9 +90,9 @@ class ModelFolder:
         """
         path = self.require(name)
         try:
-            contents = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise WeightsError(f"{path} is not valid JSON ({error}): download it again.") from None
+            contents = json.loads(path.read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise WeightsError(f"{path} is not valid JSON ({first_line(error)}): download it again.") from None
         if not isinstance(contents, dict):
             raise WeightsError(f"{path} holds a JSON {type(contents).__name__} instead of an object.")
         return contents

@@ -117,12 +117,13 @@ class DiffusionPipeline:
         Args:
           source: a diffusers folder, or a repository on the Hugging Face Hub.
           controlnet: a ControlNet's folder or repository; the one in ``source`` if that has one.
-          lora: LoRA files, folders or repositories, merged into the weights one after the other.
+          lora: LoRA files, folders or repositories, or files in one (``owner/name/file.safetensors``), merged into the
+            weights one after the other.
           dtype: of the parameters and of the computation; float16 leaves a VAE that asks for it in float32.
           lora_scale: a factor on every LoRA.
           attention: the attention kernel.
           revision: branch, tag or commit of ``source``.
-          variant: of the weight files, such as ``"fp16"``.
+          variant: of the weight files, such as ``"fp16"``, for the parts and the ControlNet that have it.
           cache_dir: of the hub's files.
           local_files_only: never ask the hub.
           controlnet_revision: branch, tag or commit of ``controlnet``.
@@ -157,7 +158,8 @@ class DiffusionPipeline:
                 continue
             models[name] = load_model(**sources[name], dtype=of_part, attention=attention, place=place)
         if controlnet is not None:
-            sources["controlnet"] = _find_controlnet(controlnet, {**hub, "revision": controlnet_revision})
+            of_controlnet = {**hub, "revision": controlnet_revision}
+            sources["controlnet"] = {**_find_controlnet(controlnet, of_controlnet), "variant": variant}
             models["controlnet"] = _load_controlnet(
                 sources["controlnet"], dtype=dtype, attention=attention, place=place
             )

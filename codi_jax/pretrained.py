@@ -40,7 +40,7 @@ class ModelFlags(Flags):
     revision: str | None = None
     """Branch, tag or commit of it on the hub."""
     variant: str | None = None
-    """Variant of its weight files, such as fp16."""
+    """Variant of the weight files, such as fp16, for each part of the model that has it; the ControlNet, too."""
     tokenizer_name: str | None = None
     """Folder or id of another tokenizer than the model's own."""
     from_pt: Operational[bool] = False

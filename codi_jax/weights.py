@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -95,7 +96,8 @@ def load_model(
         itself holds ``config.json``, as it does for a ControlNet or VAE published on its own.
       dtype: in which the parameters are stored; ``None`` keeps that of the file.
       revision: branch, tag or commit on the hub.
-      variant: of the weights, such as ``"fp16"`` for ``diffusion_pytorch_model.fp16.safetensors``.
+      variant: of the weights, such as ``"fp16"`` for ``diffusion_pytorch_model.fp16.safetensors``; where there is none,
+        the plain file is read, with a warning.
       cache_dir: of the hub's files, if not the usual one.
       local_files_only: never ask the hub.
       compute_dtype: of the module; if ``None``, ``dtype``, or float32.
@@ -366,18 +368,17 @@ def _file_stems(config: ModelConfig) -> tuple[str, str, str]:
 
 
 def _choose_file(folder: ModelFolder, config: ModelConfig, variant: str | None) -> Path:
-    """The best weight file of a folder: safetensors, else PyTorch's, else Flax's. Downloads the shards of an index."""
-    safe, torch, flax = _file_stems(config)
-    dot = f".{variant}" if variant else ""
-    candidates = [
-        f"{safe}{dot}.safetensors",
-        f"{safe}.safetensors.index{dot}.json",
-        f"{torch}{dot}.bin",
-        f"{torch}.bin.index{dot}.json",
-        *([] if variant else [f"{flax}.msgpack"]),
-    ]
-    for name in candidates:
-        if (path := folder.find(name)) is not None:
+    """The best weight file of a folder: safetensors, else PyTorch's, else Flax's. Downloads the shards of an index.
+
+    A part without the variant has its plain file read: in published models some parts have variants and others not.
+    """
+    safe, torch, _ = _file_stems(config)
+    for of_part in dict.fromkeys((variant, None)):
+        for name in _file_names(config, of_part):
+            if (path := folder.find(name)) is None:
+                continue
+            if of_part != variant:
+                warnings.warn(f"{folder} has no weights of variant {variant!r}: {name} is read.", stacklevel=3)
             if path.suffix == ".json":
                 for shard in shard_names(path):
                     folder.require(shard)
@@ -385,11 +386,25 @@ def _choose_file(folder: ModelFolder, config: ModelConfig, variant: str | None) 
     pattern = re.compile(rf"({safe}|{torch})(\.(safetensors|bin)\.index)?\.(?P<variant>\w+)\.(safetensors|bin|json)")
     matches = [match for name in folder.names() or () if (match := pattern.fullmatch(name))]
     variants = sorted({match["variant"] for match in matches} - {"safetensors", "bin", "index"})
-    hint = f" It has the variant {' and '.join(variants)}: ask for it." if variants else ""
+    hint = f" It has the variant {' and '.join(variants)}: ask for it with --variant." if variants else ""
+    names = [*(_file_names(config, variant) if variant else ()), *_file_names(config, None)]
     raise WeightsError(
-        f"{folder} has no weights{f' of variant {variant!r}' if variant else ''}, none of {', '.join(candidates)}: "
+        f"{folder} has no weights{f' of variant {variant!r}' if variant else ''}, none of {', '.join(names)}: "
         f"{folder.describe_contents()}.{hint}"
     )
+
+
+def _file_names(config: ModelConfig, variant: str | None) -> list[str]:
+    """The names that the weight file of a model can have, the best first."""
+    safe, torch, flax = _file_stems(config)
+    dot = f".{variant}" if variant else ""
+    return [
+        f"{safe}{dot}.safetensors",
+        f"{safe}.safetensors.index{dot}.json",
+        f"{torch}{dot}.bin",
+        f"{torch}.bin.index{dot}.json",
+        *([] if variant else [f"{flax}.msgpack"]),
+    ]
 
 
 def _modern_names(weights: WeightFile, config: ModelConfig) -> dict[str, StoredTensor]:

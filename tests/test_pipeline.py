@@ -438,6 +438,36 @@ def test_bfloat16_stays_near_float32(pairs: Pairs) -> None:
     assert 0 < difference < 4, f"mean difference {difference} of 255"
 
 
+def test_a_variant_is_that_of_the_parts_that_have_it(pairs: Pairs, tmp_path: Path) -> None:
+    """A ControlNet's own folder included; parts without it have their plain files read."""
+    pair = pairs("controlnet")
+    shutil.copytree(pair.folder, tmp_path / "model")
+    shutil.move(tmp_path / "model" / "controlnet", tmp_path / "controlnet")
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    del index["controlnet"]
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    kinds = {"model/unet": diffusers.UNet2DConditionModel, "controlnet": diffusers.ControlNetModel}
+    for name, kind in kinds.items():
+        half = kind.from_pretrained(tmp_path / name, torch_dtype=torch.float16)
+        for plain in (tmp_path / name).glob("*.safetensors"):
+            plain.unlink()
+        half.save_pretrained(tmp_path / name, variant="fp16")
+    with pytest.warns(UserWarning, match=r"model/vae has no weights of variant 'fp16'"):
+        ours = DiffusionPipeline.from_pretrained(tmp_path / "model", tmp_path / "controlnet", variant="fp16")
+    assert ours.sources["controlnet"]["variant"] == "fp16"
+    for name, params in ours.params.items():
+        halved = name in ("unet", "controlnet")
+        wanted = jax.tree.map(lambda x: x.astype(np.float16).astype(x.dtype) if halved else x, pair.ours.params[name])  # noqa: B023
+        jax.tree.map(np.testing.assert_array_equal, params, wanted)
+
+
+def test_float16_on_a_cpu_stays_near_float32(pairs: Pairs) -> None:
+    pair = pairs("sdxl")
+    half = DiffusionPipeline.from_pretrained(pair.folder, dtype=jnp.float16)
+    made, wanted = run_ours(half), run_ours(pair.ours)
+    assert np.abs(made.astype(int) - wanted).max() <= 8
+
+
 def test_float16_leaves_a_vae_that_would_overflow_in_float32(pairs: Pairs, tmp_path: Path) -> None:
     shutil.copytree(pairs("text-to-image").folder, tmp_path, dirs_exist_ok=True)
     wanted = {"force_upcast": jnp.float32, "no force_upcast": jnp.float16}

@@ -259,8 +259,34 @@ def test_variants(oracles: dict, pipeline: Path, tmp_path: Path, part: str, shar
     expected = {name: array.astype(np.float16) for name, array in state_dict(oracles[part]).items()}
     assert_same(dict(to_state_dict(params)), expected)
     for variant in (None, "ema"):
-        with pytest.raises(WeightsError, match=r"has no weights.*It has the variant fp16: ask for it"):
+        with pytest.raises(WeightsError, match=r"has no weights.*It has the variant fp16: ask for it with --variant"):
             load_model(tmp_path, part, variant=variant)
+
+
+def test_a_part_without_the_variant_has_its_plain_file_read(oracles: dict, pipeline: Path):
+    with pytest.warns(
+        UserWarning, match=r"unet has no weights of variant 'fp16': diffusion_pytorch_model\.safetensors"
+    ):
+        params = load_model(pipeline, "unet", variant="fp16")[1]
+    assert_same(dict(to_state_dict(params)), state_dict(oracles["unet"]))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 100_000])
+def test_an_index_of_shards_that_is_none_is_named(oracles: dict, copy: Path, content: str):
+    for path in (copy / "unet").glob("diffusion*"):
+        path.unlink()
+    (copy / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(content)
+    with pytest.raises(WeightsError, match=r"safetensors\.index\.json is no index of shards: download it again"):
+        load_model(copy, "unet")
+
+
+def test_a_configuration_with_a_byte_order_mark_or_nested_without_end(oracles: dict, copy: Path):
+    file = copy / "unet" / "config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    load_model(copy, "unet")
+    file.write_text('{"a":' * 100_000)
+    with pytest.raises(WeightsError, match=r"config\.json is not valid JSON .*: download it again"):
+        load_model(copy, "unet")
 
 
 def test_order_of_files(oracles: dict, copy: Path):
@@ -515,6 +541,8 @@ def test_hub_out_of_reach(cache: Path, local_files_only: bool):
         WeightsError, match=r"no config\.json in artist/style/controlnet: it is no folder .* the local cache"
     ):
         load_model("artist/style", "controlnet", cache_dir=cache, local_files_only=local_files_only)
+    for path in cache.rglob("diffusion_pytorch_model.safetensors"):
+        path.unlink()
     with pytest.raises(WeightsError, match=r"artist/style/unet has no weights of variant 'fp16'.* was not reached"):
         load_model("artist/style", "unet", variant="fp16", cache_dir=cache, local_files_only=local_files_only)
 
