@@ -2,21 +2,23 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from codi_jax.hub import ModelFolder
-from codi_jax.lora import layer_delta, lora_layers, module_name
+from codi_jax.hub import ModelFolder, listed
+from codi_jax.lora import lora_layers, merged_kernel, module_name
 from codi_jax.lora_files import load_lora
 from codi_jax.methods import weight_delta
 from codi_jax.methods.weight_delta import ConvIn, Plan
+from codi_jax.models.config import Params
 from codi_jax.weight_files import StoredTensor, WeightsError
-from codi_jax.weights import Model, open_model, to_torch_layout, write_model
+from codi_jax.weights import Model, open_model, to_flax_layout, to_torch_layout, write_model
 
 REPORT = "adaptation.json"
 """The file in the adapted model's folder that says what happened to each tensor."""
@@ -44,10 +46,12 @@ class Delta:
     Attributes:
       plan: what happens to each tensor.
       adapt: name, tensor of the editor and weight to the adapted tensor, float32.
+      text_loras: what a LoRA adds to the text encoders, by their name in the model.
     """
 
     plan: Plan
     adapt: Callable[[str, np.ndarray, float | int], Float[np.ndarray, "..."]]
+    text_loras: Mapping[str, Params] = field(default_factory=dict)
 
 
 def open_editor(source: str | Path, variant: str | None = None) -> Editor:
@@ -88,25 +92,29 @@ def _shapes(tensors: Tensors) -> weight_delta.Shapes:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def delta_of_lora(editor: Editor, lora: str | Path) -> Delta:
+def delta_of_lora(editor: Editor, lora: str | Path, text_encoders: Mapping[str, Params] | None = None) -> Delta:
     """The difference that a LoRA makes.
 
     Args:
       editor: to be adapted.
-      lora: file, folder or repository.
+      lora: file, folder or repository, or a file in one: ``owner/name/file.safetensors``.
+      text_encoders: the model's, by name: a LoRA may adapt them, too.
 
     Raises:
       WeightsError: if it is not there, or adapts no layer of the editor.
     """
-    layers = lora_layers(load_lora(lora, {"unet": editor.module.abstract_params()})["unet"])
+    loras = load_lora(lora, {"unet": editor.module.abstract_params(), **(text_encoders or {})})
+    if "unet" not in loras:
+        raise WeightsError(f"{lora} adapts no layer of the UNet, but only {listed(sorted(loras))}.")
+    layers = lora_layers(loras.pop("unet"))
     by_name = {f"{module_name(path)}.weight": layer for path, layer in layers.items()}
     one_sided = dict.fromkeys(sorted(editor.tensors.keys() - by_name.keys()), "the editor")
 
     def adapt(name: str, tensor: np.ndarray, weight: float | int) -> Float[np.ndarray, "..."]:
-        delta = to_torch_layout("kernel", np.asarray(layer_delta(by_name[name], float(weight))))
-        return tensor.astype(np.float32) + delta
+        kernel = jnp.asarray(to_flax_layout("kernel", tensor))
+        return to_torch_layout("kernel", np.asarray(merged_kernel(kernel, by_name[name], float(weight))))
 
-    return Delta(Plan(tuple(sorted(by_name)), (), one_sided), adapt)
+    return Delta(Plan(tuple(sorted(by_name)), (), one_sided), adapt, loras)
 
 
 def write_adapted(

@@ -12,6 +12,8 @@ conv    ``[kh, kw, in, r]``     ``[1, 1, r, out]``
 ======  ======================  =====================
 
 ``alpha`` is a float32 scalar and no weight: its gradient is zero, and an optimiser's weight decay must leave it out.
+A file of DoRA (Liu et al., 2024, equation 5) has a fourth array, ``magnitude`` m: with W' = W + scale · α/r · B A the
+layer computes with m W' / ‖W'‖, where the norm is over the axes that m has one entry of. Such layers are merged only.
 Models know nothing of LoRA; `apply_lora` adds the branch to their layers from outside.
 """
 
@@ -33,7 +35,7 @@ from codi_jax.weights import torch_name
 
 ModulePath = tuple[str, ...]
 LoraLayer = dict[str, Any]
-"""``{"down": kernel, "up": kernel, "alpha": scalar}`` of one layer."""
+"""``{"down": kernel, "up": kernel, "alpha": scalar}`` of one layer, and ``"magnitude"`` if it is of DoRA."""
 
 # What LCM-LoRA adapts (Luo et al., 2023b), and the attention of the text encoders, as DreamBooth with LoRA does.
 DEFAULT_TARGETS = (
@@ -118,9 +120,11 @@ def lora_interceptor(lora: Params, scale: float | Float[Array, ""] = 1.0) -> Cal
     It adapts whichever module runs in its context and has layers of these paths; what matches none has no effect.
 
     Raises:
-      WeightsError: when a network with ``scan_layers`` runs in its context.
+      WeightsError: when a network with ``scan_layers`` runs in its context, or for DoRA.
     """
     layers = lora_layers(lora)
+    if any("magnitude" in layer for layer in layers.values()):
+        raise WeightsError("DoRA cannot run beside the layers of a model: merge it into the model's weights.")
 
     def intercept(next_call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
         module = context.module
@@ -140,7 +144,7 @@ def adapted(lora: Params | None) -> AbstractContextManager[Any]:
 
 
 def merge_lora(params: Params, lora: Params, scale: float | Float[Array, ""] = 1.0) -> Params:
-    """The parameters with W + scale · α/r · B A in place of W, computed in float32 and stored in W's dtype.
+    """The parameters with W + scale · α/r · B A (or what DoRA makes of it) in place of W, stored in W's dtype.
 
     Args:
       params: of the model; left as they are.
@@ -157,8 +161,20 @@ def merge_lora(params: Params, lora: Params, scale: float | Float[Array, ""] = 1
     flat: dict[ModulePath, Any] = flatten_dict(params, keep_empty_nodes=True)
     for path, layer in lora_layers(lora).items():
         kernel = flat[*path, "kernel"]
-        flat[*path, "kernel"] = (kernel.astype(jnp.float32) + layer_delta(layer, scale)).astype(kernel.dtype)
+        flat[*path, "kernel"] = merged_kernel(kernel, layer, scale).astype(kernel.dtype)
     return unflatten_dict(flat)
+
+
+def merged_kernel(
+    kernel: Float[Array, "*window i o"], layer: LoraLayer, scale: float | Float[Array, ""] = 1.0
+) -> Float[Array, "*window i o"]:
+    """The kernel that a layer computes with when its LoRA is merged, in float32."""
+    merged = jnp.asarray(kernel, jnp.float32) + layer_delta(layer, scale)
+    magnitude = layer.get("magnitude")
+    if magnitude is None:
+        return merged
+    axes = tuple(axis for axis, size in enumerate(magnitude.shape) if size == 1)
+    return jnp.asarray(magnitude, jnp.float32) * merged / jnp.linalg.vector_norm(merged, axis=axes, keepdims=True)
 
 
 def layer_delta(layer: LoraLayer, scale: float | Float[Array, ""] = 1.0) -> Float[Array, "*window i o"]:

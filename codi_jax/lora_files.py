@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ from codi_jax.weights import to_flax_layout, to_state_dict
 Naming = Literal["diffusers", "kohya"]
 _FILE_NAME = "pytorch_lora_weights.safetensors"
 _USUAL_NAMES = (_FILE_NAME, "pytorch_lora_weights.bin", "adapter_model.safetensors")
+_ENDINGS = (".safetensors", ".bin", ".pt")
 _METADATA_KEY = "lora_adapter_metadata"
 _PEFT_PREFIX = "base_model.model."
 _KOHYA_PREFIXES = {
@@ -41,13 +43,23 @@ _KOHYA_PREFIXES = {
 }
 
 # `to_q.lora_A.weight`, `to_q.lora_A.default.weight`, `to_q.lora_down.weight`, `processor.to_q_lora.down.weight`,
-# `conv1.lora.down.weight`, `q_proj.lora_linear_layer.down.weight`, `to_q.alpha`.
+# `conv1.lora.down.weight`, `q_proj.lora_linear_layer.down.weight`, `to_q.alpha`; of DoRA `to_q.dora_scale`,
+# `to_q.lora_magnitude_vector`, `to_q.lora_magnitude_vector.default.weight`.
 _KEY = re.compile(
-    r"(?P<module>.+?)((\.lora_|[._]lora\.|\.lora_linear_layer\.)(?P<factor>A|B|down|up)(\.\w+)?\.weight|\.alpha)"
+    r"(?P<module>.+?)("
+    r"(\.lora_|[._]lora\.|\.lora_linear_layer\.)(?P<factor>A|B|down|up)(\.\w+)?\.weight"
+    r"|\.(?P<other>alpha|dora_scale|lora_magnitude_vector)(\.\w+)?(\.weight)?)"
 )
-_FACTORS = {"A": "down", "B": "up", "down": "down", "up": "up", None: "alpha"}
+_FACTORS = {
+    "A": "down", "B": "up", "down": "down", "up": "up",
+    "alpha": "alpha", "dora_scale": "magnitude", "lora_magnitude_vector": "magnitude",
+}  # fmt: skip
+# What OneTrainer adds to a LoRA: embeddings of new words, that a prompt can name in OneTrainer's own programs.
+_WORDS = "bundle_emb."
+# As much of regular expressions as names of layers need. A file could have others that take forever.
+_NAME_PATTERN = re.compile(r"\^?(\.\*)?[\w.\\-]+(\.\*)?\$?")
 _OTHER_ADAPTERS = {
-    r"dora_scale|lora_magnitude_vector": "DoRA", r"\.hada_": "LoHa", r"\.lokr_": "LoKr", r"\.oft_": "OFT",
+    r"\.hada_": "LoHa", r"\.lokr_": "LoKr", r"\.oft_": "OFT",
     r"\.lora_mid": "LoCon with a Tucker decomposition", r"\.[wb]_norm$": "LyCORIS with norms", r"\.on_input$": "IA³",
     r"\.diff(_b)?$": "a difference of whole weights", r"lora_B\.bias$": "LoRA with biases",
 }  # fmt: skip
@@ -87,7 +99,8 @@ def load_lora(
       source: a file, a folder, or a repository on the Hugging Face Hub.
       models: ``unet``, ``text_encoder`` and ``text_encoder_2`` -> parameters, or ``module.abstract_params()``; ``None``
         leaves out what the file has for that part.
-      weight_name: the file in the folder or repository; ``None`` takes the usual name, or the only safetensors file.
+      weight_name: the file in the folder or repository; ``None`` takes the one that ``source`` names
+        (``owner/name/file.safetensors``), the usual name, or the only safetensors file.
       dtype: of the factors.
       subfolder: of the folder or repository.
       revision: branch, tag or commit on the hub.
@@ -105,6 +118,7 @@ def load_lora(
     if kinds := sorted({kind for key in file for mark, kind in _OTHER_ADAPTERS.items() if re.search(mark, key)}):
         raise WeightsError(f"{path} is {' and '.join(kinds)}, which codi_jax cannot read: it has plain LoRA only.")
     config = _adapter_config(folder, file)
+    file = _without_words(file)
     wanted = {part: model for part, model in models.items() if model is not None}
     kernels = {part: kernels_of(model) for part, model in wanted.items()}
     loras: dict[str, dict[ModulePath, LoraLayer]] = {}
@@ -113,6 +127,9 @@ def load_lora(
         layer = {key: jnp.asarray(_read_factor(tensors[key], ndim, path), dtype) for key in ("down", "up")}
         alpha = np.asarray(tensors["alpha"]).item() if "alpha" in tensors else None
         layer["alpha"] = jnp.asarray(_alpha(config, part, module, layer["down"].shape[-1], alpha), jnp.float32)
+        if "magnitude" in tensors:
+            shape, is_peft = kernels[part][module].shape, any("lora_magnitude_vector" in key for key in file)
+            layer["magnitude"] = jnp.asarray(_magnitude(tensors["magnitude"], shape, is_peft, path), dtype)
         loras.setdefault(part, {})[module] = layer
     trees = {part: nested(layers) for part, layers in loras.items()}
     for part, tree in trees.items():
@@ -149,6 +166,8 @@ def save_lora(
         layers = lora_layers(lora)
         if not layers:
             raise WeightsError(f"The LoRA for {part} has no layers: {path} was not written.")
+        if any("magnitude" in layer for layer in layers.values()):
+            raise WeightsError(f"The LoRA for {part} is DoRA, which is read but not written: merge it into the model.")
         alphas = {module: float(layer["alpha"]) for module, layer in layers.items()}
         for key, array in to_state_dict(_as_modules(layers)):
             array = np.ascontiguousarray(_cast(array, np.dtype(array.dtype if dtype is None else dtype), path, key))
@@ -164,8 +183,11 @@ def save_lora(
 
 def _find_file(source: str, weight_name: str | None, subfolder: str | None, *hub: Any) -> tuple[ModelFolder, Path]:
     path = Path(source).expanduser()
-    if path.is_file() or path.suffix in (".safetensors", ".bin", ".pt"):
+    if path.is_file():
         return ModelFolder(str(path.parent)), path
+    if path.suffix in _ENDINGS:
+        source, weight_name = _named_file(source, path)
+        path = Path(source)
     folder = ModelFolder(str(path) if path.is_dir() else source, subfolder, *hub)
     if weight_name is not None:
         found = folder.require(weight_name)
@@ -173,12 +195,25 @@ def _find_file(source: str, weight_name: str | None, subfolder: str | None, *hub
     for name in _USUAL_NAMES:
         if (found := folder.find(name)) is not None:
             return folder.pinned(found), found
-    names = [name for name in folder.names() or () if name.endswith(".safetensors")]
+    names = [name for name in folder.names() or () if name.endswith(_ENDINGS[0])]
     if len(names) != 1:
+        example = f", such as {folder}/{names[0]}" if names else ""
         raise WeightsError(
-            f"{folder} does not say which file is the LoRA ({folder.describe_contents()}): give weight_name."
+            f"{folder} does not say which file is the LoRA ({folder.describe_contents()}): name the file{example}."
         )
     return folder, folder.require(names[0])
+
+
+def _named_file(source: str, path: Path) -> tuple[str, str]:
+    """The repository and the file in it of ``owner/name/file.safetensors``, which may lie in folders of it.
+
+    Raises:
+      WeightsError: if that is no such name, but the path of a file that is not there.
+    """
+    parts = source.split("/")
+    if path.is_absolute() or len(parts) < 3 or path.parent.is_dir() or parts[0] in ("", ".", "..", "~"):
+        raise WeightsError(f"There is no weight file {path}.")
+    return "/".join(parts[:2]), "/".join(parts[2:])
 
 
 def _match(
@@ -196,7 +231,7 @@ def _match(
         part, module = _split_part(match["module"] if match else key, models)
         path = names.get(part, {}).get(module)
         if match and path:
-            matches.append((module != "_".join(path), part, path, _FACTORS[match["factor"]], key))
+            matches.append((module != "_".join(path), part, path, _FACTORS[match["factor"] or match["other"]], key))
         elif models.get(part, {}) is not None:
             unmatched.append(key)
     if unmatched or not file:
@@ -223,8 +258,8 @@ def _split_part(name: str, models: Mapping[str, Params | None]) -> tuple[str, st
     if rest and head in ("unet", "text_encoder", "text_encoder_2", *models):
         return head, rest.replace(".", "_")
     for prefix, part in {**_KOHYA_PREFIXES, **{f"lora_{part}": part for part in models}}.items():
-        if name.startswith(f"{prefix}_"):
-            return part, name.removeprefix(f"{prefix}_").replace(".", "_")
+        if name.startswith((f"{prefix}_", f"{prefix}.")):
+            return part, name[len(prefix) + 1 :].replace(".", "_")
     # A file without parts is of the UNet, or of the one model that is asked for.
     return "unet" if "unet" in models or len(models) != 1 else next(iter(models)), name.replace(".", "_")
 
@@ -285,6 +320,32 @@ def _read_factor(tensor: StoredTensor, ndim: int, path: Path) -> Float[np.ndarra
     return to_flax_layout("kernel", array)
 
 
+def _magnitude(tensor: StoredTensor, kernel: tuple[int, ...], is_peft: bool, path: Path) -> Float[np.ndarray, "..."]:
+    """DoRA's m, one number for each output of a layer, or each input (OneTrainer, LyCORIS), in a kernel's axes."""
+    array = np.asarray(tensor)
+    if not np.isfinite(array).all():
+        raise WeightsError(f"{path} holds NaN or infinity; the file is broken, use another version of it.")
+    *window, inputs, outputs = kernel
+    of_inputs = not is_peft and array.ndim == len(kernel) and array.shape[:2] == (1, inputs)
+    if array.size != (inputs if of_inputs else outputs):
+        raise WeightsError(
+            f"{path} has a DoRA magnitude {list(array.shape)} for a kernel {list(kernel)}: it is for another model."
+        )
+    return array.reshape(*(1 for _ in window), *((inputs, 1) if of_inputs else (1, outputs)))
+
+
+def _without_words(file: WeightFile) -> WeightFile:
+    """The file without the embeddings that OneTrainer bundles with a LoRA; says that they are left out."""
+    words = sorted({key.split(".")[1] for key in file if key.startswith(_WORDS)})
+    if words:
+        warnings.warn(
+            f"{file.path} also has embeddings of {listed(words)}, which are not read: prompts cannot use these words.",
+            stacklevel=3,
+        )
+    kept = {key: tensor for key, tensor in file.items() if not key.startswith(_WORDS)}
+    return WeightFile(file.path, file.layout, kept)
+
+
 def _adapter_config(folder: ModelFolder, file: WeightFile) -> dict[str, Any]:
     """PEFT's configuration: in the metadata of a file of diffusers, or beside a file of PEFT."""
     if any(key.startswith(_PEFT_PREFIX) for key in file):
@@ -292,7 +353,14 @@ def _adapter_config(folder: ModelFolder, file: WeightFile) -> dict[str, Any]:
     if file.path.suffix != ".safetensors":
         return {}
     with safetensors.safe_open(file.path, framework="np") as opened:
-        return json.loads((opened.metadata() or {}).get(_METADATA_KEY, "{}"))
+        written = (opened.metadata() or {}).get(_METADATA_KEY, "{}")
+    try:
+        config = json.loads(written)
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise WeightsError(f"{file.path} has no JSON object as {_METADATA_KEY}: the file is broken.")
+    return config
 
 
 def _alpha(config: Mapping[str, Any], part: str, module: ModulePath, rank: int, stored: float | None) -> float:
@@ -301,10 +369,16 @@ def _alpha(config: Mapping[str, Any], part: str, module: ModulePath, rank: int, 
         return float(stored)
     prefix = f"{part}." if any(key.startswith(f"{part}.") for key in config) else ""
     alpha = config.get(f"{prefix}lora_alpha", rank)
-    for pattern, value in (config.get(f"{prefix}alpha_pattern") or {}).items():
+    for pattern, value in dict(config.get(f"{prefix}alpha_pattern") or {}).items():
+        if not _NAME_PATTERN.fullmatch(pattern):
+            raise WeightsError(
+                f"the alpha_pattern {pattern!r:.80} of the LoRA is no name of layers: save it with names."
+            )
         if re.match(rf"(.*\.)?({pattern})$", module_name(module)):
             alpha = value
             break
+    if not isinstance(alpha, int | float):
+        raise WeightsError(f"the LoRA's α of {part}.{module_name(module)} is {alpha!r:.40}, which is no number.")
     # Rank-stabilised LoRA (Kalajdzievski, 2023) divides by √r.
     return float(alpha) * (math.sqrt(rank) if config.get(f"{prefix}use_rslora") else 1.0)
 

@@ -14,6 +14,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers
 from folders import SD_UNET, SIZE, XL_UNET, saved_pipeline
 from oracle import make_torch
@@ -157,6 +158,51 @@ def test_a_lora_is_what_peft_merges(folder: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(ours[name], value.numpy(), rtol=1e-5, atol=1e-6, err_msg=name)
     changed = {name for name in ours if not np.array_equal(ours[name], before[name])}
     assert changed == {name for name in ours if re.search(r"(to_q|to_out\.0|conv1|proj_in)\.weight", name)}
+
+
+def test_a_lora_of_the_text_encoder_is_what_diffusers_fuses(folder: Path, tmp_path: Path) -> None:
+    pipe = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(folder / "instruct-pix2pix")
+    parts, states = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}, {}
+    for (part, model), targets in zip(parts.items(), (["to_q"], ["q_proj", "out_proj"]), strict=True):
+        config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False)
+        model.add_adapter(config)
+        states[f"{part}_lora_layers"] = peft.get_peft_model_state_dict(model)
+    pipe.save_lora_weights(tmp_path, **states, **_collate_lora_metadata(parts), weight_name="lora.safetensors")
+    words = ["--lora", str(tmp_path / "lora.safetensors"), "--weight", "0.5", "1"]
+    out = run(folder, tmp_path / "out", *words)
+    for weight in (0.5, 1):
+        fused = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(folder / "instruct-pix2pix")
+        fused.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+        fused.fuse_lora(components=["unet", "text_encoder"], lora_scale=weight)
+        fused.unload_lora_weights()
+        theirs = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(out / f"weight-{weight:g}")
+        for part in ("unet", "text_encoder"):
+            wanted, ours = getattr(fused, part).state_dict(), getattr(theirs, part).state_dict()
+            before = getattr(
+                diffusers.DiffusionPipeline.from_pretrained(folder / "instruct-pix2pix"), part
+            ).state_dict()
+            assert any(not torch.equal(value, before[name]) for name, value in ours.items())
+            for name, value in wanted.items():
+                np.testing.assert_allclose(ours[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_each_model_has_the_variant_that_it_has(folder: Path, tmp_path: Path) -> None:
+    """The editor plain and the two others of half precision alone, as the seed's are, with one flag for them all."""
+    for name, part in (("text-to-image", "unet"), ("student", ".")):
+        model = diffusers.UNet2DConditionModel.from_pretrained(folder / name / part, torch_dtype=torch.float16)
+        model.save_pretrained(tmp_path / name / part, variant="fp16")
+    (tmp_path / "text-to-image" / "model_index.json").write_bytes(
+        (folder / "text-to-image" / "model_index.json").read_bytes()
+    )
+    with pytest.warns(
+        UserWarning, match=r"instruct-pix2pix/unet has no weights of variant 'fp16': diffusion_pytorch_mo"
+    ):
+        out = run(folder, tmp_path / "out", *of_models(tmp_path), "--variant", "fp16", "--weight", str(WEIGHT))
+    editor = unet_of(folder / "instruct-pix2pix" / "unet")
+    base, student = unet_of(tmp_path / "text-to-image" / "unet"), unet_of(tmp_path / "student")
+    wanted = original(editor, *({k: v.astype("f4") for k, v in each.items()} for each in (base, student)))
+    for name, value in unet_of(out / "unet").items():
+        np.testing.assert_allclose(value, wanted[name], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 def test_a_sweep_makes_folders_and_a_picture(folder: Path, tmp_path: Path) -> None:

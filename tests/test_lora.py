@@ -37,7 +37,7 @@ from codi_jax.models.layers import ResnetBlock2D
 from codi_jax.models.published import SDXL_UNET
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.unet_config import UNetConfig
-from codi_jax.weights import WeightsError
+from codi_jax.weights import WeightsError, to_state_dict
 
 # Few layers, but every kind that can be adapted: strided convolutions, enlargements, shortcuts, 1 × 1 projections.
 SD15 = {**TINY_SD15, "layers_per_block": 1, "block_out_channels": [16, 32], "norm_num_groups": 8}
@@ -523,6 +523,91 @@ def test_file_of_peft_itself(models, tmp_path):
         load_lora(tmp_path, {"unet": params})
 
 
+# A row of W' in PyTorch, or of its convolution, for each output.
+@pytest.mark.parametrize("targets", [["to_q", "to_out.0", "ff.net.2"], ["conv1", "proj_in", "conv_shortcut", "conv"]])
+def test_dora_of_peft(targets, models, tmp_path):
+    config = peft.LoraConfig(r=4, lora_alpha=3, target_modules=targets, init_lora_weights=False, use_dora=True)
+    model = peft.get_peft_model(torch_parts("sd-1.x")["unet"], config)
+    for name, parameter in model.named_parameters():
+        if "lora_magnitude_vector" in name:
+            parameter.data = parameter.data * (1 + torch.rand(parameter.shape))
+    model.save_pretrained(tmp_path)
+    params = models["sd-1.x"]["unet"]
+    lora = load_lora(tmp_path, {"unet": params})["unet"]
+    with pytest.raises(WeightsError, match="DoRA cannot run beside the layers"):
+        apply_lora(UNet2DCondition(UNetConfig.from_dict(SD15)), params, lora)
+    with pytest.raises(WeightsError, match="DoRA, which is read but not written"):
+        save_lora(tmp_path / "out.safetensors", {"unet": lora})
+    theirs = to_params(SimpleNamespace(abstract_params=lambda: params), model.merge_and_unload())
+    assert_trees_close({"unet": merge_lora(params, lora)}, {"unet": theirs}, {"unet": params})
+
+
+def test_dora_in_diffusers_and_its_scale(models, tmp_path):
+    unet = torch_parts("sd-1.x")["unet"]
+    state = adapt(unet, use_dora=True, target_modules=["to_q", "conv1"])
+    PIPELINES["sd-1.x"].save_lora_weights(tmp_path, state, **_collate_lora_metadata({"unet": unet}))
+    unet.fuse_lora(lora_scale=0.6)
+    unet.unload_lora()
+    params = models["sd-1.x"]["unet"]
+    theirs = to_params(SimpleNamespace(abstract_params=lambda: params), unet)
+    ours = merge_lora(params, load_lora(tmp_path, {"unet": params})["unet"], 0.6)
+    assert_trees_close({"unet": ours}, {"unet": theirs}, {"unet": params})
+
+
+@pytest.mark.parametrize("of_inputs", [False, True])
+@pytest.mark.parametrize("module", ["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", "conv_in"])
+def test_dora_of_kohyas_and_onetrainers_names(of_inputs, module, models, tmp_path):
+    """``dora_scale`` is [out, 1, …] or, as equation 5 of the paper has it, [1, in, …]."""
+    rng = np.random.default_rng(0)
+    params = models["sd-1.x"]["unet"]
+    weight = dict(to_state_dict(params))[f"{module}.weight"].astype(np.float64)
+    outputs, inputs, *window = weight.shape
+    down, up = rng.normal(size=(2, inputs, *window)), rng.normal(size=(outputs, 2, *(1 for _ in window)))
+    scale = 1 + rng.random((1, inputs) if of_inputs else (outputs, 1)).reshape(
+        *((1, inputs) if of_inputs else (outputs, 1)), *(1 for _ in window)
+    )
+    key = f"lora_unet_{module.replace('.', '_')}"
+    tensors = {"lora_down.weight": down, "lora_up.weight": up, "alpha": np.float32(1.0), "dora_scale": scale}
+    named = {f"{key}.{name}": np.asarray(x, np.float32) for name, x in tensors.items()}
+    embeddings = {"bundle_emb.<cat>.clip_l": np.ones((2, 24), np.float32)}  # OneTrainer's
+    path = write(tmp_path / "dora.safetensors", {**named, **embeddings})
+    with pytest.warns(UserWarning, match=r"dora\.safetensors also has embeddings of <cat>, which are not read"):
+        lora = load_lora(path, models["sd-1.x"])
+    changed = weight + 0.5 * np.einsum("or,ri->oi", up.reshape(outputs, 2), down.reshape(2, -1)).reshape(weight.shape)
+    axes = tuple(axis for axis in range(weight.ndim) if axis != int(of_inputs))
+    wanted = scale * changed / np.sqrt((changed**2).sum(axes, keepdims=True))
+    ours = dict(to_state_dict(merge_lora(params, lora["unet"])))[f"{module}.weight"]
+    np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-5)
+    wrong = write(tmp_path / "wrong.safetensors", {**named, f"{key}.dora_scale": np.ones((1, 7), np.float32)})
+    with pytest.raises(WeightsError, match=r"wrong\.safetensors has a DoRA magnitude \[1, 7\] for a kernel"):
+        load_lora(wrong, models["sd-1.x"])
+
+
+def test_names_with_a_point_behind_the_prefix(models, tmp_path):
+    """As OneTrainer once wrote them."""
+    lora = {"unet": random_lora(models["sd-1.x"]["unet"], targets=["to_q"])}
+    state = safetensors.torch.load_file(save_lora(tmp_path / "a.safetensors", lora, naming="kohya"))
+    dotted = {key.replace("lora_unet_", "lora_unet.", 1): value for key, value in state.items()}
+    assert_same(load_lora(write(tmp_path / "b.safetensors", dotted), models["sd-1.x"]), lora)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("{", "has no JSON object as lora_adapter_metadata"),
+        ("[" * 100_000, "has no JSON object as lora_adapter_metadata"),
+        ("[]", "has no JSON object as lora_adapter_metadata"),
+        ('{"unet.lora_alpha": "4"}', "α of unet.*to_k is '4', which is no number"),
+        ('{"unet.alpha_pattern": {"(a+)+x": 1}}', r"alpha_pattern '\(a\+\)\+x' .* is no name of layers"),
+        ('{"unet.alpha_pattern": {".*.*.*.*x": 1}}', r"is no name of layers"),
+    ],
+)
+def test_metadata_that_makes_no_sense(metadata, message, models, tmp_path):
+    path = write(tmp_path / "lora.safetensors", one_layer(), {"lora_adapter_metadata": metadata})
+    with pytest.raises(WeightsError, match=message):
+        load_lora(path, models["sd-1.x"])
+
+
 def test_one_by_one_windows_of_linear_layers(models, tmp_path):
     """kohya wrote proj_in as a convolution where a model has a linear layer, and the other way round."""
     for family in PARTS:
@@ -539,8 +624,11 @@ def test_where_files_are_found(models, tmp_path, monkeypatch):
     save_lora(tmp_path / "a" / "style.safetensors", lora)
     assert_same(load_lora(tmp_path / "a", params), lora)
     save_lora(tmp_path / "a" / "other.safetensors", lora)
-    with pytest.raises(WeightsError, match=r"holds other\.safetensors, style\.safetensors\): give weight_name"):
+    with pytest.raises(
+        WeightsError, match=r"holds other\.safetensors, style\.safetensors\): name the file, such as .*/a/other\.safe"
+    ):
         load_lora(tmp_path / "a", params)
+    assert_same(load_lora(tmp_path / "a" / "other.safetensors", params), lora)
     assert_same(load_lora(tmp_path / "a", params, "other.safetensors"), lora)
     assert_same(load_lora(tmp_path, params, "other.safetensors", subfolder="a"), lora)
     with pytest.raises(WeightsError, match=r"There is no nothing\.safetensors in"):
@@ -549,8 +637,18 @@ def test_where_files_are_found(models, tmp_path, monkeypatch):
         load_lora(tmp_path / "typo.safetensors", params)
     asked = []
     monkeypatch.setattr(ModelFolder, "find", lambda folder, name: asked.append((folder, name)) or tmp_path / "a" / name)
+    of_hub = ModelFolder("latent-consistency/lcm-lora", None, "v1", tmp_path, False)
     load_lora("latent-consistency/lcm-lora", params, "style.safetensors", revision="v1", cache_dir=tmp_path)
-    assert asked == [(ModelFolder("latent-consistency/lcm-lora", None, "v1", tmp_path, False), "style.safetensors")]
+    load_lora("latent-consistency/lcm-lora/style.safetensors", params, revision="v1", cache_dir=tmp_path)
+    assert asked == 2 * [(of_hub, "style.safetensors")]
+    (tmp_path / "a" / "of").mkdir()
+    (tmp_path / "a" / "style.safetensors").rename(tmp_path / "a" / "of" / "sd15.safetensors")
+    load_lora("latent-consistency/lcm-lora/of/sd15.safetensors", params, revision="v1", cache_dir=tmp_path)
+    assert asked[2:] == [(of_hub, "of/sd15.safetensors")]
+    for missing in ("style.safetensors", f"{tmp_path}/a/b/c.safetensors", "./a/b/c.safetensors", "a/c.safetensors"):
+        with pytest.raises(WeightsError, match="There is no weight file"):
+            load_lora(missing, params)
+    assert len(asked) == 3
 
 
 # Files that do not fit
@@ -564,8 +662,6 @@ def one_layer(shape_down=(4, 24), shape_up=(16, 4)):
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
-        ("lora_unet_conv_in.dora_scale", "DoRA"),
-        ("unet.conv_in.lora_magnitude_vector", "DoRA"),
         ("lora_unet_conv_in.hada_w1_a", "LoHa"),
         ("lora_unet_conv_in.lokr_w1", "LoKr"),
         ("lora_unet_conv_in.lora_mid.weight", "LoCon with a Tucker"),

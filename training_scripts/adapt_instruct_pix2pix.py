@@ -12,7 +12,7 @@ Then edit in 4 or 5 steps with image guidance 1 and text guidance 1 to 3. Severa
 --validation_image a picture that compares them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from codi_jax import command_line
 from codi_jax.adaptation import delta_of_lora, delta_of_models, describe, open_editor, write_adapted
 from codi_jax.flags import Flags
 from codi_jax.images import labelled_rows, open_image, save_images, to_pixels
+from codi_jax.lora import merge_lora
 from codi_jax.methods.weight_delta import ConvIn
 from codi_jax.pipeline import DiffusionPipeline
 from codi_jax.pretrained import require_editor
@@ -39,7 +40,8 @@ class Args(Flags):
     distilled_model: str | None = None
     """That model distilled: a whole model, or the folder of a UNet alone."""
     lora: str | None = None
-    """A LoRA of the distilled model, instead of the two."""
+    """A LoRA of the distilled model, instead of the two: a file, a folder, an id on the hub or a file there,
+    owner/name/file.safetensors. What it has for the text encoders is added to them."""
     weight: tuple[float, ...] = (0.5,)
     """How much of the difference to add: 0.5 for whole models of SDXL, 1 for a LoRA of SD 1.5. Several make a folder
     weight-0.5, weight-1, ... each."""
@@ -47,7 +49,7 @@ class Args(Flags):
     """The first convolution, which has more input channels in an editor: leave it as it is, or add the difference to
     the channels that the others have."""
     variant: str | None = None
-    """Variant of the weight files, such as fp16."""
+    """Variant of the weight files, such as fp16, for each part of each model that has it."""
     save_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Precision of the adapted UNet's file. If left out: that of the model's."""
     validation_prompt: str | None = None
@@ -87,19 +89,21 @@ def main(args: Args) -> None:
         pipeline.check(image, steps=args.validation_sampling_steps)
     editor = open_editor(source, args.variant)
     if args.lora is not None:
-        delta = delta_of_lora(editor, args.lora)
+        encoders = {name: params for name, params in pipeline.params.items() if name.startswith("text_encoder")}
+        delta = delta_of_lora(editor, args.lora, encoders)
     else:
         assert args.base_model is not None
         assert args.distilled_model is not None
         delta = delta_of_models(
             editor, args.base_model, args.distilled_model, conv_in=args.conv_in, variant=args.variant
         )
-    say(describe(delta.plan))
+    say(describe(delta.plan) + "".join(f", and {name}" for name in delta.text_loras))
     rows: dict[str, Any] = {}
     for weight in args.weight:
         adapted = folder if len(args.weight) == 1 else folder / _weight_folder(weight)
         write_adapted(adapted, editor, delta, weight, args.save_dtype)
-        pipeline.save_pretrained(adapted)
+        text = {name: merge_lora(pipeline.params[name], lora, weight) for name, lora in delta.text_loras.items()}
+        replace(pipeline, params={**pipeline.params, **text}).save_pretrained(adapted)
         say(f"wrote {adapted}")
         if image is not None:
             rows[f"weight {weight:g}"] = _edit(args, adapted, image)
