@@ -69,6 +69,20 @@ def test_every_sample_comes_once_an_epoch(source):
         assert batch["pixels"][:, 16, 16, 0].tolist() == numbers(batch)
 
 
+def test_random_choices_differ_between_epochs(source):
+    """Crops and flips of a sample are not those of the epoch before, also after a resume in between."""
+    loader = load(source)
+    first = take(loader, COUNT // 4)
+    resumed = load(source)
+    resumed.set_state(loader.get_state())
+    second = take(resumed, COUNT // 4)
+    pictures = [
+        {number: pixels for batch in epoch for number, pixels, _ in contents(batch)} for epoch in (first, second)
+    ]
+    assert pictures[0].keys() == pictures[1].keys() == set(range(COUNT))
+    assert sum(pictures[0][number] != pictures[1][number] for number in range(COUNT)) > COUNT // 2
+
+
 def test_seeds_give_other_orders(source):
     first, again, other = (take(load(source, seed=seed), 6) for seed in (0, 0, 1))
     assert_same(again, first)
