@@ -33,8 +33,9 @@ from codi_jax.pretrained import (
     trainable,
     with_network,
 )
+from codi_jax.schedule import distillation_grid
 from codi_jax.validation import ValidationFlags, generate_with, validation_samples
-from codi_jax.weights import save_model
+from codi_jax.weights import ModelFolder, save_model
 
 _PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -123,6 +124,9 @@ def distil(
     data = open_training_data(args, condition)
     samples = validation_samples(args, condition)
     schedule = lcm.student_schedule(pretrained_schedule(args), flags)
+    distillation_grid(schedule.num_train_timesteps, flags.num_ddim_timesteps)  # or it refuses
+    if (vae := args.pretrained_vae_model_name_or_path) is not None:
+        ModelFolder(vae, cache_dir=args.cache_dir).require("config.json")  # or it refuses
     mesh, key = sharding.make_mesh(args.fsdp), jax.random.key(args.seed)
     teacher = _with_vae(load_pretrained(args, mesh, controlnet), args, mesh)
     if require is not None:

@@ -37,6 +37,9 @@ ModulePath = tuple[str, ...]
 LoraLayer = dict[str, Any]
 """``{"down": kernel, "up": kernel, "alpha": scalar}`` of one layer, and ``"magnitude"`` if it is of DoRA."""
 
+LARGEST_RANK = 2**14
+"""Of a LoRA to train: no layer of a known model is as wide."""
+
 # What LCM-LoRA adapts (Luo et al., 2023b), and the attention of the text encoders, as DreamBooth with LoRA does.
 DEFAULT_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",

@@ -69,6 +69,8 @@ class OptimizerFlags(Flags):
         super().check()
         self.require_at_least(0, "learning_rate", "lr_warmup_steps", "lr_power", "adam_weight_decay")
         self.require_at_least(1, "lr_num_cycles")
+        rises = self.lr_scheduler == "polynomial" and not self.scale_lr and self.learning_rate <= POLYNOMIAL_END
+        self.require("learning_rate", not rises, f"above {POLYNOMIAL_END}, where --lr_scheduler polynomial ends")
         self.require("adam_beta1", 0 <= self.adam_beta1 < 1, "in [0, 1)")
         self.require("adam_beta2", 0 <= self.adam_beta2 < 1, "in [0, 1)")
         self.require("adam_epsilon", self.adam_epsilon > 0, "positive")

@@ -40,7 +40,8 @@ class Args(ModelFlags, DataFlags):
 
     def check(self) -> None:
         super().check()
-        self.require_at_least(1, "num_parts", "encode_batch_size", "fsdp")
+        self.require_at_least(1, "num_parts", "fsdp")
+        self.require_in(1, 4096, "encode_batch_size")
         self.require_in(0, self.num_parts - 1, "part")
         if self.streaming or self.train_shards_path_or_url:
             raise ValueError("a stream cannot be cached: give --train_data_dir or --dataset_name without --streaming.")

@@ -169,6 +169,10 @@ def test_every_command_is_tried() -> None:
     [
         ("train_lcm_flax", {"w_min": -5.0}, "--w_min -5.0 is not possible: it must be at least 0"),
         ("train_lcm_flax", {"lora_alpha": 0.0}, "--lora_alpha 0.0 is not possible: it must be positive"),
+        ("train_lcm_flax", {"lora_rank": 10**9}, "--lora_rank 1000000000 is not possible: it must be between 1 and"),
+        ("train_codi_flax", {"resolution": 10**8}, "--resolution 100000000 is not possible: it must be at most 16384"),
+        ("train_codi_flax", {"dataloader_num_workers": 2000}, "--dataloader_num_workers 2000 is not possible"),
+        ("train_disback_flax", {"path": __file__}, "--path .* is not possible: .* is a file, where a folder is needed"),
         ("generate", {"seed": 2**63}, r"--seed 9223372036854775808 is not possible: it must be from 0 to 2\^63 - 1"),
         ("generate", {"seed": 2**63 - 1}, "--seed 9223372036854775807 is not possible: it must be smaller"),
         ("evaluate", {"seeds": (0, 2**62)}, "--seeds 0 4611686018427387904 is not possible: it must be below 2"),
@@ -179,6 +183,13 @@ def test_every_command_is_tried() -> None:
         ),
         ("adapt_instruct_pix2pix", {"weight": (0.5, 0.50000001)}, "--weight 0.5 0.50000001 is not possible"),
         ("train_autoencoder_flax", {"validation_prompt": ("a",)}, "--validation_prompt has no place here"),
+        ("train_autoencoder_flax", {"validation_image": ("a",)}, "--validation_image has no place here"),
+        (
+            "train_codi_flax",
+            {"learning_rate": 0.0, "lr_scheduler": "polynomial"},
+            "--learning_rate 0.0 is not possible: it must be above 1e-07, where --lr_scheduler polynomial ends",
+        ),
+        ("cache_latents", {"encode_batch_size": 10**9}, "--encode_batch_size 1000000000 is not possible"),
     ],
 )
 def test_messages(name: str, flags: dict[str, Any], message: str, tmp_path: Path) -> None:

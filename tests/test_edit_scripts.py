@@ -26,11 +26,12 @@ from test_training_scripts import (
     assert_same_weights,
     flags_of,
     prepare,
+    refuse_to_load,
     run,
     weights_of,
 )
 
-from codi_jax import command_line
+from codi_jax import command_line, pipeline
 from codi_jax.methods import lcm as lcm_method
 from codi_jax.methods.baking import bake_guidance
 from codi_jax.methods.inputs import Modules
@@ -257,6 +258,17 @@ BAD: dict[str, tuple[Any, str, dict[str, Any], str]] = {
     ),
     "target": (lcm, "text-to-image", {"use_lora": True, "lora_target_modules": ("to_z",)}, "target_modules: to_z"),
 }  # fmt: skip
+
+
+def test_a_grid_or_a_vae_that_is_not_there_is_refused_before_weights_are_loaded(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "load_model", refuse_to_load)
+    of_model = models("text-to-image")
+    with pytest.raises(ValueError, match="A distillation grid of 5000 steps is impossible"):
+        lcm.main(flags_of(lcm, of_model, tmp_path / "one", **OF_LCM, num_ddim_timesteps=5000))
+    with pytest.raises(ValueError, match="There is no folder /nowhere"):
+        lcm.main(flags_of(lcm, of_model, tmp_path / "two", **OF_LCM, pretrained_vae_model_name_or_path="/nowhere"))
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -49,11 +49,11 @@ class Args(train.LoopFlags, optim.OptimizerFlags, optim.EmaFlags, DataFlags, Val
     """Precision in which the autoencoder is saved."""
 
     def check(self) -> None:
-        super().check()
-        self.require_at_least(0, "kl_scale")
         for flag in ("validation_prompt", "validation_image"):
             if getattr(self, flag):
                 raise ValueError(f"--{flag} has no place here: give --validation_data_dir, a folder of images to show.")
+        super().check()
+        self.require_at_least(0, "kl_scale")
 
 
 def main(args: Args) -> None:
@@ -138,6 +138,8 @@ def source_of(args: Args) -> tuple[ModelFolder, bool]:
         return folder if folder.find("config.json") else folder.part("vae"), True
     if config is not None and source is None:
         path = Path(config).expanduser()
+        if not path.exists():
+            raise ValueError(f"there is no file {config}: check --model_config_name_or_path.")
         if path.is_file() and path.name != "config.json":
             raise ValueError(f"--model_config_name_or_path {config}: give a folder with a config.json, or that file.")
         return ModelFolder(str(path if path.is_dir() else path.parent)), False

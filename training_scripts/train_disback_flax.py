@@ -11,6 +11,7 @@ backtracking). With --stage backtracking --path none it is plain distribution ma
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -20,6 +21,7 @@ from codi_jax.data import PromptFlags
 from codi_jax.disback_training import NO_PATH, distil
 from codi_jax.flags import Adjustable, Operational
 from codi_jax.methods.disback import DisbackFlags
+from codi_jax.outputs import file_in_place_of
 from codi_jax.pretrained import ConditionFlags, ModelFlags
 from codi_jax.tracking import say
 from codi_jax.validation import ValidationFlags
@@ -78,6 +80,8 @@ class Args(
         self.require_at_least(0, "generator_lr", "guidance_lr", "export_steps", "teacher_guidance_scale")
         self.require_at_least(0, "denoising_loss_weight")
         self.require("lora_dropout", self.lora_dropout == 0, "0")
+        if self.path not in (None, NO_PATH) and (file := file_in_place_of(Path(self.path or ""))):
+            raise ValueError(f"--path {self.path} is not possible: {file} is a file, where a folder is needed.")
         if self.path == NO_PATH and self.stage != "backtracking":
             raise ValueError("--path none needs no stage but the second: give --stage backtracking with it.")
 

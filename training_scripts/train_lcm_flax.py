@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from codi_jax import command_line
 from codi_jax.data import DataFlags
 from codi_jax.lcm_training import LcmTrainingFlags, Lora, distil
+from codi_jax.lora import LARGEST_RANK
 from codi_jax.pipeline import DiffusionPipeline
 from codi_jax.pretrained import ConditionFlags
 
@@ -35,7 +36,7 @@ class Args(LcmTrainingFlags, ConditionFlags, DataFlags):
 
     def check(self) -> None:
         super().check()
-        self.require_at_least(1, "lora_rank")
+        self.require_in(1, LARGEST_RANK, "lora_rank")
         self.require_positive("lora_alpha")
 
 

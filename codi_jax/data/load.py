@@ -17,7 +17,9 @@ from codi_jax.data.loader import Batches, Loader, Order, Shard, Tokenize, read_a
 from codi_jax.data.samples import Reader, Transform
 from codi_jax.data.sources import Source, open_source, require_folder
 from codi_jax.data.streams import StreamBatches
-from codi_jax.flags import Adjustable, Flags, Local
+from codi_jax.flags import LARGEST_SIDE, Adjustable, Flags, Local
+
+_MOST_WORKERS = 1024  # each is a process, and they are all started before the first batch
 
 ConditionOf = Literal["column"] | Task | Condition | None
 """Where conditions come from: a column, what a task makes from the image (canny: a column if there is one, else edges),
@@ -107,6 +109,8 @@ class DataFlags(Flags):
             require_folder(self.train_data_dir)
         self.require_at_least(1, "max_train_samples", "resolution")
         self.require_at_least(0, "dataloader_num_workers")
+        self.require("resolution", self.resolution <= LARGEST_SIDE, f"at most {LARGEST_SIDE}")
+        self.require("dataloader_num_workers", self.dataloader_num_workers <= _MOST_WORKERS, f"at most {_MOST_WORKERS}")
         self.require_in(0, 1, "proportion_empty_prompts", "max_unreadable_share")
         streams = "--streaming" if self.streaming else "--train_shards_path_or_url"
         if self.cache_latents and (self.streaming or self.train_shards_path_or_url):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from codi_jax.flags import Flags
-from codi_jax.lora import init_lora, merge_lora
+from codi_jax.lora import LARGEST_RANK, init_lora, merge_lora
 from codi_jax.methods.inputs import Condition, Frozen, Inputs, Modules
 from codi_jax.methods.prediction import predict
 from codi_jax.models.config import Params
@@ -46,7 +46,8 @@ class GeneratorFlags(Flags):
     def check(self) -> None:
         super().check()
         self.require_at_least(0, "conditioning_timestep")
-        self.require_at_least(1, "num_denoising_step", "denoising_timestep", "lora_rank")
+        self.require_at_least(1, "num_denoising_step", "denoising_timestep")
+        self.require_in(1, LARGEST_RANK, "lora_rank")
         self.require_positive("lora_alpha")
         possible = self.num_denoising_step < self.denoising_timestep
         self.require("num_denoising_step", possible, f"less than --denoising_timestep {self.denoising_timestep}")

@@ -81,7 +81,7 @@ class LcmFlags(Flags):
         self.require("timestep_scaling_factor", self.timestep_scaling_factor > 0, "positive")
         self.require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         dim = self.unet_time_cond_proj_dim
-        self.require("unet_time_cond_proj_dim", dim >= 4 and dim % 2 == 0, "an even number of at least 4")
+        self.require("unet_time_cond_proj_dim", 4 <= dim <= 2**14 and dim % 2 == 0, "an even number from 4 to 16384")
 
     @property
     def weighs_image(self) -> bool:
