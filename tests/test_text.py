@@ -88,3 +88,11 @@ def test_half_a_tokenizer_is_refused(tmp_path: Path, missing: str) -> None:
     (tmp_path / "tokenizer" / missing).unlink()
     with pytest.raises(WeightsError, match=r"no vocab\.json with merges\.txt in .*tokenizer: it holds"):
         find_tokenizer(folder)
+
+
+@pytest.mark.parametrize("length", [-5, 0, 1])
+def test_a_tokenizer_without_room_for_a_text_is_refused(tmp_path: Path, length: int) -> None:
+    short = make_tokenizer(tmp_path)
+    short.model_max_length = length
+    with pytest.raises(WeightsError, match=rf"model_max_length = {length} has no room for a text"):
+        tokenize(short, ["a"], encoder())

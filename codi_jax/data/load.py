@@ -38,8 +38,9 @@ class DataFlags(Flags):
 
     train_data_dir: Adjustable[str | None] = None
     """Folder with images and a meta.jsonl (or metadata.jsonl), which for each holds an object of image, text and, if
-    the task has conditions, conditioning_image, with paths absolute or relative to the folder; or a folder of parquet
-    files, or anything else that `datasets` loads: for training without text, a folder of nothing but images."""
+    the task has conditions, conditioning_image, with paths absolute or relative to the folder; or images with captions
+    beside them, in .txt files of the same names; or a folder of parquet files, or anything else that
+    `datasets` loads: for training without text, a folder of nothing but images."""
 
     train_shards_path_or_url: Adjustable[str | None] = None
     """Shards of a WebDataset to stream: paths or URLs of tar files, such as data/{00000..00099}.tar. Columns are the
