@@ -208,6 +208,18 @@ def test_the_gan_head_tells_real_from_generated_and_leads_the_generator():
     np.testing.assert_allclose(value, without + 0.25 * classification, rtol=1e-5)
 
 
+def test_the_factor_of_the_generators_lora_is_alpha_by_rank():
+    """Merged, and so beside the layers too: see above."""
+    config, _, params = real(generator_lora=True, lora_rank=2, lora_alpha=6.0)
+    state = disback.init_state(config, params, params, OPTIMIZERS, jax.random.key(0))
+    lora = jax.tree.map(lambda x: x + 1.0 if x.ndim else x, state.generator.params)
+    path = ("mid_block", "attentions_0", "transformer_blocks_0", "attn1", "to_q")
+    trees = lora["unet_lora"], params, generator_unet(lora, params)
+    layer, teachers, merged = (functools.reduce(lambda tree, name: tree[name], path, tree) for tree in trees)
+    product = np.float64(layer["down"]) @ np.float64(layer["up"])
+    np.testing.assert_allclose(merged["kernel"], teachers["kernel"] + 6 / 2 * product, rtol=1e-5, atol=1e-5)
+
+
 def test_the_step_is_lowered_from_shapes():
     """Nothing of the values is needed: so its memory can be told for any machine."""
     config, frozen, _ = real(dfake_gen_update_ratio=5)
