@@ -18,6 +18,7 @@ import tyro
 from folders import FAMILIES, SIZE, saved_pipeline
 from picture_folders import numbered, write_folder
 from PIL import Image
+from safetensors import safe_open
 from test_training_scripts import (
     Inputs,
     as_command,
@@ -201,6 +202,28 @@ def test_a_lora_loads_in_diffusers(models: Models, tmp_path: Path) -> None:
     assert np.abs(made - 255 * wanted).max() <= 2
     plain = DiffusionPipeline.from_pretrained(inputs.model)("a dog", **given)
     assert np.abs(made.astype(float) - plain).max() > 2
+
+
+@pytest.mark.parametrize("use_lora", [False, True], ids=["whole", "lora"])
+def test_the_grid_that_a_student_is_trained_on_is_the_one_it_is_sampled_on(
+    use_lora: bool, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {"num_ddim_timesteps": 20, "timestep_scaling_factor": 5.0, "use_lora": use_lora, "lora_rank": 3}
+    of_lora = {"lora_alpha": 6.0} if use_lora else {}
+    prepared = prepare(lcm, models("text-to-image"), tmp_path / "run", monkeypatch, **OF_LCM, **flags, **of_lora)
+    assert prepared.step.keywords["config"].flags.num_ddim_timesteps == 20
+    assert prepared.frozen["schedule"].timestep_scaling == 5
+    prepared.export(prepared.state, tmp_path / "student")
+    theirs = diffusers.LCMScheduler.from_pretrained(tmp_path / "student", subfolder="scheduler")
+    theirs.set_timesteps(20)
+    np.testing.assert_array_equal(theirs.timesteps, np.arange(999, 0, -50))
+    assert theirs.config.timestep_scaling == 5
+    with pytest.raises(ValueError, match="smaller than `num_inference_steps`: 21"):
+        theirs.set_timesteps(21)
+    if use_lora:
+        (file,) = (tmp_path / "student").glob("*.safetensors")
+        with safe_open(file, "np") as opened:
+            assert json.loads(opened.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 6
 
 
 def test_a_text_to_image_student_and_another_autoencoder(models: Models, tmp_path: Path) -> None:

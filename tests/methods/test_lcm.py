@@ -13,6 +13,7 @@ import pytest
 import standins
 import torch
 from diffusers import UNet2DConditionModel
+from flax import traverse_util
 from numerics import COLUMN, Problem, alpha_sigma, assert_equals, boundary_scalings, draw_latents, x_and_eps
 from standins import (
     EDITING,
@@ -28,6 +29,7 @@ from standins import (
 )
 
 from codi_jax import optim
+from codi_jax.lora import lora_layers
 from codi_jax.methods import lcm
 from codi_jax.methods.baking import bake_guidance
 from codi_jax.methods.inputs import Condition, Modules, drop_conditions, prepare
@@ -108,7 +110,7 @@ def numpy_loss(problem: Problem) -> Any:
     s = np.maximum(t - k, 0)
     z_t = alpha[t][COLUMN] * z0 + sigma[t][COLUMN] * noise
 
-    # What there is to condition on: c_T, text with its pooled output; c_I, image latents (the mode, not scaled); and
+    # What there is to condition on: c_T, text with its pooled output; c_I, image latents (the mode, not scaled). And
     # what stands in their place.
     c_I = np.split(batch["conditioning_moments"], 2, axis=-1)[0] if edits else None
     no_I = np.zeros_like(c_I) if edits else None
@@ -255,6 +257,60 @@ def test_a_lora_student_is_the_teacher_at_first_and_the_teacher_stays() -> None:
     teacher = predict(modules, frozen, z, t, cond)
     np.testing.assert_array_equal(predict(modules, {**frozen, **state.params}, z, t, cond), teacher)
     assert np.abs(np.asarray(predict(modules, {**frozen, **after.params}, z, t, cond) - teacher)).max() > 1e-4
+
+
+def test_the_gradient_of_a_lora_is_alpha_by_rank_and_none_goes_through_its_target() -> None:
+    """θ⁻ is θ, but a constant: the target is computed apart here, and given as numbers."""
+    modules, params = real_modules(edits=False)
+    flags = LcmFlags(num_ddim_timesteps=10, timestep_scaling_factor=0.01)
+    config = lcm.configure(modules, flags, lora=True)
+    state = lcm.init_state(config, params, optax.identity(), jax.random.key(0), rank=2, alpha=6.0)
+    rng, key = np.random.default_rng(0), jax.random.key(3)
+    theta = jax.tree.map(lambda x: jnp.float32(rng.normal(0, 0.3, x.shape)) if x.ndim else x, state.params)
+    batch = {"moments": rng.standard_normal((2, 8, 8, 8)), "context": rng.standard_normal((2, 5, 24))}
+    batch = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), batch)
+    schedule = lcm.student_schedule(NoiseSchedule.from_config(SCHEDULER), flags)
+    null = {"null_context": jnp.asarray(rng.standard_normal((1, 5, 24)), jnp.float32)}
+    frozen = {"unet": params, "schedule": schedule, **null}
+
+    keys = jax.random.split(key, 6)
+    inputs = prepare(modules, frozen, batch, keys[0])
+    t = 100 * jax.random.randint(keys[2], (2,), 0, 10) + 99
+    s = jnp.maximum(t - 100, 0)
+    z_t = schedule.add_noise(inputs.z0, jax.random.normal(keys[3], inputs.z0.shape), t)
+    w = jax.random.uniform(keys[4], (2,), minval=flags.w_min, maxval=flags.w_max)
+
+    def merged(theta: Any) -> Any:
+        """The teacher with W + α/r B A in place of W."""
+        flat = traverse_util.flatten_dict(params)
+        for path, layer in lora_layers(theta["unet_lora"]).items():
+            up = layer["up"].reshape(layer["up"].shape[-2:])
+            flat[*path, "kernel"] = flat[*path, "kernel"] + 6 / 2 * layer["down"] @ up
+        return {"unet": traverse_util.unflatten_dict(flat)}
+
+    def f(theta: Any, z: Any, t: Any) -> Any:
+        c_skip, c_out = (jnp.asarray(c, jnp.float32) for c in boundary_scalings(np.asarray(t), 0.01))
+        return c_skip * z + c_out * schedule.to_x0_eps(predict(modules, merged(theta), z, t, inputs.cond), z, t)[0]
+
+    teacher = schedule.to_x0_eps(guided(modules, frozen, z_t, t, inputs, w + 1), z_t, t)
+    z_s = schedule.ddim_step(*teacher, s)
+    target = np.asarray(jax.jit(lambda theta: f(theta, z_s, s))(theta))
+
+    def wanted(theta: Any, target: Any) -> Any:
+        return jnp.mean((f(theta, z_t, t) - target) ** 2)
+
+    def ours(theta: Any) -> Any:
+        return lcm.loss(theta, state, frozen, batch, key, config)[0]
+
+    value, gradient = jax.jit(jax.value_and_grad(ours))(theta)
+    theirs, slope = jax.jit(jax.value_and_grad(wanted))(theta, target)
+    np.testing.assert_allclose(value, theirs, rtol=1e-4)
+    largest = max(np.abs(like).max() for like in jax.tree.leaves(slope) if like.ndim)
+    for layer, like in zip(jax.tree.leaves(gradient), jax.tree.leaves(slope), strict=True):
+        if layer.ndim:
+            np.testing.assert_allclose(layer, like, rtol=1e-2, atol=1e-4 * largest)
+        else:
+            assert layer == 0  # α is not trained
 
 
 def test_conditions_are_dropped_together_and_in_these_shares() -> None:
