@@ -782,3 +782,17 @@ def test_nothing_is_left_of_a_failed_save(models, tmp_path, monkeypatch):
         save_lora(path, large)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
+def test_a_kernel_in_half_precision_is_rounded_once():
+    """W + α/r·B A in float64, rounded to bfloat16; the sum of two rounded terms is another number."""
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.standard_normal((64, 48)), jnp.bfloat16)
+    down, up = (rng.standard_normal(shape).astype(np.float32) for shape in ((64, 4), (4, 48)))
+    lora = {"to_q": {"down": jnp.asarray(down), "up": jnp.asarray(up), "alpha": jnp.float32(2)}}
+    merged = merge_lora({"to_q": {"kernel": kernel}}, lora)["to_q"]["kernel"]
+    exact = np.asarray(kernel, np.float64) + 2 / 4 * down.astype(np.float64) @ up.astype(np.float64)
+    assert merged.dtype == jnp.bfloat16
+    expected = exact.astype(np.float32).astype(jnp.bfloat16)
+    # A tie may fall to either side, after a product in float32.
+    assert np.mean(np.asarray(merged) != expected) < 0.002
