@@ -9,8 +9,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 
+from codi_jax.decoding import RejectedError, decode, to_rgb
 from codi_jax.outputs import obstacle
 
 Picture = Image.Image | np.ndarray
@@ -21,22 +22,27 @@ _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def open_image(source: str | Path) -> Image.Image:
-    """Opens an image file or URL, turned upright, as RGB.
+    """Opens an image file or URL: upright, RGB, what is transparent on white, as in training.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is no image, or cannot be downloaded.
+      ValueError: if it is no image, too large (see `codi_jax.decoding.decode`), or cannot be downloaded.
     """
-    from diffusers.utils.loading_utils import load_image  # slow to import, and not needed to read a data set
-
     source = str(source)
-    is_url = source.startswith(("http://", "https://"))
+    is_url = source.lower().startswith(("http://", "https://"))
     if not is_url and not Path(source).expanduser().is_file():
         raise FileNotFoundError(f"There is no image {source}.")
     try:
-        return load_image(source if is_url else str(Path(source).expanduser()), _to_rgb)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{source} could not be read as an image: {error}") from error
+        return decode(_download(source) if is_url else Path(source).expanduser())
+    except RejectedError as error:
+        raise ValueError(f"{source} could not be read as an image: {error}.") from error
+
+
+def _download(address: str) -> bytes:
+    """The file at an address that the user named himself: any host will do."""
+    from codi_jax.data.download import DownloadFlags, fetch  # slow to import, and not needed for files
+
+    return fetch(address, DownloadFlags(allow_private_addresses=True, retries=0))
 
 
 def to_pixels(picture: Picture, size: tuple[int, int] | None = None) -> Float[np.ndarray, "h w 3"]:
@@ -51,7 +57,7 @@ def to_pixels(picture: Picture, size: tuple[int, int] | None = None) -> Float[np
         if picture.dtype != np.uint8:
             picture = np.clip(picture * 255, 0, 255).round().astype(np.uint8)
         picture = Image.fromarray(picture)
-    picture = _to_rgb(picture)
+    picture = to_rgb(picture)
     if size is not None and (picture.height, picture.width) != size:
         picture = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)
     return np.asarray(picture, np.float32) / 255
@@ -176,23 +182,6 @@ def check_output(path: str | Path, count: int = 1) -> None:
         raise ValueError(f"{path} cannot be written: {parent} is not a folder that you may write to.")
     if reason := obstacle(path.parent):
         raise ValueError(f"{path} cannot be written ({reason}): name another file.")
-
-
-def to_eight_bits(image: Image.Image) -> Image.Image:
-    """A picture of 16 bits as one of 8; any other as it is.
-
-    Raises:
-      ValueError: if its pixels have 32 bits.
-    """
-    if image.mode.startswith("I;16"):  # Pillow would turn all above 255 white
-        return Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are of Pillow's mode {image.mode}, 32 bits: convert it to 8 or 16 bits")
-    return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    return to_eight_bits(image).convert("RGB")
 
 
 def labelled_rows(

@@ -53,7 +53,7 @@ def main(args: Args) -> None:
 # What a run that goes on must share with the one that was stopped.
 _MADE_WITH = (
     *PairFlags.names(), *ScoreFlags.names(),
-    *sorted({*TableFlags.names()} - {"cache_dir"}), "conditioning_image_column",
+    *sorted({*TableFlags.names()} - {"cache_dir", "allow_outside_paths"}), "conditioning_image_column",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def main(args: Args) -> None:
 # What a run that goes on must share with the one that was stopped.
 _MADE_WITH = (
     *PictureFlags.names(), *ScoreFlags.names(),
-    *sorted({*TableFlags.names()} - {"cache_dir"}), "shuffle",
+    *sorted({*TableFlags.names()} - {"cache_dir", "allow_outside_paths"}), "shuffle",
 )  # fmt: skip
 
 if __name__ == "__main__":

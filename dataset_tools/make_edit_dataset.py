@@ -134,7 +134,7 @@ def main(args: Args) -> None:
 # What a run that goes on must share with the one that was stopped.
 _MADE_WITH = (
     *PictureFlags.names(), *GenerateFlags.names(),
-    *sorted({*TableFlags.names()} - {"cache_dir"}), "input_image_column", "edited_image_column",
+    *sorted({*TableFlags.names()} - {"cache_dir", "allow_outside_paths"}), "input_image_column", "edited_image_column",
     "before_dir", "after_dir", "instruction", "instructions",
 )  # fmt: skip
 

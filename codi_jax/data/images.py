@@ -3,9 +3,6 @@
 Also the conditions that are made from a picture itself: edges, a low resolution, a hole to paint.
 """
 
-import io
-import posixpath
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +13,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
-from codi_jax.data.files import is_url
+from codi_jax import decoding
+from codi_jax.data.access import Access
 from codi_jax.images import canny as edges_of
-from codi_jax.images import to_eight_bits
 
 Task = Literal["canny", "super_resolution", "inpainting"]
 """The conditions that can be made from a picture."""
@@ -32,8 +29,9 @@ Interpolation = Literal["lanczos", "bicubic", "bilinear", "hamming", "box", "nea
 GREY = 128
 """What a hole is filled with."""
 
-DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises for files that are no pictures, or broken."""
+_LONG = 4  # so many squares are resized whole
+
+_NOWHERE = Access()
 
 
 class UnreadableImageError(ValueError):
@@ -66,21 +64,32 @@ class Placement:
         return np.array((*self.original, *self.corner, self.resolution, self.resolution), np.float32)
 
 
-def read_image(cell: Any, folder: str | Path | None = None) -> Image.Image:
+def read_image(
+    cell: Any, access: Access = _NOWHERE, max_megapixels: float | int = decoding.MAX_MEGAPIXELS
+) -> Image.Image:
     """Opens what a data set holds in place of a picture: upright, RGB, what is transparent on white.
 
     Args:
-      cell: a PIL image, the bytes of a file, a path, or a dict of "bytes" and "path" as in `datasets`.
-      folder: what paths are relative to: a path, or a URL.
+      cell: a PIL image, the bytes of a file, a path or an address, or a dict of "bytes" and "path" as in `datasets`.
+      access: what paths and addresses may be.
+      max_megapixels: larger pictures are not read.
 
     Raises:
-      UnreadableImageError: if there is no such file, or it is no image.
+      UnreadableImageError: if there is no such file, it must not be opened, or it is no image.
     """
     try:
-        with _open(cell, folder) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
-    except DECODING_ERRORS as error:
+        if isinstance(cell, Image.Image):  # one in memory stays open
+            return decoding.to_rgb(ImageOps.exif_transpose(cell.copy()))
+        return decoding.decode(_contents(cell, access), max_megapixels=max_megapixels)
+    except (decoding.RejectedError, OSError, ValueError) as error:
         raise UnreadableImageError(f"{describe_cell(cell)}: {error}") from error
+
+
+def file_of(cell: Any) -> Any:
+    """The bytes of a cell, or the path where there are none: bytes are bytes even where they are empty."""
+    if not isinstance(cell, dict):
+        return cell
+    return cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
 
 
 def describe_cell(cell: Any) -> str:
@@ -90,19 +99,6 @@ def describe_cell(cell: Any) -> str:
     if isinstance(cell, bytes):
         return f"an image of {len(cell)} bytes"
     return str(cell) if isinstance(cell, str | Path) else f"a {type(cell).__name__} in place of an image"
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any kind of picture as 8-bit RGB; what is transparent lies on white.
-
-    Raises:
-      ValueError: if its pixels have 32 bits.
-    """
-    image = to_eight_bits(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def place(
@@ -131,6 +127,10 @@ def crop(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Resizes and crops one picture of a sample.
 
+    The result is the crop of the resized picture. Of one that is longer than four squares only the crop is resized: its
+    place is rounded by Pillow to single precision, and the order of the two passes may be another, so that it may
+    differ by a few levels at sharp edges, and by one pixel with "nearest" and "box".
+
     Raises:
       ValueError: if it has not the shape of the picture that the placement was made for.
     """
@@ -143,9 +143,15 @@ def crop(
         )
     height, width = placement.resized
     top, left = placement.corner
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling[interpolation.upper()])
-    return np.asarray(image)[top : top + placement.resolution, left : left + placement.resolution]
+    side = placement.resolution
+    if image.size == (width, height):
+        return np.asarray(image)[top : top + side, left : left + side]
+    filtering = Image.Resampling[interpolation.upper()]
+    if max(height, width) > _LONG * side:
+        x, y = image.width / width, image.height / height
+        box = (left * x, top * y, min((left + side) * x, image.width), min((top + side) * y, image.height))
+        return np.asarray(image.resize((side, side), filtering, box))
+    return np.asarray(image.resize((width, height), filtering))[top : top + side, left : left + side]
 
 
 def condition_for(task: Task) -> Condition:
@@ -215,21 +221,10 @@ def _strokes(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     return hole.astype(bool)
 
 
-def _open(cell: Any, folder: str | Path | None) -> Image.Image:
-    if isinstance(cell, Image.Image):
-        return cell.copy()  # one in memory stays open
-    if isinstance(cell, dict):
-        cell = cell.get("bytes") or cell.get("path")
+def _contents(cell: Any, access: Access) -> bytes:
+    cell = file_of(cell)
     if isinstance(cell, bytes):
-        return Image.open(io.BytesIO(cell))
+        return cell
     if isinstance(cell, str | Path) and str(cell):
-        path = posixpath.join(str(folder or ""), str(cell))
-        return _open_remote(path) if is_url(path) else Image.open(path)
+        return access.read(str(cell))
     raise ValueError("there is no image")
-
-
-def _open_remote(path: str) -> Image.Image:
-    """A file on an object store, or inside an archive or on the hub, which `datasets` names by a chained URL."""
-    import datasets
-
-    return datasets.Image().decode_example({"path": path, "bytes": None})

@@ -38,6 +38,7 @@ from codi_jax.data.loader import Tokenize, read_ahead, refuse_too_many
 from codi_jax.data.row_files import DamagedRowsError, RowFile, RowWriter, create, open_rows, save_rows
 from codi_jax.data.samples import MAX_IN_A_ROW, Batch, Choices, Reader, substitute
 from codi_jax.data.sources import captions_of, describe_row, files_fingerprint
+from codi_jax.decoding import MAX_MEGAPIXELS
 
 _VERSION = 1
 _MANIFEST = "manifest.json"
@@ -304,6 +305,7 @@ def _describe(reader: Reader, encoders: Encoders) -> dict[str, Any]:
         "conditions": "encoded" if encoders.conditions_too else None,
         "interpolation": reader.transform.interpolation if reader.transform.interpolation != "lanczos" else None,
         "time_ids": "fixed" if reader.transform.fixed_sizes else None,
+        "largest": reader.transform.max_megapixels if reader.transform.max_megapixels != MAX_MEGAPIXELS else None,
     }
     return {
         "version": _VERSION,

@@ -17,6 +17,7 @@ from codi_jax.data.loader import Batches, Loader, Order, Shard, Tokenize, read_a
 from codi_jax.data.samples import Reader, Transform
 from codi_jax.data.sources import Source, open_source, require_folder
 from codi_jax.data.streams import StreamBatches
+from codi_jax.decoding import LARGEST_MEGAPIXELS, MAX_MEGAPIXELS
 from codi_jax.flags import LARGEST_SIDE, Adjustable, Flags, Local
 
 _MOST_WORKERS = 1024  # each is a process, and they are all started before the first batch
@@ -63,6 +64,16 @@ class DataFlags(Flags):
 
     max_train_samples: int | None = None
     """Train on the first so many samples only."""
+
+    allow_outside_paths: bool = False
+    """Also read images that a table names outside of its folder, on this machine or on other storage. Without it a
+    table from elsewhere cannot reach your own files."""
+
+    allow_private_addresses: bool = False
+    """Also download images that a table names from this machine and its own network."""
+
+    max_megapixels: float | int = MAX_MEGAPIXELS
+    """Larger images are not read: a small file can hold one that fills the memory."""
 
     proportion_empty_prompts: float | int = 0.0
     """Probability of replacing a caption by an empty one."""
@@ -113,6 +124,8 @@ class DataFlags(Flags):
         self.require("resolution", self.resolution <= LARGEST_SIDE, f"at most {LARGEST_SIDE}")
         self.require("dataloader_num_workers", self.dataloader_num_workers <= _MOST_WORKERS, f"at most {_MOST_WORKERS}")
         self.require_in(0, 1, "proportion_empty_prompts", "max_unreadable_share")
+        possible = 0 < self.max_megapixels <= LARGEST_MEGAPIXELS
+        self.require("max_megapixels", possible, f"above 0 and at most {LARGEST_MEGAPIXELS}")
         streams = "--streaming" if self.streaming else "--train_shards_path_or_url"
         if self.cache_latents and (self.streaming or self.train_shards_path_or_url):
             raise ValueError(f"--cache_latents needs the whole data set, which {streams} does not read: drop one.")
@@ -270,6 +283,7 @@ def _reader(flags: DataFlags, source: Source, condition: ConditionOf, seed: int,
         flags.proportion_empty_prompts,
         flags.interpolation_type,
         flags.use_fix_crop_and_size,
+        flags.max_megapixels,
     )
     # Generators take no negative seeds.
     return Reader(source, transform, _condition(condition, source), seed % 2**64, time_ids)
@@ -320,6 +334,8 @@ def _open(flags: DataFlags, condition: ConditionOf, has_text: bool, has_images: 
         condition_column=flags.conditioning_image_column if condition in ("column", "canny") else None,
         condition_is_optional=condition == "canny",
         max_train_samples=flags.max_train_samples,
+        allow_outside_paths=flags.allow_outside_paths,
+        allow_private_addresses=flags.allow_private_addresses,
     )
 
 

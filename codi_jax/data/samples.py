@@ -13,6 +13,7 @@ from PIL import Image
 
 from codi_jax.data.images import Condition, Interpolation, Placement, UnreadableImageError, crop, place, read_image
 from codi_jax.data.sources import Source, captions_of, describe_row
+from codi_jax.decoding import MAX_MEGAPIXELS
 
 Batch = dict[str, Any]
 """Arrays of one size along their first axis, by name; "input_ids" is a dict of them."""
@@ -35,6 +36,7 @@ class Transform:
       proportion_empty_prompts: probability of replacing a caption by an empty one.
       interpolation: of the resizing.
       fixed_sizes: tell SDXL that every picture is whole and as large as the crop.
+      max_megapixels: of a picture that is read.
     """
 
     resolution: int
@@ -43,6 +45,7 @@ class Transform:
     proportion_empty_prompts: float | int = 0.0
     interpolation: Interpolation = "lanczos"
     fixed_sizes: bool = False
+    max_megapixels: float | int = MAX_MEGAPIXELS
 
     def time_ids(self, placement: Placement | None) -> Float[np.ndarray, "6"]:
         """What SDXL is told of the sizes of a sample; of one without a picture, that it is whole, and of this size."""
@@ -126,19 +129,22 @@ class Reader:
         self, row: Mapping[str, Any], number: int, choices: Choices
     ) -> tuple[dict[str, UInt8[np.ndarray, "r r 3"]], Placement | None]:
         """The pictures of a sample, cropped alike and not flipped, and where the crop lies; raises as `sample`."""
-        columns, folder = self.source.columns, self.source.folder
+        columns = self.source.columns
         if columns.image is None:
             return {}, None
-        image = read_image(row[columns.image], folder)
+        image = self._read(row[columns.image])
         size = (image.height, image.width)
         placement = place(size, self.transform.resolution, self.transform.center_crop, choices.position)
         arrays = {"pixels": crop(image, placement, self.transform.interpolation)}
         if columns.condition is not None:
-            condition = read_image(row[columns.condition], folder)
+            condition = self._read(row[columns.condition])
             arrays["conditioning"] = self._crop_along(condition, placement, row, number)
         elif self.condition is not None:
             arrays["conditioning"] = self.condition(arrays["pixels"], choices.rng)
         return arrays, placement
+
+    def _read(self, cell: Any) -> Image.Image:
+        return read_image(cell, self.source.access, self.transform.max_megapixels)
 
     def _caption(self, row: Mapping[str, Any], choices: Choices) -> dict[str, str]:
         if self.source.columns.caption is None:

@@ -18,9 +18,12 @@ import datasets
 import numpy as np
 from datasets import Dataset, IterableDataset
 
+from codi_jax.data.access import Access, names_own_files
+from codi_jax.data.download import DownloadFlags
 from codi_jax.data.files import Folder
 from codi_jax.data.images import describe_cell
 from codi_jax.data.picture_folders import captions_in
+from codi_jax.decoding import RejectedError
 from codi_jax.hub import first_line, listed
 
 Rows = Dataset | IterableDataset
@@ -67,14 +70,14 @@ class Source:
     Attributes:
       rows: of the columns below; images as bytes or paths.
       columns: their names.
-      folder: what paths are relative to, a path or a URL.
+      access: what paths and addresses in them may be.
       name: of the data set, for messages.
       fingerprint: changes when the data does.
     """
 
     rows: Rows
     columns: Columns
-    folder: str | None
+    access: Access
     name: str
     fingerprint: str
 
@@ -124,6 +127,8 @@ def open_source(
     condition_column: str | None = None,
     condition_is_optional: bool = False,
     max_train_samples: int | None = None,
+    allow_outside_paths: bool = False,
+    allow_private_addresses: bool = False,
 ) -> Source:
     """Opens a data set; see the flags of these names in `codi_jax.data.DataFlags`.
 
@@ -141,6 +146,8 @@ def open_source(
       condition_column: name of a column; ``None`` for a task without conditions.
       condition_is_optional: do without the condition column where it is missing.
       max_train_samples: take the first ones only.
+      allow_outside_paths: paths in tables may lead out of the folder.
+      allow_private_addresses: addresses in tables may be of this machine and its own network.
 
     Raises:
       ValueError: if there is no such data set, a column is missing, or it has no rows.
@@ -153,12 +160,15 @@ def open_source(
     if train_data_dir is not None:
         require_folder(train_data_dir)
     is_table = train_shards is not None or train_prompts is not None
+    downloads = DownloadFlags(allow_private_addresses=allow_private_addresses)
+    own = folder.path if not is_table and folder.is_dir() else None
+    access = Access(own, anywhere=allow_outside_paths, downloads=downloads)
     metadata = None if is_table else next((name for name in METADATA_FILES if folder.has(name)), None)
     captions = _captions_beside(folder, wanted) if metadata is None and not is_table else {}
     if metadata is not None:
-        source = _from_metadata(folder, metadata, wanted, condition_is_optional)
+        source = _from_metadata(folder, metadata, wanted, condition_is_optional, access)
     elif captions:
-        source = _from_captions(folder, captions, wanted, condition_is_optional)
+        source = _from_captions(folder, captions, wanted, condition_is_optional, access)
     else:
         if train_prompts is not None:
             loaded = _load_prompts(Path(where).expanduser(), wanted)
@@ -166,7 +176,9 @@ def open_source(
             loaded = _load_shards(train_shards)
         else:
             loaded = _load(where, folder, dataset_config_name, load_from_disk, streaming, cache_dir)
-        source = _from_rows(loaded, wanted, condition_is_optional, folder, where)
+            if not _was_saved(folder) and names_own_files(loaded):
+                access = replace(access, anywhere=True)
+        source = _from_rows(loaded, wanted, condition_is_optional, access, where)
     rows = source.rows
     if (metadata is not None or captions) and streaming and isinstance(rows, Dataset):
         rows = rows.to_iterable_dataset()
@@ -174,7 +186,7 @@ def open_source(
         rows = rows.take(min(max_train_samples, len(rows)) if isinstance(rows, Dataset) else max_train_samples)
     if isinstance(rows, Dataset) and not len(rows):
         raise ValueError(f"{where} holds no samples.")
-    return Source(rows, source.columns, source.folder, where, f"{source.fingerprint}-{max_train_samples}")
+    return Source(rows, source.columns, source.access, where, f"{source.fingerprint}-{max_train_samples}")
 
 
 def require_folder(path: str) -> None:
@@ -191,7 +203,7 @@ def files_fingerprint(source: Source) -> str:
     """
     digest = hashlib.sha256(source.fingerprint.encode())
     assert isinstance(source.rows, Dataset)
-    folder = Folder(source.folder or "")
+    folder = Folder(source.access.folder or "")
     if not folder.is_local:  # one request for all: what it tells of a file differs between object stores
         listed_files = folder.fs.find(folder.locate(), detail=True)
         digest.update(json.dumps([listed_files[path] for path in sorted(listed_files)], default=str).encode())
@@ -206,12 +218,16 @@ def files_fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
+def _was_saved(folder: Folder) -> bool:
+    return any(folder.has(name) for name in SAVED)
+
+
 def _load(
     where: str, folder: Folder, config: str | None, load_from_disk: bool, streaming: bool, cache_dir: str | None
 ) -> Rows:
     """Whatever `datasets` can load, its training split."""
     try:
-        if any(folder.has(name) for name in SAVED):
+        if _was_saved(folder):
             loaded = datasets.load_from_disk(folder.path)
             loaded = _training_split(loaded, where)
             return loaded.to_iterable_dataset() if streaming and isinstance(loaded, Dataset) else loaded
@@ -326,7 +342,7 @@ def _explained(error: Exception, where: str, folder: Folder, load_from_disk: boo
     )
 
 
-def _from_rows(rows: Rows, wanted: Columns, optional: bool, folder: Folder, where: str) -> Source:
+def _from_rows(rows: Rows, wanted: Columns, optional: bool, access: Access, where: str) -> Source:
     # select_columns and casts change the fingerprint by hashes of code: that of the data is taken first.
     fingerprint = f"{where} {rows._fingerprint}" if isinstance(rows, Dataset) else where
     names = rows.column_names
@@ -340,7 +356,7 @@ def _from_rows(rows: Rows, wanted: Columns, optional: bool, folder: Folder, wher
     for name in (columns.image, columns.condition):
         if name and rows.features is not None and isinstance(rows.features[name], datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
-    return Source(rows, columns, folder.path if folder.is_dir() else None, where, fingerprint)
+    return Source(rows, columns, access, where, fingerprint)
 
 
 def _check_captions(name: str, features: datasets.Features | None, where: str) -> None:
@@ -352,7 +368,7 @@ def _check_captions(name: str, features: datasets.Features | None, where: str) -
         )
 
 
-def _from_metadata(folder: Folder, name: str, wanted: Columns, optional: bool) -> Source:
+def _from_metadata(folder: Folder, name: str, wanted: Columns, optional: bool, access: Access) -> Source:
     file = folder.url(name)
     with folder.open(name) as opened:
         lines = list(_read_lines(file, opened))
@@ -363,6 +379,8 @@ def _from_metadata(folder: Folder, name: str, wanted: Columns, optional: bool) -
     for number, row in lines:
         for name in columns.names():
             _check_value(file, number, name, row.get(name), is_caption=name == columns.caption)
+            if name != columns.caption:
+                _check_path(file, number, row[name], access)
     values: dict[str, list[Any]] = {name: [row.get(name) for _, row in lines] for name in columns.names()}
     if columns.caption is not None and (missing := sum(not row.get(columns.caption) for _, row in lines)):
         text = f"{missing} of the {len(lines)} samples in {file} have no caption: theirs is the empty text."
@@ -371,7 +389,7 @@ def _from_metadata(folder: Folder, name: str, wanted: Columns, optional: bool) -
         values[columns.caption] = [captions_of(caption) for caption in values[columns.caption]]
     digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
     where = str(Path(file).absolute()) if folder.is_local else file
-    return Source(Dataset.from_dict(values), columns, folder.path, file, f"{where} {digest}")
+    return Source(Dataset.from_dict(values), columns, access, file, f"{where} {digest}")
 
 
 def _captions_beside(folder: Folder, wanted: Columns) -> dict[str, str | None]:
@@ -381,7 +399,9 @@ def _captions_beside(folder: Folder, wanted: Columns) -> dict[str, str | None]:
     return captions_in(folder)
 
 
-def _from_captions(folder: Folder, captions: Mapping[str, str | None], wanted: Columns, optional: bool) -> Source:
+def _from_captions(
+    folder: Folder, captions: Mapping[str, str | None], wanted: Columns, optional: bool, access: Access
+) -> Source:
     values = {"image": list(captions), "text": [caption or "" for caption in captions.values()]}
     asked = replace(wanted, caption="text", image=wanted.image and "image")
     columns = _find_columns(asked, list(values), folder.path, optional)
@@ -391,7 +411,7 @@ def _from_captions(folder: Folder, captions: Mapping[str, str | None], wanted: C
     digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
     rows = Dataset.from_dict({name: values[name] for name in columns.names()})
     where = str(Path(folder.path).absolute()) if folder.is_local else folder.path
-    return Source(rows, columns, folder.path, folder.path, f"{where} {digest}")
+    return Source(rows, columns, access, folder.path, f"{where} {digest}")
 
 
 def _read_lines(file: str, lines: Iterable[bytes]) -> Iterable[tuple[int, dict[str, Any]]]:
@@ -415,6 +435,13 @@ def _check_value(file: str, number: int, name: str, value: Any, is_caption: bool
     kind = "text or list of texts" if is_caption else "path of an image"
     found = f"{value!r:.40} under {name!r}, which is no {kind}" if value is not None else f"no {name!r}"
     raise ValueError(f"{file}, line {number} has {found}: mend or delete it.")
+
+
+def _check_path(file: str, number: int, path: str, access: Access) -> None:
+    try:
+        access.locate(path)
+    except RejectedError as error:
+        raise ValueError(f"{file}, line {number} names {path}: {error}.") from None
 
 
 def captions_of(cell: Any) -> list[str]:

@@ -18,10 +18,11 @@ from jaxtyping import Bool
 
 from codi_jax.data.files import Folder
 from codi_jax.data.picture_folders import images_in
+from codi_jax.decoding import RejectedError
 from codi_jax.flags import Flags
 from codi_jax.pipeline import DiffusionPipeline
 from codi_jax.preparation.pictures import Picture, PictureFlags, encode, read_beside, read_picture
-from codi_jax.preparation.rows import File, RejectedError, Row
+from codi_jax.preparation.rows import File, Row
 from codi_jax.preparation.samples import Sample
 from codi_jax.preparation.similarity import Encoder, Scores, clip_encoder, compare, lite_encoder
 from codi_jax.sampling import Sampler

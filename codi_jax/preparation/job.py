@@ -22,12 +22,13 @@ from typing import Any
 import cv2
 from tqdm import tqdm
 
+from codi_jax.data.download import DownloadFlags
 from codi_jax.data.files import Folder
+from codi_jax.decoding import RejectedError
 from codi_jax.flags import Flags
-from codi_jax.preparation.download import DownloadFlags
 from codi_jax.preparation.engine import EngineFlags, run
 from codi_jax.preparation.formats import Format, FormatName, Shard, format_of
-from codi_jax.preparation.rows import RejectedError, Row, Skipped
+from codi_jax.preparation.rows import Row, Skipped
 from codi_jax.preparation.samples import Prepare, prepare_rows
 
 SUMMARY = "summary.json"

@@ -4,7 +4,6 @@ Made for throughput. A JPEG is decoded at a half, a quarter or an eighth of its 
 its transform gives for less than the whole picture; what is left of the scaling averages over pixels.
 """
 
-import io
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -12,15 +11,15 @@ from typing import Literal
 import cv2
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
-from codi_jax.data.images import DECODING_ERRORS, Placement, place, to_rgb
+from codi_jax import decoding
+from codi_jax.data.images import Placement, place
+from codi_jax.decoding import LARGEST_MEGAPIXELS, MAX_MEGAPIXELS, RejectedError
 from codi_jax.flags import Flags
-from codi_jax.preparation.rows import RejectedError
 
 Picture = UInt8[np.ndarray, "h w 3"]
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
 _ENDINGS = {"jpeg": "jpg", "webp": "webp"}  # and png
 _FAST_PNG = 1  # zlib's level
 _ASPECT = 0.02  # by so much the shapes of two pictures may differ, which rounding of sizes does
@@ -36,7 +35,7 @@ class PictureFlags(Flags):
     """Cut a square from the middle, instead of leaving that to training."""
     min_side: int = 0
     """Leave out pictures whose shorter side is smaller."""
-    max_megapixels: float | int = 100.0
+    max_megapixels: float | int = MAX_MEGAPIXELS
     """Leave out pictures with more: a small file can hold one that fills the memory."""
     image_format: Literal["jpeg", "png", "webp"] = "jpeg"
     """Format of the pictures. Conditions are always png, which keeps them exactly."""
@@ -48,7 +47,8 @@ class PictureFlags(Flags):
         self.require_at_least(1, "resolution")
         self.require_at_least(0, "min_side")
         self.require_in(1, 100, "image_quality")
-        self.require("max_megapixels", self.max_megapixels > 0, "above 0")
+        possible = 0 < self.max_megapixels <= LARGEST_MEGAPIXELS
+        self.require("max_megapixels", possible, f"above 0 and at most {LARGEST_MEGAPIXELS}")
 
 
 @dataclass(frozen=True)
@@ -102,28 +102,10 @@ def read_beside(data: bytes, placement: Placement, flags: PictureFlags) -> Pictu
 
 def decode(data: bytes, flags: PictureFlags) -> Image.Image:
     """The picture, upright and RGB, at least as large as it is wanted; raises as `read_picture`."""
-    if not data:
-        raise RejectedError("an empty file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
-            image = Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError:
-        raise _too_many_pixels(flags) from None
-    except DECODING_ERRORS:
-        raise RejectedError("no picture") from None
-    with image:
-        if image.format not in _FORMATS:  # others may start programs to be decoded
-            raise RejectedError("no picture")
-        if image.width * image.height > flags.max_megapixels * 1e6:
-            raise _too_many_pixels(flags)
-        if min(image.size) < max(flags.min_side, 1):
-            raise RejectedError(f"smaller than {flags.min_side} pixels")
-        image.draft(None, _at_least(image.size, flags.resolution))
-        try:
-            return to_rgb(ImageOps.exif_transpose(image))
-        except DECODING_ERRORS:
-            raise RejectedError("a broken picture") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
+        limits = {"max_megapixels": flags.max_megapixels, "min_side": flags.min_side}
+        return decoding.decode(data, **limits, enough=flags.resolution)
 
 
 def fit(image: Image.Image, placement: Placement, center_crop: bool) -> Picture:
@@ -155,13 +137,3 @@ def _encode(pixels: np.ndarray, ending: str, options: list[int]) -> Encoded:
     pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if pixels.ndim == 3 else pixels
     _, data = cv2.imencode(f".{ending}", pixels, options)
     return Encoded(data.tobytes(), ending)
-
-
-def _at_least(size: tuple[int, int], shorter: int) -> tuple[int, int]:
-    """The size (width, height) whose shorter side is this."""
-    scale = shorter / min(size)
-    return (max(1, int(size[0] * scale)), max(1, int(size[1] * scale)))
-
-
-def _too_many_pixels(flags: PictureFlags) -> RejectedError:
-    return RejectedError(f"more than {flags.max_megapixels:g} megapixels")

@@ -1,22 +1,10 @@
-"""What goes in: one sample as it is found, and why some are rejected."""
+"""What goes in: one sample as it is found."""
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-
-
-class RejectedError(Exception):
-    """A sample that cannot be used, for a reason that is counted and never stops the work.
-
-    Attributes:
-      reason: the same words for all samples that are rejected for it.
-    """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 @dataclass(frozen=True)

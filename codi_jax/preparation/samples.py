@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import cv2
-import fsspec
 
-from codi_jax.preparation.download import DownloadFlags, download
+from codi_jax.data.access import read_file
+from codi_jax.data.download import DownloadFlags, download
+from codi_jax.decoding import RejectedError
 from codi_jax.preparation.pictures import Encoded
-from codi_jax.preparation.rows import File, RejectedError, Row, Url
+from codi_jax.preparation.rows import File, Row, Url
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,6 @@ def _read(cell: File | bytes) -> bytes | RejectedError:
     if isinstance(cell, bytes):
         return cell
     try:
-        with fsspec.open(cell.path, "rb") as file:
-            return file.read()  # type: ignore[union-attr]
-    except (FileNotFoundError, IsADirectoryError):
-        return RejectedError("no such file")
+        return read_file(cell.path)
+    except RejectedError as error:
+        return error

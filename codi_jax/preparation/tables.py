@@ -7,8 +7,8 @@ many rows there are, and nothing is copied to a cache.
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 import datasets
@@ -17,9 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
-from codi_jax.data.files import Folder, is_url
+from codi_jax.data.access import Access, is_web, names_own_files
+from codi_jax.data.files import Folder
+from codi_jax.data.images import file_of
 from codi_jax.data.picture_folders import beside, images_in
 from codi_jax.data.sources import METADATA_FILES, SAVED, text_options
+from codi_jax.decoding import RejectedError
 from codi_jax.flags import Flags
 from codi_jax.hub import first_line, listed
 from codi_jax.preparation.rows import Cell, File, Row, Skipped, Url, clean_text
@@ -57,6 +60,9 @@ class TableFlags(Flags):
     """Column of the ids, which random choices depend on; if left out, id or what else is usual, or the row's number."""
     seed: int = 0
     """Of all random choices, together with the id of a sample."""
+    allow_outside_paths: bool = False
+    """Also read images that the table names outside of the folder that it lies in, on this machine or on other storage.
+    Without it a table from elsewhere cannot copy your own files into the data set."""
 
 
 @dataclass(frozen=True)
@@ -147,13 +153,13 @@ class Table:
       rows: of `datasets`.
       columns: which of them are read.
       filters: by the columns that they read.
-      folder: what paths are relative to.
+      access: what paths in the table may be.
     """
 
     rows: Dataset | IterableDataset
     columns: Columns
     filters: tuple[tuple[Filter, str], ...] = ()
-    folder: Folder | None = None
+    access: Access = field(default_factory=Access)
 
     def items(self) -> Iterator[Row | Skipped]:
         """Its rows, in order, from the first."""
@@ -175,32 +181,34 @@ class Table:
 
     def _rows(self, table: pa.Table, indices: Sequence[int], first: int) -> Iterator[Row | Skipped]:
         columns = self.columns
-        pictures = {name: _values(table[column]) for name, column in columns.pictures}
+        pictures = {name: _cells(table[column]) for name, column in columns.pictures}
         texts = {name: _values(table[column]) for name, column in columns.texts}
         ids = _values(table[columns.id]) if columns.id else [None] * len(table)
         for number, index in enumerate(indices):
             position = first + index
             cells = {name: self._cell(values[number]) for name, values in pictures.items()}
-            if any(cell is None for cell in cells.values()):
-                yield Skipped(position, "no address" if columns.are_urls else "no picture")
+            rejected = next((cell for cell in cells.values() if isinstance(cell, RejectedError)), None)
+            if rejected is not None:
+                yield Skipped(position, rejected.reason)
                 continue
             of_row = {name: _text(values[number]) for name, values in texts.items()}
             own = ids[number]
             name = str(position) if own is None else clean_text(own if isinstance(own, bytes) else str(own))
             yield Row(position, name, cells, {**of_row, "id": name})  # type: ignore[arg-type]
 
-    def _cell(self, value: Any) -> Cell | None:
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        elif isinstance(value, bytes):  # of a text column
-            value = value.decode("utf-8", "replace").strip()
-        if not value:
-            return None
-        if self.columns.are_urls:
-            return Url(str(value))
-        if isinstance(value, bytes):
+    def _cell(self, value: Any) -> Cell | RejectedError:
+        value = file_of(value)
+        if isinstance(value, bytes) and not self.columns.are_urls:
             return value
-        return File(value if is_url(value) or Path(value).is_absolute() or not self.folder else self.folder.url(value))
+        address = clean_text(value) if isinstance(value, bytes) else str(value or "").strip()
+        if not address:
+            return RejectedError("no address" if self.columns.are_urls else "no picture")
+        if self.columns.are_urls or is_web(address):
+            return Url(address)
+        try:
+            return File(self.access.locate(address))
+        except RejectedError as error:
+            return error
 
 
 def open_table(
@@ -247,7 +255,17 @@ def open_table(
     left_out = [each.name for each in filters if not each.column(names)]
     line = f"{where}, columns {', '.join(dict.fromkeys(chosen))}"
     line += f"; not filtered by {' and '.join(left_out)}, which it has no column of" if left_out else ""
-    return Table(rows, read, applied, folder if folder.is_dir() else None).items, line
+    return Table(rows, read, applied, _access(where, folder, rows, flags)).items, line
+
+
+def _access(where: str, folder: Folder, rows: Dataset | IterableDataset, flags: TableFlags) -> Access:
+    """What the table may name: files in its folder, and those that `datasets` itself has found or fetched."""
+    if folder.is_dir():
+        own = not any(folder.has(name) for name in SAVED) and names_own_files(rows)
+        return Access(folder.path, anywhere=flags.allow_outside_paths or own)
+    if _files(where, folder)[0]:  # paths are relative to the working directory
+        return Access(None, Folder(where.rpartition("/")[0] or ".").path, flags.allow_outside_paths)
+    return Access(anywhere=flags.allow_outside_paths or names_own_files(rows))
 
 
 def image_columns(flags: TableFlags, condition: str | None, names: Sequence[str], where: str) -> Columns:
@@ -386,6 +404,13 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
     """Python objects of a column; texts as bytes, since nobody has checked that they are UTF-8."""
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         column = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
+    return column.to_pylist()
+
+
+def _cells(column: pa.ChunkedArray) -> list[Any]:
+    """What stands in place of pictures: texts as such, and bytes as the files that they are."""
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return [value and value.decode("utf-8", "surrogateescape") for value in _values(column)]
     return column.to_pylist()
 
 

@@ -8,6 +8,7 @@ import pytest
 from picture_folders import numbered
 from PIL import Image
 
+from codi_jax.data.access import Access
 from codi_jax.data.images import (
     GREY,
     UnreadableImageError,
@@ -46,6 +47,20 @@ def test_a_centre_crop_is_that_of_pillow(size: tuple[int, int]):
     # Of an odd number of pixels that are left over, one more may be on either side.
     other = np.asarray(resized.crop((left + (width > height), top + (height > width), left + 33, top + 33)))[:32, :32]
     assert np.array_equal(got, expected) or np.array_equal(got, other)
+
+
+@pytest.mark.parametrize("interpolation", ["lanczos", "bicubic", "bilinear", "hamming"])
+@pytest.mark.parametrize("size", [(500, 20), (30, 301), (129, 32), (700, 64)])
+def test_a_crop_of_a_long_picture_is_that_of_the_whole(size: tuple[int, int], interpolation: str):
+    """Within three levels without sharp edges: the place is rounded to single precision, each pass to a level."""
+    width, height = size
+    image = noise(max(2, width // 16), max(2, height // 16)).resize(size, Image.Resampling.BICUBIC)
+    for where in (0.0, 0.37, 0.999):
+        placement = place((height, width), 32, center_crop=False, where=(where, where))
+        top, left = placement.corner
+        whole = image.resize(placement.resized[::-1], Image.Resampling[interpolation.upper()])
+        expected = np.asarray(whole, int)[top : top + 32, left : left + 32]
+        np.testing.assert_allclose(crop(image, placement, interpolation), expected, atol=3)
 
 
 def test_a_random_crop_reaches_both_ends():
@@ -114,25 +129,27 @@ def test_every_form_of_a_cell_is_read(tmp_path):
     cells = [image, content, "a.png", str(tmp_path / "a.png"), {"bytes": content, "path": None}]
     cells += [{"bytes": None, "path": "a.png"}, {"bytes": content, "path": "gone.png"}]
     for cell in cells:
-        assert np.array_equal(np.asarray(read_image(cell, tmp_path)), np.asarray(image))
+        assert np.array_equal(np.asarray(read_image(cell, Access(str(tmp_path)))), np.asarray(image))
     assert image.getpixel((0, 0))  # one given as an object is not closed
 
 
 def test_an_unreadable_image_says_which_and_why(tmp_path):
     (tmp_path / "text.png").write_text("no image")
+    noise(4, 4).save(tmp_path / "good.png")
     noise(64, 64).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
     for cell, reason in (
         ("gone.png", "gone.png"),
         ("text.png", "identify"),
         ("cut.png", "truncated"),
-        (b"", "0 bytes"),
+        (b"", "0 bytes: an empty file"),
+        ({"bytes": b"", "path": "good.png"}, "an empty file"),
     ):
         with pytest.raises(UnreadableImageError, match=reason):
-            read_image(cell, tmp_path)
+            read_image(cell, Access(str(tmp_path)))
     for cell in (None, 3, {"bytes": None, "path": None}, "", Image.new("F", (2, 2))):
         with pytest.raises(UnreadableImageError):
-            read_image(cell, tmp_path)
+            read_image(cell, Access(str(tmp_path)))
 
 
 def test_edges_are_those_of_opencv():

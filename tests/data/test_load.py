@@ -14,6 +14,7 @@ from picture_folders import count_tokens, numbered, write_folder
 from PIL import Image
 
 from codi_jax.data import DataFlags, PromptFlags, load_data, open_data
+from codi_jax.data.access import Access
 from codi_jax.data.images import canny
 from codi_jax.data.loader import Loader
 from codi_jax.data.sources import Columns, Source
@@ -487,5 +488,5 @@ def test_what_a_data_set_is_known_by_does_not_depend_on_where_it_lies(tmp_path, 
             Image.new("RGB", (8, 8), (color, 0, 0)).save(path)
             cells.append({"bytes": path.read_bytes() if kind == "bytes" else None, "path": str(path)})
         rows = datasets.Dataset.from_dict({"image": cells, "text": ["a", "b"]})
-        digests.append(Source(rows, Columns("image", "text"), None, "data", str(number)).content_digest())
+        digests.append(Source(rows, Columns("image", "text"), Access(), "data", str(number)).content_digest())
     assert digests[0] == digests[1] != digests[2]

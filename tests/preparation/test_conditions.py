@@ -10,9 +10,10 @@ import tyro
 from PIL import Image, ImageOps
 from web import bomb, jpeg
 
+from codi_jax.decoding import RejectedError
 from codi_jax.preparation.conditions import Pair, PairFlags
 from codi_jax.preparation.pictures import PictureFlags, read_picture
-from codi_jax.preparation.rows import RejectedError, Row, clean_text
+from codi_jax.preparation.rows import Row, clean_text
 from dataset_tools import cache_latents, coyo_1m_dataset_preprocess, laion_subset, make_edit_dataset
 
 

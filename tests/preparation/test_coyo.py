@@ -123,6 +123,51 @@ def test_a_bad_web(web: Web, tmp_path: Path):
     assert all(web.asked[f"/{path}"] == 1 for path in expected if path.startswith(("good", "typed")))
 
 
+@pytest.mark.parametrize("kind", ["texts", "datasets"])
+def test_an_address_in_a_column_of_images_is_downloaded(tmp_path: Path, web: Web, kind: str):
+    """By the downloader with its limits, and not from private hosts: which is not even asked."""
+    paths = [*(f"good/{number}.jpg" for number in range(200, 203)), "endless/203.jpg", "missing/204.jpg"]
+    addresses = [f"{web.url}/{path}" for path in paths]
+    cells = addresses if kind == "texts" else [{"bytes": None, "path": address} for address in addresses]
+    pq.write_table(pa.table({"image": cells, "text": paths}), tmp_path / "in.parquet")
+    before = web.asked.total()
+    with pytest.raises(ValueError, match="none of the 5 rows gives a sample: 5 a private address"):
+        make(tmp_path / "in.parquet", tmp_path / "out")
+    assert web.asked.total() == before
+    make(tmp_path / "in.parquet", tmp_path / "out", allow_private_addresses=True, max_megabytes=1)
+    assert [row["text"] for row in rows_of(tmp_path / "out")] == paths[:3]
+    assert summary(tmp_path / "out")["rejected"] == {"larger than 1 MB": 1, "HTTP 404": 1}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_table_copies_nothing_from_elsewhere(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """Whatever it names, unless the user trusts it; and bytes are no path, not even empty ones."""
+    others = images(tmp_path / "others", 4)
+    table = images(tmp_path / "in", 2) / "table.parquet"
+    outside = [f"{others}/0000.jpg", f"file://{others}/0001.jpg", "../others/0002.jpg", "memory://x/0003.jpg"]
+    rows = [f"{tmp_path}/in/0000.jpg", f"file://{tmp_path}/in/0001.jpg", *outside]
+    pq.write_table(pa.table({"image": rows, "text": [str(number) for number in range(6)]}), table)
+    monkeypatch.chdir(tmp_path / "in")
+    source = table if kind == "file" else tmp_path / "in"
+    make(source, tmp_path / "out")
+    assert [row["text"] for row in rows_of(tmp_path / "out")] == ["0", "1"]
+    assert summary(tmp_path / "out")["rejected"] == {"a path outside of the input's folder": 4}
+    make(source, tmp_path / "all", allow_outside_paths=True)
+    assert [row["text"] for row in rows_of(tmp_path / "all")] == ["0", "1", "2", "3", "4"]
+    assert summary(tmp_path / "all")["rejected"] == {"no such file": 1}
+
+
+def test_bytes_are_no_path(tmp_path: Path):
+    source = images(tmp_path / "in", 2)
+    cells = [jpeg(0), f"{source}/0000.jpg".encode(), b""]
+    nested = [{"bytes": cell, "path": f"{source}/0001.jpg"} for cell in cells]
+    for name, column in {"plain": pa.array(cells, pa.binary()), "of datasets": pa.array(nested)}.items():
+        pq.write_table(pa.table({"image": column, "text": list("abc")}), tmp_path / f"{name}.parquet")
+        make(tmp_path / f"{name}.parquet", tmp_path / name)
+        assert [row["text"] for row in rows_of(tmp_path / name)] == ["a"]
+        assert summary(tmp_path / name)["rejected"] == {"no picture": 1, "an empty file": 1}
+
+
 def _written(folder: Path, number: int) -> Path:
     (folder / "reference.jpg").write_bytes(jpeg(number))
     return folder / "reference.jpg"

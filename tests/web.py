@@ -43,12 +43,14 @@ class Web:
       url: of it.
       asked: how often each path was asked for.
       sent: bytes that went out for each path.
+      lines: the request lines as they came, with the bytes of each as Latin-1.
     """
 
     def __init__(self) -> None:
         web = self
         self.asked: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
+        self.lines: list[str] = []
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -57,6 +59,7 @@ class Web:
 
             def do_GET(self) -> None:
                 web.asked[self.path] += 1
+                web.lines.append(self.requestline)
                 _, kind, *rest = self.path.split("/")
                 try:
                     getattr(self, f"send_{kind}", self.send_missing)(rest[0].split(".")[0] if rest else "")
@@ -96,6 +99,10 @@ class Web:
 
             def send_redirect(self, number: str) -> None:
                 self.redirect(f"/good/{number}.jpg", 301)
+
+            def send_onward(self, _: str) -> None:
+                """Redirects to what stands behind the first question mark, byte for byte."""
+                self.redirect(bytes.fromhex(self.path.partition("?")[2]).decode("latin-1"))
 
             def send_loop(self, _: str) -> None:
                 self.redirect(self.path)

@@ -1,5 +1,6 @@
 """Downloading from a real server that answers in every way that the web does."""
 
+import asyncio
 import socket
 import threading
 import time
@@ -8,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 from web import Web, jpeg
 
-from codi_jax.preparation.download import DownloadFlags, download, is_public
-from codi_jax.preparation.rows import RejectedError
+from codi_jax.data.download import DownloadFlags, download, fetch, is_public
+from codi_jax.decoding import RejectedError
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +57,77 @@ def test_what_is_good_arrives_and_what_is_not_has_a_reason(web: Web):
     assert web.sent["/endless/12.jpg"] < 50e6, "a stream is cut off, not read to its end"
 
 
+AS_WRITTEN = [
+    "/missing/1.jpg?X-Amz-Credential=A%2F2026%2Fs3&X-Amz-Signature=%7e%2B%2f+~",
+    "/missing/2.jpg?sig=a%2Bb%3D%3D&se=2026-01-01T00%3A00%3A00Z&empty=&flag",
+    "/missing/3.jpg?url=https%3A%2F%2Fa.org%2Fx%3Fy%3D1&url=http://b.org/?q=1",
+    "/missing/4.jpg?",
+    "/missing/5.jpg;v=1?a=1;b=2&c=%e4%c3%a4&d=%41%zz%",
+    "/missing/%7Euser/../6/./x%2e%2E//y.jpg",
+    "/missing/7.jpg?q=!$&'()*,-._:@[]{}|\\^`\"<>",
+    "?good=1",
+]
+
+
+@pytest.mark.parametrize("asked", AS_WRITTEN)
+def test_the_server_sees_the_address_byte_for_byte(web: Web, asked: str):
+    """Of a list and of a redirect: a signature is of these bytes."""
+    expected = f"GET {asked if asked.startswith('/') else f'/{asked}'} HTTP/1.1"
+    web.lines.clear()
+    get([f"{web.url}{asked}#fragment", f"{web.url}/onward/x?{f'{web.url}{asked}'.encode().hex()}"], connections=1)
+    assert web.lines[0] == web.lines[2] == expected
+
+
+@pytest.mark.parametrize(
+    ("location", "expected"),
+    [
+        ("/a/../b?x=%2F", "/a/../b?x=%2F"), ("c%2Fd?y=%2f", "/onward/deep/c%2Fd?y=%2f"),
+        ("?only=%41", "/onward/deep/x?only=%41"),
+        ("../up.jpg", "/onward/up.jpg"), ("//127.0.0.1:{port}/n%65t", "/n%65t"), ("HTTP://127.0.0.1:{port}/s", "/s"),
+    ],
+)  # fmt: skip
+def test_relative_redirects(web: Web, location: str, expected: str):
+    location = location.format(port=web.url.rpartition(":")[2])
+    web.lines.clear()
+    get([f"{web.url}/onward/deep/x?{location.encode().hex()}"])
+    assert web.lines[1] == f"GET {expected} HTTP/1.1"
+
+
+def test_what_no_request_can_hold_is_encoded(web: Web):
+    """Spaces, line breaks and other letters as UTF-8, or, of a redirect, as the bytes that came; nothing else."""
+    web.lines.clear()
+    get([f"  {web.url}/missing/ü x%20\r\nHost: evil.jpg?q=ä%C3%A4\n"])
+    get([f"{web.url}/onward/x?{'/latin-ü'.encode('latin-1').hex()}", f"{web.url}/onward/x?{'/utf-ü'.encode().hex()}"])
+    lines = [line.split(" ")[1] for line in web.lines if "onward" not in line]
+    assert lines[0] == "/missing/%C3%BC%20x%20%0D%0AHost:%20evil.jpg?q=%C3%A4%C3%A4"
+    assert sorted(lines[1:]) == ["/latin-%FC", "/utf-%C3%BC"]
+
+
+def test_one_file_is_fetched_in_a_thread_that_has_a_loop(web: Web):
+    """As a notebook has."""
+
+    async def from_a_loop() -> bytes:
+        return fetch(f"{web.url}/good/1.jpg", flags())
+
+    assert asyncio.run(from_a_loop()) == jpeg(1)
+    with pytest.raises(RejectedError, match="HTTP 404"):
+        fetch(f"{web.url}/missing/1.jpg", flags())
+
+
 def test_addresses_that_are_none():
-    addresses = ["ftp://a.org/x.jpg", "file:///etc/passwd", "/etc/passwd", "", "http://", "http://[::1", "data:,x"]
+    addresses = [
+        "ftp://a.org/x.jpg",
+        "file:///etc/passwd",
+        "/etc/passwd",
+        "",
+        "http://",
+        "http://[::1",
+        "data:,x",
+        "http:x",
+        "http:///x",
+    ]
     assert set(get(addresses)) <= {"neither http nor https", "no valid address"}
+    assert get(["http://a.org/\ud800.jpg", "http://a.org:port/"]) == ["no valid address"] * 2
     assert get(["http://no-such-host.invalid/x.jpg"]) == ["no such host"]
     closed = socket.create_server(("127.0.0.1", 0))
     port = closed.getsockname()[1]

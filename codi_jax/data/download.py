@@ -2,21 +2,24 @@
 
 Only http and https, and unless allowed only public addresses: a list of URLs must not reach the network of the machine
 that works through it. Each redirect is checked like the first address, and so is what a name resolves to, in the very
-look-up that is then connected to.
+look-up that is then connected to. The server is sent an address as it stands in the list or in a redirect, byte for
+byte, since signatures are of those bytes.
 """
 
 import asyncio
 import ipaddress
 import random
+import re
 import socket
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import urljoin
 
+from codi_jax.decoding import RejectedError
 from codi_jax.flags import Flags
-from codi_jax.preparation.rows import RejectedError
 
 Result = TypeVar("Result")
 
@@ -26,6 +29,11 @@ _RETRIED = (408, 425, 429, 500, 502, 503, 504)
 _LOOKUPS = 32  # threads: a name server that is slow for one host must not stop the others
 _LONGEST_WAIT = 30.0  # seconds between two attempts
 _CHUNK = 2**16
+# Every text matches (RFC 3986, appendix B).
+_ADDRESS = re.compile(
+    r"(?P<scheme>(?:[a-z][a-z0-9+.-]*:)?)(?P<host>(?://[^/?#]*)?)(?P<path>[^?#]*)(?P<query>(?:\?[^#]*)?)(?:#.*)?",
+    re.DOTALL | re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +82,22 @@ def download(
         import aiohttp  # noqa: F401
     except ImportError:
         raise ValueError('downloading needs aiohttp: pip install "codi_jax[data]".') from None
-    return asyncio.run(_download(urls, flags, then))
+    if not _has_loop():
+        return asyncio.run(_download(urls, flags, then))
+    with ThreadPoolExecutor(1) as thread:  # a notebook has one in its own
+        return thread.submit(lambda: asyncio.run(_download(urls, flags, then))).result()
+
+
+def fetch(address: str, flags: DownloadFlags) -> bytes:
+    """Downloads one file.
+
+    Raises:
+      RejectedError: if it is not there, too large, or the address is not allowed.
+    """
+    (found,) = download([address], flags, lambda _, data: data)
+    if isinstance(found, RejectedError):
+        raise found
+    return found
 
 
 def is_public(address: str) -> bool:
@@ -198,19 +221,55 @@ class _Downloads:
 
     def _checked(self, address: str, base: Any = None) -> Any:
         """The address as a URL, joined to the one that redirects to it."""
-        from yarl import URL
-
-        try:
-            url = URL(address.strip())
-            url = url if base is None else base.join(url)
-            host = url.host
-        except ValueError:
-            raise RejectedError("no valid address") from None
-        if url.scheme not in ("http", "https") or not host:
-            raise RejectedError("neither http nor https")
+        url = _parse(address.strip() if base is None else _joined(str(base), address.strip()))
+        host = url.host
         if not self._flags.allow_private_addresses and _is_address(host) and not is_public(host):
             raise RejectedError("a private address")
         return url
+
+
+def _parse(address: str) -> Any:
+    """A URL of yarl's whose path is all that the server is asked for, which yarl would write anew otherwise."""
+    from yarl import URL
+
+    found = _ADDRESS.fullmatch(address)
+    if found is None or found["scheme"].lower() not in ("http:", "https:"):
+        raise RejectedError("neither http nor https")
+    try:
+        url = URL(found["scheme"] + found["host"])
+        asked = _sendable(found["path"] + found["query"])
+    except ValueError:
+        raise RejectedError("no valid address") from None
+    if not url.host:
+        raise RejectedError("no valid address")
+    return url.with_path(asked if asked.startswith("/") else f"/{asked}", encoded=True)
+
+
+def _sendable(text: str) -> str:
+    """The text as it can stand in a request: what is not printable ASCII in percent encoding, all else as it is."""
+    encoded = text.encode("utf-8", "surrogateescape")  # as aiohttp decodes header fields
+    return "".join(chr(byte) if 0x20 < byte < 0x7F else f"%{byte:02X}" for byte in encoded)
+
+
+def _joined(base: str, location: str) -> str:
+    """The address that a redirect leads to (RFC 3986, section 5.2); only the path of a relative one is normalized."""
+    origin, new = _ADDRESS.fullmatch(base), _ADDRESS.fullmatch(location)
+    assert origin is not None
+    assert new is not None
+    if new["scheme"]:
+        return location
+    if new["host"]:
+        return origin["scheme"] + location
+    path = urljoin(origin["path"], new["path"]) if new["path"][:1] != "/" else new["path"]
+    return origin["scheme"] + origin["host"] + path + new["query"]
+
+
+def _has_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 class _NextTimePerhapsError(RejectedError):
