@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from codi_jax.data.images import Condition, Interpolation, Placement, UnreadableImageError, crop, place, read_image
+from codi_jax.data.shards import PROBLEM
 from codi_jax.data.sources import Source, captions_of, describe_row
 from codi_jax.decoding import MAX_MEGAPIXELS
 
@@ -130,6 +131,8 @@ class Reader:
     ) -> tuple[dict[str, UInt8[np.ndarray, "r r 3"]], Placement | None]:
         """The pictures of a sample, cropped alike and not flipped, and where the crop lies; raises as `sample`."""
         columns = self.source.columns
+        if row.get(PROBLEM) is not None:
+            raise UnreadableImageError(row[PROBLEM])
         if columns.image is None:
             return {}, None
         image = self._read(row[columns.image])

@@ -18,9 +18,10 @@ import datasets
 import numpy as np
 from datasets import Dataset, IterableDataset
 
+from codi_jax.data import shards
 from codi_jax.data.access import Access, names_own_files
 from codi_jax.data.download import DownloadFlags
-from codi_jax.data.files import Folder
+from codi_jax.data.files import Folder, is_url
 from codi_jax.data.images import describe_cell
 from codi_jax.data.picture_folders import captions_in
 from codi_jax.decoding import RejectedError
@@ -39,6 +40,22 @@ _FALLBACKS = {"image": ("file_name", "jpg", "png", "jpeg", "webp"), "text": ("ca
 _ENDINGS = (".jpg", ".png", ".jpeg", ".webp", ".txt")  # of the files of a WebDataset's samples, which are its columns
 
 _PROBED = 64  # rows that tell one data set from another
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A WebDataset.
+
+    Attributes:
+      files: the tar files, paths or URLs.
+      is_table: whether to read all of them first, for random access.
+      cache_dir: of `datasets`, for that.
+    """
+
+    files: tuple[str, ...]
+    is_table: bool = False
+    cache_dir: str | None = None
+
 
 SAVED = ("dataset_dict.json", "state.json")
 """What save_to_disk leaves in a folder."""
@@ -173,12 +190,15 @@ def open_source(
         if train_prompts is not None:
             loaded = _load_prompts(Path(where).expanduser(), wanted)
         elif train_shards is not None:
-            loaded = _load_shards(train_shards)
+            loaded = _find_shards(train_shards)
         else:
             loaded = _load(where, folder, dataset_config_name, load_from_disk, streaming, cache_dir)
             if not _was_saved(folder) and names_own_files(loaded):
                 access = replace(access, anywhere=True)
-        source = _from_rows(loaded, wanted, condition_is_optional, access, where)
+        if isinstance(loaded, Shards):
+            source = _from_shards(loaded, wanted, condition_is_optional, where)
+        else:
+            source = _from_rows(loaded, wanted, condition_is_optional, access, where)
     rows = source.rows
     if (metadata is not None or captions) and streaming and isinstance(rows, Dataset):
         rows = rows.to_iterable_dataset()
@@ -224,8 +244,8 @@ def _was_saved(folder: Folder) -> bool:
 
 def _load(
     where: str, folder: Folder, config: str | None, load_from_disk: bool, streaming: bool, cache_dir: str | None
-) -> Rows:
-    """Whatever `datasets` can load, its training split."""
+) -> "Rows | Shards":
+    """Whatever `datasets` can load, its training split; of a WebDataset the shards, which we read ourselves."""
     try:
         if _was_saved(folder):
             loaded = datasets.load_from_disk(folder.path)
@@ -235,9 +255,17 @@ def _load(
             name, files = (folder.path if folder.is_dir() else where), None
         else:
             name, files = _files_of(folder)
-        loaded = datasets.load_dataset(
-            name, config, data_files=files, cache_dir=cache_dir, streaming=streaming, **_options_of(folder)
+        builder = datasets.load_dataset_builder(
+            name, config, data_files=files, cache_dir=cache_dir, **_options_of(folder)
         )
+        if builder.name == "webdataset":
+            files = _training_split(dict(builder.config.data_files or {}), where)
+            return Shards(tuple(files), not streaming, cache_dir)
+        if streaming:
+            loaded = builder.as_streaming_dataset()
+        else:
+            builder.download_and_prepare()
+            loaded = builder.as_dataset()
     except Exception as error:
         raise ValueError(_explained(error, where, folder, load_from_disk)) from error
     return _training_split(loaded, where)
@@ -291,18 +319,13 @@ def _files_of(folder: Folder) -> tuple[str, dict[str, list[str]]]:
     raise ValueError(f"no file ends with {' or '.join(_BUILDERS)}")
 
 
-def _load_shards(pattern: str) -> IterableDataset:
-    """The samples of tar files, as a stream; `datasets` reads them."""
-    files = _expanded(pattern)
-    missing = [file for file in files if "://" not in file and not Path(file).expanduser().is_file()]
+def _find_shards(pattern: str) -> Shards:
+    """The tar files of a pattern, to be read as a stream."""
+    files = [file if is_url(file) else str(Path(file).expanduser()) for file in _expanded(pattern)]
+    missing = [file for file in files if not is_url(file) and not Path(file).is_file()]
     if missing:
         raise ValueError(f"there is no shard {missing[0]}: check --train_shards_path_or_url.")
-    try:
-        return datasets.load_dataset("webdataset", data_files={"train": files}, split="train", streaming=True)
-    except Exception as error:
-        reason = first_line(error)
-        hint = ' (for URLs: pip install "codi_jax[data]")' if isinstance(error, ImportError) else ""
-        raise ValueError(f"the shards {pattern} could not be read: {reason}{hint}") from error
+    return Shards(tuple(files))
 
 
 def _expanded(pattern: str) -> list[str]:
@@ -357,6 +380,23 @@ def _from_rows(rows: Rows, wanted: Columns, optional: bool, access: Access, wher
         if name and rows.features is not None and isinstance(rows.features[name], datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
     return Source(rows, columns, access, where, fingerprint)
+
+
+def _from_shards(loaded: Shards, wanted: Columns, optional: bool, where: str) -> Source:
+    """The columns have the names that they are asked for by, whatever the endings are that they are read from."""
+    try:
+        endings = shards.endings_in(loaded.files)
+    except ValueError as error:
+        hint = ' (for URLs: pip install "codi_jax[data]")' if isinstance(error.__context__, ImportError) else ""
+        raise ValueError(f"the shards {where} could not be read: {error}{hint}") from None
+    there = [name for name in wanted.names() if set(shards.endings_for(name)) & set(endings)]
+    columns = _find_columns(wanted, [*there, *endings], where, optional)
+    pictures = [name for name in (columns.image, columns.condition) if name is not None]
+    texts = [] if columns.caption is None else [columns.caption]
+    if loaded.is_table:
+        rows = shards.table(loaded.files, pictures, texts, loaded.cache_dir)
+        return Source(rows, columns, Access(), where, f"{where} {rows._fingerprint}")
+    return Source(shards.stream(loaded.files, pictures, texts), columns, Access(), where, where)
 
 
 def _check_captions(name: str, features: datasets.Features | None, where: str) -> None:
