@@ -303,7 +303,7 @@ def _load_prompts(file: Path, wanted: Columns) -> Dataset:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError:
         raise ValueError(
-            f"--train_prompt_path {file} is no UTF-8 text: give a prompt a line, or a .parquet file."
+            f"--train_prompt_path {file} is no text: give a prompt a line, or a .parquet file (texts are UTF-8)."
         ) from None
     prompts = [line for line in lines if line]
     if not prompts:
