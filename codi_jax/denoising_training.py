@@ -15,6 +15,7 @@ from codi_jax import optim, train
 from codi_jax.flags import Operational
 from codi_jax.images import labelled_rows
 from codi_jax.methods import denoising
+from codi_jax.methods.inputs import refuse_guidance_input
 from codi_jax.pipeline import DiffusionPipeline
 from codi_jax.pretrained import ModelFlags, modules_of, save_trained
 from codi_jax.validation import Samples, ValidationFlags, generate_with
@@ -73,6 +74,10 @@ def denoise(
       teacher: shown in validation pictures too.
       **options: further attributes of the method's ``Config``.
     """
+    refuse_guidance_input(
+        pipeline.modules["unet"],
+        "which plain training does not give it: start from the model that it was distilled from, or bake a scale in",
+    )
     if "unet" in names:
         # Whatever few steps the model was distilled for, it is trained at all times now. A ControlNet changes nothing
         # of the UNet that it is for.

@@ -207,18 +207,20 @@ def backtrack(args: Any) -> None:
     student = dataclasses.replace(teacher, params=others, schedule=generator_schedule(stage.schedule, flags))
     teacher.params.pop("unet")  # on the device it is a target like the others
 
+    teacher_steps = teacher.most_steps(50)
+
     @functools.cache
     def by_teacher() -> np.ndarray:
         unet = sharding.put(stage.mesh, stage.load_unet(optim.compute_dtype(args.mixed_precision)))
         scales = {"guidance_scale": args.teacher_guidance_scale}
-        return generate_with(teacher, {"unet": unet}, stage.samples, steps=50, **scales)
+        return generate_with(teacher, {"unet": unet}, stage.samples, steps=teacher_steps, **scales)
 
     def unet_of(state: Any) -> Params:
         return generator_unet(state.generator.result, stage.load_unet() if flags.generator_lora else {})
 
     def validate(state: Any, _: int) -> dict[str, np.ndarray]:
         made = generate_with(student, {"unet": sharding.put(stage.mesh, unet_of(state))}, stage.samples)
-        rows = {"given": stage.samples.conditions, "teacher, 50 steps": by_teacher()}
+        rows = {"given": stage.samples.conditions, f"teacher, {teacher_steps} steps": by_teacher()}
         rows |= {f"generator, {len(flags.timesteps)}": made, "data": stage.samples.pictures}
         return {"samples": labelled_rows(rows)}
 

@@ -151,9 +151,11 @@ def distil(
     student = dataclasses.replace(teacher, modules=teacher.modules | {"unet": unet}, schedule=schedule)
     scales = {"guidance_scale": args.guidance_scale, "image_guidance_scale": args.image_guidance_scale}
 
+    teacher_steps = teacher.most_steps(50)
+
     @functools.cache
     def by_teacher() -> np.ndarray:
-        return generate_with(teacher, {}, samples, steps=50, **scales)
+        return generate_with(teacher, {}, samples, steps=teacher_steps, **scales)
 
     def of_student(params: Params) -> Params:
         if lora is None:
@@ -161,7 +163,7 @@ def distil(
         return merge_lora(teacher.params["unet"], params["unet_lora"])
 
     def validate(state: Any, _: int) -> dict[str, np.ndarray]:
-        rows = {"given": samples.conditions, "teacher, 50 steps": by_teacher()}
+        rows = {"given": samples.conditions, f"teacher, {teacher_steps} steps": by_teacher()}
         guidance = scales if lora is None else {"guidance_scale": 1.0, "image_guidance_scale": 1.0}
         params = {"unet": of_student(state.result)}
         for steps in args.validation_sampling_steps:

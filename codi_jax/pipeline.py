@@ -32,7 +32,7 @@ from codi_jax.models.controlnet import ControlNet
 from codi_jax.sampling import COUNTED, Sampler, default_sampler, is_stochastic, timesteps_for
 from codi_jax.schedule import CONFIG_NAME, NoiseSchedule
 from codi_jax.text import find_tokenizer, tokenize
-from codi_jax.weights import Model, Place, WeightsError, build_module, load_model, save_model
+from codi_jax.weights import Model, Place, WeightsError, build_module, load_model, require_variant, save_model
 
 # Steps that a sampler is made for: the few of a distilled student, or those of diffusers' pipelines.
 _FEW_STEPS, _MANY_STEPS = 4, 50
@@ -148,6 +148,8 @@ class DiffusionPipeline:
         upcast = jnp.dtype(dtype) == jnp.float16 and folder.part("vae").read_json("config.json").get(
             "force_upcast", True
         )
+        if variant is not None:
+            require_variant([folder.part(name) for name in names], variant)
         sources = {name: {"source": str(source), "subfolder": name, "variant": variant, **hub} for name in names}
         models = {}
         for name in names:
@@ -337,6 +339,14 @@ class DiffusionPipeline:
         self.times(steps, sampler, timesteps)
         self._size(height, width, image if image is not None else control_image)
         self._check_given(image, mask_image, control_image)
+
+    def most_steps(self, wanted: int) -> int:
+        """So many steps, or as many as a model that was distilled for fewer can take."""
+        schedule = self.schedule
+        if schedule.generator_timesteps is not None:
+            return min(wanted, len(schedule.generator_timesteps))
+        grids = {"lcm": schedule.original_inference_steps, "codi": schedule.distill_learning_steps}
+        return min(wanted, grids.get(default_sampler(schedule)) or wanted)
 
     def times(
         self, steps: int | None = None, sampler: Sampler | None = None, timesteps: Sequence[int] | None = None

@@ -82,6 +82,7 @@ _NOISE_KEYS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
     "prediction_type",
 )  # fmt: skip
+_MOST_TIMESTEPS = 100_000  # what a schedule takes grows with them
 _FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 # The keys whose defaults differ: those of the noise, and those of a sampler.
 _CLASS_KEYS = ("beta_start", "beta_end", "beta_schedule", "timestep_spacing", "set_alpha_to_one")
@@ -477,11 +478,14 @@ def _read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             choices = " or ".join(map(json.dumps, implemented))
             raise ConfigError(f"{where}: {key} = {values[key]!r} is not supported; it must be {choices}.")
     for key in _POSITIVE_NUMBERS:
-        if isinstance(values[key], bool) or not isinstance(values[key], int | float) or not values[key] > 0:
+        if isinstance(values[key], bool) or not isinstance(values[key], int | float) or not 0 < values[key] < math.inf:
             raise ConfigError(f"{where}: {key} = {values[key]!r} must be a positive number.")
     T = _checked_integer(values, "num_train_timesteps", where, at_least=1)
     _checked_integer(values, "steps_offset", where, at_least=0)
     _checked_integer(values, "original_inference_steps", where, at_least=1)
+    for key in ("num_train_timesteps", "steps_offset", "original_inference_steps"):
+        if values[key] > _MOST_TIMESTEPS:
+            raise ConfigError(f"{where}: {key} = {values[key]!r} must be at most {_MOST_TIMESTEPS}.")
     if values["distill_learning_steps"] is not None:
         _checked_integer(values, "distill_learning_steps", where, at_least=1, at_most=T)
     _check_generator_timesteps(values[_GENERATOR_TIMESTEPS], T, where)

@@ -284,6 +284,12 @@ def test_bad_data_is_named(rows: list[dict[str, str]], message: str, tmp_path: P
     Image.new("RGB", (9, 9)).save(tmp_path / "large.png")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_samples(tmp_path)
+    secret = tmp_path.parent / f"{tmp_path.name}-secret.png"
+    Image.new("RGB", (8, 8)).save(secret)
+    for name in (str(secret), f"../{secret.name}", f"file://{secret}", "http://127.0.0.1:9/a.png"):
+        write_rows(tmp_path, [{"file_name": name, "text": "a"}] * 2)
+        with pytest.raises(ValueError, match=r"could not be read as an image: .*(outside of the|private address)"):
+            read_samples(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("{\n")
     with pytest.raises(ValueError, match=r"metadata\.jsonl is not JSON, one object a line: "):
         read_samples(tmp_path)
@@ -293,7 +299,9 @@ def test_a_model_for_another_task_is_refused(models: Models, data: Path, tmp_pat
     editor = (f"editor={models('instruct-pix2pix')}",)
     with pytest.raises(ValueError, match=f"the model editor is for the task 'edit', which {data} is not for: "):
         run(Args(editor, data, output_dir=tmp_path))
-    write_rows(tmp_path / "plain", [{"file_name": f"{data}/{i}.png", "text": "a"} for i in range(2)])
+    write_rows(tmp_path / "plain", [{"file_name": f"{i}.png", "text": "a"} for i in range(2)])
+    for i in range(2):
+        shutil.copyfile(data / f"{i}.png", tmp_path / "plain" / f"{i}.png")
     with pytest.raises(ValueError, match=r"the model a has a ControlNet, but .*plain names no conditioning_image"):
         run(Args((f"a={models('controlnet')}",), tmp_path / "plain", output_dir=tmp_path))
 

@@ -288,6 +288,21 @@ def test_another_schedule_is_another_program(pairs: Pairs) -> None:
         pair.ours.schedule = before
 
 
+def test_a_teacher_is_shown_in_no_more_steps_than_it_was_distilled_for(pairs: Pairs) -> None:
+    ours, many = pairs("text-to-image").ours, 50
+    schedules = {
+        50: ours.schedule,
+        4: ours.schedule.with_distillation_grid(4),
+        20: ours.schedule.with_consistency_grid(20),
+        1: ours.schedule.with_generator_timesteps([399]),
+    }
+    for steps, schedule in schedules.items():
+        pipeline = dataclasses.replace(ours, schedule=schedule)
+        assert pipeline.most_steps(many) == steps
+        assert len(pipeline.times(pipeline.most_steps(many))) == steps
+        assert pipeline.most_steps(1) == 1
+
+
 def test_default_steps(pairs: Pairs) -> None:
     ours = pairs("text-to-image").ours
     assert [len(ours.times(sampler=name)) for name in ("ddim", "dpm-solver++", "pndm", "lcm")] == [50, 50, 51, 4]
@@ -436,6 +451,16 @@ def test_bfloat16_stays_near_float32(pairs: Pairs) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype(jnp.bfloat16)}
     difference = np.abs(run_ours(half).astype(int) - run_ours(pair.ours)).mean()
     assert 0 < difference < 4, f"mean difference {difference} of 255"
+
+
+def test_a_variant_that_no_part_has_is_refused_before_weights_are_read(pairs: Pairs, tmp_path: Path) -> None:
+    shutil.copytree(pairs("text-to-image").folder, tmp_path / "model")
+    with pytest.raises(WeightsError, match=r"no part of .*model has weights of the variant 'fp61'; they have no var"):
+        DiffusionPipeline.from_pretrained(tmp_path / "model", variant="fp61")
+    for weights in (tmp_path / "model" / "unet").glob("*.safetensors"):
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
+    with pytest.raises(WeightsError, match=r"of the variant 'fp61'; they have fp16"):
+        DiffusionPipeline.from_pretrained(tmp_path / "model", variant="fp61")
 
 
 def test_a_variant_is_that_of_the_parts_that_have_it(pairs: Pairs, tmp_path: Path) -> None:

@@ -101,12 +101,14 @@ def main(args: Args) -> None:
         frozen |= null_text_of(teacher)
     student = dataclasses.replace(with_controlnet(teacher, config.modules.controlnet), schedule=schedule)
 
+    teacher_steps = teacher.most_steps(50)
+
     @functools.cache
     def by_teacher() -> np.ndarray:
-        return generate_with(teacher, {}, samples, steps=50, guidance_scale=args.teacher_guidance_scale)
+        return generate_with(teacher, {}, samples, steps=teacher_steps, guidance_scale=args.teacher_guidance_scale)
 
     def validate(state: Any, _: int) -> dict[str, np.ndarray]:
-        rows = {"condition": samples.conditions, "teacher, 50 steps": by_teacher()}
+        rows = {"condition": samples.conditions, f"teacher, {teacher_steps} steps": by_teacher()}
         for steps in args.student_steps:
             made = generate_with(student, state.ema, samples, steps=steps, guidance_scale=args.guidance_scale)
             rows[f"student, {steps}"] = made

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Key
 from codi_jax import optim
 from codi_jax.losses import mse
 from codi_jax.methods import denoising
-from codi_jax.methods.inputs import Batch, Modules
+from codi_jax.methods.inputs import Batch, Modules, refuse_guidance_input
 from codi_jax.methods.prediction import predict_with_taps
 from codi_jax.models.config import Params
 from codi_jax.models.pruning import Features, Surgery, feature_pairs, prune
@@ -61,11 +61,11 @@ def make_student(unet: Any, params: Params, surgery: Surgery) -> tuple[Any, Para
       ConfigError: if the surgery does not fit the teacher.
       ValueError: if the teacher takes its guidance as an input.
     """
-    if unet.config.time_cond_proj_dim is not None:
-        raise ValueError(
-            "the teacher takes its guidance as an input (time_cond_proj_dim), which plain training does not give it: "
-            "take blocks from the model that it was distilled from, and distil the student then."
-        )
+    refuse_guidance_input(
+        unet,
+        "which plain training does not give it: take blocks from the model that it was distilled from, and distil the "
+        "student then",
+    )
     return *prune(unet, params, surgery), feature_pairs(unet.config, surgery)
 
 

@@ -31,7 +31,15 @@ from jaxtyping import Array, Float, Int, Key
 
 from codi_jax import losses, optim
 from codi_jax.flags import Flags
-from codi_jax.methods.inputs import Frozen, Inputs, Modules, add_controlnet, init_controlnet, prepare
+from codi_jax.methods.inputs import (
+    Frozen,
+    Inputs,
+    Modules,
+    add_controlnet,
+    init_controlnet,
+    prepare,
+    refuse_guidance_input,
+)
 from codi_jax.methods.prediction import Features, branches, encode, guided
 from codi_jax.models.config import Params
 from codi_jax.optim import Batch, Metrics, MixedPrecision, TrainState
@@ -123,8 +131,12 @@ def configure(modules: Modules, flags: CodiFlags) -> Config:
     """Completes the modules with the ControlNet of the UNet, unless one is given or there is no condition.
 
     Raises:
-      ValueError: if the teacher's step needs a ControlNet that has been trained, and none is given.
+      ValueError: if the teacher's step needs a ControlNet that has been trained, and none is given, or if the teacher
+        takes its guidance as an input.
     """
+    refuse_guidance_input(
+        modules.unet, "which CoDi does not give it: start from the model that it was distilled from, or bake a scale in"
+    )
     if flags.distill_type == "unconditional":
         return Config(dataclasses.replace(modules, controlnet=None), flags)
     if modules.controlnet is not None:

@@ -175,6 +175,20 @@ def image_latents(vae: Any, frozen: Frozen, batch: Batch, parts: int = 1) -> Flo
     return posterior(vae, frozen, {"pixels": batch["conditioning"]}, parts).mode()
 
 
+def refuse_guidance_input(unet: Any, remedy: str) -> None:
+    """Refuses a UNet that takes its guidance as an input, for training that does not give it one.
+
+    Args:
+      unet: module of the teacher, or of the model that is trained.
+      remedy: what to do instead, which ends the sentence.
+
+    Raises:
+      ValueError: if it does.
+    """
+    if unet.config.time_cond_proj_dim is not None:
+        raise ValueError(f"the teacher takes its guidance as an input (time_cond_proj_dim), {remedy}.")
+
+
 def drop_conditions(inputs: Inputs, key: Key[Array, ""], probability: float | int) -> Inputs:
     """Takes text and image from some of the samples of an edit, so that guidance can do without (Brooks et al., 2023).
 

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Key
 from codi_jax import losses, optim
 from codi_jax.flags import Flags
 from codi_jax.lora import init_lora
-from codi_jax.methods.inputs import Batch, Frozen, Modules, drop_conditions, prepare
+from codi_jax.methods.inputs import Batch, Frozen, Modules, drop_conditions, prepare, refuse_guidance_input
 from codi_jax.methods.prediction import guided, predict
 from codi_jax.models.config import Params
 from codi_jax.optim import Metrics, MixedPrecision, TrainState
@@ -115,11 +115,7 @@ def configure(modules: Modules, flags: LcmFlags, *, dropout: float | int = 0.0, 
       ValueError: if the teacher has one already, or the image is to be weighed and there is none, or by a LoRA.
     """
     unet = modules.unet
-    if unet.config.time_cond_proj_dim is not None:
-        raise ValueError(
-            "the teacher takes its guidance as an input (time_cond_proj_dim), so it has been distilled already: give "
-            "the model that it was distilled from."
-        )
+    refuse_guidance_input(unet, "so it has been distilled already: give the model that it was distilled from")
     if flags.weighs_image and not modules.edits:
         raise ValueError("--w_image_min is for InstructPix2Pix models, and the teacher takes no image: leave it out.")
     if lora:

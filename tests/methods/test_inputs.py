@@ -2,15 +2,19 @@
 
 import dataclasses
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from published import TINY_TEXT, TINY_VAE
+from stand_in import Loader
 from standins import SMALL_SD, SMALL_XL, random_params, small_unet
 
-from codi_jax.methods import prediction
+from codi_jax import sharding
+from codi_jax.denoising_training import denoise
+from codi_jax.methods import codi, prediction
 from codi_jax.methods.inputs import (
     Condition,
     Inputs,
@@ -20,10 +24,15 @@ from codi_jax.methods.inputs import (
     null_text,
     posterior,
     prepare,
+    refuse_guidance_input,
 )
 from codi_jax.methods.prediction import encode
 from codi_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from codi_jax.models.unet import UNet2DCondition
+from codi_jax.models.unet_config import UNetConfig
 from codi_jax.models.vae import AutoencoderKL, VAEConfig
+from codi_jax.pipeline import DiffusionPipeline
+from codi_jax.validation import Samples
 
 SECOND = {**TINY_TEXT, "hidden_size": 20, "hidden_act": "gelu", "architectures": ["CLIPTextModelWithProjection"]}
 EMPTY = np.array([[97] + [98] * 15], np.int32)
@@ -212,3 +221,19 @@ def test_images_encoded_in_parts_are_the_same() -> None:
     )
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_training_that_gives_a_network_no_guidance_refuses_one_that_takes_it():
+    """The student of LCM as the start of CoDi or of plain training, which would never tell it the guidance."""
+    takes, takes_none = (
+        UNet2DCondition(UNetConfig.from_dict({**SMALL_SD, "time_cond_proj_dim": width})) for width in (16, None)
+    )
+    refuse_guidance_input(takes_none, "so it is refused")
+    message = r"the teacher takes its guidance as an input \(time_cond_proj_dim\), "
+    with pytest.raises(ValueError, match=f"{message}so it is refused"):
+        refuse_guidance_input(takes, "so it is refused")
+    with pytest.raises(ValueError, match=f"{message}which CoDi does not give it"):
+        codi.configure(Modules(takes, AutoencoderKL(VAEConfig.from_dict(TINY_VAE))), codi.CodiFlags())
+    pipeline = Mock(spec=DiffusionPipeline, modules={"unet": takes})
+    with pytest.raises(ValueError, match=f"{message}which plain training does not give it"):
+        denoise(None, pipeline, ["controlnet"], Loader(8), Mock(spec=Samples), sharding.make_mesh())
