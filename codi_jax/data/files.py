@@ -1,6 +1,7 @@
 """Folders on this machine or on an object store, by path or by a URL that `fsspec` opens (``gs://``, ``s3://``, …)."""
 
 import functools
+import json
 import posixpath
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -90,6 +91,20 @@ class Folder:
         """The contents of a file."""
         with self.open(name) as file:
             return file.read()
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The JSON object in a file.
+
+        Raises:
+          ValueError: naming the file, if it holds none.
+        """
+        try:
+            contents = json.loads(self.read(name))
+        except ValueError as error:
+            raise ValueError(f"{self.url(name)} is damaged ({error})") from None
+        if not isinstance(contents, dict):
+            raise ValueError(f"{self.url(name)} is damaged (it holds no JSON object)")
+        return contents
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a file, whole or not at all."""

@@ -176,7 +176,7 @@ def make_data_set(
         summary = {"samples": samples, "rejected": {reason: rejected[reason] for reason in sorted(rejected)}}
         target.write(SUMMARY, (json.dumps({**summary, "made_with": description}, indent=2) + "\n").encode())
     staging.remove()
-    return json.loads(target.read(SUMMARY))
+    return _state(target, SUMMARY)
 
 
 def begin(target: Folder, description: Mapping[str, Any]) -> bool:
@@ -191,11 +191,11 @@ def begin(target: Folder, description: Mapping[str, Any]) -> bool:
     """
     staging = target / _STAGING
     if target.has(SUMMARY):
-        other = json.loads(target.read(SUMMARY)).get("made_with")
+        other = _state(target, SUMMARY).get("made_with")
         _refuse_another(target, other, description, "holds a finished data set")
         return False
     if staging.has(_JOB):
-        _refuse_another(target, json.loads(staging.read(_JOB)), description, "holds a data set that was begun")
+        _refuse_another(target, _state(staging, _JOB), description, "holds a data set that was begun")
         return True
     if held := [name for name in target.names() if name != _STAGING]:
         raise ValueError(f"--train_data_dir {target} holds something else ({held[0]}): name a new or an empty folder.")
@@ -226,6 +226,14 @@ def describe(summary: Mapping[str, Any], flags: Any) -> str:
     if wanted is not None and samples < wanted:
         lines.append(f"--max_train_samples asks for {wanted}, but the input has no more than {samples} good ones")
     return "\n".join(lines)
+
+
+def _state(folder: Folder, name: str) -> dict[str, Any]:
+    """What an earlier start has written down."""
+    try:
+        return folder.read_json(name)
+    except ValueError as error:
+        raise ValueError(f"{error}: name another --train_data_dir, or remove that folder to start over.") from None
 
 
 def _refuse_another(target: Folder, other: Any, description: Mapping[str, Any], what: str) -> None:
@@ -296,7 +304,10 @@ def _run_wave(wave: Sequence[Task], work: Work, flags: JobFlags) -> dict[int, Re
 
 def _kept(staging: Folder, shard: int) -> Record | None:
     folder = staging / f"{shard:08}"
-    return Record(**json.loads(folder.read(_RECORD))) if folder.has(_RECORD) else None
+    try:
+        return Record(**folder.read_json(_RECORD)) if folder.has(_RECORD) else None
+    except (ValueError, TypeError):  # a damaged one, whose shard is made again
+        return None
 
 
 def _accepted(records: Sequence[Record], staging: Folder, wanted: int | None) -> tuple[list[Shard], Counter[str]]:

@@ -13,7 +13,9 @@ import psutil
 import pytest
 from test_coyo import contents, images, make
 
+from codi_jax.data.files import Folder
 from codi_jax.preparation.engine import EngineFlags, run
+from codi_jax.preparation.job import Record, _kept, begin
 
 ray = pytest.importorskip("ray")
 
@@ -105,3 +107,22 @@ def test_results_of_two_processes():
 def test_a_ray_that_is_not_there():
     with pytest.raises(ValueError, match="--ray_address auto is not possible: it must be left out, or"):
         EngineFlags(ray_address="auto").check()
+
+
+def test_what_an_earlier_start_wrote_down_is_named_where_it_is_damaged(tmp_path: Path):
+    target = Folder(str(tmp_path / "finished"))
+    for damaged in (b"", b'{"samples": 3, "ma', b"[]", b"\x00\x00"):
+        target.write("summary.json", damaged)
+        with pytest.raises(ValueError, match=r"summary.json is damaged \(.*name another --train_data_dir, or remove"):
+            begin(target, {})
+    target = Folder(str(tmp_path / "begun"))
+    (target / ".unfinished").write("job.json", b"{")
+    with pytest.raises(ValueError, match=r"\.unfinished/job.json is damaged"):
+        begin(target, {})
+    # The record of one shard is not missed: the shard is made again.
+    staging = target / ".unfinished"
+    for damaged in (b"", b"[1]", b'{"sizes": 1}'):
+        (staging / "00000003").write("record.json", damaged)
+        assert _kept(staging, 3) is None
+    (staging / "00000003").write("record.json", b'{"size": 1}')
+    assert _kept(staging, 3) == Record(1)
