@@ -28,6 +28,7 @@ _JOIN_SECONDS = "CODI_JAX_JOIN_TIMEOUT"
 _JOIN_DEFAULT = 300
 _FIRST_WORD, _NEXT_WORD = 10, 30  # seconds of waiting after which it is said what is being waited for
 _MEETING_SECONDS = 600  # how long a process waits for the others to reach the same point
+_A_DAY = 24 * 60 * 60 * 1000  # ms
 _BEAT = 2.0  # seconds between two looks at the others
 _SILENT = 60.0  # seconds without a sign of life after which a process counts as lost
 _LAST_WORDS = 10.0  # seconds that process 0 gives the others to learn why the run ends
@@ -97,9 +98,13 @@ def code_version() -> str:
 
 
 def wait_for_all(where: str) -> None:
-    """Returns when all processes have called it; ``where`` names the place. Not bounded in time."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
+    """Returns when all processes have called it; ``where`` names the place.
+
+    Not on the devices: what one process does before it comes here, such as an upload, may take longer than their
+    collectives wait.
+    """
+    if _watch.is_running:
+        _store().wait_at_barrier(f"{_ROOT}/{next(_numbers)}: {where}", _A_DAY)
 
 
 def gather(value: Any) -> list[Any]:
