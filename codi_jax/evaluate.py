@@ -15,15 +15,12 @@ from typing import Any, get_args
 import jax
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from PIL import Image
 from tqdm import tqdm
 
 from codi_jax import command_line
-from codi_jax.data.access import Access
-from codi_jax.decoding import RejectedError, decode
 from codi_jax.features import Features, load_features
 from codi_jax.flags import LARGEST_SEED, Flags
-from codi_jax.images import canny
+from codi_jax.images import canny, open_image
 from codi_jax.metrics import edge_f1, edit_success, fid, kid, preservation, psnr
 from codi_jax.models.attention import Implementation
 from codi_jax.pipeline import DiffusionPipeline, DType, open_pipeline, resolve_dtype
@@ -269,12 +266,11 @@ def read_samples(folder: Path, most: int | None = None) -> Samples:
         if absent := [column for column in needed if column not in row]:
             raise ValueError(f"{folder}/metadata.jsonl has a line without {absent[0]}.")
     files: dict[str, np.ndarray] = {}
-    access = Access(str(folder))
 
     def read(names: Sequence[str]) -> UInt8[np.ndarray, "n h w 3"]:
         for name in names:
             if name not in files:
-                files[name] = np.asarray(_read_picture(access, name))
+                files[name] = np.asarray(open_image(folder / name))
         if len({files[name].shape for name in names}) > 1:
             raise ValueError(f"the pictures of {folder} are not of one size: scale them first.")
         return np.stack([files[name] for name in names])
@@ -290,16 +286,6 @@ def read_samples(folder: Path, most: int | None = None) -> Samples:
     variants = [read(row["variants"]) for row in rows]
     wanted = [row["variants"].index(row["edited_image"]) for row in rows]
     return Samples(prompts, truth, inputs=inputs, variants=variants, wanted=wanted)
-
-
-def _read_picture(access: Access, name: str) -> Image.Image:
-    path = Path(access.folder or "", name)
-    try:
-        return decode(access.read(name))
-    except RejectedError as error:
-        if error.reason == "no such file":
-            raise FileNotFoundError(f"There is no image {path}.") from None
-        raise ValueError(f"{path} could not be read as an image: {error}.") from error
 
 
 def _read_rows(folder: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@
 writes
 
     train/, validation/                images/, conditioning_images/ and metadata.jsonl: text and edges -> image
-    edits/train/, edits/validation/    metadata.jsonl: image and instruction -> image, with paths to the same images
+    edits/train/, edits/validation/    metadata.jsonl: image and instruction -> image, its images are a link to those of the split
 
 With --copies, train/ also has each picture moved, turned and scaled, and beside another one: there are too few emoji
 for a model not to learn them by heart, and one that has done so does not look at its condition.
@@ -437,9 +437,9 @@ def row_of(emoji: Emoji) -> dict[str, Any]:
     }
 
 
-def edit_row(edit: Mapping[str, Any], split: str) -> dict[str, Any]:
+def edit_row(edit: Mapping[str, Any]) -> dict[str, Any]:
     def path(stem: str) -> str:
-        return f"../../{split}/images/{stem}.png"
+        return f"images/{stem}.png"
 
     return {
         "input_image": path(edit["source"].stem),
@@ -480,7 +480,9 @@ def write(folder: Path, args: Args) -> str:
         copies = args.copies if split == "train" else 0
         write_split(folder / split, itertools.chain(chosen, copies_of(chosen, copies)))
         edited = [edit for edit in edits if split_of_stem[edit["source"].stem] == split]
-        write_rows(folder / "edits" / split, (edit_row(edit, split) for edit in edited))
+        write_rows(folder / "edits" / split, (edit_row(edit) for edit in edited))
+        # A table names pictures in its own folder, and these are there already.
+        (folder / "edits" / split / "images").symlink_to(f"../../{split}/images", target_is_directory=True)
         kinds = Counter(edit["kind"] for edit in edited)
         lines.append(
             f"{split}: {len(chosen)} images of {len({each.family for each in chosen})} families"

@@ -284,12 +284,6 @@ def test_bad_data_is_named(rows: list[dict[str, str]], message: str, tmp_path: P
     Image.new("RGB", (9, 9)).save(tmp_path / "large.png")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_samples(tmp_path)
-    secret = tmp_path.parent / f"{tmp_path.name}-secret.png"
-    Image.new("RGB", (8, 8)).save(secret)
-    for name in (str(secret), f"../{secret.name}", f"file://{secret}", "http://127.0.0.1:9/a.png"):
-        write_rows(tmp_path, [{"file_name": name, "text": "a"}] * 2)
-        with pytest.raises(ValueError, match=r"could not be read as an image: .*(outside of the|private address)"):
-            read_samples(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("{\n")
     with pytest.raises(ValueError, match=r"metadata\.jsonl is not JSON, one object a line: "):
         read_samples(tmp_path)
