@@ -6,7 +6,7 @@
 writes
 
     train/, validation/                images/, conditioning_images/ and metadata.jsonl: text and edges -> image
-    edits/train/, edits/validation/    metadata.jsonl: image and instruction -> image, its images are a link to those of the split
+    edits/train/, edits/validation/    metadata.jsonl: image and instruction -> image; images/ is a link to the split's
 
 With --copies, train/ also has each picture moved, turned and scaled, and beside another one: there are too few emoji
 for a model not to learn them by heart, and one that has done so does not look at its condition.
