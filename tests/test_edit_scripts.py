@@ -246,6 +246,7 @@ def test_a_resumed_run_is_the_same_run(models: Models, students: Callable[[str],
         assert_same_weights(again / name, out / name)
 
 
+@pytest.mark.slow
 def test_cached_latents_train_the_same(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, losses = models("instruct-pix2pix"), []
     for cached in (False, True):
