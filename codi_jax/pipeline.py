@@ -32,7 +32,7 @@ from codi_jax.models.controlnet import ControlNet
 from codi_jax.sampling import COUNTED, Sampler, default_sampler, is_stochastic, timesteps_for
 from codi_jax.schedule import CONFIG_NAME, NoiseSchedule
 from codi_jax.text import find_tokenizer, tokenize
-from codi_jax.weights import Model, Place, WeightsError, build_module, load_model, require_variant, save_model
+from codi_jax.weights import Model, Place, WeightsError, build_module, load_model, save_model
 
 # Steps that a sampler is made for: the few of a distilled student, or those of diffusers' pipelines.
 _FEW_STEPS, _MANY_STEPS = 4, 50
@@ -148,8 +148,6 @@ class DiffusionPipeline:
         upcast = jnp.dtype(dtype) == jnp.float16 and folder.part("vae").read_json("config.json").get(
             "force_upcast", True
         )
-        if variant is not None:
-            require_variant([folder.part(name) for name in names], variant)
         sources = {name: {"source": str(source), "subfolder": name, "variant": variant, **hub} for name in names}
         models = {}
         for name in names:

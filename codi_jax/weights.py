@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -392,22 +392,6 @@ def _choose_file(folder: ModelFolder, config: ModelConfig, variant: str | None) 
         f"{folder} has no weights{f' of variant {variant!r}' if variant else ''}, none of {', '.join(names)}: "
         f"{folder.describe_contents()}.{hint}"
     )
-
-
-def require_variant(folders: Sequence[ModelFolder], variant: str) -> None:
-    """Checks that one of the parts of a model has weights of a variant, if their files can be listed.
-
-    Raises:
-      WeightsError: if none has.
-    """
-    found: set[str] = set()
-    for folder in folders:
-        names = folder.names()
-        if names is None or any(re.search(rf"\.{re.escape(variant)}[.-]", name) for name in names):
-            return
-        found |= {match[1] for name in names if (match := re.search(r"\.(\w+)\.(safetensors|bin)$", name))}
-    has = f"they have {' and '.join(sorted(found))}" if found else "they have no variants: leave --variant out"
-    raise WeightsError(f"no part of {folders[0].source} has weights of the variant {variant!r}; {has}.")
 
 
 def _file_names(config: ModelConfig, variant: str | None) -> list[str]:

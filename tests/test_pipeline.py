@@ -453,16 +453,6 @@ def test_bfloat16_stays_near_float32(pairs: Pairs) -> None:
     assert 0 < difference < 4, f"mean difference {difference} of 255"
 
 
-def test_a_variant_that_no_part_has_is_refused_before_weights_are_read(pairs: Pairs, tmp_path: Path) -> None:
-    shutil.copytree(pairs("text-to-image").folder, tmp_path / "model")
-    with pytest.raises(WeightsError, match=r"no part of .*model has weights of the variant 'fp61'; they have no var"):
-        DiffusionPipeline.from_pretrained(tmp_path / "model", variant="fp61")
-    for weights in (tmp_path / "model" / "unet").glob("*.safetensors"):
-        weights.rename(weights.with_suffix(".fp16.safetensors"))
-    with pytest.raises(WeightsError, match=r"of the variant 'fp61'; they have fp16"):
-        DiffusionPipeline.from_pretrained(tmp_path / "model", variant="fp61")
-
-
 def test_a_variant_is_that_of_the_parts_that_have_it(pairs: Pairs, tmp_path: Path) -> None:
     """A ControlNet's own folder included; parts without it have their plain files read."""
     pair = pairs("controlnet")
