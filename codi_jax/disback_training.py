@@ -41,6 +41,7 @@ from codi_jax.pretrained import (
     open_training_data,
     pretrained_schedule,
     save_trained,
+    steps_of_teacher,
     trainable,
 )
 from codi_jax.schedule import NoiseSchedule
@@ -207,7 +208,7 @@ def backtrack(args: Any) -> None:
     student = dataclasses.replace(teacher, params=others, schedule=generator_schedule(stage.schedule, flags))
     teacher.params.pop("unet")  # on the device it is a target like the others
 
-    teacher_steps = teacher.most_steps(50)
+    teacher_steps = steps_of_teacher(teacher.schedule)
 
     @functools.cache
     def by_teacher() -> np.ndarray:

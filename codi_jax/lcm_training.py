@@ -30,6 +30,7 @@ from codi_jax.pretrained import (
     open_training_data,
     pretrained_schedule,
     save_trained,
+    steps_of_teacher,
     trainable,
     with_network,
 )
@@ -151,7 +152,7 @@ def distil(
     student = dataclasses.replace(teacher, modules=teacher.modules | {"unet": unet}, schedule=schedule)
     scales = {"guidance_scale": args.guidance_scale, "image_guidance_scale": args.image_guidance_scale}
 
-    teacher_steps = teacher.most_steps(50)
+    teacher_steps = steps_of_teacher(teacher.schedule)
 
     @functools.cache
     def by_teacher() -> np.ndarray:

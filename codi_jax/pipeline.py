@@ -338,14 +338,6 @@ class DiffusionPipeline:
         self._size(height, width, image if image is not None else control_image)
         self._check_given(image, mask_image, control_image)
 
-    def most_steps(self, wanted: int) -> int:
-        """So many steps, or as many as a model that was distilled for fewer can take."""
-        schedule = self.schedule
-        if schedule.generator_timesteps is not None:
-            return min(wanted, len(schedule.generator_timesteps))
-        grids = {"lcm": schedule.original_inference_steps, "codi": schedule.distill_learning_steps}
-        return min(wanted, grids.get(default_sampler(schedule)) or wanted)
-
     def times(
         self, steps: int | None = None, sampler: Sampler | None = None, timesteps: Sequence[int] | None = None
     ) -> Num[np.ndarray, " n"]:

@@ -22,13 +22,13 @@ from codi_jax.models.attention import Implementation
 from codi_jax.models.config import Params
 from codi_jax.models.unet import UNetEncoder
 from codi_jax.pipeline import DiffusionPipeline, load_schedule, read_index
-from codi_jax.sampling import default_sampler, timesteps_for
+from codi_jax.sampling import default_sampler, most_steps, timesteps_for
 from codi_jax.schedule import NoiseSchedule
 from codi_jax.train import global_batch_size
 from codi_jax.validation import ValidationFlags
 from codi_jax.weights import Model, ModelFolder, build_module, load_model
 
-_STEPS_OF_TEACHER = 50  # in validation pictures
+_STEPS_OF_TEACHER = 50  # in validation pictures, if it was not distilled for fewer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +187,11 @@ def _check_resolution(flags: Any) -> None:
     flags.check_resolution(vae.downscale * 2 ** (unet.num_blocks - 1), f"the model {folder}")
 
 
+def steps_of_teacher(teacher: NoiseSchedule) -> int:
+    """The number of steps in which a teacher with this schedule is shown in validation pictures."""
+    return most_steps(teacher, _STEPS_OF_TEACHER)
+
+
 def _check_validation(flags: Any) -> None:
     """Before weights are read, and not at the first validation: can the model be sampled as its pictures need it?"""
     if not isinstance(flags, ValidationFlags):
@@ -195,7 +200,8 @@ def _check_validation(flags: Any) -> None:
     steps = getattr(flags, "validation_sampling_steps", None)
     try:
         # Several numbers are those of a student, beside which its teacher is shown.
-        timesteps_for(default_sampler(schedule), schedule, steps if isinstance(steps, int) else _STEPS_OF_TEACHER)
+        shown = steps if isinstance(steps, int) else steps_of_teacher(schedule)
+        timesteps_for(default_sampler(schedule), schedule, shown)
     except ValueError as error:
         flag = (
             f"--validation_sampling_steps {steps}" if isinstance(steps, int) else "validation pictures of the teacher"

@@ -167,6 +167,14 @@ def default_sampler(schedule: NoiseSchedule) -> Sampler:
     raise ValueError(f"There is no sampler for {schedule.scheduler}: choose one of {', '.join(get_args(Sampler))}.")
 
 
+def most_steps(schedule: NoiseSchedule, wanted: int) -> int:
+    """So many steps of the default sampler, or as many as a model that was distilled for fewer can take."""
+    if schedule.generator_timesteps is not None:
+        return min(wanted, len(schedule.generator_timesteps))
+    grids = {"lcm": schedule.original_inference_steps, "codi": schedule.distill_learning_steps}
+    return min(wanted, grids.get(default_sampler(schedule)) or wanted)
+
+
 def timesteps_for(sampler: Sampler, schedule: NoiseSchedule, steps: int) -> np.ndarray:
     """The descending times of a sampler, as diffusers' ``set_timesteps`` gives them.
 

@@ -211,7 +211,8 @@ def _open_folder(flags: LoopFlags, run_config: Mapping[str, Any]) -> None:
             say(line)
     checkpoint = find_checkpoint(flags.resume_from_checkpoint, output_dir)
     if checkpoint is not None:
-        require_whole(checkpoint)
+        if flags.resume_from_checkpoint != "latest":  # which is whole by now
+            require_whole(checkpoint)
         _check_resumed(checkpoint, run_config, flags)
     else:
         if flags.resume_from_checkpoint is not None:

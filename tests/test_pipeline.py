@@ -26,6 +26,7 @@ from PIL import Image
 from codi_jax.generation import choose_guidance
 from codi_jax.models.config import ConfigError
 from codi_jax.pipeline import DiffusionPipeline, _padded
+from codi_jax.sampling import default_sampler, most_steps, timesteps_for
 from codi_jax.weights import WeightsError
 
 PROMPTS = ["a red cat", "two dogs"]
@@ -298,9 +299,10 @@ def test_a_teacher_is_shown_in_no_more_steps_than_it_was_distilled_for(pairs: Pa
     }
     for steps, schedule in schedules.items():
         pipeline = dataclasses.replace(ours, schedule=schedule)
-        assert pipeline.most_steps(many) == steps
-        assert len(pipeline.times(pipeline.most_steps(many))) == steps
-        assert pipeline.most_steps(1) == 1
+        assert most_steps(schedule, many) == steps
+        assert len(pipeline.times(most_steps(schedule, many))) == steps
+        assert most_steps(schedule, 1) == 1
+        timesteps_for(default_sampler(schedule), schedule, most_steps(schedule, many))  # what is checked before loading
 
 
 def test_default_steps(pairs: Pairs) -> None:

@@ -29,6 +29,7 @@ from codi_jax.pretrained import (
     trainable,
     with_controlnet,
 )
+from codi_jax.schedule import NoiseSchedule
 from codi_jax.validation import ValidationFlags
 
 
@@ -189,7 +190,19 @@ def test_pictures_that_cannot_be_made_are_found_before_weights_are_read(
 
     assert refused(1001).startswith("--validation_sampling_steps 1001: steps = 1001: choose 1 to 1000")
     path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "HeunDiscreteScheduler"}))
+    plain = json.loads(path.read_text())
+    # A teacher that is a student itself is shown in as many steps as it takes, and not refused for not taking 50.
+    shown = ShownFlags(pretrained_model_name_or_path=str(folder), resolution=SIZE, validation_sampling_steps=(1, 2))
+    for schedule, steps in (
+        (NoiseSchedule.from_config(plain), 50),
+        (NoiseSchedule.from_config(plain).with_distillation_grid(4), 4),
+        (NoiseSchedule.from_config(plain).with_generator_timesteps([399]), 1),
+    ):
+        path.write_text(json.dumps(schedule.to_config()))
+        assert pretrained.steps_of_teacher(schedule) == steps
+        with pytest.raises(AssertionError):  # nothing was refused before weights are read
+            load_pretrained(shown, sharding.make_mesh())
+    path.write_text(json.dumps({**plain, "_class_name": "HeunDiscreteScheduler"}))
     assert "There is no sampler for HeunDiscreteScheduler" in refused((1, 2))
     with pytest.raises(AssertionError):  # where no pictures are made, it is of no matter
         load(folder)

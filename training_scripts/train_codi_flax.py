@@ -30,6 +30,7 @@ from codi_jax.pretrained import (
     open_training_data,
     pretrained_schedule,
     save_trained,
+    steps_of_teacher,
     trainable,
     with_controlnet,
 )
@@ -101,7 +102,7 @@ def main(args: Args) -> None:
         frozen |= null_text_of(teacher)
     student = dataclasses.replace(with_controlnet(teacher, config.modules.controlnet), schedule=schedule)
 
-    teacher_steps = teacher.most_steps(50)
+    teacher_steps = steps_of_teacher(teacher.schedule)
 
     @functools.cache
     def by_teacher() -> np.ndarray:
