@@ -42,7 +42,7 @@ venv: $(INSTALLED)  ## make .venv with the locked packages, where it is missing 
 
 # The CoDi command of the README on the models in assets/: the ControlNet, and a student distilled from it in minutes,
 # the UNet too, which gains more in so short a time.
-demo: $(INSTALLED)  ## distil a 4-step student from the models in assets/ and compare the two (10 minutes on 2 cores)
+demo: $(INSTALLED)  ## distill a 4-step student from the models in assets/ and compare the two (10 minutes on 2 cores)
 	@test -e $(DEMO)/data || $(BIN)/python dataset_tools/emoji.py --copies 1 --output_dir $(DEMO)/data
 	$(BIN)/python training_scripts/train_codi_flax.py \
 	    --pretrained_model_name_or_path assets/emoji --controlnet_model_name_or_path assets/emoji-controlnet \

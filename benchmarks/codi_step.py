@@ -7,7 +7,8 @@
 `benchmarks/codi_step_flax.py` says how to make the reference's environment. Both get the same weights, batch and key,
 and the table is printed only if their losses agree. Ours takes latents and text features from the cache, as training
 with --cache_latents does; with --reference_encodes the reference computes them in the step, as its scripts did. Ours is
-compiled as `codi_jax.train` does it; the reference as JAX does it by default, or like ours with --reference_options.
+compiled as `codi_jax.training.loop` does it, and
+the reference as JAX does it by default, or like ours with --reference_options.
 """
 
 import dataclasses
@@ -29,15 +30,15 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from codi_jax import optim, train
+from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.methods import codi
-from codi_jax.methods.inputs import Modules
 from codi_jax.models.clip_text import CLIPTextConfig
 from codi_jax.models.published import TEXT_ENCODERS, UNETS, VAE
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.unet_config import UNetConfig
 from codi_jax.models.vae import AutoencoderKL, VAEConfig
-from codi_jax.schedule import NoiseSchedule
+from codi_jax.pipeline.conditions import Modules
+from codi_jax.training import loop, optim
 
 ROOT = Path(__file__).resolve().parent.parent
 EMOJI = ROOT / "assets" / "recipes" / "emoji"
@@ -128,7 +129,7 @@ def ours(args: Args) -> Iterator[dict[str, float]]:
     cached = {name: jnp.asarray(batch[name]) for name in ("moments", "context", "conditioning")}
     step = functools.partial(codi.train_step, config=method, optimizer=optimizer)
     began = time.perf_counter()
-    program = train.compile_for(jax.default_backend(), jax.jit(step, donate_argnums=0).lower(state, frozen, cached))
+    program = loop.compile_for(jax.default_backend(), jax.jit(step, donate_argnums=0).lower(state, frozen, cached))
     yield {"compile": time.perf_counter() - began}
     while True:
         began = time.perf_counter()
@@ -150,7 +151,7 @@ def write_problem(args: Args, file: IO[bytes]) -> dict[str, Any]:
     return {
         **configs(args),
         "controlnet": method.modules.controlnet.config.to_dict(),
-        "compiler_options": train.CPU_OPTIONS if args.reference_options else None,
+        "compiler_options": loop.CPU_OPTIONS if args.reference_options else None,
         "dtype": args.dtype,
         "encode": args.reference_encodes,
         "prediction_type": schedule.prediction_type,
@@ -216,7 +217,7 @@ def main() -> None:
     if len(sides) == 2:
         ratios = sorted(b / a for a, b in zip(*seconds, strict=True))
         spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
-        print(f"\nratio (median over neighbouring steps): {statistics.median(ratios):.2f} ({spread})")
+        print(f"\nratio (median over neighboring steps): {statistics.median(ratios):.2f} ({spread})")
     if memory := jax.devices()[0].memory_stats():
         print(f"peak device memory of codi_jax: {memory['peak_bytes_in_use'] / 1e9:.1f} GB")
 

@@ -178,7 +178,7 @@ def _train(tree: Path, script: str, flags: str, output_dir: Path, places: dict[s
     command = [sys.executable, f"training_scripts/{script}.py", *flags.format(**places).split()]
     environment = {**os.environ, "PYTHONPATH": str(tree.resolve()), "JAX_PLATFORMS": "cpu"}
     start = time.perf_counter()
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: PLW1510
         [*command, "--output_dir", str(unfinished)], cwd=tree, env=environment, capture_output=True, text=True
     )
     seconds = time.perf_counter() - start

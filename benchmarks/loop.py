@@ -16,9 +16,11 @@ from typing import Any
 
 import jax
 
-from codi_jax import command_line, optim, sharding, train
+from codi_jax.cli import command_line
 from codi_jax.methods import codi
-from codi_jax.pretrained import (
+from codi_jax.models import sharding
+from codi_jax.training import loop, optim
+from codi_jax.training.pretrained import (
     PretrainedFlags,
     load_batches,
     load_pretrained,
@@ -29,7 +31,7 @@ from codi_jax.pretrained import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(PretrainedFlags, train.LoopFlags):
+class Args(PretrainedFlags, loop.LoopFlags):
     """Times the loop around the training step of CoDi. The flags of training apply."""
 
     resolution: int = 64
@@ -95,7 +97,7 @@ def main(args: Args) -> None:
         args = dataclasses.replace(
             args, output_dir=folder, max_train_steps=steps, validation_steps=args.stretch, checkpointing_steps=0
         )
-        turns, loader = measure(train.start(args))
+        turns, loader = measure(loop.start(args))
     report(turns, loader)
 
 
@@ -111,10 +113,10 @@ def measure(args: Args) -> tuple[Turns, TimedLoader]:
     step = functools.partial(codi.train_step, config=config, optimizer=optimizer)
     batch = sharding.to_global(mesh, next(loader))
     with sharding.context_of(state):
-        lowered = train.jit_step(step, state, mesh).lower(state, frozen, batch)
-    turns = Turns(train.compile_for(jax.default_backend(), lowered), frozen, batch, args.stretch)
+        lowered = loop.jit_step(step, state, mesh).lower(state, frozen, batch)
+    turns = Turns(loop.compile_for(jax.default_backend(), lowered), frozen, batch, args.stretch)
     timed: Any = TimedLoader(loader)
-    train.train(step, state, frozen, timed, args, mesh=mesh, validate=turns)
+    loop.train(step, state, frozen, timed, args, mesh=mesh, validate=turns)
     return turns, timed
 
 

@@ -32,15 +32,16 @@ import tyro
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from codi_jax import optim, sharding, train
-from codi_jax.methods import disback, distribution_matching, lcm
+from codi_jax.diffusion.schedule import NoiseSchedule
+from codi_jax.methods import disback, lcm
 from codi_jax.methods.generator import Generator
-from codi_jax.methods.inputs import Modules
+from codi_jax.models import sharding
 from codi_jax.models.published import UNETS, VAE
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.unet_config import UNetConfig
 from codi_jax.models.vae import AutoencoderKL, VAEConfig
-from codi_jax.schedule import NoiseSchedule
+from codi_jax.pipeline.conditions import Modules
+from codi_jax.training import loop, optim
 
 GIB = 2**30
 # There is nothing to try kernels on, and they need not be good: what memory they work in does not depend on it.
@@ -81,7 +82,7 @@ class Args:
     devices: int | None = None
     """How many devices of the slice take part; if left out, all."""
     fsdp: int = 1
-    """Devices among which parameters and optimiser are split."""
+    """Devices among which parameters and optimizer are split."""
     resolution: int = 768
     """Side of the images."""
     batch: int = 1
@@ -127,7 +128,7 @@ def compile_step(args: Args, dump: Path) -> None:
     frozen = on_devices(frozen, sharding.shardings(mesh, frozen))
     batch = abstract_batch(args, modules, mesh.size * args.batch)
     batch = on_devices(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
-    step = train.jit_step(training.step, state, mesh)
+    step = loop.jit_step(training.step, state, mesh)
     with jax.set_mesh(mesh):
         lowered = step.lower(state, frozen, batch)
     began = time.perf_counter()

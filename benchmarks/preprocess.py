@@ -26,7 +26,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from codi_jax import command_line
+from codi_jax.cli import command_line
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts lie beside each other, and in no package
 from dataset_tools import coyo_1m_dataset_preprocess as coyo
@@ -55,12 +55,12 @@ class Args:
 
 
 def draw(number: int, side: int) -> np.ndarray:
-    """Smooth colours, shapes and a little noise: about as much detail as photographs have."""
+    """Smooth colors, shapes and a little noise: about as much detail as photographs have."""
     rng = np.random.default_rng(number)
     picture = cv2.resize(rng.integers(0, 256, (12, 12, 3), np.uint8), (side, side), interpolation=cv2.INTER_CUBIC)
     for _ in range(60):
-        center, colour = rng.integers(0, side, 2).tolist(), rng.integers(0, 256, 3).tolist()
-        cv2.circle(picture, center, int(rng.integers(2, max(3, side // 10))), colour, -1, cv2.LINE_AA)
+        center, color = rng.integers(0, side, 2).tolist(), rng.integers(0, 256, 3).tolist()
+        cv2.circle(picture, center, int(rng.integers(2, max(3, side // 10))), color, -1, cv2.LINE_AA)
     return np.clip(picture + rng.normal(0, 3, picture.shape), 0, 255).astype(np.uint8)
 
 

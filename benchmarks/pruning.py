@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from codi_jax.io.hub import ModelFolder
+from codi_jax.io.pruning_levels import find_level
+from codi_jax.io.weights import build_module
 from codi_jax.models.pruning import prune, whole
-from codi_jax.pruning_levels import find_level
-from codi_jax.weights import ModelFolder, build_module
 
 TEXT_TOKENS = 77
 

@@ -4,7 +4,7 @@
     python3 benchmarks/unet.py --config sdxl-base --device gpu --dtype bfloat16 --batch 4
 
 The two libraries take turns, so that a machine whose speed drifts slows both; the table gives medians, and the ratio is
-the median of the ratios of neighbouring runs. Weights are random: no weight changes the time.
+the median of the ratios of neighboring runs. Weights are random: no weight changes the time.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from codi_jax.models.attention import Implementation
+from codi_jax.models.kernels.attention import Implementation
 from codi_jax.models.published import UNETS
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.unet_config import UNetConfig
@@ -155,7 +155,7 @@ def timed(run: Run) -> float:
 
 
 def compare(ours: Run, theirs: Run | None, repeats: int) -> tuple[float, float | None, float | None]:
-    """Medians of both, and the median of the ratios of neighbouring runs, ours to theirs."""
+    """Medians of both, and the median of the ratios of neighboring runs, ours to theirs."""
     ours()
     if theirs is None:
         return statistics.median(timed(ours) for _ in range(repeats)), None, None

@@ -17,16 +17,16 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
 
-from codi_jax import command_line
-from codi_jax.features import Features, load_features
-from codi_jax.flags import LARGEST_SEED, Flags
-from codi_jax.images import canny, open_image
-from codi_jax.metrics import edge_f1, edit_success, fid, kid, preservation, psnr
-from codi_jax.models.attention import Implementation
-from codi_jax.pipeline import DiffusionPipeline, DType, open_pipeline, resolve_dtype
-from codi_jax.report import Report, Result, Row, check_plots, markdown, write_report
-from codi_jax.sampling import Sampler, default_sampler
-from codi_jax.sharding import keep_compiled_programs
+from codi_jax.cli import command_line
+from codi_jax.cli.flags import LARGEST_SEED, Flags
+from codi_jax.diffusion.sampling import Sampler, default_sampler
+from codi_jax.evaluation.features import Features, load_features
+from codi_jax.evaluation.metrics import edge_f1, edit_success, fid, kid, preservation, psnr
+from codi_jax.evaluation.report import Report, Result, Row, check_plots, markdown, write_report
+from codi_jax.io.compiled_programs import keep_compiled_programs
+from codi_jax.io.images import canny, open_image
+from codi_jax.models.kernels.attention import Implementation
+from codi_jax.pipeline.model import DiffusionPipeline, DType, open_pipeline, resolve_dtype
 
 Place = tuple[str, str | None]
 """A model's folder, and that of its ControlNet or ``None`` where it has none, or one in its folder."""
@@ -338,7 +338,7 @@ def make_pictures(
 def measure(
     pictures: UInt8[np.ndarray, "n h w 3"], samples: Samples, features: Features, of_truth: np.ndarray
 ) -> dict[str, float]:
-    """The metrics of one seed's pictures, by the keys of `codi_jax.report.METRICS`; those that the data allows."""
+    """The metrics of one seed's pictures that the data allows, by the keys of `codi_jax.evaluation.report.METRICS`."""
     found = features(pictures)
     values = {
         "fid_lite": fid(found, of_truth),

@@ -10,13 +10,13 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from codi_jax import command_line
-from codi_jax.flags import LARGEST_SEED, LARGEST_SIDE, Flags
-from codi_jax.images import check_output, open_image, save_images
-from codi_jax.models.attention import Implementation
-from codi_jax.pipeline import DiffusionPipeline, DType, open_pipeline, resolve_dtype
-from codi_jax.sampling import Sampler
-from codi_jax.sharding import keep_compiled_programs
+from codi_jax.cli import command_line
+from codi_jax.cli.flags import LARGEST_SEED, LARGEST_SIDE, Flags
+from codi_jax.diffusion.sampling import Sampler
+from codi_jax.io.compiled_programs import keep_compiled_programs
+from codi_jax.io.images import check_output, open_image, save_images
+from codi_jax.models.kernels.attention import Implementation
+from codi_jax.pipeline.model import DiffusionPipeline, DType, open_pipeline, resolve_dtype
 
 _LONG_RUN = 10  # steps from which a progress bar is worth its line
 

@@ -11,11 +11,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from codi_jax import command_line, optim, sharding
+from codi_jax.cli import command_line
 from codi_jax.data import ConditionOf, DataFlags
 from codi_jax.data.latent_cache import Part
 from codi_jax.data.load import cache_data, open_data
-from codi_jax.pretrained import ModelFlags, encoders_of, load_pretrained
+from codi_jax.models import sharding
+from codi_jax.training import optim
+from codi_jax.training.pretrained import ModelFlags, encoders_of, load_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ images in it, or a folder of images. Killed at any moment, it goes on when the s
 import functools
 from dataclasses import dataclass
 
-from codi_jax import command_line
-from codi_jax.preparation.conditions import Pair, PairFlags
-from codi_jax.preparation.job import JobFlags, describe, make_data_set
-from codi_jax.preparation.tables import ScoreFlags, TableFlags, image_columns, open_table
+from codi_jax.cli import command_line
+from codi_jax.data.preparation.conditions import Pair, PairFlags
+from codi_jax.data.preparation.job import JobFlags, describe, make_data_set
+from codi_jax.data.preparation.tables import ScoreFlags, TableFlags, image_columns, open_table
 
 COYO = "kakaobrain/coyo-700m"
 

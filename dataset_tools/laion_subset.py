@@ -9,11 +9,11 @@ table. Killed at any moment, it goes on when the same command is run again.
 import functools
 from dataclasses import dataclass
 
-from codi_jax import command_line
-from codi_jax.preparation.conditions import Pair, PairFlags
-from codi_jax.preparation.job import JobFlags, describe, make_data_set
-from codi_jax.preparation.pictures import PictureFlags
-from codi_jax.preparation.tables import ScoreFlags, TableFlags, image_columns, open_table
+from codi_jax.cli import command_line
+from codi_jax.data.preparation.conditions import Pair, PairFlags
+from codi_jax.data.preparation.job import JobFlags, describe, make_data_set
+from codi_jax.data.preparation.pictures import PictureFlags
+from codi_jax.data.preparation.tables import ScoreFlags, TableFlags, image_columns, open_table
 
 LAION_ART = "recastai/LAION-art-EN-improved-captions"
 

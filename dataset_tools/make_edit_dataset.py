@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from codi_jax import command_line
+from codi_jax.cli import command_line
 from codi_jax.data.files import Folder
-from codi_jax.preparation.edits import AFTER, BEFORE, Edit, Generate, GenerateFlags, fields_of, pairs_of_folders
-from codi_jax.preparation.job import JobFlags, describe, make_data_set
-from codi_jax.preparation.pictures import PictureFlags
-from codi_jax.preparation.rows import Row, Skipped
-from codi_jax.preparation.tables import Columns, TableFlags, find_column, id_column, open_table
+from codi_jax.data.preparation.edits import AFTER, BEFORE, Edit, Generate, GenerateFlags, fields_of, pairs_of_folders
+from codi_jax.data.preparation.job import JobFlags, describe, make_data_set
+from codi_jax.data.preparation.pictures import PictureFlags
+from codi_jax.data.preparation.rows import Row, Skipped
+from codi_jax.data.preparation.tables import Columns, TableFlags, find_column, id_column, open_table
 
 _SHARD_SIZE, _GENERATED = 1000, 4
 

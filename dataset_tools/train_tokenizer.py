@@ -12,9 +12,9 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
-from codi_jax import command_line
+from codi_jax.cli import command_line
+from codi_jax.cli.flags import Flags
 from codi_jax.data.sources import captions_of, open_source
-from codi_jax.flags import Flags
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 # That of CLIP: contractions, words, single digits, and runs of anything else.
@@ -32,7 +32,7 @@ class Args(Flags):
     caption_column: str = "text"
     """Column of the captions: a text, or a list of texts."""
     vocab_size: int = 2048
-    """Tokens in all: 512 for single bytes, 2 for start and end, the others learnt."""
+    """Tokens in all: 512 for single bytes, 2 for start and end, the others learned."""
     model_max_length: int = 32
     """Tokens of a prompt, start and end included; longer ones are cut off."""
 
@@ -73,8 +73,8 @@ def train(args: Args) -> CLIPTokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(captions(args), trainer)
-    learnt = json.loads(tokenizer.to_str())["model"]
-    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in learnt["merges"]]
+    learned = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in learned["merges"]]
     merges = merges[: args.vocab_size - len(single) - 2]
     tokens = [*single, *("".join(merge) for merge in merges), _START, _END]
     write(args, tokens, merges)

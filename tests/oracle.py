@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig as TorchCLIPTextConfig
 from transformers import CLIPTextModel as TorchCLIPText
 from transformers import CLIPTextModelWithProjection as TorchCLIPTextProjected
 
-from codi_jax import weights
+from codi_jax.io import weights
 from codi_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from codi_jax.models.controlnet import ControlNet, ControlNetConfig
 from codi_jax.models.unet import UNet2DCondition
@@ -27,8 +27,8 @@ KINDS: dict[str, tuple[Any, Any, Any]] = {
 }
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Gives every parameter a random value: norms away from one, biases and zero-initialised layers away from zero."""
+def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Gives every parameter a random value: norms away from one, biases and zero-initialized layers away from zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -46,7 +46,7 @@ def make_torch(kind: str, config: dict[str, Any], seed: int = 0) -> torch.nn.Mod
         model = (TorchCLIPTextProjected if projected else TorchCLIPText)(TorchCLIPTextConfig(**config))
     else:
         model = KINDS[kind][0](**config)
-    return randomise(model, seed)
+    return randomize(model, seed)
 
 
 def make_pair(kind: str, config: dict[str, Any], seed: int = 0, **options: Any) -> tuple[torch.nn.Module, Any, Any]:

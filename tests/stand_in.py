@@ -20,7 +20,9 @@ import numpy as np
 import optax
 from orbax.checkpoint.path import atomicity
 
-from codi_jax import processes, sharding, train
+from codi_jax.io import processes
+from codi_jax.models import sharding
+from codi_jax.training import loop
 
 EXAMPLES, WIDTH = 64, 8
 OPTIMIZER = optax.adamw(1e-2)
@@ -115,12 +117,12 @@ def run(output_dir: Path, *, train_step=None, loader=None, frozen=None, state=No
     validate, record, export = (flags.pop(name, None) for name in ("validate", "record", "export"))
     run_config = flags.pop("run_config", {"learning_rate": 1e-2})
     defaults = {"max_train_steps": 10, "checkpointing_steps": 4, "report_to": "none", "train_batch_size": 8}
-    flags = train.start(train.LoopFlags(output_dir=str(output_dir), **(defaults | flags)), run_config)
-    return train.train(
+    flags = loop.start(loop.LoopFlags(output_dir=str(output_dir), **(defaults | flags)), run_config)
+    return loop.train(
         train_step or make_train_step(flags.gradient_accumulation_steps),
         state or init_state(),
         frozen or frozen_trees(),
-        loader or Loader(train.global_batch_size(flags)),
+        loader or Loader(loop.global_batch_size(flags)),
         flags,
         mesh=sharding.make_mesh(flags.fsdp),
         validate=validate,

@@ -1,9 +1,11 @@
 """The rooms of the design: who may import what, and that everything public is documented.
 
-Reads the source and imports none of it.
+Reads the source, and imports it only to see what an import brings along.
 """
 
 import ast
+import functools
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -14,21 +16,47 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "codi_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-MATHS = ("schedule", "sampling", "losses", "methods")
-# What maths may know of codi_jax. Whatever reads, writes or drives a run knows maths, never the reverse.
-KNOWN_TO_MATHS = {*MATHS, "models", "lora", "optim", "sharding", "flags"}
+# From the bottom up: a module may import what is in its own layer and below. A name stands for all modules in it, but
+# for those that are named themselves.
+LAYERS = (
+    "codi_jax",
+    "codi_jax.cli",  # groups of flags: declarations, and checks of single values
+    "codi_jax.models",
+    "codi_jax.diffusion",
+    "codi_jax.io",
+    "codi_jax.data",
+    "codi_jax.pipeline",
+    "codi_jax.training",
+    "codi_jax.methods",
+    "codi_jax.training.adaptation",
+    "codi_jax.evaluation",
+    "codi_jax.data.preparation",
+    "codi_jax.cli.command_line",
+    "codi_jax.generate codi_jax.evaluate",
+)
+# Mathematics: functions of arrays, which reach nothing that reads, writes or drives a run, by any path of imports.
+PURE = (
+    "codi_jax.models", "codi_jax.diffusion", "codi_jax.methods", "codi_jax.training.optim",
+    "codi_jax.pipeline.conditions", "codi_jax.pipeline.prediction", "codi_jax.pipeline.generation",
+)  # fmt: skip
 # Top-level modules that are about files, the network, processes or a terminal.
 IO_MODULES = {
     "cv2", "datasets", "diffusers", "glob", "grain", "gradio", "huggingface_hub", "io", "json", "logging", "msgpack",
     "orbax", "os", "pathlib", "pickle", "PIL", "requests", "safetensors", "shutil", "socket", "subprocess", "sys",
     "tempfile", "tensorboardX", "tqdm", "transformers", "tyro", "urllib", "wandb",
 }  # fmt: skip
+# A schedule is a file of diffusers, and a group of flags checks that its folder can be written.
+MAY_KNOW_FILES = ("codi_jax.diffusion.schedule", "codi_jax.cli")
+SLOW_TO_IMPORT = ("huggingface_hub", "transformers", "datasets", "orbax", "diffusers", "grain", "tensorboardX", "tyro")
 
 
 def module_name(path: Path) -> str:
     """`codi_jax/models/unet.py` -> `codi_jax.models.unet`."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in SOURCES}
 
 
 def imported_modules(source: str) -> set[str]:
@@ -47,9 +75,31 @@ def imported_modules(source: str) -> set[str]:
     return names
 
 
-def rooms(names: set[str]) -> set[str]:
-    """The rooms of codi_jax, its modules and folders, that the names reach into."""
-    return {name.split(".")[1] for name in names if name.startswith("codi_jax.")}
+@functools.cache
+def imports_of(name: str) -> frozenset[str]:
+    return frozenset(imported_modules(MODULES[name].read_text()))
+
+
+def reached(imports: set[str]) -> set[str]:
+    """The modules of codi_jax that these imports load, by any path, with the packages that they are in."""
+    found: set[str] = set()
+    waiting = [name for name in imports if name in MODULES]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += [n for n in imports_of(name) if n in MODULES]
+    return found
+
+
+def is_in(name: str, rooms: tuple[str, ...] | list[str]) -> bool:
+    return any(name == room or name.startswith(f"{room}.") for room in rooms)
+
+
+def layer(name: str) -> int:
+    """The layer of a module: that of the longest name in `LAYERS` that it is in."""
+    fitting = [(len(room), i) for i, rooms in enumerate(LAYERS) for room in rooms.split() if is_in(name, [room])]
+    return max(fitting)[1]
 
 
 def undocumented(source: str) -> list[str]:
@@ -63,22 +113,25 @@ def undocumented(source: str) -> list[str]:
 def violations(name: str, imports: set[str]) -> list[str]:
     """What is wrong with these imports in the module of this dotted name; empty where nothing is."""
     top = {i.split(".")[0] for i in imports}
-    room = "".join(rooms({name}))
     found = []
     if "torch" in top:
         found.append("imports torch: it is an oracle for tests, never a run-time dependency")
-    if "flax" in top and room not in ("models", "lora"):
-        found.append("imports flax: only codi_jax/models and codi_jax/lora.py do")
+    if "flax" in top and not is_in(name, ["codi_jax.models"]):
+        found.append("imports flax: only codi_jax/models does")
     if outside := top & {"tests", "training_scripts", "dataset_tools", "benchmarks"}:
         found.append(f"imports {sorted(outside)}: imports point from scripts to the package")
-    if room == "models" and (wrong := rooms(imports) - {"models"}):
-        found.append(f"imports {sorted(wrong)}: models know nothing of the rest of codi_jax")
-    if room in MATHS and (wrong := top & IO_MODULES - ({"json", "pathlib"} if room == "schedule" else set())):
-        found.append(f"imports {sorted(wrong)}: maths does no input or output")
-    if room in MATHS and (wrong := rooms(imports) - KNOWN_TO_MATHS):
-        found.append(f"imports {sorted(wrong)}: these rooms use maths, it knows none of them")
-    if room == "train" and "methods" in rooms(imports):
-        found.append("imports codi_jax.methods: the loop is handed a method, it knows none")
+    ours = {i for i in imports if i in MODULES}
+    if upward := sorted(i for i in ours if layer(i) > layer(name)):
+        found.append(f"imports {upward}: imports point downward")
+    if is_in(name, PURE):
+        files = set() if is_in(name, MAY_KNOW_FILES) else top & IO_MODULES
+        for other in sorted(reached(ours) - {name}):
+            if is_in(other, ["codi_jax.io", "codi_jax.data", "codi_jax.cli.command_line"]):
+                files.add(other)
+            elif not is_in(other, MAY_KNOW_FILES):
+                files |= {i.split(".")[0] for i in imports_of(other)} & IO_MODULES
+        if files:
+            found.append(f"imports {sorted(files)}, itself or through others: mathematics does no input or output")
     return found
 
 
@@ -99,19 +152,37 @@ def test_no_file_is_called_utils():
     assert not named, f"name {named} after what they hold"
 
 
+def test_a_newcomer_sees_the_rooms_at_once():
+    entries = [path.name for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "py.typed")]
+    assert len(entries) <= 12, sorted(entries)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_no_file_is_too_long_to_read(path: Path):
+    assert len(path.read_text().splitlines()) <= 500, "ask what it is for, and make two of it"
+
+
+@pytest.mark.parametrize("name", ["codi_jax.methods.codi", "codi_jax.diffusion.sampling", "codi_jax.models.unet"])
+def test_mathematics_is_imported_alone(name: str):
+    program = f"import sys, {name}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert not {module.split(".")[0] for module in loaded} & {*SLOW_TO_IMPORT}
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [
         ("codi_jax.data", "def f():\n    import torch"),
-        ("codi_jax.optim", "from flax import linen"),
-        ("codi_jax.plan", "import training_scripts.train_codi_flax"),
-        ("codi_jax.models.unet", "from codi_jax import schedule"),
-        ("codi_jax.models.unet", "from codi_jax.schedule import NoiseSchedule"),
-        ("codi_jax.losses", "import json"),
+        ("codi_jax.training.optim", "from flax import linen"),
+        ("codi_jax.evaluate", "import training_scripts.train_codi_flax"),
+        ("codi_jax.models.unet", "from codi_jax.diffusion import losses"),
+        ("codi_jax.models.unet", "from codi_jax.diffusion.schedule import NoiseSchedule"),
+        ("codi_jax.diffusion.losses", "import json"),
         ("codi_jax.methods.codi", "from pathlib import Path"),
-        ("codi_jax.methods.codi", "from codi_jax import train"),
-        ("codi_jax.sampling", "import codi_jax.pipeline"),
-        ("codi_jax.train", "from codi_jax.methods import lcm"),
+        ("codi_jax.methods.codi", "from codi_jax.training import loop"),
+        ("codi_jax.pipeline.prediction", "from codi_jax.training import optim"),
+        ("codi_jax.training.loop", "from codi_jax.methods import lcm"),
+        ("codi_jax.data.load", "from codi_jax.data import preparation"),
     ],
 )
 def test_a_wrong_import_is_found(module: str, source: str):
@@ -122,10 +193,11 @@ def test_a_wrong_import_is_found(module: str, source: str):
     ("module", "source"),
     [
         ("codi_jax.models.unet", "import flax.linen as nn\nfrom codi_jax.models import layers"),
-        ("codi_jax.lora", "import flax"),
-        ("codi_jax.schedule", "import json\nfrom pathlib import Path"),
-        ("codi_jax.methods.codi", "import optax\nfrom codi_jax import losses, sampling, schedule"),
-        ("codi_jax.weights", "import json\nfrom codi_jax.models.unet import UNet2DCondition"),
+        ("codi_jax.models.lora", "import flax"),
+        ("codi_jax.diffusion.schedule", "import json\nfrom pathlib import Path"),
+        ("codi_jax.methods.codi", "import optax\nfrom codi_jax.diffusion import losses, sampling, schedule"),
+        ("codi_jax.io.weights", "import json\nfrom codi_jax.models.unet import UNet2DCondition"),
+        ("codi_jax.data.preparation.edits", "from codi_jax.pipeline.model import DiffusionPipeline"),
     ],
 )
 def test_a_right_import_passes(module: str, source: str):

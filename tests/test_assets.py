@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from codi_jax.images import canny
-from codi_jax.metrics import edge_f1, psnr
-from codi_jax.pipeline import DiffusionPipeline
+from codi_jax.evaluation.metrics import edge_f1, psnr
+from codi_jax.io.images import canny
+from codi_jax.pipeline.model import DiffusionPipeline
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 MODEL, CONTROLNET, EDITOR = ASSETS / "emoji", ASSETS / "emoji-controlnet", ASSETS / "emoji-edit"
 RECIPE = ASSETS / "recipes" / "emoji"
 NETWORKS = ("unet", "vae", "text_encoder")
 SIZE = 64
-COLOURS = {"red": 0, "green": 1, "blue": 2}
+COLORS = {"red": 0, "green": 1, "blue": 2}
 
 
 def shapes() -> np.ndarray:
@@ -94,12 +94,12 @@ def test_the_autoencoder_keeps_what_is_drawn(model: DiffusionPipeline) -> None:
     assert psnr(again, pictures).min() > 20
 
 
-@pytest.mark.parametrize("colour", COLOURS)
-def test_the_text_decides_the_colour(model: DiffusionPipeline, colour: str) -> None:
-    pictures = model([f"{colour} heart"] * 4, steps=10, guidance_scale=3.0).astype(float)
+@pytest.mark.parametrize("color", COLORS)
+def test_the_text_decides_the_color(model: DiffusionPipeline, color: str) -> None:
+    pictures = model([f"{color} heart"] * 4, steps=10, guidance_scale=3.0).astype(float)
     inner = pictures[:, 24:40, 24:40].mean(axis=(0, 1, 2))
-    others = np.delete(inner, COLOURS[colour])
-    assert inner[COLOURS[colour]] > others.max() + 30
+    others = np.delete(inner, COLORS[color])
+    assert inner[COLORS[color]] > others.max() + 30
 
 
 def test_the_controlnet_follows_edges_it_has_never_seen(

@@ -18,15 +18,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from codi_jax import command_line
-from codi_jax.adaptation import delta_of_lora, delta_of_models, describe, open_editor, write_adapted
-from codi_jax.flags import Flags
-from codi_jax.images import labelled_rows, open_image, save_images, to_pixels
-from codi_jax.lora import merge_lora
+from codi_jax.cli import command_line
+from codi_jax.cli.flags import Flags
+from codi_jax.io.images import labeled_rows, open_image, save_images, to_pixels
 from codi_jax.methods.weight_delta import ConvIn
-from codi_jax.pipeline import DiffusionPipeline
-from codi_jax.pretrained import require_editor
-from codi_jax.tracking import say
+from codi_jax.models.lora import merge_lora
+from codi_jax.pipeline.model import DiffusionPipeline
+from codi_jax.training.adaptation import delta_of_lora, delta_of_models, describe, open_editor, write_adapted
+from codi_jax.training.pretrained import require_editor
+from codi_jax.training.tracking import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def main(args: Args) -> None:
     if image is not None:
         height, width = next(iter(rows.values())).shape[1:3]
         shown = (to_pixels(image, (height, width)) * 255).round().astype(np.uint8)
-        save_images(folder / "validation.png", labelled_rows({"source": shown[None], **rows})[None])
+        save_images(folder / "validation.png", labeled_rows({"source": shown[None], **rows})[None])
 
 
 def _weight_folder(weight: float) -> str:

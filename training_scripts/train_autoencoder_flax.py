@@ -15,20 +15,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from codi_jax import command_line, optim, sharding, train
+from codi_jax.cli import command_line
+from codi_jax.cli.flags import Adjustable
 from codi_jax.data import DataFlags, load_data, open_data
-from codi_jax.flags import Adjustable
-from codi_jax.images import labelled_rows
+from codi_jax.io.hub import ModelFolder
+from codi_jax.io.images import labeled_rows
+from codi_jax.io.weights import build_module, load_model, save_model
 from codi_jax.methods import autoencoder
+from codi_jax.models import sharding
 from codi_jax.models.vae import AutoencoderKL
-from codi_jax.validation import ValidationFlags, held_out
-from codi_jax.weights import ModelFolder, build_module, load_model, save_model
+from codi_jax.training import loop, optim
+from codi_jax.training.validation import ValidationFlags, held_out
 
 _HELD_OUT = 128  # images whose latents give the scaling factor
 
 
 @dataclass(frozen=True)
-class Args(train.LoopFlags, optim.OptimizerFlags, optim.EmaFlags, DataFlags, ValidationFlags):
+class Args(loop.LoopFlags, optim.OptimizerFlags, optim.EmaFlags, DataFlags, ValidationFlags):
     """Trains an autoencoder: images to latents and back."""
 
     pretrained_model_name_or_path: str | None = None
@@ -67,8 +70,8 @@ def main(args: Args) -> None:
         module, args.rec_loss, args.kl_scale, args.decay_if_kept, args.gradient_accumulation_steps
     )
     run_config = {"vae": module.config.to_dict(), **asdict(replace(config, vae=None))}
-    args = train.start(args, run_config)
-    batch_size = train.global_batch_size(args)
+    args = loop.start(args, run_config)
+    batch_size = loop.global_batch_size(args)
     data = open_data(args, batch_size=batch_size, has_text=False)
     samples = held_out(args, _HELD_OUT, has_text=False)
     mesh, key = sharding.make_mesh(args.fsdp), jax.random.key(args.seed)
@@ -81,7 +84,7 @@ def main(args: Args) -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    num_steps = train.num_steps(args, loader.samples_per_epoch)
+    num_steps = loop.num_steps(args, loader.samples_per_epoch)
     optimizer = optim.make_optimizer(args, num_steps, batch_size=batch_size)
     if has_weights:
         _, params = load_model(
@@ -108,16 +111,14 @@ def main(args: Args) -> None:
 
     def validate(state: Any, _: int) -> dict[str, np.ndarray]:
         rows = {"data": samples.pictures, "reconstruction": reconstruct(state)[0]}
-        return {
-            "reconstruction": labelled_rows({name: row[: args.num_validation_images] for name, row in rows.items()})
-        }
+        return {"reconstruction": labeled_rows({name: row[: args.num_validation_images] for name, row in rows.items()})}
 
     def export(state: Any, folder: Path) -> None:
         latents = jnp.asarray(reconstruct(state)[1])
         scaled = replace(module.config, scaling_factor=autoencoder.scaling_factor(latents))
         save_model(folder, "vae", replace(module, config=scaled), state.result, dtype=args.save_dtype)
 
-    train.train(
+    loop.train(
         functools.partial(autoencoder.train_step, config=config, optimizer=optimizer),
         state,
         {},

@@ -1,4 +1,4 @@
-"""BK-SDM: distils a text-to-image model into a student with fewer blocks, by the features of the blocks that stay.
+"""BK-SDM: distills a text-to-image model into a student with fewer blocks, by the features of the blocks that stay.
 
 python3 training_scripts/train_bk_sdm_flax.py \
     --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --train_data_dir data/mine \
@@ -14,14 +14,17 @@ from typing import Annotated, Any, Literal
 import tyro
 from jax.sharding import Mesh
 
-from codi_jax import command_line, sharding, train
+from codi_jax.cli import command_line
+from codi_jax.cli.flags import Adjustable, Operational
 from codi_jax.data import DataFlags
-from codi_jax.denoising_training import DenoisingTrainingFlags, denoise
-from codi_jax.flags import Adjustable, Operational
+from codi_jax.io.pruning_levels import find_level
 from codi_jax.methods import bk_sdm
+from codi_jax.models import sharding
 from codi_jax.models.pruning import Features, Surgery, whole
-from codi_jax.pipeline import DiffusionPipeline
-from codi_jax.pretrained import (
+from codi_jax.pipeline.model import DiffusionPipeline
+from codi_jax.training import loop
+from codi_jax.training.denoising_training import DenoisingTrainingFlags, denoise
+from codi_jax.training.pretrained import (
     load_batches,
     load_pretrained,
     modules_of,
@@ -30,13 +33,12 @@ from codi_jax.pretrained import (
     trainable,
     with_network,
 )
-from codi_jax.pruning_levels import find_level
-from codi_jax.validation import validation_samples
+from codi_jax.training.validation import validation_samples
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args(DenoisingTrainingFlags, DataFlags):
-    """Distils a text-to-image model into a student with fewer blocks."""
+    """Distills a text-to-image model into a student with fewer blocks."""
 
     distill_level: str = "sd_small"
     """Which blocks stay. For SD 1.x and 2.x: sd_small, sd_tiny, bk_base, bk_small, bk_tiny; for SDXL: ssd_1b, vega; or
@@ -74,7 +76,7 @@ class Args(DenoisingTrainingFlags, DataFlags):
 def main(args: Args) -> None:
     surgery = find_level(args.distill_level, args.distill_table) if args.prepare_unet else None
     run_config = {"surgery": None if surgery is None else dataclasses.asdict(surgery)}
-    args = train.start(args, run_config)
+    args = loop.start(args, run_config)
     data = open_training_data(args)
     samples = validation_samples(args)
     unet: Any = pretrained_unet(args)
@@ -117,11 +119,11 @@ def _make_student(
     return dataclasses.replace(teacher, modules=modules, params=params, schedule=schedule), features
 
 
-def _with_validation_steps(args: Args, loader: train.Loader) -> Args:
+def _with_validation_steps(args: Args, loader: loop.Loader) -> Args:
     if args.validation_epochs is None:
         return args
     passes = dataclasses.replace(args, max_train_steps=None, num_train_epochs=args.validation_epochs)
-    return dataclasses.replace(args, validation_steps=train.num_steps(passes, loader.samples_per_epoch))
+    return dataclasses.replace(args, validation_steps=loop.num_steps(passes, loader.samples_per_epoch))
 
 
 if __name__ == "__main__":

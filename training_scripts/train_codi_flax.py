@@ -1,4 +1,4 @@
-"""CoDi: distils a text-to-image model into a student of 1 to 4 steps that follows a condition image.
+"""CoDi: distills a text-to-image model into a student of 1 to 4 steps that follows a condition image.
 
 python3 training_scripts/train_codi_flax.py \
     --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --train_data_dir data/mine \
@@ -15,12 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from codi_jax import command_line, optim, sharding, train
+from codi_jax.cli import command_line
+from codi_jax.cli.flags import Operational
 from codi_jax.data import DataFlags
-from codi_jax.flags import Operational
-from codi_jax.images import labelled_rows
+from codi_jax.io.images import labeled_rows
 from codi_jax.methods import codi
-from codi_jax.pretrained import (
+from codi_jax.models import sharding
+from codi_jax.training import loop, optim
+from codi_jax.training.pretrained import (
     ConditionFlags,
     ModelFlags,
     load_batches,
@@ -34,14 +36,14 @@ from codi_jax.pretrained import (
     trainable,
     with_controlnet,
 )
-from codi_jax.validation import ValidationFlags, generate_with, validation_samples
+from codi_jax.training.validation import ValidationFlags, generate_with, validation_samples
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args(
-    ModelFlags, ConditionFlags, codi.CodiFlags, train.LoopFlags, optim.OptimizerFlags, DataFlags, ValidationFlags
+    ModelFlags, ConditionFlags, codi.CodiFlags, loop.LoopFlags, optim.OptimizerFlags, DataFlags, ValidationFlags
 ):
-    """Distils a text-to-image model, with a new condition, into a student of few steps."""
+    """Distills a text-to-image model, with a new condition, into a student of few steps."""
 
     controlnet_model_name_or_path: str | None = None
     """ControlNet to start from. If left out: a new one, a copy of the UNet's encoder."""
@@ -76,7 +78,7 @@ class Args(
 
 def main(args: Args) -> None:
     flags = codi.CodiFlags.of(args)
-    args = train.start(args)
+    args = loop.start(args)
     condition = args.condition if flags.distill_type == "conditional" else None
     data = open_training_data(args, condition)
     samples = validation_samples(args, condition)
@@ -87,8 +89,8 @@ def main(args: Args) -> None:
         teacher = with_controlnet(teacher, None)
     loader = load_batches(args, teacher, data, condition)
     config = codi.configure(modules_of(teacher, ("controlnet", "unet"), args), flags)
-    num_steps = train.num_steps(args, loader.samples_per_epoch)
-    optimizer = optim.make_optimizer(args, num_steps, batch_size=train.global_batch_size(args))
+    num_steps = loop.num_steps(args, loader.samples_per_epoch)
+    optimizer = optim.make_optimizer(args, num_steps, batch_size=loop.global_batch_size(args))
     state = codi.init_state(
         config,
         trainable(teacher, "unet", mesh),
@@ -113,13 +115,13 @@ def main(args: Args) -> None:
         for steps in args.student_steps:
             made = generate_with(student, state.ema, samples, steps=steps, guidance_scale=args.guidance_scale)
             rows[f"student, {steps}"] = made
-        return {"samples": labelled_rows({**rows, "data": samples.pictures})}
+        return {"samples": labeled_rows({**rows, "data": samples.pictures})}
 
     def export(state: Any, folder: Path) -> None:
         trained = {name: (student.modules[name], params) for name, params in state.ema.items()}
         save_trained(args, student, folder, trained)
 
-    train.train(
+    loop.train(
         functools.partial(
             codi.train_step, config=config, optimizer=optimizer, accumulation=args.gradient_accumulation_steps
         ),

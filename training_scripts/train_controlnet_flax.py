@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import jax
 
-from codi_jax import command_line, sharding, train
+from codi_jax.cli import command_line
 from codi_jax.data import DataFlags
-from codi_jax.denoising_training import DenoisingTrainingFlags, denoise
-from codi_jax.methods.inputs import add_controlnet, init_controlnet
-from codi_jax.pretrained import (
+from codi_jax.models import sharding
+from codi_jax.pipeline.conditions import add_controlnet, init_controlnet
+from codi_jax.training import loop
+from codi_jax.training.denoising_training import DenoisingTrainingFlags, denoise
+from codi_jax.training.pretrained import (
     ConditionFlags,
     load_batches,
     load_pretrained,
@@ -22,7 +24,7 @@ from codi_jax.pretrained import (
     trainable,
     with_controlnet,
 )
-from codi_jax.validation import validation_samples
+from codi_jax.training.validation import validation_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class Args(DenoisingTrainingFlags, ConditionFlags, DataFlags):
 
 
 def main(args: Args) -> None:
-    args = train.start(args)
+    args = loop.start(args)
     data = open_training_data(args, args.condition)
     samples = validation_samples(args, args.condition)
     mesh = sharding.make_mesh(args.fsdp)

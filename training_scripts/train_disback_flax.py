@@ -1,4 +1,4 @@
-"""DisBack: distils a model into a generator of one step, without images.
+"""DisBack: distills a model into a generator of one step, without images.
 
 python3 training_scripts/train_disback_flax.py \
     --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --train_prompt_path prompts.txt \
@@ -16,22 +16,23 @@ from typing import Annotated, Literal
 
 import tyro
 
-from codi_jax import command_line, optim, train
+from codi_jax.cli import command_line
+from codi_jax.cli.flags import Adjustable, Operational
+from codi_jax.cli.outputs import file_in_place_of
 from codi_jax.data import PromptFlags
-from codi_jax.disback_training import NO_PATH, distil
-from codi_jax.flags import Adjustable, Operational
 from codi_jax.methods.disback import DisbackFlags
-from codi_jax.outputs import file_in_place_of
-from codi_jax.pretrained import ConditionFlags, ModelFlags
-from codi_jax.tracking import say
-from codi_jax.validation import ValidationFlags
+from codi_jax.training import loop, optim
+from codi_jax.training.disback_training import NO_PATH, distill
+from codi_jax.training.pretrained import ConditionFlags, ModelFlags
+from codi_jax.training.tracking import say
+from codi_jax.training.validation import ValidationFlags
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args(
-    ModelFlags, ConditionFlags, DisbackFlags, train.LoopFlags, optim.OptimizerFlags, PromptFlags, ValidationFlags
+    ModelFlags, ConditionFlags, DisbackFlags, loop.LoopFlags, optim.OptimizerFlags, PromptFlags, ValidationFlags
 ):
-    """Distils a model into a generator of one step (DisBack), or of few."""
+    """Distills a model into a generator of one step (DisBack), or of few."""
 
     pretrained_model_name_or_path: Annotated[str, tyro.conf.arg(aliases=["--model_id"])]
     """The teacher: a folder in diffusers' layout, or an id on the Hugging Face Hub."""
@@ -91,7 +92,7 @@ def main(args: Args) -> None:
         if args.train_prompt_path is not None:
             say("--train_prompt_path is put aside: the prompts are the captions of --real_image_path")
         args = dataclasses.replace(args, train_data_dir=args.real_image_path, train_prompt_path=None)
-    distil(args)
+    distill(args)
 
 
 if __name__ == "__main__":

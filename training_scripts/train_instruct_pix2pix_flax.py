@@ -9,11 +9,13 @@ python3 training_scripts/train_instruct_pix2pix_flax.py \
 import dataclasses
 from dataclasses import dataclass
 
-from codi_jax import command_line, sharding, train
-from codi_jax.denoising_training import DenoisingTrainingFlags, denoise
-from codi_jax.flags import Operational
-from codi_jax.methods.inputs import widen_for_edits
-from codi_jax.pretrained import (
+from codi_jax.cli import command_line
+from codi_jax.cli.flags import Operational
+from codi_jax.models import sharding
+from codi_jax.pipeline.conditions import widen_for_edits
+from codi_jax.training import loop
+from codi_jax.training.denoising_training import DenoisingTrainingFlags, denoise
+from codi_jax.training.pretrained import (
     EditFlags,
     load_batches,
     load_pretrained,
@@ -22,7 +24,7 @@ from codi_jax.pretrained import (
     require_editor,
     trainable,
 )
-from codi_jax.validation import validation_samples
+from codi_jax.training.validation import validation_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class Args(DenoisingTrainingFlags, EditFlags):
 
 
 def main(args: Args) -> None:
-    args = train.start(args)
+    args = loop.start(args)
     data = open_training_data(args, args.condition)
     samples = validation_samples(args, args.condition)
     mesh = sharding.make_mesh(args.fsdp)

@@ -1,4 +1,4 @@
-"""LCM: distils a text-to-image model, with a ControlNet or without, into a student of 1 to 8 steps, or into a LoRA.
+"""LCM: distills a text-to-image model, with a ControlNet or without, into a student of 1 to 8 steps, or into a LoRA.
 
 python3 training_scripts/train_lcm_flax.py \
     --pretrained_teacher_model stable-diffusion-v1-5/stable-diffusion-v1-5 --train_data_dir data/mine \
@@ -10,17 +10,17 @@ and, for a LoRA, --use_lora --lora_rank 64 --learning_rate 1e-4.
 
 from dataclasses import dataclass
 
-from codi_jax import command_line
+from codi_jax.cli import command_line
 from codi_jax.data import DataFlags
-from codi_jax.lcm_training import LcmTrainingFlags, Lora, distil
-from codi_jax.lora import LARGEST_RANK
-from codi_jax.pipeline import DiffusionPipeline
-from codi_jax.pretrained import ConditionFlags
+from codi_jax.models.lora import LARGEST_RANK
+from codi_jax.pipeline.model import DiffusionPipeline
+from codi_jax.training.lcm_training import LcmTrainingFlags, Lora, distill
+from codi_jax.training.pretrained import ConditionFlags
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args(LcmTrainingFlags, ConditionFlags, DataFlags):
-    """Distils a text-to-image model into a student of few steps."""
+    """Distills a text-to-image model into a student of few steps."""
 
     controlnet_model_name_or_path: str | None = None
     """ControlNet that the teacher is distilled with, and that the student keeps as it is."""
@@ -46,13 +46,13 @@ def main(args: Args) -> None:
         lora = Lora(rank=args.lora_rank, alpha=args.lora_alpha, target_modules=args.lora_target_modules or None)
     controlnet = args.controlnet_model_name_or_path
     condition = args.condition if controlnet is not None else None
-    distil(args, condition, controlnet=controlnet, lora=lora, require=_require_text_to_image)
+    distill(args, condition, controlnet=controlnet, lora=lora, require=_require_text_to_image)
 
 
 def _require_text_to_image(pipeline: DiffusionPipeline) -> None:
     if pipeline.task == "edit":
         raise ValueError(
-            "the teacher is an InstructPix2Pix model: distil it with train_lcm_distil_instruct_pix2pix_sdxl.py."
+            "the teacher is an InstructPix2Pix model: distill it with train_lcm_distil_instruct_pix2pix_sdxl.py."
         )
     if pipeline.task != "text-to-image":
         raise ValueError(f"the teacher is for the task {pipeline.task!r}, which LCM is not implemented for.")

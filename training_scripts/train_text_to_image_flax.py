@@ -10,11 +10,13 @@ from typing import Literal
 
 import jax
 
-from codi_jax import command_line, sharding, train
+from codi_jax.cli import command_line
 from codi_jax.data import DataFlags
-from codi_jax.denoising_training import DenoisingTrainingFlags, denoise
-from codi_jax.pretrained import load_batches, load_pretrained, open_training_data, trainable
-from codi_jax.validation import validation_samples
+from codi_jax.models import sharding
+from codi_jax.training import loop
+from codi_jax.training.denoising_training import DenoisingTrainingFlags, denoise
+from codi_jax.training.pretrained import load_batches, load_pretrained, open_training_data, trainable
+from codi_jax.training.validation import validation_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ def main(args: Args) -> None:
     if "text_encoder" in args.from_scratch and not args.train_text_encoder:
         raise ValueError("--from_scratch text_encoder needs --train_text_encoder, or it stays random.")
     names = ("unet", "text_encoder") if args.train_text_encoder else ("unet",)
-    args = train.start(args)
+    args = loop.start(args)
     data = open_training_data(args)
     samples = validation_samples(args)
     mesh, key = sharding.make_mesh(args.fsdp), jax.random.key(args.seed)

@@ -22,7 +22,7 @@ pictures=(--max_train_samples 3553)
   --learning_rate 2e-3 --lr_warmup_steps 100 --adam_beta2 0.99 --adam_weight_decay 1e-4 --ema_decay 0.998 \
   --validation_steps 500 --output_dir "$work/vae"
 
-# The folder to start from: configurations, the vocabulary (learnt by dataset_tools/train_tokenizer.py) and the VAE.
+# The folder to start from: configurations, the vocabulary (learned by dataset_tools/train_tokenizer.py) and the VAE.
 if [ ! -e "$work/start" ]; then
   cp -r "$recipe" "$work/start.unfinished"
   cp "$work"/vae/vae/* "$work/start.unfinished/vae/"

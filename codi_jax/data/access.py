@@ -14,9 +14,9 @@ import datasets
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from codi_jax.data.download import DownloadFlags, fetch
 from codi_jax.data.files import is_url
-from codi_jax.decoding import RejectedError
+from codi_jax.io.decoding import RejectedError
+from codi_jax.io.download import DownloadFlags, fetch
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)(::|://)", re.IGNORECASE)
 _BUILDERS = ("imagefolder",)  # of `datasets`: their paths are of files that they found or fetched, not of a table

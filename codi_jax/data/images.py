@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
-from codi_jax import decoding
 from codi_jax.data.access import Access
-from codi_jax.images import canny as edges_of
+from codi_jax.io import decoding
+from codi_jax.io.images import canny as edges_of
 
 Task = Literal["canny", "super_resolution", "inpainting"]
 """The conditions that can be made from a picture."""
@@ -190,7 +190,7 @@ def low_resolution(
 
 
 def masked(pixels: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
-    """The picture with a grey hole to paint: a box, or strokes of a thick brush (Yu et al., 2019, algorithm 1)."""
+    """The picture with a gray hole to paint: a box, or strokes of a thick brush (Yu et al., 2019, algorithm 1)."""
     size = (pixels.shape[0], pixels.shape[1])
     hole = _box(size, rng) if rng.random() < 0.5 else _strokes(size, rng)
     return np.where(hole[:, :, None], np.uint8(GREY), pixels)

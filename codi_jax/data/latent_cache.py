@@ -38,7 +38,7 @@ from codi_jax.data.loader import Tokenize, read_ahead, refuse_too_many
 from codi_jax.data.row_files import DamagedRowsError, RowFile, RowWriter, create, open_rows, save_rows
 from codi_jax.data.samples import MAX_IN_A_ROW, Batch, Choices, Reader, substitute
 from codi_jax.data.sources import captions_of, describe_row, files_fingerprint
-from codi_jax.decoding import MAX_MEGAPIXELS
+from codi_jax.io.decoding import MAX_MEGAPIXELS
 
 _VERSION = 1
 _MANIFEST = "manifest.json"

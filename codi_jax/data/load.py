@@ -11,14 +11,14 @@ from typing import Annotated, Any, Literal
 import grain
 import tyro
 
+from codi_jax.cli.flags import LARGEST_SIDE, Adjustable, Flags, Local
 from codi_jax.data.images import Condition, Interpolation, Task, condition_for
 from codi_jax.data.latent_cache import CachedReader, Encoders, Part, cache_part, open_cache, prefetch
 from codi_jax.data.loader import Batches, Loader, Order, Shard, Tokenize, read_ahead, tokenized
 from codi_jax.data.samples import Reader, Transform
 from codi_jax.data.sources import Source, open_source, require_folder
 from codi_jax.data.streams import StreamBatches
-from codi_jax.decoding import LARGEST_MEGAPIXELS, MAX_MEGAPIXELS
-from codi_jax.flags import LARGEST_SIDE, Adjustable, Flags, Local
+from codi_jax.io.decoding import LARGEST_MEGAPIXELS, MAX_MEGAPIXELS
 
 _MOST_WORKERS = 1024  # each is a process, and they are all started before the first batch
 
@@ -166,7 +166,7 @@ def open_data(
 
     Args:
       flags: the user's.
-      batch_size: samples of one optimiser step, of all processes together.
+      batch_size: samples of one optimizer step, of all processes together.
       condition: where "conditioning" comes from.
       has_text: whether captions are read.
       has_images: whether images are read; without, there are no conditions either.
@@ -205,7 +205,7 @@ def load_data(
       flags: the user's.
       tokenize: for captions; called in this process, with as many texts as a batch has samples. ``None`` reads no
         captions, and the data need not have any.
-      batch_size: samples of one optimiser step, of all processes together.
+      batch_size: samples of one optimizer step, of all processes together.
       seed: of order, crops, flips, captions and conditions.
       condition: where "conditioning" comes from.
       source: of `open_data`, if it has been called.

@@ -14,7 +14,7 @@ from PIL import Image
 from codi_jax.data.images import Condition, Interpolation, Placement, UnreadableImageError, crop, place, read_image
 from codi_jax.data.shards import PROBLEM
 from codi_jax.data.sources import Source, captions_of, describe_row
-from codi_jax.decoding import MAX_MEGAPIXELS
+from codi_jax.io.decoding import MAX_MEGAPIXELS
 
 Batch = dict[str, Any]
 """Arrays of one size along their first axis, by name; "input_ids" is a dict of them."""

@@ -18,14 +18,14 @@ import datasets
 import numpy as np
 from datasets import Dataset, IterableDataset
 
+from codi_jax.cli.messages import first_line, listed
 from codi_jax.data import shards
 from codi_jax.data.access import Access, names_own_files
-from codi_jax.data.download import DownloadFlags
 from codi_jax.data.files import Folder, is_url
 from codi_jax.data.images import describe_cell
 from codi_jax.data.picture_folders import captions_in
-from codi_jax.decoding import RejectedError
-from codi_jax.hub import first_line, listed
+from codi_jax.io.decoding import RejectedError
+from codi_jax.io.download import DownloadFlags
 
 Rows = Dataset | IterableDataset
 

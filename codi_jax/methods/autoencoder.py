@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key, UInt8
 
-from codi_jax import optim
-from codi_jax.methods.inputs import posterior, to_signed
 from codi_jax.models.config import Params
+from codi_jax.pipeline.conditions import posterior, to_signed
+from codi_jax.training import optim
 
 Batch = Mapping[str, Any]
 

@@ -1,6 +1,6 @@
 """Guidance baked in: a student that takes its guidance as an input, made into one for a single guidance scale.
 
-Beyond LCM, its neighbour, this trains nothing: it is arithmetic on two layers' weights.
+Beyond LCM, its neighbor, this trains nothing: it is arithmetic on two layers' weights.
 """
 
 import dataclasses
@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from codi_jax.diffusion.sampling import guidance_embedding
 from codi_jax.models.config import Params
-from codi_jax.sampling import guidance_embedding
 
 
 def bake_guidance(

@@ -9,7 +9,7 @@ stay, see `codi_jax.models.pruning.prune`.
 Nothing bounds the scale of features, and where it is large their term decides alone. With ``feature_normalize``, which
 is this project's own, the distance of each pair and sample is divided by mean‖f_T^l‖².
 
-Beyond plain training, its neighbour: the teacher.
+Beyond plain training, its neighbor: the teacher.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
-from codi_jax import optim
-from codi_jax.losses import mse
+from codi_jax.diffusion.losses import mse
 from codi_jax.methods import denoising
-from codi_jax.methods.inputs import Batch, Modules, refuse_guidance_input
-from codi_jax.methods.prediction import predict_with_taps
 from codi_jax.models.config import Params
 from codi_jax.models.pruning import Features, Surgery, feature_pairs, prune
+from codi_jax.pipeline.conditions import Batch, Modules, refuse_guidance_input
+from codi_jax.pipeline.prediction import predict_with_taps
+from codi_jax.training import optim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def make_student(unet: Any, params: Params, surgery: Surgery) -> tuple[Any, Para
     """
     refuse_guidance_input(
         unet,
-        "which plain training does not give it: take blocks from the model that it was distilled from, and distil the "
+        "which plain training does not give it: take blocks from the model that it was distilled from, and distill the "
         "student then",
     )
     return *prune(unet, params, surgery), feature_pairs(unet.config, surgery)
@@ -138,7 +138,7 @@ def train_step(
     config: Config,
     optimizer: optax.GradientTransformation,
 ) -> tuple[optim.TrainState, optim.Metrics]:
-    """One update of θ, and of its moving average; see `codi_jax.optim.step`."""
+    """One update of θ, and of its moving average; see `codi_jax.training.optim.step`."""
     return optim.step(
         state,
         lambda params, batch, key: loss(params, frozen, batch, key, config),

@@ -15,7 +15,7 @@ mean‖ε − z_0‖² there, in one draw of N); here w = 0 where s = 0. And w_s
 what the term compares, min(SNR, γ) for x̂ and min(SNR, γ)/SNR for ε̂, while the reference weighs by what the network puts
 out, although the term is not a loss on that (``snr_weight_space``).
 
-Beyond LCM, its neighbour: the condition, the second term, which teaches it, and guidance that stays a choice at
+Beyond LCM, its neighbor: the condition, the second term, which teaches it, and guidance that stays a choice at
 sampling time instead of an input of the network.
 """
 
@@ -29,9 +29,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from codi_jax import losses, optim
-from codi_jax.flags import Flags
-from codi_jax.methods.inputs import (
+from codi_jax.cli.flags import Flags
+from codi_jax.diffusion import losses
+from codi_jax.diffusion.schedule import DistillationGrid, Latents, NoiseSchedule, PredictionType, distillation_grid
+from codi_jax.models.config import Params
+from codi_jax.pipeline.conditions import (
     Frozen,
     Inputs,
     Modules,
@@ -40,10 +42,9 @@ from codi_jax.methods.inputs import (
     prepare,
     refuse_guidance_input,
 )
-from codi_jax.methods.prediction import Features, branches, encode, guided
-from codi_jax.models.config import Params
-from codi_jax.optim import Batch, Metrics, MixedPrecision, TrainState
-from codi_jax.schedule import DistillationGrid, Latents, NoiseSchedule, PredictionType, distillation_grid
+from codi_jax.pipeline.prediction import Features, branches, encode, guided
+from codi_jax.training import optim
+from codi_jax.training.optim import Batch, Metrics, MixedPrecision, TrainState
 
 SampleEps = Literal["v_prediction", "x_prediction", "epsilon", "vprediction", "xprediction", "nprediction"]
 _TRUE_NOISE = ("epsilon", "nprediction")
@@ -54,7 +55,7 @@ class CodiFlags(Flags):
     """The flags of CoDi."""
 
     distill_type: Literal["conditional", "unconditional"] = "conditional"
-    """unconditional distils without condition images: the UNet alone, on text."""
+    """unconditional distills without condition images: the UNet alone, on text."""
     train: Literal["controlnet", "unet"] = "controlnet"
     """controlnet: parameter-efficient CoDi, which leaves the UNet as it is; unet: full CoDi, which trains both."""
     distill_loss: Literal["consistency_x", "consistency_epsilon"] = "consistency_x"
@@ -143,7 +144,7 @@ def configure(modules: Modules, flags: CodiFlags) -> Config:
         return Config(modules, flags)
     if flags.needs_initial_controlnet:
         raise ValueError(
-            "--onestepode_control_params initial distils a ControlNet that has been trained already: name it with "
+            "--onestepode_control_params initial distills a ControlNet that has been trained already: name it with "
             "--controlnet_model_name_or_path."
         )
     return Config(add_controlnet(modules), flags)
@@ -193,7 +194,7 @@ def init_state(
     Args:
       config: from `configure`.
       unet_params: the teacher's.
-      optimizer: from `codi_jax.optim.make_optimizer`.
+      optimizer: from `codi_jax.training.optim.make_optimizer`.
       key: of the run.
       controlnet_params: of a ControlNet to start from; ``None`` makes one from the UNet.
       mixed_precision: of the computation.
@@ -268,7 +269,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     accumulation: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """One update of θ and θ⁻; see `codi_jax.optim.step`."""
+    """One update of θ and θ⁻; see `codi_jax.training.optim.step`."""
     return optim.step(
         state,
         lambda params, batch, key: loss(params, state, frozen, batch, key, config),

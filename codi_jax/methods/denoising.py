@@ -1,4 +1,4 @@
-"""Plain training of a diffusion model: what every other method here distils.
+"""Plain training of a diffusion model: what every other method here distills.
 
     L = w(t) mean‖F_θ(z_t, t, c) − y‖²,    z_t = α_t z_0 + σ_t ε,    t uniform in 0 … T−1
 
@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from codi_jax import optim
-from codi_jax.losses import min_snr_weights, mse
-from codi_jax.methods.inputs import Batch, Condition, Modules, drop_conditions, prepare
-from codi_jax.methods.prediction import predict
+from codi_jax.diffusion.losses import min_snr_weights, mse
+from codi_jax.diffusion.schedule import Latents
 from codi_jax.models.config import Params
-from codi_jax.schedule import Latents
+from codi_jax.pipeline.conditions import Batch, Condition, Modules, drop_conditions, prepare
+from codi_jax.pipeline.prediction import predict
+from codi_jax.training import optim
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Config:
       input_perturbation: strength of further noise on z_t alone (Ning et al., 2023).
       ema_decay: of the moving average; ``None`` keeps none.
       accumulation: microbatches of an update.
-      dropout: probability of `codi_jax.methods.inputs.drop_conditions`, for InstructPix2Pix.
+      dropout: probability of `codi_jax.pipeline.conditions.drop_conditions`, for InstructPix2Pix.
     """
 
     modules: Modules
@@ -76,7 +76,7 @@ def draw(networks: Mapping[str, Any], batch: Batch, key: Key[Array, ""], config:
 
     Args:
       networks: parameters by name, and ``schedule``; the null text where conditions are dropped.
-      batch: see `codi_jax.methods.inputs.prepare`.
+      batch: see `codi_jax.pipeline.conditions.prepare`.
       key: of latents, times and noise.
       config: the configuration.
     """

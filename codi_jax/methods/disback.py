@@ -8,7 +8,7 @@ anything that the teacher knows. DisBack gives it nearer targets (section 4):
 2. *Distribution backtracking*: φ goes on as s'_M, G is trained by L_G, and its target θ walks the path backwards:
    s'_M−1, …, s'_1, and at last the teacher itself, where it stays.
 
-L_G and L_φ are those of `codi_jax.methods.distribution_matching`, and without stage 1, with the teacher as the target
+L_G and L_φ are those of `codi_jax.methods.dmd`, and without stage 1, with the teacher as the target
 throughout, this is plain DMD. Which node θ is, is no concern of the step: it is the ``unet`` of what is frozen.
 """
 
@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key
 
-from codi_jax import optim
-from codi_jax.methods.distribution_matching import Config, MatchingFlags, fake_loss, generator_loss
+from codi_jax.methods.dmd import Config, MatchingFlags, fake_loss, generator_loss
 from codi_jax.methods.generator import init_generator
-from codi_jax.methods.inputs import Batch, Frozen
 from codi_jax.models.config import Params
-from codi_jax.optim import Metrics, MixedPrecision, TrainState
+from codi_jax.pipeline.conditions import Batch, Frozen
+from codi_jax.training import optim
+from codi_jax.training.optim import Metrics, MixedPrecision, TrainState
 
 Optimizers = tuple[optax.GradientTransformation, optax.GradientTransformation]
 """Of the generator, and of the fake score."""
@@ -97,7 +97,7 @@ def init_state(
       config: of the method.
       teacher_params: of the teacher's UNet.
       fake_params: of the most degraded node; the teacher's for plain DMD.
-      optimizers: each from `codi_jax.optim.make_optimizer`.
+      optimizers: each from `codi_jax.training.optim.make_optimizer`.
       key: of the run.
       mixed_precision: of the computation.
     """

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from codi_jax.flags import Flags
-from codi_jax.lora import LARGEST_RANK, init_lora, merge_lora
-from codi_jax.methods.inputs import Condition, Frozen, Inputs, Modules
-from codi_jax.methods.prediction import predict
+from codi_jax.cli.flags import Flags
+from codi_jax.diffusion.schedule import Latents, NoiseSchedule
 from codi_jax.models.config import Params
-from codi_jax.schedule import Latents, NoiseSchedule
+from codi_jax.models.lora import LARGEST_RANK, init_lora, merge_lora
+from codi_jax.pipeline.conditions import Condition, Frozen, Inputs, Modules
+from codi_jax.pipeline.prediction import predict
 
 
 @dataclasses.dataclass(frozen=True)

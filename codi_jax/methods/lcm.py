@@ -17,7 +17,7 @@ has none in any branch, so there x̂_i is x̂_u.
 
 LCM-LoRA (Luo et al., 2023, arXiv:2311.05556): θ is a LoRA on the teacher, w is no input, and θ⁻ is θ.
 
-Beyond CoDi, its neighbour: guidance is distilled, and no condition is learnt.
+Beyond CoDi, its neighbor: guidance is distilled, and no condition is learned.
 """
 
 import dataclasses
@@ -29,15 +29,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
-from codi_jax import losses, optim
-from codi_jax.flags import Flags
-from codi_jax.lora import init_lora
-from codi_jax.methods.inputs import Batch, Frozen, Modules, drop_conditions, prepare, refuse_guidance_input
-from codi_jax.methods.prediction import guided, predict
+from codi_jax.cli.flags import Flags
+from codi_jax.diffusion import losses
+from codi_jax.diffusion.sampling import guidance_embedding
+from codi_jax.diffusion.schedule import Latents, NoiseSchedule, distillation_grid
 from codi_jax.models.config import Params
-from codi_jax.optim import Metrics, MixedPrecision, TrainState
-from codi_jax.sampling import guidance_embedding
-from codi_jax.schedule import Latents, NoiseSchedule, distillation_grid
+from codi_jax.models.lora import init_lora
+from codi_jax.pipeline.conditions import Batch, Frozen, Modules, drop_conditions, prepare, refuse_guidance_input
+from codi_jax.pipeline.prediction import guided, predict
+from codi_jax.training import optim
+from codi_jax.training.optim import Metrics, MixedPrecision, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class LcmFlags(Flags):
     w_max: float = 15.0
     """The highest guidance weight."""
     w_image_min: float | None = None
-    """The lowest weight of the image guidance (its scale minus 1), to distil it as a second input. If left out: text
+    """The lowest weight of the image guidance (its scale minus 1), to distill it as a second input. If left out: text
     and image have the same weight."""
     w_image_max: float | None = None
     """The highest weight of the image guidance."""
@@ -97,7 +98,7 @@ class Config:
       modules: of the teacher.
       student: the UNet that is trained: the teacher's with an embedding of guidance weights, or as it is for a LoRA.
       flags: of the method.
-      dropout: probability of `codi_jax.methods.inputs.drop_conditions`, for edits.
+      dropout: probability of `codi_jax.pipeline.conditions.drop_conditions`, for edits.
       lora: whether θ is a LoRA.
     """
 
@@ -164,11 +165,11 @@ def init_state(
     Args:
       config: from `configure`.
       teacher_params: of the teacher's UNet.
-      optimizer: from `codi_jax.optim.make_optimizer`.
+      optimizer: from `codi_jax.training.optim.make_optimizer`.
       key: of the run.
       rank: of the LoRA.
       alpha: of the LoRA; ``None`` is ``rank``.
-      target_modules: of the LoRA, see `codi_jax.lora.init_lora`.
+      target_modules: of the LoRA, see `codi_jax.models.lora.init_lora`.
       mixed_precision: of the computation.
 
     Raises:
@@ -242,7 +243,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     accumulation: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """One update of θ and θ⁻; see `codi_jax.optim.step`."""
+    """One update of θ and θ⁻; see `codi_jax.training.optim.step`."""
     return optim.step(
         state,
         lambda params, batch, key: loss(params, state, frozen, batch, key, config),

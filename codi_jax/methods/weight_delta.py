@@ -6,7 +6,7 @@ where W_base is the text-to-image model that the editor was fine-tuned from, and
 InstructPix2Pix using Distilled Text-conditional Diffusion Models" (Starodubcev, 2023). A LoRA of the student is a delta
 by itself, λ · α/r · B A. The result is sampled as the student is, in 4 or 5 LCM steps at image guidance 1.
 
-Unlike its neighbours it sees no data. Functions of one tensor at a time, so that models of any size are adapted in the
+Unlike its neighbors it sees no data. Functions of one tensor at a time, so that models of any size are adapted in the
 memory of a few tensors.
 """
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from codi_jax.models.attention import dot_product_attention
 from codi_jax.models.config import Channels, ConfigError, Epsilon, ModelConfig, Params, Range, Token
+from codi_jax.models.kernels.attention import dot_product_attention
 from codi_jax.models.layers import dense
 
 _PLAIN, _PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"

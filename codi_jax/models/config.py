@@ -44,6 +44,10 @@ Epsilon = Annotated[float, Range(1e-12, 0.1)]
 _MAX_ENTRIES = 12  # of lists, which have one for each block
 
 
+class WeightsError(ValueError):
+    """Weights that cannot be found, read, matched or written; the message names the file and the remedy."""
+
+
 class ConfigError(ValueError):
     """A configuration that this package cannot build exactly; the message names the file, the key and the value."""
 

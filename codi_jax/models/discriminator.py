@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from codi_jax.models.config import Params
-from codi_jax.models.group_norm import GroupNorm
+from codi_jax.models.kernels.group_norm import GroupNorm
 from codi_jax.models.layers import conv, dense
 
 
@@ -28,7 +28,7 @@ class DiscriminatorHead(nn.Module):
 
     def setup(self) -> None:
         self.convs = [conv(self.features, 4, stride=2, padding=1, dtype=self.dtype) for _ in range(2)]
-        # 32 groups, but of 8 channels at least: of one channel at one position nothing is left after normalisation.
+        # 32 groups, but of 8 channels at least: of one channel at one position nothing is left after normalization.
         groups = math.gcd(32, self.features // 8) if self.features % 8 == 0 else 1
         self.norms = [GroupNorm(groups, 1e-5, self.dtype) for _ in range(2)]
         self.logit = dense(1, dtype=jnp.float32)

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0, a small ImageNet classifier, as a source of image features for metrics.
 
 Tan & Le, 2019 (arXiv 1905.11946), in the Lite form of TensorFlow's repository: no squeeze-and-excitation, and ReLU6 in
-place of swish. Inference only, so batch normalisations are joined with the convolutions before them.
+place of swish. Inference only, so batch normalizations are joined with the convolutions before them.
 """
 
 import itertools
@@ -21,7 +21,7 @@ _STAGES = (
     (1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80),
     (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320),
 )  # fmt: skip
-_EPSILON = 1e-3  # of the batch normalisations
+_EPSILON = 1e-3  # of the batch normalizations
 
 Layers = Mapping[str, Mapping[str, Array]]
 """Name of a convolution -> its ``kernel`` (HWIO) and ``bias``."""
@@ -47,7 +47,7 @@ def _blocks() -> Iterator[_Block]:
 
 
 def _layers() -> Iterator[tuple[str, str]]:
-    """(convolution, batch normalisation behind it)."""
+    """(convolution, batch normalization behind it)."""
     yield "_conv_stem", "_bn0"
     for block in _blocks():
         if block.expands:
@@ -58,7 +58,7 @@ def _layers() -> Iterator[tuple[str, str]]:
 
 
 def fold_batch_norms(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
-    """Joins each convolution with the batch normalisation behind it.
+    """Joins each convolution with the batch normalization behind it.
 
     Args:
       state_dict: arrays, or what NumPy reads as such, by their PyTorch names: ``_conv_stem.weight`` (OIHW),

@@ -1,7 +1,7 @@
 """The layers that the UNet, the ControlNet and the VAE are made of.
 
 Attribute names are those of the diffusers state dict, and a list in ``setup`` becomes ``name_0, name_1, …``: this alone
-makes the parameter tree the diffusers tree (see `codi_jax.weights`).
+makes the parameter tree the diffusers tree (see `codi_jax.io.weights`).
 """
 
 import functools
@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from codi_jax.models.attention import Implementation, dot_product_attention
-from codi_jax.models.devices import backend, gathered
-from codi_jax.models.group_norm import GroupNorm
+from codi_jax.models.kernels.attention import Implementation, dot_product_attention
+from codi_jax.models.kernels.devices import backend, gathered
+from codi_jax.models.kernels.group_norm import GroupNorm
 
 # Output pixels of a batch up to which `convolve` gathers patches on a CPU.
 _FEW_PIXELS = 256
@@ -45,7 +45,7 @@ def conv(
 
 
 def zero_conv(features: int, kernel_size: int = 1, *, dtype: Any) -> nn.Conv:
-    """A convolution initialised with zeros: ControlNet's output layers (Zhang et al., 2023, section 3.1)."""
+    """A convolution initialized with zeros: ControlNet's output layers (Zhang et al., 2023, section 3.1)."""
     return conv(features, kernel_size, kernel_init=nn.initializers.zeros, dtype=dtype)
 
 
@@ -157,7 +157,7 @@ def timestep_embedding(
 class TimestepEmbedding(nn.Module):
     """Two dense layers over a sinusoidal embedding; optionally the guidance embedding enters before the first.
 
-    The guidance projection is initialised with zeros, so that a student which gains one starts as its teacher.
+    The guidance projection is initialized with zeros, so that a student which gains one starts as its teacher.
     """
 
     features: int
@@ -293,7 +293,7 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text and feed-forward, each pre-normalised and residual."""
+    """Self-attention, cross-attention to the text and feed-forward, each pre-normalized and residual."""
 
     features: int
     num_heads: int
@@ -394,7 +394,7 @@ class Downsample2D(nn.Module):
 
 
 class Upsample2D(nn.Module):
-    """Nearest-neighbour enlargement and a convolution."""
+    """Nearest-neighbor enlargement and a convolution."""
 
     features: int
     dtype: Any

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from codi_jax.models.attention import Implementation
 from codi_jax.models.config import Params
-from codi_jax.models.group_norm import GroupNorm
+from codi_jax.models.kernels.attention import Implementation
+from codi_jax.models.kernels.group_norm import GroupNorm
 from codi_jax.models.layers import TimestepEmbedding, conv, timestep_embedding
 from codi_jax.models.unet_blocks import DownBlock2D, MidBlock2D, UpBlock2D
 from codi_jax.models.unet_config import UNetConfig
@@ -27,7 +27,7 @@ class UNetEncoder(nn.Module):
     Attributes:
       config: the model's ``config.json``.
       dtype: of the computation; parameters may be stored in another.
-      attention: the kernel, see `codi_jax.models.attention`.
+      attention: the kernel, see `codi_jax.models.kernels.attention`.
       remat: whether each residual and each transformer block is recomputed in the backward pass instead of stored.
       scan_layers: whether transformer blocks in a row, of which SDXL has up to ten, are compiled as a loop: that takes
         much less time.

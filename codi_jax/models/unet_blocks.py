@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from codi_jax.models.attention import Implementation
+from codi_jax.models.kernels.attention import Implementation
 from codi_jax.models.layers import Downsample2D, ResnetBlock2D, Transformer2DModel, Upsample2D
 from codi_jax.models.unet_config import EncoderConfig, UNetConfig
 

@@ -122,7 +122,7 @@ class EncoderConfig(ModelConfig):
         return per_block(self.transformer_layers_per_block, self.num_blocks, "transformer_layers_per_block")
 
     def example_added_cond(self) -> dict[str, Array] | None:
-        """Zeros in the shapes of SDXL's ``added_cond``, for initialisation; ``None`` for models without."""
+        """Zeros in the shapes of SDXL's ``added_cond``, for initialization; ``None`` for models without."""
         if self.addition_embed_type is None:
             return None
         return {"text_embeds": jnp.zeros((1, self.text_embeds_dim)), "time_ids": jnp.zeros((1, 6))}

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from codi_jax.models.attention import Implementation, dot_product_attention
 from codi_jax.models.config import Channels, ConfigError, Layers, ModelConfig, Params, Range, Side
-from codi_jax.models.group_norm import GroupNorm
+from codi_jax.models.kernels.attention import Implementation, dot_product_attention
+from codi_jax.models.kernels.group_norm import GroupNorm
 from codi_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv, dense
 
 _EPSILON = 1e-6
@@ -83,7 +83,7 @@ class DiagonalGaussian:
 
 
 class AttentionBlock(nn.Module):
-    """Single-head self-attention over all pixels, normalised and residual."""
+    """Single-head self-attention over all pixels, normalized and residual."""
 
     features: int
     num_groups: int

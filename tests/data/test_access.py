@@ -17,10 +17,10 @@ from web import Web, jpeg
 
 from codi_jax.data import DataFlags, load_data, streams
 from codi_jax.data.access import Access
-from codi_jax.data.download import DownloadFlags
 from codi_jax.data.images import UnreadableImageError, read_image
 from codi_jax.data.sources import open_source
-from codi_jax.decoding import RejectedError
+from codi_jax.io.decoding import RejectedError
+from codi_jax.io.download import DownloadFlags
 
 
 @pytest.fixture(autouse=True)

@@ -162,7 +162,7 @@ def test_edges_are_those_of_opencv():
 def test_a_low_resolution_has_no_detail_and_keeps_the_rest():
     rng = np.random.default_rng(0)
     board = (np.indices((32, 32)).sum(0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, -1)
-    assert np.ptp(low_resolution(board, rng).astype(int)) <= 4  # a checkerboard becomes grey
+    assert np.ptp(low_resolution(board, rng).astype(int)) <= 4  # a checkerboard becomes gray
     smooth = np.asarray(numbered(9, (64, 64)))
     assert np.abs(low_resolution(smooth, rng).astype(int) - smooth).max() < 12
 

@@ -132,8 +132,8 @@ from pathlib import Path
 import jax, numpy as np
 from picture_folders import count_tokens
 from test_load import numbers, take
-from codi_jax import sharding
-from codi_jax.checkpoint import Checkpoints
+from codi_jax.models import sharding
+from codi_jax.training.checkpoint import Checkpoints
 from codi_jax.data import DataFlags, load_data, streams
 
 streams.WINDOW = 6

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from published import TINY_SD15
 
-from codi_jax.methods.inputs import Modules
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.unet_config import UNetConfig
+from codi_jax.pipeline.conditions import Modules
 
 CHANNELS = 3
 

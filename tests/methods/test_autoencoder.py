@@ -7,10 +7,10 @@ import optax
 import pytest
 from published import TINY_VAE
 
-from codi_jax import optim
 from codi_jax.methods import autoencoder
 from codi_jax.methods.autoencoder import Config
 from codi_jax.models.vae import AutoencoderKL, VAEConfig
+from codi_jax.training import optim
 
 VAE = AutoencoderKL(VAEConfig.from_dict(TINY_VAE))
 

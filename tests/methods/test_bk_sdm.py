@@ -13,10 +13,10 @@ from numerics import COLUMN, alpha_sigma, draw_latents, x_and_eps
 from oracle import make_pair, nchw, nhwc, prune_sd
 from standins import CHANNELS, MODULES, SCHEDULER, SMALL_SD, float64, make_batch
 
-from codi_jax import optim
+from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.methods import bk_sdm, denoising
 from codi_jax.models.pruning import LEVELS, Surgery, whole
-from codi_jax.schedule import NoiseSchedule
+from codi_jax.training import optim
 
 B = 2
 # bk_small for two resolutions.

@@ -20,12 +20,12 @@ from numerics import COLUMN, Problem, alpha_sigma, assert_equals, boundary_scali
 from published import TINY_VAE
 from standins import MODULES, SCHEDULER, SMALL_SD, float64, make_batch, null_text, numpy_predict, small_unet
 
+from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.methods import codi
 from codi_jax.methods.codi import CodiFlags
-from codi_jax.methods.inputs import Condition, Modules
-from codi_jax.methods.prediction import predict
 from codi_jax.models.vae import AutoencoderKL, VAEConfig
-from codi_jax.schedule import NoiseSchedule
+from codi_jax.pipeline.conditions import Condition, Modules
+from codi_jax.pipeline.prediction import predict
 
 SGD = optax.sgd(0.1)
 train_step = jax.jit(codi.train_step, static_argnames=("config", "optimizer", "accumulation"))
@@ -264,7 +264,7 @@ def test_the_student_starts_as_the_teacher(onestepode: str) -> None:
 
 def test_a_teacher_that_stays_as_it_started_needs_a_trained_controlnet() -> None:
     flags = CodiFlags(onestepode_control_params="initial")
-    with pytest.raises(ValueError, match="distils a ControlNet that has been trained already: name it with"):
+    with pytest.raises(ValueError, match="distills a ControlNet that has been trained already: name it with"):
         real_problem(flags)
     for harmless in ({"onestepode": "uncontrol"}, {"distill_type": "unconditional"}):
         codi.configure(real_model()[0], dataclasses.replace(flags, **harmless))

@@ -13,11 +13,11 @@ import torch
 from numerics import draw_latents
 from standins import MODULES, SCHEDULER, float64, make_batch, numpy_predict
 
-from codi_jax import optim
+from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.methods import denoising
 from codi_jax.methods.denoising import Config
 from codi_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
-from codi_jax.schedule import NoiseSchedule
+from codi_jax.training import optim
 
 B = standins.CHANNELS
 TRAINED = {"unet": ("unet",), "controlnet": ("controlnet",), "both": ("unet", "controlnet")}

@@ -11,15 +11,15 @@ import optax
 import pytest
 import standins
 from standins import MODULES, make_batch, null_text
-from test_distribution_matching import SHAPE, B, schedule_of
+from test_dmd import SHAPE, B, schedule_of
 
-from codi_jax import optim
 from codi_jax.methods import disback
 from codi_jax.methods.disback import DisbackFlags, DisbackState, target_index
-from codi_jax.methods.distribution_matching import Config, fake_loss, generator_loss
+from codi_jax.methods.dmd import Config, fake_loss, generator_loss
 from codi_jax.methods.generator import Generator, generator_unet
-from codi_jax.methods.inputs import Condition, Inputs, Modules, prepare
-from codi_jax.methods.prediction import encode
+from codi_jax.pipeline.conditions import Condition, Inputs, Modules, prepare
+from codi_jax.pipeline.prediction import encode
+from codi_jax.training import optim
 
 OPTIMIZERS = optax.sgd(0.1), optax.sgd(0.2)
 

@@ -28,15 +28,15 @@ from standins import (
     small_unet,
 )
 
-from codi_jax import optim
-from codi_jax.lora import lora_layers
+from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.methods import lcm
 from codi_jax.methods.baking import bake_guidance
-from codi_jax.methods.inputs import Condition, Modules, drop_conditions, prepare
 from codi_jax.methods.lcm import LcmFlags
-from codi_jax.methods.prediction import guided, predict
+from codi_jax.models.lora import lora_layers
 from codi_jax.models.unet import UNet2DCondition
-from codi_jax.schedule import NoiseSchedule
+from codi_jax.pipeline.conditions import Condition, Modules, drop_conditions, prepare
+from codi_jax.pipeline.prediction import guided, predict
+from codi_jax.training import optim
 
 B, N, DIM = standins.CHANNELS, 8, 12
 CHOICES: dict[str, list[Any]] = {

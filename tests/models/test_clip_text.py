@@ -33,7 +33,7 @@ def test_outputs_equal_transformers(variant: str) -> None:
     ours = jax.jit(module.apply)({"params": params}, IDS)
     theirs = model(torch.from_numpy(np.array(IDS)), output_hidden_states=True)
     assert_close(ours.last_hidden_state, theirs.last_hidden_state)
-    for layer in (0, 1, 2):  # transformers 5 puts the normalised state last; [-2] is what SDXL reads
+    for layer in (0, 1, 2):  # transformers 5 puts the normalized state last; [-2] is what SDXL reads
         assert_close(ours.hidden_states[layer], theirs.hidden_states[layer])
     assert len(ours.hidden_states) == len(theirs.hidden_states) == TINY_TEXT["num_hidden_layers"] + 1
     assert_close(ours.pooled, theirs.text_embeds if "architectures" in VARIANTS[variant] else theirs.pooler_output)

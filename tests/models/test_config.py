@@ -11,6 +11,7 @@ from diffusers.training_utils import EMAModel
 from oracle import make_torch
 from published import TINY_CONTROLNETS, TINY_SDXL, TINY_TEXT, TINY_UNETS, TINY_VAE
 
+from codi_jax.io.weights import load_model
 from codi_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from codi_jax.models.config import ConfigError, ModelConfig
 from codi_jax.models.controlnet import ControlNet, ControlNetConfig
@@ -18,7 +19,6 @@ from codi_jax.models.published import CONTROLNETS, TEXT_ENCODERS, UNETS, VAE
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.unet_config import UNetConfig
 from codi_jax.models.vae import AutoencoderKL, VAEConfig
-from codi_jax.weights import load_model
 
 MODELS: dict[str, tuple[type[ModelConfig], Any, dict[str, Any]]] = {
     "unet": (UNetConfig, UNet2DCondition, {**TINY_SDXL, "layers_per_block": 1, "time_cond_proj_dim": 16}),

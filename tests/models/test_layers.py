@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.models import activations
 
-from codi_jax.models.group_norm import GroupNorm
+from codi_jax.models.kernels.group_norm import GroupNorm
 from codi_jax.models.layers import GEGLU, convolve
 
 RNG = np.random.default_rng(0)

@@ -10,7 +10,7 @@ import torch
 from folders import SIZE, saved_pipeline
 
 from codi_jax.models.prompt_to_prompt import shared_attention
-from codi_jax.pipeline import DiffusionPipeline
+from codi_jax.pipeline.model import DiffusionPipeline
 
 PROMPTS = ["a red fox", "a house", "a blue fox", "a boat"]  # two sources, and the variants of both
 STEPS, SCALE = 4, 5.0

@@ -12,13 +12,13 @@ from diffusers import UNet2DConditionModel as TorchUNet
 from oracle import assert_close, make_pair, nchw, nhwc, prune_sd, torch_shapes
 from published import TINY_SD15, TINY_SD21, TINY_SDXL
 
+from codi_jax.io.weights import load_model, save_model
 from codi_jax.models import pruning
 from codi_jax.models.config import ConfigError
 from codi_jax.models.pruning import LEVELS, Surgery, feature_pairs, prune
 from codi_jax.models.published import CROSS_DOWN, CROSS_UP, DOWN, SD15_UNET, SD21_UNET, SDXL_UNET, UNETS, UP
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.unet_config import UNetConfig
-from codi_jax.weights import load_model, save_model
 
 # The two lowest resolutions are of one width, as in SD: else the lowest could not go. All others differ.
 FOUR = {

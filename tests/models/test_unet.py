@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel as TorchUNet
 from oracle import assert_close, make_pair, nchw, nhwc, torch_shapes
 from published import TINY_SD15, TINY_SD21, TINY_SDXL, TINY_UNETS
 
-from codi_jax import weights
+from codi_jax.io import weights
 from codi_jax.models.config import ConfigError
 from codi_jax.models.published import SD15_UNET, UNETS
 from codi_jax.models.unet import UNet2DCondition

@@ -1,0 +1,1 @@
+"""Command lines: groups of flags, and how they are parsed, checked and reported."""

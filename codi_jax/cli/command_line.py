@@ -1,0 +1,118 @@
+"""Command lines: flags from a dataclass, and errors as one sentence."""
+
+import dataclasses
+import sys
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, get_type_hints
+
+import jax
+import tyro
+
+from codi_jax.cli.flags import Flags, Scope
+from codi_jax.io import processes
+
+Args = TypeVar("Args")
+
+_HIDDEN = "***"
+_SHOWN = 10  # warnings from one place: a million captions may each have something wrong
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_SAVE_MEMORY = ("train_batch_size", "gradient_checkpointing", "fsdp")
+
+
+def run(
+    args_class: type[Args], function: Callable[[Args], Any], prog: str | None = None, *, save_memory: str | None = None
+) -> None:
+    """Parses the command line and calls the function; an error that the user can mend ends the process with a line.
+
+    Args:
+      args_class: a dataclass; the docstrings of its fields are the help.
+      function: of the arguments.
+      prog: the program's name in the help.
+      save_memory: what to try when the device has not enough memory; ``None`` names the flags of training.
+    """
+    warnings.showwarning = _warning_printer()
+    try:
+        args = parse(args_class, sys.argv[1:], prog)
+        _hide_secrets(args_class)
+        function(args)
+    except (Exception, KeyboardInterrupt) as error:
+        explanation = _explained(error, save_memory or _other_values(args_class))
+        if explanation is None and not processes.are_several():
+            raise
+        processes.end(explanation or traceback.format_exc())
+
+
+def _explained(error: BaseException, save_memory: str) -> str | None:
+    """One sentence about an error that the user can fix; ``None`` for any other, whose traceback is of use."""
+    if isinstance(error, ValueError | OSError | FloatingPointError):
+        return f"error: {error}"
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return f"error: the device has not enough memory: try {save_memory}."
+    return None
+
+
+def _hide_secrets(args_class: type) -> None:
+    """Takes secrets out of `sys.argv`, which trackers such as Weights & Biases record and publish."""
+    scopes = args_class.scopes() if issubclass(args_class, Flags) else {}
+    secrets = {f"--{name}" for name, scope in scopes.items() if scope is Scope.SECRET}
+    hides_next = False
+    for index, argument in enumerate(sys.argv):
+        flag, equals, _ = argument.replace("-", "_").replace("__", "--", 1).partition("=")
+        if hides_next:
+            sys.argv[index] = _HIDDEN
+        elif flag in secrets and equals:
+            sys.argv[index] = f"{argument.partition('=')[0]}={_HIDDEN}"
+        hides_next = flag in secrets and not equals
+
+
+def parse(args_class: type[Args], words: Sequence[str], prog: str | None = None) -> Args:
+    """The arguments of these words. A flag that is on or off may be ``--flag``, ``--no_flag`` or ``--flag False``.
+
+    Args:
+      args_class: see `run`.
+      words: of the command line, without the program.
+      prog: see `run`.
+
+    Raises:
+      SystemExit: after a message, if they cannot be read; after the help, if it is asked for.
+    """
+    switches = {name for name, kind in get_type_hints(args_class).items() if kind is bool}
+    plain = list(_without_truth_values(words, switches))
+    return tyro.cli(args_class, args=plain, prog=prog, use_underscores=True, config=(tyro.conf.DisallowNone,))
+
+
+def _without_truth_values(words: Sequence[str], switches: set[str]) -> Iterable[str]:
+    """``--flag True`` as ``--flag`` and ``--flag False`` as ``--no_flag``, in which tyro knows switches alone."""
+    rest = list(reversed(words))
+    while rest:
+        word = rest.pop()
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or name not in switches:
+            yield word
+            continue
+        if not equals and rest and rest[-1].lower() in _TRUTH:
+            value = rest.pop()
+        truth = _TRUTH.get(value.lower(), True if not equals else None)
+        yield word if truth is None else f"--{name}" if truth else f"--no_{name}"
+
+
+def _warning_printer() -> Callable[..., None]:
+    seen: Counter[tuple[str, int]] = Counter()
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+        seen[filename, lineno] += 1
+        if seen[filename, lineno] <= _SHOWN:
+            print(f"warning: {message}", file=sys.stderr)
+        elif seen[filename, lineno] == _SHOWN + 1:
+            print("warning: there are more warnings of this kind; they are not shown.", file=sys.stderr)
+
+    return show
+
+
+def _other_values(args_class: type) -> str:
+    names = {field.name for field in dataclasses.fields(args_class)}
+    return "other values of " + ", ".join(f"--{flag}" for flag in _SAVE_MEMORY if flag in names)

@@ -1,0 +1,335 @@
+"""A data set that is made shard by shard, and goes on where it was killed.
+
+Rows of the input, in its order, make shards of equal size. Each shard is the work of one task, wherever that runs: it
+writes its samples to a folder of its own, and what it counted to a record, last and at once, so that a shard has a
+record or is done anew. The data set is made of the shards in their order, up to the number of samples that is wanted:
+whatever was killed, and however many processes there were, it is the same.
+
+    .unfinished/job.json          the flags that it is made with
+    .unfinished/00000012/         a staged shard: samples, and record.json
+    summary.json                  written last: what there is, and why the rest was rejected
+"""
+
+import json
+import math
+from bisect import bisect
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import cv2
+from tqdm import tqdm
+
+from codi_jax.cli.flags import Flags
+from codi_jax.data.files import Folder
+from codi_jax.data.preparation.engine import EngineFlags, run
+from codi_jax.data.preparation.formats import Format, FormatName, Shard, format_of
+from codi_jax.data.preparation.rows import Row, Skipped
+from codi_jax.data.preparation.samples import Prepare, prepare_rows
+from codi_jax.io.decoding import RejectedError
+from codi_jax.io.download import DownloadFlags
+
+SUMMARY = "summary.json"
+_STAGING, _JOB, _RECORD = ".unfinished", "job.json", "record.json"
+_TASKS = 16  # of each process between two looks at how many samples there are
+_BYTES = 2**28  # of pictures that wait for a process
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputFlags(Flags):
+    """The data set that is written."""
+
+    train_data_dir: str
+    """Folder to write: new, empty, or one that the same command began. A path, or a URL such as gs://bucket/folder."""
+    output_format: FormatName = "folder"
+    """folder: images and a meta.jsonl. save_to_disk: what `datasets` loads with load_from_disk. parquet: files with the
+    images inside. webdataset: tar files. Training reads them all."""
+    max_train_samples: int | None = None
+    """Stop after so many good images; if left out, at the end of the input."""
+    shard_size: int = 1000
+    """Rows of the input that one task works through, and samples of one parquet or tar file at most."""
+
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(1, "max_train_samples", "shard_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFlags(OutputFlags, EngineFlags, DownloadFlags):
+    """The flags that this file reads; a tool's own have more."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The rows of one shard.
+
+    Attributes:
+      shard: its number.
+      rows: to make samples of.
+      skipped: rows before, between and after them that were rejected already.
+    """
+
+    shard: int
+    rows: tuple[Row, ...]
+    skipped: tuple[Skipped, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a shard that is done.
+
+    Attributes:
+      size: samples.
+      rejected: for each reason, pairs of how many of the samples came before and how many rows were rejected there.
+    """
+
+    size: int
+    rejected: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
+
+    def rejections(self, count: int | None) -> Counter[str]:
+        """Rows by reason: all, or those before the sample of this number, counted from 1."""
+        chosen: Counter[str] = Counter()
+        for reason, runs in self.rejected.items():
+            chosen[reason] += sum(number for before, number in runs if count is None or before < count)
+        return +chosen
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done for a shard, in any process.
+
+    Attributes:
+      staging: where shards are staged.
+      output_format: of the data set.
+      prepare: makes one sample.
+      downloads: how to download.
+    """
+
+    staging: Folder
+    output_format: Format
+    prepare: Prepare
+    downloads: DownloadFlags
+
+    def __call__(self, task: Task) -> tuple[int, Record | str]:
+        """Stages the shard.
+
+        Returns:
+          Its number, and its record or, of an error that is not a sample's, the message.
+        """
+        try:
+            return task.shard, self._stage(task)
+        except OSError as error:  # not raised here: engines wrap errors, each in its own way
+            return task.shard, str(error)
+
+    def _stage(self, task: Task) -> Record:
+        folder = self.staging / f"{task.shard:08}"
+        folder.remove()
+        results = prepare_rows(task.rows, self.prepare, self.downloads)
+        samples = [sample for result in results if not isinstance(result, RejectedError) for sample in result]
+        rejected = [(each.position, each.reason) for each in task.skipped]
+        for row, result in zip(task.rows, results, strict=True):
+            if isinstance(result, RejectedError):
+                rejected.append((row.position, result.reason))
+        record = Record(len(samples), _runs([sample.position for sample in samples], rejected))
+        if samples:
+            self.output_format.stage(folder, samples)
+        folder.write(_RECORD, json.dumps({"size": record.size, "rejected": record.rejected}).encode())
+        return record
+
+
+def make_data_set(
+    flags: Any, items: Callable[[], Iterable[Row | Skipped]], prepare: Prepare, description: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Makes the data set, or goes on with it.
+
+    Args:
+      flags: `JobFlags`.
+      items: opens the rows of the input; the same ones whenever it is called.
+      prepare: makes a sample of a row.
+      description: all that the samples depend on, as JSON; a data set that was begun with another is refused.
+
+    Returns:
+      The summary: the number of "samples", and "rejected", that of rows for each reason.
+
+    Raises:
+      ValueError: if the folder holds something else, or no row gives a sample.
+      OSError: if something cannot be read or written.
+    """
+    target = Folder(flags.train_data_dir)
+    staging = target / _STAGING
+    names = ("output_format", "max_train_samples", "shard_size")
+    description = json.loads(json.dumps({**description, **{name: getattr(flags, name) for name in names}}))
+    if begin(target, description):
+        output_format = format_of(flags.output_format)
+        work = Work(staging, output_format, prepare, DownloadFlags.of(flags))
+        # A process that is forked waits for ever when it ends threads that OpenCV has begun in its parent.
+        cv2.setNumThreads(1)
+        records = list(_records(flags, _tasks(items(), flags.shard_size), work))
+        shards, rejected = _accepted(records, staging, flags.max_train_samples)
+        samples = sum(shard.count for shard in shards)
+        if not samples:
+            staging.remove()  # other flags will be needed, and then it is of no use
+            raise ValueError(f"none of the {rejected.total()} rows gives a sample: {reasons(rejected) or 'no rows'}.")
+        output_format.publish(shards, target)
+        summary = {"samples": samples, "rejected": {reason: rejected[reason] for reason in sorted(rejected)}}
+        target.write(SUMMARY, (json.dumps({**summary, "made_with": description}, indent=2) + "\n").encode())
+    staging.remove()
+    return _state(target, SUMMARY)
+
+
+def begin(target: Folder, description: Mapping[str, Any]) -> bool:
+    """Claims the folder; whether there is something left to do.
+
+    Args:
+      target: of the data set.
+      description: what it is made with.
+
+    Raises:
+      ValueError: if it holds something else, or cannot be written.
+    """
+    staging = target / _STAGING
+    if target.has(SUMMARY):
+        other = _state(target, SUMMARY).get("made_with")
+        _refuse_another(target, other, description, "holds a finished data set")
+        return False
+    if staging.has(_JOB):
+        _refuse_another(target, _state(staging, _JOB), description, "holds a data set that was begun")
+        return True
+    if held := [name for name in target.names() if name != _STAGING]:
+        raise ValueError(f"--train_data_dir {target} holds something else ({held[0]}): name a new or an empty folder.")
+    try:
+        staging.write(_JOB, json.dumps(description, indent=2).encode())
+    except OSError as error:
+        raise ValueError(f"--train_data_dir {target} cannot be written: {error.strerror or error}.") from error
+    return True
+
+
+def reasons(rejected: Mapping[str, int]) -> str:
+    """The numbers of rejected rows, the most frequent reason first."""
+    ordered = sorted(rejected.items(), key=lambda each: (-each[1], each[0]))
+    return ", ".join(f"{number} {reason}" for reason, number in ordered)
+
+
+def describe(summary: Mapping[str, Any], flags: Any) -> str:
+    """What a tool says at its end.
+
+    Args:
+      summary: of `make_data_set`.
+      flags: `JobFlags`.
+    """
+    samples, wanted = summary["samples"], flags.max_train_samples
+    lines = [f"{samples} samples in {flags.train_data_dir}"]
+    if summary["rejected"]:
+        lines.append(f"rejected: {reasons(summary['rejected'])}")
+    if wanted is not None and samples < wanted:
+        lines.append(f"--max_train_samples asks for {wanted}, but the input has no more than {samples} good ones")
+    return "\n".join(lines)
+
+
+def _state(folder: Folder, name: str) -> dict[str, Any]:
+    """What an earlier start has written down."""
+    try:
+        return folder.read_json(name)
+    except ValueError as error:
+        raise ValueError(f"{error}: name another --train_data_dir, or remove that folder to start over.") from None
+
+
+def _refuse_another(target: Folder, other: Any, description: Mapping[str, Any], what: str) -> None:
+    if other == description:
+        return
+    differing = [key for key in description if not isinstance(other, dict) or other.get(key) != description[key]]
+    raise ValueError(
+        f"--train_data_dir {target} {what} with other flags ({', '.join(differing) or 'more of them'}): name another "
+        "folder, or use those."
+    )
+
+
+def _tasks(items: Iterable[Row | Skipped], size: int) -> Iterator[Task]:
+    """Shards of so many rows that were not rejected yet; what was rejected after the last row makes one without."""
+    shard, rows, skipped = 0, [], []
+    for item in items:
+        if isinstance(item, Skipped):
+            skipped.append(item)
+            continue
+        rows.append(item)
+        if len(rows) == size:
+            yield Task(shard, tuple(rows), tuple(skipped))
+            shard, rows, skipped = shard + 1, [], []
+    if rows or skipped:
+        yield Task(shard, tuple(rows), tuple(skipped))
+
+
+def _records(flags: JobFlags, tasks: Iterator[Task], work: Work) -> Iterator[Record]:
+    """The records of the shards in their order, until there are enough samples."""
+    wanted, samples, rows = flags.max_train_samples, 0, 0
+    with tqdm(total=wanted, desc="preparing", unit=" samples", disable=None) as bar:
+        while wanted is None or samples < wanted:
+            most = _TASKS * flags.processes
+            if wanted is not None:  # no more than it seems to take, if as many rows as so far are rejected
+                needed = (wanted - samples) * max(rows, 1) / max(samples, 1) / flags.shard_size
+                most = min(most, math.ceil(needed))
+            wave = list(_wave(tasks, most))
+            if not wave:
+                return
+            records = _run_wave(wave, work, flags)
+            for task in wave:
+                yield records[task.shard]
+            rows += sum(len(task.rows) for task in wave)
+            new = sum(record.size for record in records.values())
+            samples += new
+            bar.update(new)
+
+
+def _wave(tasks: Iterator[Task], most: int) -> Iterator[Task]:
+    """The next tasks, as far as their pictures fit in memory."""
+    waiting = 0
+    for task in islice(tasks, most):
+        yield task
+        waiting += sum(len(cell) for row in task.rows for cell in row.pictures.values() if isinstance(cell, bytes))
+        if waiting > _BYTES:
+            return
+
+
+def _run_wave(wave: Sequence[Task], work: Work, flags: JobFlags) -> dict[int, Record]:
+    records = {task.shard: record for task in wave if (record := _kept(work.staging, task.shard)) is not None}
+    missing = [task for task in wave if task.shard not in records]
+    for shard, record in run(work, missing, flags) if missing else ():
+        if isinstance(record, str):
+            raise OSError(f"{record}. Mend that, and run the same command again to go on.")
+        records[shard] = record
+    return records
+
+
+def _kept(staging: Folder, shard: int) -> Record | None:
+    folder = staging / f"{shard:08}"
+    try:
+        return Record(**folder.read_json(_RECORD)) if folder.has(_RECORD) else None
+    except (ValueError, TypeError):  # a damaged one, whose shard is made again
+        return None
+
+
+def _accepted(records: Sequence[Record], staging: Folder, wanted: int | None) -> tuple[list[Shard], Counter[str]]:
+    """The shards that are not empty, the last one up to where there are enough samples; what was rejected before."""
+    shards: list[Shard] = []
+    rejected: Counter[str] = Counter()
+    samples = 0
+    for number, record in enumerate(records):
+        if wanted is not None and samples >= wanted:
+            break
+        count = record.size if wanted is None else min(record.size, wanted - samples)
+        samples += count
+        rejected += record.rejections(count if samples == wanted else None)
+        if count:
+            shards.append(Shard(staging / f"{number:08}", record.size, count))
+    return shards, rejected
+
+
+def _runs(kept: Sequence[int], rejected: Iterable[tuple[int, str]]) -> dict[str, list[list[int]]]:
+    """Rejections by reason and by how many samples came before."""
+    counts = Counter((reason, bisect(kept, position)) for position, reason in rejected)
+    runs: dict[str, list[list[int]]] = {}
+    for (reason, before), number in sorted(counts.items()):
+        runs.setdefault(reason, []).append([before, number])
+    return runs

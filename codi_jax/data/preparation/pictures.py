@@ -1,0 +1,139 @@
+"""Encoded pictures of unknown origin to pictures of one size, and back to files.
+
+Made for throughput. A JPEG is decoded at a half, a quarter or an eighth of its size where that is still enough, which
+its transform gives for less than the whole picture; what is left of the scaling averages over pixels.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from codi_jax.cli.flags import Flags
+from codi_jax.data.images import Placement, place
+from codi_jax.io import decoding
+from codi_jax.io.decoding import LARGEST_MEGAPIXELS, MAX_MEGAPIXELS, RejectedError
+
+Picture = UInt8[np.ndarray, "h w 3"]
+
+_ENDINGS = {"jpeg": "jpg", "webp": "webp"}  # and png
+_FAST_PNG = 1  # zlib's level
+_ASPECT = 0.02  # by so much the shapes of two pictures may differ, which rounding of sizes does
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureFlags(Flags):
+    """Which pictures are taken, and how they are written."""
+
+    resolution: int = 512
+    """The shorter side of the pictures that are written. Smaller ones are not enlarged."""
+    center_crop: bool = False
+    """Cut a square from the middle, instead of leaving that to training."""
+    min_side: int = 0
+    """Leave out pictures whose shorter side is smaller."""
+    max_megapixels: float | int = MAX_MEGAPIXELS
+    """Leave out pictures with more: a small file can hold one that fills the memory."""
+    image_format: Literal["jpeg", "png", "webp"] = "jpeg"
+    """Format of the pictures. Conditions are always png, which keeps them exactly."""
+    image_quality: int = 95
+    """Quality of jpeg and webp, up to 100."""
+
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(1, "resolution")
+        self.require_at_least(0, "min_side")
+        self.require_in(1, 100, "image_quality")
+        possible = 0 < self.max_megapixels <= LARGEST_MEGAPIXELS
+        self.require("max_megapixels", possible, f"above 0 and at most {LARGEST_MEGAPIXELS}")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The file of a picture.
+
+    Attributes:
+      data: its bytes.
+      ending: of its name, without the dot.
+    """
+
+    data: bytes
+    ending: str
+
+
+def read_picture(data: bytes, flags: PictureFlags) -> tuple[Picture, Placement]:
+    """Decodes and scales a picture.
+
+    Args:
+      data: a file of any of the usual formats.
+      flags: the user's.
+
+    Returns:
+      The picture, upright, and where it lies in the one in the file.
+
+    Raises:
+      RejectedError: if it is no picture, broken, too large or too small.
+    """
+    image = decode(data, flags)
+    placement = place((image.height, image.width), min(flags.resolution, *image.size), center_crop=True)
+    return fit(image, placement, flags.center_crop), placement
+
+
+def read_beside(data: bytes, placement: Placement, flags: PictureFlags) -> Picture:
+    """Decodes and scales a picture that belongs to another one, so that one can be laid over the other.
+
+    Args:
+      data: its file.
+      placement: of the other one.
+      flags: the user's.
+
+    Raises:
+      RejectedError: as `read_picture`, and if it has another shape.
+    """
+    image = decode(data, flags)
+    height, width = placement.original
+    if abs(image.width / image.height / (width / height) - 1) > _ASPECT:
+        raise RejectedError("two pictures of different shapes")
+    return fit(image, placement, flags.center_crop)
+
+
+def decode(data: bytes, flags: PictureFlags) -> Image.Image:
+    """The picture, upright and RGB, at least as large as it is wanted; raises as `read_picture`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
+        limits = {"max_megapixels": flags.max_megapixels, "min_side": flags.min_side}
+        return decoding.decode(data, **limits, enough=flags.resolution)
+
+
+def fit(image: Image.Image, placement: Placement, center_crop: bool) -> Picture:
+    """The picture scaled, and cropped if asked to, as `place` says."""
+    height, width = placement.resized
+    pixels = np.asarray(image)
+    if pixels.shape[:2] != (height, width):
+        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    if not center_crop:
+        return pixels
+    (top, left), side = placement.corner, placement.resolution
+    return np.ascontiguousarray(pixels[top : top + side, left : left + side])
+
+
+def encode(pixels: UInt8[np.ndarray, "h w *c"], flags: PictureFlags) -> Encoded:
+    """The file of a picture in the format that the flags say."""
+    if flags.image_format == "png":
+        return encode_exactly(pixels)
+    quality = {"jpeg": cv2.IMWRITE_JPEG_QUALITY, "webp": cv2.IMWRITE_WEBP_QUALITY}[flags.image_format]
+    return _encode(pixels, _ENDINGS[flags.image_format], [quality, flags.image_quality])
+
+
+def encode_exactly(pixels: UInt8[np.ndarray, "h w *c"]) -> Encoded:
+    """The file of a picture as png, with one channel if it has no others."""
+    return _encode(pixels, "png", [cv2.IMWRITE_PNG_COMPRESSION, _FAST_PNG])
+
+
+def _encode(pixels: np.ndarray, ending: str, options: list[int]) -> Encoded:
+    pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if pixels.ndim == 3 else pixels
+    _, data = cv2.imencode(f".{ending}", pixels, options)
+    return Encoded(data.tobytes(), ending)

@@ -1,0 +1,101 @@
+"""How alike two pictures are, and whether they differ as their captions do: the filter of generated edits.
+
+Brooks et al., 2023, section 3.1.2: the directional similarity is that of Gal et al., 2021, in CLIP's space,
+cos(E_I(b) − E_I(a), E_T(caption of b) − E_T(caption of a)).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from codi_jax.cli.messages import first_line
+from codi_jax.evaluation.features import load_features
+
+Pictures = UInt8[np.ndarray, "n h w 3"]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A space in which pictures, and perhaps texts, are compared.
+
+    Attributes:
+      images: pictures to features [n, d].
+      texts: captions to features of the same space; ``None`` if it has none.
+    """
+
+    images: Callable[[Pictures], Float[np.ndarray, "n d"]]
+    texts: Callable[[Sequence[str]], Float[np.ndarray, "n d"]] | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of n pairs; ``None`` where the space has no texts.
+
+    Attributes:
+      image: cosine similarity of the two pictures.
+      direction: that of their difference and the difference of the captions.
+      caption: that of each picture and its own caption, the lower of the two.
+    """
+
+    image: Float[np.ndarray, "n"]
+    direction: Float[np.ndarray, "n"] | None = None
+    caption: Float[np.ndarray, "n"] | None = None
+
+
+def compare(encoder: Encoder, before: Pictures, after: Pictures, captions: tuple[str, str]) -> Scores:
+    """The scores of pairs of pictures that have the same two captions."""
+    a, b = _unit(encoder.images(before)), _unit(encoder.images(after))
+    image = (a * b).sum(axis=1)
+    if encoder.texts is None:
+        return Scores(image)
+    text_a, text_b = _unit(encoder.texts(captions))
+    direction = _unit(b - a) @ _unit((text_b - text_a)[None])[0]
+    return Scores(image, direction, np.minimum(a @ text_a, b @ text_b))
+
+
+def clip_encoder(source: str) -> Encoder:
+    """A CLIP model of `transformers`, whose networks are PyTorch's: that must be installed.
+
+    Args:
+      source: folder or id on the hub, such as openai/clip-vit-large-patch14.
+
+    Raises:
+      ValueError: if it cannot be loaded.
+    """
+    from transformers import CLIPModel, CLIPProcessor
+
+    try:
+        model: Any = CLIPModel.from_pretrained(source)
+        processor: Any = CLIPProcessor.from_pretrained(source)
+    except (OSError, ImportError, ValueError) as error:
+        raise ValueError(
+            f"--clip_model {source} could not be loaded ({first_line(error)}): it needs PyTorch, too."
+        ) from error
+    model.requires_grad_(False)
+
+    def images(pictures: Pictures) -> Float[np.ndarray, "n d"]:
+        inputs = processor(images=list(pictures), return_tensors="pt")
+        return _numpy(model.get_image_features(**inputs))
+
+    def texts(captions: Sequence[str]) -> Float[np.ndarray, "n d"]:
+        inputs = processor(text=list(captions), return_tensors="pt", padding=True, truncation=True)
+        return _numpy(model.get_text_features(**inputs))
+
+    return Encoder(images, texts)
+
+
+def lite_encoder() -> Encoder:
+    """The features of FID-lite, which know no texts; raises as `codi_jax.evaluation.features.load_features`."""
+    return Encoder(load_features(batch_size=8))
+
+
+def _numpy(features: Any) -> Float[np.ndarray, "n d"]:
+    # From version 5 on `transformers` wraps the features of both towers.
+    return getattr(features, "pooler_output", features).numpy()
+
+
+def _unit(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,1 @@
+"""The mathematics of noise: schedules, samplers, guidance and losses, as functions of arrays."""

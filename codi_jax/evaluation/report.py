@@ -1,0 +1,392 @@
+"""The page that `codi_jax.evaluate` writes: table, plots and pictures in one HTML file that needs nothing else."""
+
+import base64
+import html
+import importlib.util
+import io
+import json
+import math
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from codi_jax.io.images import labeled_rows
+
+_TEMPLATE = Path(__file__).with_name("report.html")
+# Okabe & Ito's, which color-blind eyes tell apart; the first made brighter, for a dark ground.
+_COLORS = ("#2f86c6", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
+_NOT_PLOTTED = ("seconds", "kid_lite")
+_ACROSS = {"steps": "steps", "seconds": "milliseconds per image", "training_steps": "steps of training"}
+_INK = "#123456"  # what the plots draw axes and text with, to be replaced by the page's own color
+
+
+class Metric(NamedTuple):
+    """How a metric is shown."""
+
+    label: str
+    better: str
+    digits: int
+    meaning: str
+
+
+METRICS = {
+    "fid_lite": Metric("FID-lite", "lower", 2, "Fréchet distance to the real pictures, on EfficientNet-Lite0 features"),
+    "kid_lite": Metric("KID-lite ×10³", "lower", 3, "kernel distance on the same features, without bias"),
+    "edge_f1": Metric("Edge F1", "higher", 3, "canny edges of the picture against the condition, give or take a pixel"),
+    "edit_success": Metric("Edit success", "higher", 3, "share of pictures nearest to the wanted variant"),
+    "preservation": Metric("Kept dB", "higher", 2, "PSNR against the picture before the edit, outside the edit"),
+    "psnr": Metric("PSNR dB", "higher", 2, "against the real picture of the same text"),
+    "seconds": Metric("s / image", "lower", 4, "without compilation"),
+}
+"""The metrics, by their keys in ``metrics.json``, in the order of the table."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A model at a number of steps: ``values`` has one number a seed for each metric; ``pictures`` those shown.
+
+    With ``training_steps`` it is what the model was after so many of them.
+    """
+
+    model: str
+    steps: int
+    sampler: str
+    guidance_scale: float
+    values: Mapping[str, Sequence[float]]
+    pictures: UInt8[np.ndarray, "r h w 3"]
+    training_steps: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The model, and what of its training it has behind it if that is not all."""
+        return self.model if self.training_steps is None else f"{self.model} after {self.training_steps}"
+
+    def mean(self, key: str) -> float:
+        """Over the seeds; NaN if it was not measured."""
+        return float(np.mean(self.values[key])) if key in self.values else float("nan")
+
+    def sd(self, key: str) -> float | None:
+        """The sample standard deviation over the seeds; ``None`` for fewer than two."""
+        values = self.values.get(key, ())
+        return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one row of pictures is about."""
+
+    prompt: str
+    truth: UInt8[np.ndarray, "h w 3"]
+    condition: UInt8[np.ndarray, "h w 3"] | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page shows."""
+
+    title: str
+    results: Sequence[Result]
+    rows: Sequence[Row]
+    facts: Mapping[str, str]
+    command: str
+
+    def metrics(self) -> list[str]:
+        """The keys of the metrics that were measured."""
+        return [key for key in METRICS if any(key in result.values for result in self.results)]
+
+    def best(self, key: str) -> list[int]:
+        """The results that are best in a metric, to the digits that are shown."""
+        means = [result.mean(key) for result in self.results]
+        sign = 1 if METRICS[key].better == "lower" else -1
+        shown = [round(sign * mean, METRICS[key].digits) for mean in means]
+        return [i for i, value in enumerate(shown) if value == np.nanmin(shown)]
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """Writes ``metrics.json``, ``report.html``, ``pictures.png`` and one SVG file a plot.
+
+    The numbers come first: they took the work, and everything else can be made of them and the models.
+
+    Raises:
+      OSError: if the folder cannot be written.
+    """
+    _write(folder / "metrics.json", json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    plots = draw_plots(report)
+    for name, svg in plots.items():
+        _write(folder / f"{name}.svg", svg.replace(_INK, "#555555"))
+    _write(folder / "report.html", page(report, plots))
+    Image.fromarray(_pictures_alone(report)).save(folder / "pictures.png", optimize=True)
+
+
+def _pictures_alone(report: Report) -> UInt8[np.ndarray, "height width 3"]:
+    """The pictures without the page: a row for each result, between condition and real pictures."""
+    rows: dict[str, Any] = {}
+    if all(row.condition is not None for row in report.rows):
+        rows["given"] = [row.condition for row in report.rows]
+    for result in report.results:
+        rows[f"{result.name}, {result.steps}"] = result.pictures
+    return labeled_rows(rows | {"real": [row.truth for row in report.rows]})
+
+
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}")
+    # A command line may hold bytes that are no text.
+    unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
+    unfinished.replace(path)
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The numbers: mean, standard deviation and value for each seed of every metric."""
+    results = [
+        {
+            "model": result.model,
+            **({} if result.training_steps is None else {"training_steps": result.training_steps}),
+            "steps": result.steps,
+            "sampler": result.sampler,
+            "guidance_scale": result.guidance_scale,
+            **{
+                key: {
+                    "mean": _finite(result.mean(key)),
+                    "sd": _finite(result.sd(key)),
+                    "values": [_finite(float(value)) for value in result.values[key]],
+                }
+                for key in METRICS
+                if key in result.values
+            },
+        }
+        for result in report.results
+    ]
+    return {"command": report.command, **dict(report.facts), "results": results}
+
+
+def _finite(value: float | None) -> float | None:
+    """The number, or ``None`` for what JSON has no number for."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def markdown(report: Report) -> str:
+    """The table in Markdown, the best of each column in bold."""
+    keys = report.metrics()
+    lines = [["model", "steps", *(f"{METRICS[key].label} {_arrow(key)}" for key in keys)]]
+    lines.append(["---", *["---:"] * (len(keys) + 1)])
+    for i, result in enumerate(report.results):
+        cells = [_number(result, key) for key in keys]
+        cells = [f"**{cell}**" if i in report.best(key) else cell for key, cell in zip(keys, cells, strict=True)]
+        lines.append([result.name.replace("|", "\\|"), str(result.steps), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(result: Result, key: str) -> str:
+    if key not in result.values:
+        return "–"
+    sd, digits = result.sd(key), METRICS[key].digits
+    return f"{result.mean(key):.{digits}f}" + (f" ± {sd:.{digits}f}" if sd is not None else "")
+
+
+def _arrow(key: str) -> str:
+    return "↓" if METRICS[key].better == "lower" else "↑"
+
+
+# ---- Plots
+
+
+def check_plots() -> None:
+    """Tells before long work that plots cannot be drawn.
+
+    Raises:
+      ValueError: if matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError('the plots need matplotlib: pip install "codi_jax[plots]".')
+
+
+def draw_plots(report: Report) -> dict[str, str]:
+    """Quality against steps, one plot a metric, and FID-lite against time: name -> SVG.
+
+    Where models were evaluated in the course of their training, FID-lite against that, too.
+    """
+    trained = [result for result in report.results if result.training_steps is None]
+    plots = {f"{key}-steps": _plot(trained, "steps", key) for key in report.metrics() if key not in _NOT_PLOTTED}
+    plots["fid_lite-seconds"] = _plot(trained, "seconds", "fid_lite")
+    if len(trained) < len(report.results):
+        plots["fid_lite-training_steps"] = _plot(report.results, "training_steps", "fid_lite")
+    return plots
+
+
+def _plot(results: Sequence[Result], across: str, key: str) -> str:
+    # Here, since matplotlib is an extra.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    drawn = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    style: dict[Any, Any] = dict.fromkeys(drawn, _INK)
+    style |= {"text.parse_math": False}  # "$" in the name of a model is a dollar
+    style |= {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "svg.hashsalt": "codi_jax"}
+    with rc_context(style):
+        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+        axes = figure.add_subplot()
+        drawn_as: dict[str, Any] = {}
+        for i, (name, own) in enumerate(_lines(results, across, key).items()):
+            color = _COLORS[i % len(_COLORS)]
+            is_level = across == "training_steps" and any(result.training_steps is None for result in own)
+            if is_level:  # what is not in training, as a level to reach
+                drawn_as[name] = axes.axhline(own[0].mean(key), color=color, linestyle="--", linewidth=1.5)
+                continue
+            drawn_as[name] = axes.errorbar(
+                [1000 * result.mean("seconds") if across == "seconds" else getattr(result, across) for result in own],
+                [result.mean(key) for result in own],
+                [result.sd(key) or 0 for result in own],
+                color=color, marker="o", markersize=5, linewidth=2, capsize=3,
+            )  # fmt: skip
+        if across != "training_steps":
+            axes.set_xscale("log", base=2 if across == "steps" else 10)
+            if across == "steps":
+                axes.set_xticks(sorted({result.steps for result in results}))
+            else:
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(_ACROSS[across])
+        axes.set_ylabel(f"{METRICS[key].label}  ({METRICS[key].better} is better)")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.18, color=_INK)
+        # Not by their labels, of which matplotlib leaves out those that begin with "_".
+        axes.legend([*drawn_as.values()], [*drawn_as], frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _lines(results: Sequence[Result], across: str, key: str) -> dict[str, list[Result]]:
+    """The results that make a line each, by its name.
+
+    Across the training that is a model at one number of steps; models that are not in training have a line each.
+    """
+    lines: dict[str, list[Result]] = {}
+    in_training = {result.model for result in results if result.training_steps is not None}
+    for result in results:
+        name = result.model
+        if across == "training_steps":
+            if result.model in in_training and result.training_steps is None:
+                continue  # the last of its exports
+            name = f"{result.model}, {result.steps} step{'s' * (result.steps > 1)}"
+        own = lines.setdefault(name, [])  # empty if it was not measured, so that colors are those of other plots
+        if key in result.values:
+            own.append(result)
+    return lines
+
+
+# ---- The page
+
+
+def page(report: Report, plots: Mapping[str, str]) -> str:
+    """The page: inline style, pictures as data, nothing that is fetched."""
+    template = string.Template(_TEMPLATE.read_text(encoding="utf-8"))
+    return template.substitute(
+        title=html.escape(report.title),
+        facts="".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in report.facts.items()),
+        command=html.escape(report.command),
+        table=_table(report),
+        meanings="".join(
+            f"<li><b>{METRICS[key].label}</b>: {METRICS[key].meaning}; {METRICS[key].better} is better.</li>"
+            for key in report.metrics()
+        ),
+        plots="".join(_figure(name, svg) for name, svg in plots.items()),
+        pictures=_gallery(report),
+    )
+
+
+def _table(report: Report) -> str:
+    keys = report.metrics()
+    head = "".join(
+        f'<th scope="col" title="{html.escape(METRICS[key].meaning)}">{METRICS[key].label}&nbsp;{_arrow(key)}</th>'
+        for key in keys
+    )
+    best = {key: report.best(key) for key in keys}
+    body, previous = [], None
+    for i, result in enumerate(report.results):
+        cells = "".join(_cell(result, key, i in best[key]) for key in keys)
+        how = f"{result.sampler}, guidance {result.guidance_scale:g}"
+        name = f'{html.escape(result.name)} <span class="how">{html.escape(how)}</span>'
+        first = "" if result.name == previous else ' class="first"'
+        shown = "" if result.name == previous else name
+        body.append(f'<tr{first}><th scope="row">{shown}</th><td>{result.steps}</td>{cells}</tr>')
+        previous = result.name
+    return (
+        f'<table class="numbers"><thead><tr><th scope="col">Model</th><th scope="col">Steps</th>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table>"
+    )
+
+
+def _cell(result: Result, key: str, best: bool) -> str:
+    mean, _, sd = _number(result, key).partition(" ± ")
+    text = f"<strong>{mean}</strong>" if best else mean
+    return f"<td{' class=best' if best else ''}>{text}{f'<small> ± {sd}</small>' if sd else ''}</td>"
+
+
+def _figure(name: str, svg: str) -> str:
+    key, _, across = name.partition("-")
+    label = f"{METRICS[key].label} against {_ACROSS[across]}"
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    # Ids of several plots would meet on one page.
+    prefix = re.sub(r"\W", "_", name)
+    svg = re.sub(r'( id="|href="#|url\(#)', rf"\1{prefix}_", svg)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
+    return f"<figure>{svg}<figcaption>{html.escape(label)}</figcaption></figure>"
+
+
+def _gallery(report: Report) -> str:
+    models: dict[str, list[int]] = {}
+    for i, result in enumerate(report.results):
+        models.setdefault(result.name, []).append(i)
+    has_condition = any(row.condition is not None for row in report.rows)
+    ends = (["Given"] if has_condition else []), ["Real"]
+    groups = "".join(
+        f'<th scope="colgroup" class="edge" colspan="{len(own)}">{html.escape(name)}</th>'
+        for name, own in models.items()
+    )
+    steps = "".join(
+        f'<th scope="col"{" class=edge" if j == 0 else ""}>{report.results[i].steps}<span> steps</span></th>'
+        for own in models.values()
+        for j, i in enumerate(own)
+    )
+    before, after = ("".join(f'<th rowspan="2" scope="col" class="edge">{text}</th>' for text in side) for side in ends)
+    body = "".join(_pictures(report, models, r, has_condition) for r in range(len(report.rows)))
+    return (
+        f'<table class="pictures"><thead><tr><th rowspan="2" scope="col">Text</th>{before}{groups}{after}</tr>'
+        f"<tr>{steps}</tr></thead><tbody>{body}</tbody></table>"
+    )
+
+
+def _pictures(report: Report, models: Mapping[str, Sequence[int]], r: int, has_condition: bool) -> str:
+    row = report.rows[r]
+    cells = []
+    if has_condition:
+        cells.append(_picture(row.condition, f"what the models are given for {row.prompt}", True))
+    for own in models.values():
+        for j, i in enumerate(own):
+            result = report.results[i]
+            cells.append(_picture(result.pictures[r], f"{row.prompt}, {result.name}, {result.steps} steps", j == 0))
+    cells.append(_picture(row.truth, f"{row.prompt}, the real picture", True))
+    return f'<tr><th scope="row">{html.escape(row.prompt)}</th>{"".join(cells)}</tr>'
+
+
+def _picture(pixels: np.ndarray | None, alt: str, edge: bool) -> str:
+    if pixels is None:
+        return "<td></td>"
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    height, width = pixels.shape[:2]
+    return (
+        f'<td{" class=edge" if edge else ""}><img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" '
+        f'width="{width}" height="{height}"></td>'
+    )

@@ -1,0 +1,153 @@
+"""The folders that models are read from: on this machine, or on the Hugging Face Hub."""
+
+import contextlib
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from codi_jax.cli.messages import first_line, listed
+from codi_jax.models.config import WeightsError
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """Where the files of a model, or of one of its parts, are found: a local folder or the hub.
+
+    Attributes:
+      source: a folder, or the id of a repository.
+      subfolder: the part.
+      revision: branch, tag or commit on the hub.
+      cache_dir: of the hub's files.
+      local_files_only: never ask the hub.
+    """
+
+    source: str
+    subfolder: str | None = None
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.source}/{self.subfolder}" if self.subfolder else self.source
+
+    def part(self, subfolder: str) -> "ModelFolder":
+        """A folder in this one."""
+        return replace(self, subfolder=subfolder)
+
+    def find(self, name: str) -> Path | None:
+        """The local path of a file, downloaded if need be; ``None`` if there is no such file, or none within reach.
+
+        Raises:
+          WeightsError: if the repository does not exist, is not open to this user, or the download fails.
+        """
+        if self._is_local:
+            path = Path(self.source, self.subfolder or "", name)
+            return path if path.is_file() else None
+        try:
+            return Path(
+                hf_hub_download(
+                    self.source,
+                    name,
+                    subfolder=self.subfolder,
+                    revision=self.revision,
+                    cache_dir=self.cache_dir,
+                    local_files_only=self.local_files_only,
+                )
+            )
+        except EntryNotFoundError:
+            return None
+        except Exception as error:
+            raise self._explained(error, name) from error
+
+    def require(self, name: str) -> Path:
+        """The local path of a file that must be there.
+
+        Raises:
+          WeightsError: if it is not; says what is there instead.
+        """
+        path = self.find(name)
+        if path is None:
+            raise WeightsError(f"There is no {name} in {self}: {self.describe_contents()}.")
+        return path
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The contents of a JSON file.
+
+        Raises:
+          WeightsError: if there is none, or it holds no JSON object.
+        """
+        path = self.require(name)
+        try:
+            contents = json.loads(path.read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise WeightsError(f"{path} is not valid JSON ({first_line(error)}): download it again.") from None
+        if not isinstance(contents, dict):
+            raise WeightsError(f"{path} holds a JSON {type(contents).__name__} instead of an object.")
+        return contents
+
+    def pinned(self, path: Path) -> "ModelFolder":
+        """The same folder at the commit that ``path`` was downloaded from, so that all files are of one version."""
+        commit = re.search(r"/snapshots/([0-9a-f]{40})/", path.as_posix())
+        return self if self._is_local or commit is None else replace(self, revision=commit[1])
+
+    def names(self) -> list[str] | None:
+        """The files in the folder, none if it does not exist; ``None`` if the hub cannot be asked."""
+        if self._is_local:
+            folder = Path(self.source, self.subfolder or "")
+            return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        if self.local_files_only:
+            return None
+        prefix = f"{self.subfolder}/" if self.subfolder else ""
+        # Asked only for the sake of a message: that it fails is part of the message.
+        with contextlib.suppress(Exception):
+            files = HfApi().list_repo_files(self.source, revision=self.revision)
+            return sorted(name.removeprefix(prefix) for name in files if name.startswith(prefix))
+        return None
+
+    def describe_contents(self) -> str:
+        """Half a sentence about what is there, for messages about what is not."""
+        names = self.names()
+        if names is None:
+            return (
+                "it is no folder on this machine, the local cache does not have it, and the Hugging Face Hub was not "
+                "reached; check the spelling, the connection and HF_HUB_OFFLINE"
+            )
+        if names:
+            return f"it holds {listed(names)}"
+        if self.subfolder and not Path(self.source, self.subfolder).is_dir():
+            return f"{self.source} holds {listed(replace(self, subfolder=None).names() or [])}"
+        return "it is empty"
+
+    @property
+    def _is_local(self) -> bool:
+        return Path(self.source).is_dir()
+
+    def _explained(self, error: Exception, name: str) -> WeightsError:
+        if Path(self.source).is_file():
+            return WeightsError(
+                f"{self.source} is a file; give a folder in diffusers' layout, or convert it to one first."
+            )
+        page = f"https://huggingface.co/{self.source}"
+        if isinstance(error, GatedRepoError):
+            return WeightsError(f"{self.source} is gated: accept its license at {page}, then run `hf auth login`.")
+        if isinstance(error, RevisionNotFoundError):
+            return WeightsError(f"{self.source} has no revision {self.revision!r}; the branches are listed at {page}.")
+        if isinstance(error, RepositoryNotFoundError):
+            return WeightsError(
+                f"{self.source} is neither a folder on this machine nor a public repository at {page}; "
+                "check the spelling, or run `hf auth login` if it is private."
+            )
+        if isinstance(error, HFValidationError):
+            return WeightsError(f"There is no folder {self.source}, and it is not an id such as owner/name on the hub.")
+        return WeightsError(f"Downloading {name} of {self} failed: {error}")

@@ -1,0 +1,341 @@
+"""The processes of one run: how they join, check that they run the same thing, and end together.
+
+JAX connects them and lets them compute together, but says little where that fails: a process that waits for another one
+is silent for minutes and then aborts, and one that has raised an error leaves the others waiting forever. So each
+process watches the others through the key-value store of JAX's coordination service, which process 0 hosts.
+"""
+
+import atexit
+import contextlib
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+_JOIN_SECONDS = "CODI_JAX_JOIN_TIMEOUT"
+_JOIN_DEFAULT = 300
+_FIRST_WORD, _NEXT_WORD = 10, 30  # seconds of waiting after which it is said what is being waited for
+_MEETING_SECONDS = 600  # how long a process waits for the others to reach the same point
+_A_DAY = 24 * 60 * 60 * 1000  # ms
+_BEAT = 2.0  # seconds between two looks at the others
+_SILENT = 60.0  # seconds without a sign of life after which a process counts as lost
+_LAST_WORDS = 10.0  # seconds that process 0 gives the others to learn why the run ends
+_ROOT = "codi_jax"
+
+_numbers = itertools.count()  # of meetings: every process has the same ones in the same order
+
+
+def initialize() -> None:
+    """Joins the other processes of the run, if it has any; call it before anything touches a device.
+
+    Looks for what the launchers of TPU pods, Slurm, Open MPI and Kubernetes set, and for ``JAX_COORDINATOR_ADDRESS``
+    (with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``). On a single host it does nothing. While it waits it says for
+    whom, and it ends the process after ``CODI_JAX_JOIN_TIMEOUT`` seconds (300 unless set).
+
+    Raises:
+      ValueError: if these variables contradict each other, or one of them is not a number.
+    """
+    if not jax.distributed.is_initialized():
+        given = _given_processes()
+        if not _has_several_processes():
+            _require_alone(given)
+            return
+        limit = _number(_JOIN_SECONDS) if _JOIN_SECONDS in os.environ else _JOIN_DEFAULT
+        with _saying_whom_it_waits_for(given, limit):
+            # At its own limit JAX aborts. Ours comes before, and ends the process with a sentence.
+            jax.distributed.initialize(**given, initialization_timeout=limit + 60)
+    _watch.start()
+
+
+def are_several() -> bool:
+    """Whether this process is one of several, which end together."""
+    return _watch.is_running
+
+
+def agree(what: str, values: Mapping[str, Any], remedy: str) -> None:
+    """Checks that all processes have the same values; every process must call it.
+
+    Args:
+      what: the values are, a noun for the message.
+      values: by name, JSON; a name that starts with ``--`` is a flag.
+      remedy: what to do where they differ, which ends the sentence.
+
+    Raises:
+      ValueError: naming the first value that differs, and the processes.
+    """
+    if not _watch.is_running:
+        return
+    own = json.dumps(dict(values), sort_keys=True, default=str)
+    for index, text in sorted(_exchange(own, what).items()):
+        other, first = json.loads(text), json.loads(own)
+        for name in sorted(other.keys() | first.keys()):
+            if other.get(name) != first.get(name):
+                raise ValueError(
+                    f"the processes of this run differ in their {what}: {name} is {json.dumps(first.get(name))} in "
+                    f"{_named(_watch.index)} and {json.dumps(other.get(name))} in {_named(index)}: {remedy}."
+                )
+
+
+def code_version() -> str:
+    """SHA-256 of the source of this package, and JAX's version: what all processes of a run must share."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent.parent
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return f"{digest.hexdigest()[:12]}, JAX {jax.__version__}"
+
+
+def wait_for_all(where: str) -> None:
+    """Returns when all processes have called it; ``where`` names the place.
+
+    Not on the devices: what one process does before it comes here, such as an upload, may take longer than their
+    collectives wait.
+    """
+    if _watch.is_running:
+        _store().wait_at_barrier(f"{_ROOT}/{next(_numbers)}: {where}", _A_DAY)
+
+
+def gather(value: Any) -> list[Any]:
+    """A JSON value of each process, by their numbers; every process must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(text)))
+    texts = multihost_utils.process_allgather(np.pad(text, (0, max(sizes) - len(text))))
+    return [json.loads(bytes(text[:size])) for text, size in zip(np.asarray(texts), sizes)]
+
+
+def end(message: str) -> NoReturn:
+    """Ends this process with a message and exit status 1, and the others of the run with it.
+
+    Alone, a process raises `SystemExit`. One of several ends at once: on its way out JAX would wait for the others, and
+    they wait for it.
+    """
+    if not _watch.is_running:
+        sys.exit(message)
+    _watch.end(message)
+
+
+class _Watch:
+    """Shows the others that this process is alive, and ends it when one of them has failed or is silent."""
+
+    def __init__(self) -> None:
+        self.index, self.count = 0, 1
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._beats: dict[int, tuple[str, float]] = {}  # of each process: the last one, and when it came
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self) -> None:
+        # Not jax.process_count(), which sets the devices up.
+        state = _state()
+        if self.is_running or state.num_processes == 1:
+            return
+        self.index, self.count = state.process_id, state.num_processes
+        self._say("host", socket.gethostname())
+        self._thread = threading.Thread(target=self._run, name="watch-processes", daemon=True)
+        self._thread.start()
+        # Runs before JAX waits for the others to end, too: from here on silence is no failure.
+        atexit.register(self._finish)
+
+    def end(self, message: str) -> NoReturn:
+        failures = self._failures()
+        if failures:
+            message = self._because(failures)
+        else:
+            self._say("failed", message.strip().rpartition("\n")[2])
+        self._leave(message)
+
+    def _say(self, kind: str, text: str) -> None:
+        _store().key_value_set(f"{_ROOT}/{kind}/{self.index}", text, allow_overwrite=True)
+
+    def _run(self) -> None:
+        for beat in itertools.count():
+            try:
+                self._say("alive", str(beat))
+                if failures := self._failures():
+                    self._leave(self._because(failures))
+                if self.index == 0 and (silent := self._silent()) is not None:
+                    self.end(f"error: nothing was heard of {_named(silent)} for {_SILENT:.0f} s: see its own output.")
+            except jax.errors.JaxRuntimeError:
+                return  # the service has gone, which JAX itself ends the process for
+            if self._stopped.wait(_BEAT):
+                return
+
+    def _failures(self) -> dict[int, str]:
+        return {index: text for index, text in _read("failed").items() if index != self.index}
+
+    def _because(self, failures: Mapping[int, str]) -> str:
+        index, text = min(failures.items())
+        return f"error: {_named(index)} ended with «{text.removeprefix('error: ')}», so this process ends too."
+
+    def _silent(self) -> int | None:
+        finished, now = _read("finished"), time.monotonic()
+        for index, beat in _read("alive").items():
+            if self._beats.get(index, ("", 0.0))[0] != beat:
+                self._beats[index] = beat, now
+        late = (index for index, (_, since) in self._beats.items() if now - since > _SILENT and index not in finished)
+        return next(late, None)
+
+    def _leave(self, message: str) -> NoReturn:
+        _print(message)
+        sys.stdout.flush()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._say("ended", "")
+            until = time.monotonic() + (_LAST_WORDS if self.index == 0 else 0)
+            while time.monotonic() < until and len(_read("ended")) < self.count:
+                time.sleep(0.1)
+        os._exit(1)
+
+    def _finish(self) -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._say("finished", "")
+        self._stopped.set()
+
+
+_watch = _Watch()
+
+
+def _state() -> Any:
+    """What JAX knows of the processes. It has no public name; Orbax reads the same one."""
+    from jax._src import distributed
+
+    return distributed.global_state
+
+
+def _store() -> Any:
+    """The key-value store that all processes share."""
+    return _state().client
+
+
+def _read(kind: str) -> dict[int, str]:
+    """What the processes have written under a kind of key, by their numbers."""
+    entries = _store().key_value_dir_get(f"{_ROOT}/{kind}/")
+    return {int(key.rpartition("/")[2]): value for key, value in entries}
+
+
+def _exchange(text: str, what: str) -> dict[int, str]:
+    """A text of every process, by their numbers."""
+    kind = f"meeting-{next(_numbers)}"
+    _store().key_value_set(f"{_ROOT}/{kind}/{_watch.index}", text, allow_overwrite=True)
+    try:
+        _store().wait_at_barrier(f"{_ROOT}/{kind}", _MEETING_SECONDS * 1000)
+    except jax.errors.JaxRuntimeError as error:
+        missing = sorted(set(range(_watch.count)) - _read(kind).keys())
+        raise ValueError(
+            f"waited {_MEETING_SECONDS} s to compare the {what} of the processes, and "
+            f"{', '.join(map(_named, missing)) or 'some'} did not come to it: see their output."
+        ) from error
+    return _read(kind)
+
+
+def _named(index: int) -> str:
+    host = _read("host").get(index)
+    return f"process {index}" + (f" ({host})" if host else "")
+
+
+@contextlib.contextmanager
+def _saying_whom_it_waits_for(given: Mapping[str, Any], limit: int) -> Iterator[None]:
+    """Says during the block, from time to time, what is being waited for, and ends the process after ``limit`` s."""
+    joined, began = threading.Event(), time.monotonic()
+    others = _awaited(given)
+
+    def speak() -> None:
+        wait = min(_FIRST_WORD, limit)
+        while not joined.wait(wait):
+            waited = round(time.monotonic() - began)
+            if waited >= limit:
+                _print(
+                    f"error: waited {waited} s for {others()}: check that all processes of the run were started, and "
+                    f"that they reach each other; {_JOIN_SECONDS} sets another limit."
+                )
+                os._exit(1)  # the main thread is in JAX, and would abort there
+            _print(f"waiting for {others()} ({waited} of {limit} s)")
+            wait = min(_NEXT_WORD, limit - waited)
+
+    threading.Thread(target=speak, name="wait-for-processes", daemon=True).start()
+    try:
+        yield
+    finally:
+        joined.set()
+
+
+def _print(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _awaited(given: Mapping[str, Any]) -> Callable[[], str]:
+    """Tells whom a process that is joining waits for, as far as its environment says."""
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address is None:
+        return lambda: "the other processes of this run"
+    if given.get("process_id") == 0:
+        return lambda: f"the other {given.get('num_processes', 1) - 1} processes, which join at {address}"
+
+    def others() -> str:
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+        except (OSError, ValueError) as error:
+            return f"process 0, which does not answer at {address} ({error})"
+        return f"the processes that have not joined process 0 at {address} yet"
+
+    return others
+
+
+def _require_alone(given: Mapping[str, Any]) -> None:
+    if given.get("num_processes", 1) > 1 or given.get("process_id", 0) > 0:
+        variable = "JAX_NUM_PROCESSES" if "num_processes" in given else "JAX_PROCESS_ID"
+        raise ValueError(
+            f"{variable} is set and JAX_COORDINATOR_ADDRESS is not: set it to host:port of process 0, or every process "
+            "would be a run of its own in the same folder."
+        )
+
+
+def _has_several_processes() -> bool:
+    env = os.environ
+    hosts = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES", ""))
+    return (
+        "JAX_COORDINATOR_ADDRESS" in env
+        or "MEGASCALE_COORDINATOR_ADDRESS" in env
+        or "," in hosts
+        # JAX asks the metadata server which slice the machine belongs to.
+        or (not hosts and _is_tpu_machine())
+        # Not in a job of one task: there JAX would take one device and leave the others.
+        or ("SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1)
+        or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
+        or ("KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env)
+    )
+
+
+def _is_tpu_machine() -> bool:
+    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
+    return importlib.util.find_spec("libtpu") is not None and bool(chips) and os.environ.get("JAX_PLATFORMS") != "cpu"
+
+
+def _given_processes() -> dict[str, Any]:
+    """What the user says in the environment; JAX reads only the coordinator's address there."""
+    names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    return {name: _number(variable) for name, variable in names.items() if variable in os.environ}
+
+
+def _number(variable: str) -> int:
+    try:
+        return int(os.environ[variable])
+    except ValueError:
+        raise ValueError(f"{variable} is {os.environ[variable]!r}: it must be a whole number.") from None

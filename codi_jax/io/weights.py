@@ -1,0 +1,534 @@
+"""Models as diffusers folders: a folder or hub id -> (module, parameters), and back.
+
+A parameter tree *is* a diffusers state dict. One rule translates names (`torch_name`: ``resnets_1/conv1/kernel`` is
+``resnets.1.conv1.weight``) and one translates layouts (`to_torch_layout`: HWIO and [in, out] are OIHW and [out, in]).
+What does not follow them is in `_modern_names`: what older versions of diffusers and transformers wrote.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
+from jax.experimental import multihost_utils
+from jax.typing import DTypeLike
+from jaxtyping import Shaped
+
+from codi_jax.cli.messages import listed
+from codi_jax.io.atomic import partial_path
+from codi_jax.io.hub import ModelFolder
+from codi_jax.io.weight_files import Layout, StoredTensor, WeightFile, open_weights, shard_names, write_safetensors
+from codi_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from codi_jax.models.config import ModelConfig, Params, WeightsError
+from codi_jax.models.controlnet import ControlNet, ControlNetConfig
+from codi_jax.models.kernels.attention import Implementation
+from codi_jax.models.names import torch_name
+from codi_jax.models.unet import UNet2DCondition
+from codi_jax.models.unet_config import UNetConfig
+from codi_jax.models.vae import AutoencoderKL, VAEConfig
+
+Model = UNet2DCondition | ControlNet | AutoencoderKL | CLIPTextModel
+Place = Callable[[tuple[str, ...], np.ndarray], Any]
+"""Puts the array of one parameter, known by its path in the tree, on the devices."""
+
+AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
+
+_MODELS: tuple[tuple[type[ModelConfig], Callable[..., Model]], ...] = (
+    (UNetConfig, UNet2DCondition),
+    (ControlNetConfig, ControlNet),
+    (VAEConfig, AutoencoderKL),
+    (CLIPTextConfig, CLIPTextModel),
+)
+# The VAE's attention in old PyTorch files of diffusers, and in all Flax ones.
+_LEGACY_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def load_model(
+    source: str | Path,
+    subfolder: str | None = None,
+    dtype: DTypeLike | None = jnp.float32,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    compute_dtype: DTypeLike | None = None,
+    attention: Implementation = "auto",
+    remat: bool = False,
+    place: Place | None = None,
+) -> tuple[Model, Params]:
+    """Loads one network of a diffusers folder, tensor by tensor.
+
+    Args:
+      source: a local folder, or a repository on the Hugging Face Hub (``HF_HUB_OFFLINE`` and the cache are respected).
+      subfolder: ``unet``, ``controlnet``, ``vae``, ``text_encoder`` or ``text_encoder_2``; ``None`` if ``source``
+        itself holds ``config.json``, as it does for a ControlNet or VAE published on its own.
+      dtype: in which the parameters are stored; ``None`` keeps that of the file.
+      revision: branch, tag or commit on the hub.
+      variant: of the weights, such as ``"fp16"`` for ``diffusion_pytorch_model.fp16.safetensors``; where there is none,
+        the plain file is read, with a warning.
+      cache_dir: of the hub's files, if not the usual one.
+      local_files_only: never ask the hub.
+      compute_dtype: of the module; if ``None``, ``dtype``, or float32.
+      attention: the attention kernel of the module.
+      remat: whether the module recomputes activations in the backward pass.
+      place: puts each parameter on devices; ``None`` is the default device.
+
+    Returns:
+      The module, whose ``config`` is ``config.json``, and its parameters.
+
+    Raises:
+      WeightsError: if something is missing, of another family, incomplete, not finite, or does not fit ``config.json``.
+      ConfigError: for a value in ``config.json`` that codi_jax cannot build.
+    """
+    folder = ModelFolder(str(Path(source).expanduser()), subfolder, revision, cache_dir, local_files_only)
+    folder = folder.pinned(folder.require("config.json"))
+    of_module = jnp.float32 if dtype is None else dtype
+    of_module = of_module if compute_dtype is None else compute_dtype
+    module = build_module(folder, of_module, attention=attention, remat=remat)
+    weights = open_weights(_choose_file(folder, module.config, variant))
+    params = from_state_dict(
+        module.abstract_params(),
+        _modern_names(weights, module.config),
+        dtype,
+        place,
+        layout=weights.layout,
+        where=str(weights.path),
+    )
+    return module, params
+
+
+def open_model(
+    source: str | Path,
+    subfolder: str | None = None,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> tuple[Model, dict[str, StoredTensor]]:
+    """One network of a diffusers folder, whose tensors are read when NumPy asks for them.
+
+    Args:
+      source: see `load_model`, as for the others.
+      subfolder: likewise.
+      revision: likewise.
+      variant: likewise.
+      cache_dir: likewise.
+
+    Returns:
+      The module, and its tensors by their name in the PyTorch state dict.
+
+    Raises:
+      WeightsError: as `load_model`, and for Flax's msgpack.
+      ConfigError: as `load_model`.
+    """
+    folder = ModelFolder(str(Path(source).expanduser()), subfolder, revision, cache_dir)
+    folder = folder.pinned(folder.require("config.json"))
+    module = build_module(folder)
+    weights = open_weights(_choose_file(folder, module.config, variant))
+    if weights.layout != "torch":
+        raise WeightsError(f"{weights.path} is a Flax file: load the model and save it as safetensors first.")
+    tensors = _modern_names(weights, module.config)
+    expected = {name: shape for name, (_, _, shape) in _torch_leaves(module.abstract_params()).items()}
+    _require_match(expected, tensors, f"{weights.path} does not fit its config.json; check that they are of one model")
+    return module, tensors
+
+
+def build_module(
+    folder: ModelFolder, dtype: DTypeLike = jnp.float32, *, attention: Implementation = "auto", remat: bool = False
+) -> Model:
+    """The network that a folder's ``config.json`` describes, without its weights.
+
+    Args:
+      folder: of the network.
+      dtype: of the computation.
+      attention: the attention kernel.
+      remat: whether it recomputes activations in the backward pass.
+
+    Raises:
+      WeightsError: if there is no such file, or it is of another family.
+      ConfigError: for a value in it that codi_jax cannot build.
+    """
+    where, mapping = f"{folder}/config.json", folder.read_json("config.json")
+    config_class, module_class = _model_class(mapping, where)
+    return module_class(config_class.from_dict(mapping, where=where), dtype=dtype, attention=attention, remat=remat)
+
+
+def save_model(
+    folder: str | Path,
+    subfolder: str | None,
+    module: Model,
+    params: Params,
+    *,
+    dtype: DTypeLike | None = None,
+    max_shard_size: int | str = "10GB",
+) -> None:
+    """Writes one network as diffusers and transformers do: safetensors and ``config.json``.
+
+    All is written beside the target and then moved: after an error or an interrupt nothing of it is left. In a folder
+    that exists, files of the same names and older safetensors of the model are replaced, and all others are kept. With
+    several processes, all must call it (tensors are gathered) and the first one writes.
+
+    Args:
+      folder: of the whole model.
+      subfolder: of the network; ``None`` writes into ``folder`` itself.
+      module: for its ``config``.
+      params: its parameters, possibly sharded; fetched one at a time.
+      dtype: of the file; ``None`` keeps each parameter's own.
+      max_shard_size: in bytes, or as ``"5GB"``; larger models are split.
+
+    Raises:
+      WeightsError: if ``params`` is not a tree of ``module``, overflows ``dtype``, or cannot be written.
+    """
+    header = {
+        name: (np.dtype(leaf.dtype if dtype is None else dtype), shape)
+        for name, (_, leaf, shape) in _torch_leaves(params).items()
+    }
+    arrays = (_converted(array, header[name][0], name, "The parameters") for name, array in to_state_dict(params))
+    write_model(folder, subfolder, module, header, arrays, max_shard_size=max_shard_size)
+
+
+def write_model(
+    folder: str | Path,
+    subfolder: str | None,
+    module: Model,
+    header: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    arrays: Iterator[Shaped[np.ndarray, "..."]],
+    *,
+    max_shard_size: int | str = "10GB",
+) -> None:
+    """Writes one network whose tensors come one after the other; else as `save_model`.
+
+    Args:
+      folder: of the whole model.
+      subfolder: of the network.
+      module: for its ``config``.
+      header: dtype and shape of the tensors, by their name in the PyTorch state dict.
+      arrays: the tensors, in the order of ``header``.
+      max_shard_size: in bytes, or as ``"5GB"``.
+
+    Raises:
+      WeightsError: if these are not the tensors of ``module``, or they cannot be written.
+    """
+    target = Path(folder, subfolder or "").expanduser().resolve()
+    expected = {name: shape for name, (_, _, shape) in _torch_leaves(module.abstract_params()).items()}
+    found = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in header.items()}
+    _require_match(expected, found, f"The parameters for {target} do not fit the {type(module).__name__}")
+    if jax.process_index() != 0:
+        for _ in arrays:
+            pass
+        return
+    try:
+        with _staged(target) as stage:
+            _write_files(stage, module.config, header, arrays, max_shard_size)
+    except OSError as error:
+        raise WeightsError(f"Could not save {target}: {error.strerror or error}. Nothing was left behind.") from error
+
+
+def to_torch_layout(leaf: str, array: AnyArray) -> AnyArray:
+    """Returns a view in PyTorch's layout: a kernel HWIO -> OIHW, [in, out] -> [out, in]; others as they are.
+
+    Args:
+      leaf: the last name of the path, such as ``"kernel"``.
+      array: of NumPy or JAX.
+    """
+    return array.transpose(_torch_axes(leaf, array.ndim))
+
+
+def to_flax_layout(leaf: str, array: AnyArray) -> AnyArray:
+    """Returns a view in Flax's layout: a kernel OIHW -> HWIO, [out, in] -> [in, out]; inverse of `to_torch_layout`."""
+    axes = _torch_axes(leaf, array.ndim)
+    return array.transpose([axes.index(axis) for axis in range(array.ndim)])
+
+
+def _torch_axes(leaf: str, ndim: int) -> list[int]:
+    if leaf != "kernel":
+        return list(range(ndim))
+    return {2: [1, 0], 4: [3, 2, 0, 1]}[ndim]
+
+
+def to_state_dict(params: Params) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
+    """The state dict of a tree, one tensor at a time: names and layouts of PyTorch, in host memory.
+
+    Args:
+      params: nested dict of arrays. Sharded arrays are gathered, over several processes too, if all of them iterate.
+
+    Yields:
+      Name and array; the array may be a view.
+    """
+    for name, (path, leaf, _) in _torch_leaves(params).items():
+        yield name, to_torch_layout(path[-1], _to_host(leaf))
+
+
+def from_state_dict(
+    abstract_params: Params,
+    named_arrays: Mapping[str, Any],
+    dtype: DTypeLike | None = jnp.float32,
+    place: Place | None = None,
+    *,
+    layout: Layout = "torch",
+    where: str = "The state dict",
+) -> Params:
+    """Builds a parameter tree from a state dict.
+
+    Args:
+      abstract_params: the tree's shapes, as ``module.abstract_params()`` gives them.
+      named_arrays: name -> NumPy array, or anything with ``shape`` and ``dtype`` that ``np.asarray`` reads.
+      dtype: of the parameters; ``None`` keeps that of the arrays.
+      place: puts each parameter on devices; ``None`` is the default device.
+      layout: of the kernels in ``named_arrays``.
+      where: the file, for messages.
+
+    Returns:
+      The tree, with arrays as ``place`` returns them.
+
+    Raises:
+      WeightsError: if keys are missing, unexpected or of another shape (all are listed), or a value is not finite.
+    """
+    leaves = _torch_leaves(abstract_params)
+    expected = {name: shape if layout == "torch" else leaf.shape for name, (_, leaf, shape) in leaves.items()}
+    _require_match(expected, named_arrays, f"{where} does not fit its config.json; check that they are of one model")
+    place = place or (lambda _, array: jax.device_put(array))
+    placed = {}
+    # Large ones first: a tensor is in memory two or three times while it is converted, which then hides in the total.
+    for name in sorted(leaves, key=lambda name: -math.prod(expected[name])):
+        path = leaves[name][0]
+        array = np.asarray(named_arrays[name])
+        file = str(getattr(named_arrays[name], "path", where))
+        if not _is_finite(array):
+            raise WeightsError(f"{file}: {name} holds NaN or infinity; the file is broken, use another version of it.")
+        array = to_flax_layout(path[-1], array) if layout == "torch" else array
+        kept = np.dtype(array.dtype if dtype is None else dtype)
+        # Waiting keeps one tensor in flight; a queue of transfers would hold the host copies of all that are in it.
+        placed[name] = jax.block_until_ready(place(path, _converted(array, kept, name, file)))
+    return jax.tree.unflatten(jax.tree.structure(abstract_params), [placed[name] for name in leaves])
+
+
+def _model_class(mapping: Mapping[str, Any], where: str) -> tuple[type[ModelConfig], Callable[..., Model]]:
+    name = mapping.get("_class_name") or next(iter(mapping.get("architectures") or ()), None)
+    if name is None and mapping.get("model_type") == "clip_text_model":
+        name = CLIPTextConfig.class_names[0]
+    for config_class, module_class in _MODELS:
+        if name in config_class.class_names:
+            return config_class, module_class
+    known = ", ".join(config_class.class_names[0] for config_class, _ in _MODELS)
+    raise WeightsError(
+        f"{where} describes {name or mapping.get('model_type') or 'no known model'}: a config from another model "
+        f"family. codi_jax has {known}."
+    )
+
+
+def _file_stems(config: ModelConfig) -> tuple[str, str, str]:
+    """The names that safetensors, PyTorch and Flax files begin with: those of transformers or of diffusers."""
+    if isinstance(config, CLIPTextConfig):
+        return "model", "pytorch_model", "flax_model"
+    return "diffusion_pytorch_model", "diffusion_pytorch_model", "diffusion_flax_model"
+
+
+def _choose_file(folder: ModelFolder, config: ModelConfig, variant: str | None) -> Path:
+    """The best weight file of a folder: safetensors, else PyTorch's, else Flax's. Downloads the shards of an index.
+
+    A part without the variant has its plain file read: in published models some parts have variants and others not.
+    """
+    safe, torch, _ = _file_stems(config)
+    for of_part in dict.fromkeys((variant, None)):
+        for name in _file_names(config, of_part):
+            if (path := folder.find(name)) is None:
+                continue
+            if of_part != variant:
+                warnings.warn(f"{folder} has no weights of variant {variant!r}: {name} is read.", stacklevel=3)
+            if path.suffix == ".json":
+                for shard in shard_names(path):
+                    folder.require(shard)
+            return path
+    pattern = re.compile(rf"({safe}|{torch})(\.(safetensors|bin)\.index)?\.(?P<variant>\w+)\.(safetensors|bin|json)")
+    matches = [match for name in folder.names() or () if (match := pattern.fullmatch(name))]
+    variants = sorted({match["variant"] for match in matches} - {"safetensors", "bin", "index"})
+    hint = f" It has the variant {' and '.join(variants)}: ask for it with --variant." if variants else ""
+    names = [*(_file_names(config, variant) if variant else ()), *_file_names(config, None)]
+    raise WeightsError(
+        f"{folder} has no weights{f' of variant {variant!r}' if variant else ''}, none of {', '.join(names)}: "
+        f"{folder.describe_contents()}.{hint}"
+    )
+
+
+def _file_names(config: ModelConfig, variant: str | None) -> list[str]:
+    """The names that the weight file of a model can have, the best first."""
+    safe, torch, flax = _file_stems(config)
+    dot = f".{variant}" if variant else ""
+    return [
+        f"{safe}{dot}.safetensors",
+        f"{safe}.safetensors.index{dot}.json",
+        f"{torch}{dot}.bin",
+        f"{torch}.bin.index{dot}.json",
+        *([] if variant else [f"{flax}.msgpack"]),
+    ]
+
+
+def _modern_names(weights: WeightFile, config: ModelConfig) -> dict[str, StoredTensor]:
+    """The tensors of a file under the names that diffusers gives them today."""
+    named = dict(weights)
+    if weights.layout == "flax":
+        named = {torch_name(tuple(name.split("/"))): tensor for name, tensor in named.items()}
+    if isinstance(config, CLIPTextConfig):
+        # transformers 5 saves a CLIPTextModel without the prefix; versions before 4.31 saved the positions 0, 1, 2, ….
+        named = {
+            name if name.startswith("text_") else f"text_model.{name}": tensor
+            for name, tensor in named.items()
+            if not name.endswith("embeddings.position_ids")
+        }
+    if isinstance(config, VAEConfig):
+        named = dict(_modern_vae_attention(name, tensor) for name, tensor in named.items())
+    return named
+
+
+def _modern_vae_attention(name: str, tensor: StoredTensor) -> tuple[str, StoredTensor]:
+    module, _, leaf = name.rpartition(".")
+    module, _, projection = module.rpartition(".")
+    if not re.search(r"\.attentions\.\d+(\.to_out)?$", module):
+        return name, tensor
+    projection = _LEGACY_VAE_ATTENTION.get(projection, projection)
+    # Latent diffusion's original code had 1 × 1 convolutions where diffusers has linear layers.
+    return f"{module}.{projection}.{leaf}", tensor.squeezed() if len(tensor.shape) == 4 else tensor
+
+
+def _torch_leaves(params: Params) -> dict[str, tuple[tuple[str, ...], Any, tuple[int, ...]]]:
+    """Name in the state dict -> (path, leaf, shape in PyTorch's layout), in the tree's own order."""
+    leaves = {}
+    for keys, leaf in jax.tree.leaves_with_path(params):
+        path = tuple(key.key for key in keys)
+        shape = tuple(leaf.shape[axis] for axis in _torch_axes(path[-1], leaf.ndim))
+        leaves[torch_name(path)] = (path, leaf, shape)
+    return leaves
+
+
+def _require_match(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Any], problem: str) -> None:
+    missing = [f"{name} {list(expected[name])}" for name in expected if name not in found]
+    unexpected = [f"{name} {list(found[name].shape)}" for name in found if name not in expected]
+    both = [name for name in expected if name in found]
+    misshapen = [
+        f"{name} is {list(found[name].shape)} instead of {list(expected[name])}"
+        for name in both
+        if tuple(found[name].shape) != tuple(expected[name])
+    ]
+    mistyped = [
+        f"{name} is {found[name].dtype}" for name in both if not jnp.issubdtype(found[name].dtype, jnp.floating)
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen, "not floating": mistyped}
+    report = [f"  {len(entries)} {kind}: {listed(entries)}" for kind, entries in kinds.items() if entries]
+    if report:
+        raise WeightsError("\n".join([f"{problem}:", *report]))
+
+
+def _is_finite(array: Shaped[np.ndarray, "..."]) -> bool:
+    # On the bits: half the time of np.isfinite on 16-bit floats. NaN and infinity are those with all exponent bits set.
+    bits = array.reshape(-1).view(f"u{array.dtype.itemsize}")
+    exponent = np.array(np.inf, array.dtype).view(bits.dtype)
+    chunks = (bits[start : start + (1 << 20)] for start in range(0, bits.size, 1 << 20))
+    return not any(bool(((chunk & exponent) == exponent).any()) for chunk in chunks)
+
+
+def _converted(view: Shaped[np.ndarray, "..."], dtype: np.dtype, name: str, where: str) -> Shaped[np.ndarray, "..."]:
+    """The array in C order and in ``dtype``; a copy only if it must be one.
+
+    Raises:
+      WeightsError: if a value is too large for float16.
+    """
+    with np.errstate(over="ignore"):
+        array = view.astype(dtype, copy=False) if view.flags.c_contiguous else _transposed(view, dtype)
+    if dtype == np.float16 and view.dtype != np.float16 and not _is_finite(array):
+        raise WeightsError(f"{where}: {name} does not fit into float16; use bfloat16 or float32.")
+    return array
+
+
+def _transposed(view: Shaped[np.ndarray, "..."], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+    # NumPy transposes kernels three times as fast in blocks of channels, which stay in the cache.
+    array, width = np.empty(view.shape, dtype), 32
+    axis = max(range(view.ndim), key=lambda axis: (view.shape[axis] > width, view.strides[axis]))
+    for start in range(0, view.shape[axis], width):
+        block = (slice(None),) * axis + (slice(start, start + width),)
+        array[block] = view[block]
+    return array
+
+
+def _to_host(leaf: Any) -> Shaped[np.ndarray, "..."]:
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)
+    if not leaf.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    # A second array on the same buffers: JAX keeps the host copy of an array as long as the array itself lives.
+    shards = [shard.data for shard in leaf.addressable_shards]
+    return np.asarray(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards))
+
+
+@contextlib.contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """An empty folder to write into, which becomes ``target``, or vanishes on any error."""
+    created = [parent for parent in target.parents if not parent.exists()]
+    stage = partial_path(target)
+    try:
+        stage.mkdir(parents=True)
+        yield stage
+        _publish(stage, target)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        for parent in created:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _publish(stage: Path, target: Path) -> None:
+    if not target.exists():
+        stage.rename(target)
+        return
+    new = {path.name for path in stage.iterdir()}
+    for name in sorted(new, key=lambda name: name == "config.json"):
+        os.replace(stage / name, target / name)  # noqa: PTH105
+    stage.rmdir()
+    # Safetensors of an earlier save, in one file or other shards, would be loaded in place of the new ones.
+    stem = min(new - {"config.json"}).partition(".")[0].partition("-")[0]
+    stale = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
+    for path in target.iterdir():
+        if path.name not in new and stale.fullmatch(path.name):
+            path.unlink()
+
+
+def _write_files(
+    stage: Path,
+    config: ModelConfig,
+    header: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    arrays: Iterator[np.ndarray],
+    max_shard_size: int | str,
+) -> None:
+    stem = _file_stems(config)[0]
+    split = split_state_dict_into_shards_factory(
+        dict(header),
+        get_storage_size=lambda entry: math.prod(entry[1]) * entry[0].itemsize,
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for file, names in split.filename_to_tensors.items():
+        write_safetensors(stage / file, {name: header[name] for name in names}, (next(arrays) for _ in names))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(stage / f"{stem}.safetensors.index.json", index)
+    mapping = config.to_dict()
+    if "_class_name" in mapping:
+        mapping["_diffusers_version"] = importlib.metadata.version("diffusers")
+    _write_json(stage / "config.json", mapping)
+
+
+def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,209 @@
+"""DMD: distribution matching distillation (Yin et al., 2024, arXiv:2311.18828), the losses of generator and fake score.
+
+A generator's x (see `codi_jax.methods.generator`) is moved toward the distribution of a target score θ, away from its
+own, whose score is a network φ that is trained beside it. At x_t = α_t x + σ_t ε,
+
+    g   = (x̂_φ(x_t) − x̂_θ(x_t)) / mean|x − x̂_θ(x_t)|     (equations 7 and 8; the mean of each sample)
+    L_G = ½ mean‖x − sg(x − g)‖²
+    L_φ = mean‖F_φ(x_t, t) − y‖²,  y = ε, v or x           (equation 6: denoising of sg(x))
+
+θ is guided, φ is not. From DMD2 (Yin et al., 2024, arXiv:2405.14867): several steps of φ for one of G, and a GAN loss
+on φ's lowest features, the only part that needs real images.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from codi_jax.diffusion import losses
+from codi_jax.diffusion.sampling import is_guided
+from codi_jax.diffusion.schedule import Latents
+from codi_jax.methods.generator import Generator, GeneratorFlags
+from codi_jax.models.config import Params
+from codi_jax.models.discriminator import DiscriminatorHead
+from codi_jax.pipeline.conditions import Batch, Condition, Frozen, Inputs, prepare
+from codi_jax.pipeline.prediction import encode, guided, predict
+from codi_jax.training.optim import EmaFlags, Metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchingFlags(GeneratorFlags, EmaFlags):
+    """The flags of distribution matching, with the names of DMD2's reference code.
+
+    The moving average is the generator's.
+    """
+
+    real_guidance_scale: float = 6.0
+    """Guidance scale of the target; 8 for SDXL. 1 or less is no guidance."""
+    real_image_guidance_scale: float = 1.5
+    """Guidance scale of the image, for an InstructPix2Pix target. Less than 1 is no guidance at all."""
+    fake_guidance_scale: float = 1.0
+    """Guidance scale of the fake score where it is compared with the target. 1 or less is no guidance."""
+    dfake_gen_update_ratio: int = 1
+    """Steps of the fake score for one of the generator; 5 in the recipes for full-size models."""
+    min_step_percent: float = 0.02
+    """The least noisy time at which the two scores are compared, as a share of all times."""
+    max_step_percent: float = 0.98
+    """The noisiest one."""
+    dm_loss_weight: float = 1.0
+    """Weight of the distribution matching loss."""
+    cls_on_clean_image: bool = False
+    """Train a head on the fake score's features to tell real images from generated ones; needs real images."""
+    gen_cls_loss: bool = False
+    """Train the generator against that head, too: the GAN loss."""
+    gen_cls_loss_weight: float = 5e-3
+    """Weight of the GAN loss of the generator."""
+    guidance_cls_loss_weight: float = 1e-2
+    """Weight of the loss of the head."""
+    diffusion_gan: bool = False
+    """Show the head noised images."""
+    diffusion_gan_max_timestep: int = 1000
+    """The time that their noise stays below."""
+    gan_alone: bool = False
+    """Train the generator by the GAN loss alone."""
+
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(1, "dfake_gen_update_ratio", "diffusion_gan_max_timestep")
+        self.require_at_least(0, "real_guidance_scale", "real_image_guidance_scale", "fake_guidance_scale")
+        self.require_at_least(0, "dm_loss_weight", "gen_cls_loss_weight", "guidance_cls_loss_weight")
+        self.require_in(0, 1, "min_step_percent", "max_step_percent")
+        high = self.max_step_percent
+        self.require("min_step_percent", self.min_step_percent <= high, f"at most --max_step_percent {high}")
+        needs = {
+            "gen_cls_loss": "cls_on_clean_image", "gan_alone": "gen_cls_loss", "diffusion_gan": "cls_on_clean_image",
+        }  # fmt: skip
+        for flag, other in needs.items():
+            if getattr(self, flag) and not getattr(self, other):
+                raise ValueError(f"--{flag} is of no use without --{other}: give both, or neither.")
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether the data must have real images, beside prompts."""
+        return self.cls_on_clean_image or (self.denoising and not self.backward_simulation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the losses depend on besides arrays.
+
+    Attributes:
+      generator: whose modules all three networks share.
+      flags: of the method.
+    """
+
+    generator: Generator
+    flags: MatchingFlags
+
+    @property
+    def head(self) -> DiscriminatorHead:
+        """The head of the GAN loss."""
+        unet = self.generator.modules.unet
+        return DiscriminatorHead(unet.config.block_out_channels[-1], unet.dtype)
+
+
+def generator_loss(
+    params: Params, fake: Params, frozen: Frozen, batch: Batch, key: Key[Array, ""], config: Config
+) -> tuple[Float[Array, ""], Metrics]:
+    """L_G, and the GAN loss; a mean over the batch.
+
+    Args:
+      params: of G.
+      fake: of φ, which gets no gradient here.
+      frozen: ``unet``, the target θ; ``teacher``, which a LoRA adapts; what `prepare` needs, the null text included;
+        the model's ``schedule``; ``controlnet`` for a model that has one.
+      batch: see `prepare`; real images for the GAN loss, and for a generator that starts from them, only.
+      key: for all that is random.
+      config: of the method.
+    """
+    flags = config.flags
+    inputs_key, x_key, matching_key, logits_key = jax.random.split(key, 4)
+    inputs = prepare(config.generator.modules, frozen, batch, inputs_key)
+    x = config.generator(params, frozen, inputs, x_key)
+    value = jnp.float32(0)
+    if not flags.gan_alone:
+        g = jax.lax.stop_gradient(matching_gradient(fake, frozen, x, inputs, matching_key, config))
+        value += flags.dm_loss_weight * 0.5 * jnp.mean(losses.mse(x, jax.lax.stop_gradient(x - g)))
+    if flags.gen_cls_loss:
+        logits = _logits(fake, frozen, x, inputs.cond, logits_key, config)
+        value += flags.gen_cls_loss_weight * jnp.mean(jax.nn.softplus(-logits))
+    return value, {}
+
+
+def matching_gradient(
+    fake: Params, frozen: Frozen, x: Latents, inputs: Inputs, key: Key[Array, ""], config: Config
+) -> Latents:
+    """The direction g in which x leaves the generator's distribution for the target's.
+
+    Not finite where x = x̂_θ exactly: the step is then skipped and counted, and not passed off as one without gradient.
+    """
+    modules, flags, schedule = config.generator.modules, config.flags, frozen["schedule"]
+    B, T = len(x), schedule.num_train_timesteps
+    t_key, noise_key = jax.random.split(key)
+    low, high = int(flags.min_step_percent * T), min(int(flags.max_step_percent * T), T - 1)
+    t = jax.random.randint(t_key, (B,), low, high + 1)
+    x_t = schedule.add_noise(x, jax.random.normal(noise_key, x.shape), t)
+
+    def output(unet: Params, text: float, image: float) -> Latents:
+        needs_guidance = is_guided(text, image if modules.edits else 1)
+        s_T = jnp.full(B, text, jnp.float32) if needs_guidance else None
+        s_I = jnp.full(B, image, jnp.float32) if needs_guidance and modules.edits else None
+        return guided(modules, {**frozen, "unet": unet}, x_t, t, inputs, s_T, image_guidance_scale=s_I)
+
+    target = output(frozen["unet"], flags.real_guidance_scale, flags.real_image_guidance_scale)
+    difference = output(fake["unet"], flags.fake_guidance_scale, 1.0) - target
+    # x̂ is linear in z and the output, so x̂_φ − x̂_θ is that of the difference at z = 0. To subtract the two would leave
+    # little of float32 at noisy times, where both are (z − σε̂)/α with a small α.
+    distance, _ = schedule.to_x0_eps(difference, jnp.zeros_like(x_t), t)
+    x0, _ = schedule.to_x0_eps(target, x_t, t)
+    return distance / jnp.mean(jnp.abs(x - x0), axis=(1, 2, 3), keepdims=True)
+
+
+def fake_loss(
+    params: Params, generator: Params, frozen: Frozen, batch: Batch, key: Key[Array, ""], config: Config
+) -> tuple[Float[Array, ""], Metrics]:
+    """L_φ, and the loss of the head; a mean over the batch.
+
+    Args:
+      params: of φ.
+      generator: of G, which gets no gradient here.
+      frozen: as in `generator_loss`.
+      batch: likewise.
+      key: for all that is random.
+      config: of the method.
+    """
+    modules, schedule = config.generator.modules, frozen["schedule"]
+    inputs_key, x_key, t_key, noise_key, logits_key = jax.random.split(key, 5)
+    inputs = prepare(modules, frozen, batch, inputs_key)
+    x = jax.lax.stop_gradient(config.generator(generator, frozen, inputs, x_key))
+    t = jax.random.randint(t_key, (len(x),), 0, schedule.num_train_timesteps)
+    noise = jax.random.normal(noise_key, x.shape)
+    x_t = schedule.add_noise(x, noise, t)
+    prediction = predict(modules, {**frozen, "unet": params["unet"]}, x_t, t, inputs.cond)
+    value = jnp.mean(losses.mse(prediction, schedule.target(x, noise, t)))
+    if "head" not in params:
+        return value, {}
+    real_key, generated_key = jax.random.split(logits_key)
+    real = _logits(params, frozen, inputs.z0, inputs.cond, real_key, config)
+    generated = _logits(params, frozen, x, inputs.cond, generated_key, config)
+    classification = jnp.mean(jax.nn.softplus(-real) + jax.nn.softplus(generated))
+    return value + config.flags.guidance_cls_loss_weight * classification, {"classification": classification}
+
+
+def _logits(
+    fake: Params, frozen: Frozen, x: Latents, cond: Condition, key: Key[Array, ""], config: Config
+) -> Float[Array, " b"]:
+    """Whether φ's head takes x for real; at random times if the GAN is one of noised images."""
+    t_key, noise_key = jax.random.split(key)
+    t = jnp.zeros(len(x), jnp.int32)
+    if config.flags.diffusion_gan:
+        schedule = frozen["schedule"]
+        high = min(config.flags.diffusion_gan_max_timestep, schedule.num_train_timesteps)
+        t = jax.random.randint(t_key, t.shape, 0, high)
+        x = schedule.add_noise(x, jax.random.normal(noise_key, x.shape), t)
+    lowest, *_ = encode(config.generator.modules, {"unet": fake["unet"]}, x, t, cond)
+    logits: Any = config.head.apply({"params": fake["head"]}, lowest)
+    return logits

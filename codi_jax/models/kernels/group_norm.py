@@ -1,0 +1,77 @@
+"""Group normalization (Wu & He, 2018) with its gradient written out.
+
+Derived by JAX, the gradient keeps more arrays and takes three times as long on a CPU, where it was a third of a VAE's
+training step. All is computed in float32 at least: E[x²] − E[x]² would cancel where the mean is far from zero, as it is
+in a VAE's last blocks.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class GroupNorm(nn.Module):
+    """Normalizes groups of channels over all positions, then scales and shifts every channel.
+
+    Attributes:
+      num_groups: how many groups the channels are divided into.
+      epsilon: added to the variance.
+      dtype: of the output.
+    """
+
+    num_groups: int
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b *n c"]) -> Float[Array, "b *n c"]:
+        wide = _at_least_float32(x)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:]).astype(wide)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]).astype(wide)
+        flat = x.reshape(x.shape[0], -1, x.shape[-1])
+        return _normalize(flat, scale, bias, self.num_groups, self.epsilon).astype(self.dtype).reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _normalize(
+    x: Float[Array, "b n c"], scale: Float[Array, " c"], bias: Float[Array, " c"], num_groups: int, epsilon: float
+) -> Float[Array, "b n c"]:
+    """γ x̂ + β with x̂ = (x − μ)/√(σ² + ε), in float32."""
+    return _forward(x, scale, bias, num_groups, epsilon)[0]
+
+
+def _forward(x: Array, scale: Array, bias: Array, num_groups: int, epsilon: float) -> tuple[Array, tuple]:
+    wide = x.astype(_at_least_float32(x))
+    mean = _group_mean(wide.mean(1), num_groups)
+    rstd = jax.lax.rsqrt(_group_mean(jnp.square(wide - mean).mean(1), num_groups) + epsilon)
+    return (wide - mean) * (rstd * scale[None, None]) + bias[None, None], (x, scale, mean, rstd)
+
+
+def _backward(num_groups: int, _: float, saved: tuple, dy: Float[Array, "b n c"]) -> tuple[Array, Array, Array]:
+    """With g = γ dy: dx = (g − mean(g) − x̂ mean(g x̂))/√(σ² + ε), means over a group."""
+    x, scale, mean, rstd = saved
+    n = x.shape[1]
+    centered = x.astype(mean.dtype) - mean
+    dy_sum, dy_x_sum = dy.sum(1), (dy * centered).sum(1) * rstd[:, 0]
+    g_mean = _group_mean(dy_sum * scale[None] / n, num_groups)
+    gx_mean = _group_mean(dy_x_sum * scale[None] / n, num_groups)
+    dx = rstd * (dy * scale[None, None] - g_mean - centered * (rstd * gx_mean))
+    return dx.astype(x.dtype), dy_x_sum.sum(0), dy_sum.sum(0)
+
+
+_normalize.defvjp(_forward, _backward)
+
+
+def _at_least_float32(x: Array) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _group_mean(per_channel: Float[Array, "b c"], num_groups: int) -> Float[Array, "b 1 c"]:
+    """The mean of the channels of each group, repeated for each of them."""
+    b, c = per_channel.shape
+    means = per_channel.reshape(b, num_groups, c // num_groups).mean(-1)
+    return jnp.repeat(means, c // num_groups, axis=1)[:, None]

@@ -1,0 +1,168 @@
+"""Weight deltas applied to files: an editor's UNet in, an adapted one out, a few tensors in memory at a time."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from codi_jax.cli.messages import listed
+from codi_jax.io.hub import ModelFolder
+from codi_jax.io.lora_files import load_lora
+from codi_jax.io.weight_files import StoredTensor
+from codi_jax.io.weights import Model, open_model, to_flax_layout, to_torch_layout, write_model
+from codi_jax.methods import weight_delta
+from codi_jax.methods.weight_delta import ConvIn, Plan
+from codi_jax.models.config import Params, WeightsError
+from codi_jax.models.lora import lora_layers, merged_kernel, module_name
+
+REPORT = "adaptation.json"
+"""The file in the adapted model's folder that says what happened to each tensor."""
+
+Tensors = Mapping[str, StoredTensor]
+
+
+@dataclass(frozen=True)
+class Editor:
+    """The UNet that is adapted.
+
+    Attributes:
+      module: for its configuration.
+      tensors: by their name in the PyTorch state dict.
+    """
+
+    module: Model
+    tensors: Tensors
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What is added to an editor.
+
+    Attributes:
+      plan: what happens to each tensor.
+      adapt: name, tensor of the editor and weight to the adapted tensor, float32.
+      text_loras: what a LoRA adds to the text encoders, by their name in the model.
+    """
+
+    plan: Plan
+    adapt: Callable[[str, np.ndarray, float | int], Float[np.ndarray, "..."]]
+    text_loras: Mapping[str, Params] = field(default_factory=dict)
+
+
+def open_editor(source: str | Path, variant: str | None = None) -> Editor:
+    """Opens the UNet of a model; raises as `codi_jax.io.weights.open_model`."""
+    return Editor(*open_model(source, "unet", variant=variant))
+
+
+def delta_of_models(
+    editor: Editor, base: str | Path, distilled: str | Path, *, conv_in: ConvIn = "skip", variant: str | None = None
+) -> Delta:
+    """The difference between two models.
+
+    Args:
+      editor: to be adapted.
+      base: folder or repository of the model that distillation started from: a whole one, or a UNet alone.
+      distilled: of the one where it ended.
+      conv_in: see `codi_jax.methods.weight_delta.plan`.
+      variant: of the weight files.
+
+    Raises:
+      ValueError: if a model is not there, or they are of different families.
+    """
+    old, new = _open_unet(base, variant), _open_unet(distilled, variant)
+    plan = weight_delta.plan(*map(_shapes, (editor.tensors, old, new)), conv_in=conv_in)
+
+    def adapt(name: str, tensor: np.ndarray, weight: float | int) -> Float[np.ndarray, "..."]:
+        return weight_delta.adapt(tensor, np.asarray(old[name]), np.asarray(new[name]), weight)
+
+    return Delta(plan, adapt)
+
+
+def _open_unet(source: str | Path, variant: str | None) -> Tensors:
+    is_whole = ModelFolder(str(Path(source).expanduser())).find("model_index.json") is not None
+    return open_model(source, "unet" if is_whole else None, variant=variant)[1]
+
+
+def _shapes(tensors: Tensors) -> weight_delta.Shapes:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def delta_of_lora(editor: Editor, lora: str | Path, text_encoders: Mapping[str, Params] | None = None) -> Delta:
+    """The difference that a LoRA makes.
+
+    Args:
+      editor: to be adapted.
+      lora: file, folder or repository, or a file in one: ``owner/name/file.safetensors``.
+      text_encoders: the model's, by name: a LoRA may adapt them, too.
+
+    Raises:
+      WeightsError: if it is not there, or adapts no layer of the editor.
+    """
+    loras = load_lora(lora, {"unet": editor.module.abstract_params(), **(text_encoders or {})})
+    if "unet" not in loras:
+        raise WeightsError(f"{lora} adapts no layer of the UNet, but only {listed(sorted(loras))}.")
+    layers = lora_layers(loras.pop("unet"))
+    by_name = {f"{module_name(path)}.weight": layer for path, layer in layers.items()}
+    one_sided = dict.fromkeys(sorted(editor.tensors.keys() - by_name.keys()), "the editor")
+
+    def adapt(name: str, tensor: np.ndarray, weight: float | int) -> Float[np.ndarray, "..."]:
+        kernel = jnp.asarray(to_flax_layout("kernel", tensor))
+        return to_torch_layout("kernel", np.asarray(merged_kernel(kernel, by_name[name], float(weight))))
+
+    return Delta(Plan(tuple(sorted(by_name)), (), one_sided), adapt, loras)
+
+
+def write_adapted(
+    folder: Path, editor: Editor, delta: Delta, weight: float | int, dtype: DTypeLike | None = None
+) -> None:
+    """Writes the adapted UNet into ``folder/unet``, and beside it the report.
+
+    Args:
+      folder: of the whole model.
+      editor: what is adapted.
+      delta: what is added.
+      weight: λ.
+      dtype: of the file; ``None`` keeps each tensor's own.
+
+    Raises:
+      WeightsError: if a number does not fit the dtype, or something cannot be written.
+    """
+    header = {
+        name: (np.dtype(tensor.dtype if dtype is None else dtype), tensor.shape)
+        for name, tensor in editor.tensors.items()
+    }
+    changed = set(delta.plan.adapted)
+
+    def arrays() -> Iterator[Any]:
+        for name, tensor in editor.tensors.items():
+            array = np.asarray(tensor)
+            if name in changed:
+                array = delta.adapt(name, array, weight)
+            with np.errstate(over="ignore"):  # found below
+                array = array.astype(header[name][0], copy=False)
+            if not np.isfinite(array.astype(np.float32)).all():
+                raise WeightsError(f"{name} does not fit into {header[name][0]}: choose another --save_dtype.")
+            yield array
+
+    write_model(folder, "unet", editor.module, header, arrays())
+    report = {"weight": weight, **asdict(delta.plan)}
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def describe(plan: Plan) -> str:
+    """The plan in a line."""
+    text = f"{len(plan.adapted)} tensors adapted"
+    if plan.skipped:
+        text += f", skipped {', '.join(plan.skipped)}"
+    where: dict[str, list[str]] = {}
+    for name, models in plan.one_sided.items():
+        where.setdefault(models, []).append(name)
+    for models, names in where.items():
+        text += f", {len(names)} only in {models} ({names[0]}{', …' if len(names) > 1 else ''})"
+    return text

@@ -1,0 +1,343 @@
+"""Checkpoints, from which a run goes on as if it had never stopped.
+
+A checkpoint is a folder ``checkpoint-<step>`` that Orbax writes: the training state, the position in the data, and the
+settings that the next run must share. It is written beside the training and appears at once when it is whole, with the
+checksums of its files. Frozen networks are not in it.
+"""
+
+import contextlib
+import itertools
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.path import step as step_lib
+
+from codi_jax.cli.flags import Flags, Operational
+from codi_jax.cli.messages import first_line
+from codi_jax.io import processes
+from codi_jax.io.checksums import DamagedError, verify_checksums, write_checksums
+
+State = TypeVar("State")
+
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+_STATE, _DATA, _RUN = "state", "data", "run_config"
+_POSITIONS = "of_processes"
+_ORBAX_TIMES = "_CHECKPOINT_METADATA"  # written last, and of no use to a restore
+_ASIDE = ".damaged"  # what the folder of a damaged checkpoint is renamed to ends with
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, or does not fit the run."""
+
+
+@dataclass(frozen=True)
+class CheckpointFlags(Flags):
+    """Flags about checkpoints."""
+
+    checkpointing_steps: Operational[int] = 5000
+    """Steps between two checkpoints; 0 writes none, not even at the end."""
+    checkpoints_total_limit: Operational[int | None] = None
+    """How many checkpoints to keep; an old one goes when a new one is whole. If left out: all."""
+    resume_from_checkpoint: Operational[str | None] = None
+    """Go on from a checkpoint: "latest" (the newest that is whole; from the start if there is none), the name of one in
+    --output_dir, or a folder."""
+
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(0, "checkpointing_steps")
+        self.require_at_least(1, "checkpoints_total_limit")
+
+
+def list_checkpoints(output_dir: Path) -> list[int]:
+    """The steps of the whole checkpoints in a folder, ascending."""
+    names = (_NAME.fullmatch(path.name) for path in (output_dir.iterdir() if output_dir.is_dir() else ()))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The steps that were done when a checkpoint was made, from the name of its folder."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
+    """The folder of the checkpoint that ``--resume_from_checkpoint`` means; ``None`` to start afresh.
+
+    Raises:
+      CheckpointError: if it is not there, or if ``output_dir`` holds checkpoints that the run would run into.
+    """
+    steps = list_checkpoints(output_dir)
+    latest = output_dir / f"checkpoint-{steps[-1]}" if steps else None
+    if resume is None:
+        if latest is not None:
+            raise CheckpointError(
+                f"{output_dir} holds {latest.name} of an earlier run: go on from it with --resume_from_checkpoint "
+                "latest, or choose another --output_dir."
+            )
+        return None
+    if resume == "latest":
+        return latest
+    named = output_dir / resume
+    folder = named if _NAME.fullmatch(resume) and named.is_dir() else Path(resume).expanduser()
+    if not folder.is_dir() or not _NAME.fullmatch(folder.name):
+        known = ", ".join(f"checkpoint-{step}" for step in steps) or "no checkpoints"
+        raise CheckpointError(
+            f"--resume_from_checkpoint {resume} is no checkpoint: give latest, or a folder checkpoint-<step>; "
+            f"{output_dir} holds {known}."
+        )
+    if latest is not None and latest.resolve() != folder.resolve():
+        raise CheckpointError(
+            f"--resume_from_checkpoint {resume} would write over {latest}: move the later checkpoints away, or choose "
+            "another --output_dir and give the whole path of the checkpoint."
+        )
+    return folder
+
+
+def require_whole(checkpoint: Path) -> None:
+    """Compares the files of a checkpoint with their checksums; one that was written without any passes.
+
+    Raises:
+      CheckpointError: naming the file that is missing or differs.
+    """
+    try:
+        verify_checksums(checkpoint)
+    except DamagedError as error:
+        raise CheckpointError(
+            f"{checkpoint} is damaged ({error}): --resume_from_checkpoint latest goes on from the newest that is whole."
+        ) from None
+
+
+def set_damaged_aside(output_dir: Path) -> list[str]:
+    """Renames the newest checkpoints of a folder as long as they are damaged, so that the newest left is whole.
+
+    Returns:
+      A line about each of them, for the user.
+
+    Raises:
+      CheckpointError: if all of them are damaged; they are not renamed then.
+      OSError: if one cannot be renamed.
+    """
+    damaged: dict[Path, DamagedError] = {}
+    for step in reversed(list_checkpoints(output_dir)):
+        checkpoint = output_dir / f"checkpoint-{step}"
+        try:
+            verify_checksums(checkpoint)
+        except DamagedError as error:
+            damaged[checkpoint] = error
+        else:
+            break
+    else:
+        if damaged:
+            reasons = "; ".join(f"{checkpoint.name}: {error}" for checkpoint, error in damaged.items())
+            raise CheckpointError(
+                f"every checkpoint in {output_dir} is damaged ({reasons}): restore one from a copy, or move them away "
+                "to train from the start."
+            )
+    for checkpoint in damaged:
+        checkpoint.rename(_free_name(checkpoint))
+    return [f"{checkpoint} is damaged and was set aside: {error}" for checkpoint, error in damaged.items()]
+
+
+def check_run_config(checkpoint: Path, run_config: Mapping[str, Any], if_both: Collection[str] = ()) -> None:
+    """Compares the settings of a run with those that a checkpoint was made with.
+
+    Args:
+      checkpoint: its folder.
+      run_config: the settings, JSON.
+      if_both: names of settings that are compared only where both have them.
+
+    Raises:
+      CheckpointError: naming the first that differs, and both values.
+    """
+    saved = _saved_run_config(checkpoint)
+    # Tuples become lists on the way through JSON.
+    given = json.loads(json.dumps(run_config))
+    one_sided = (saved.keys() ^ given.keys()) & set(if_both)
+    for name in sorted((saved.keys() | given.keys()) - one_sided):
+        if saved.get(name) != given.get(name):
+            raise CheckpointError(
+                f"{checkpoint} was made with {name} = {json.dumps(saved.get(name))}, but this run has "
+                f"{json.dumps(given.get(name))}: give the same to go on, or start in another --output_dir."
+            )
+
+
+def _saved_run_config(checkpoint: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads((checkpoint / _RUN / "metadata").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint} is no checkpoint of codi_jax, or incomplete: {error}.") from None
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{checkpoint} is no checkpoint of codi_jax: its {_RUN} is not a JSON object.")
+    return saved
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      output_dir: the run's folder; what is left of a checkpoint that was not finished is removed.
+      total_limit: how many to keep.
+    """
+
+    def __init__(self, output_dir: Path, total_limit: int | None = None) -> None:
+        self._folder = output_dir.absolute()
+        self._saving = 0
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                step_name_format=_Names(),
+                max_to_keep=total_limit,
+                cleanup_tmp_directories=True,
+                save_root_metadata=False,
+                # Called by the first process, when all files are there and the folder does not have its name yet.
+                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+            ),
+        )
+
+    def save(self, step: int, state: Any, data: Mapping[str, Any], run_config: Mapping[str, Any]) -> None:
+        """Starts to write a checkpoint; returns as soon as ``state`` may be donated.
+
+        Args:
+          step: updates done.
+          state: a tree of arrays.
+          data: this process's position in the data, JSON.
+          run_config: what the next run must share, JSON.
+
+        Raises:
+          OSError: if this one cannot be written, or the last one could not.
+        """
+        with self._explained(step):
+            self._manager.wait_until_finished()
+            self._saving = step
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{
+                        _STATE: ocp.args.StandardSave(state),
+                        _DATA: ocp.args.JsonSave({_POSITIONS: processes.gather(dict(data))}),
+                        _RUN: ocp.args.JsonSave(dict(run_config)),
+                    }
+                ),
+                force=True,
+            )
+
+    def restore(self, checkpoint: Path, like: State) -> tuple[State, dict[str, Any]]:
+        """Reads a checkpoint.
+
+        Args:
+          checkpoint: its folder, from `find_checkpoint`.
+          like: the state as a tree of `jax.ShapeDtypeStruct` with the shardings that the arrays shall have.
+
+        Returns:
+          The state and this process's position in the data; the first one's if there were other processes.
+
+        Raises:
+          CheckpointError: if the state has other arrays than ``like``, or cannot be read.
+        """
+        args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(like), _DATA: ocp.args.JsonRestore()})
+        try:
+            _check_arrays(checkpoint, like)
+            directory = checkpoint.absolute().parent
+            restored = self._manager.restore(step_of(checkpoint), args=args, directory=directory)
+            positions = restored[_DATA][_POSITIONS]
+        except (CheckpointError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{checkpoint} cannot be read ({_reason(error)}): move it away to go on from the one before."
+            ) from error
+        return restored[_STATE], positions[jax.process_index() if len(positions) == jax.process_count() else 0]
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is on the disk.
+
+        Raises:
+          OSError: if it could not be written; the one before is still there.
+        """
+        with self._explained(None):
+            self._manager.wait_until_finished()
+
+    def check(self) -> None:
+        """Raises what `wait` would raise if the last checkpoint has failed already, without waiting."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def close(self) -> None:
+        """Waits like `wait`, and ends Orbax's threads."""
+        with self._explained(None):
+            self._manager.close()
+
+    def _seal(self) -> None:
+        names = (f"checkpoint-{self._saving}.orbax-checkpoint-tmp*", f"checkpoint-{self._saving}")
+        folder = next(folder for name in names for folder in self._folder.glob(name))
+        write_checksums(folder, leave_out=(_ORBAX_TIMES,))
+
+    @contextlib.contextmanager
+    def _explained(self, step: int | None) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            steps = list_checkpoints(self._folder)
+            whole = f"checkpoint-{steps[-1]} is whole" if steps else "there is no earlier one"
+            raise OSError(
+                f"Writing a checkpoint in {self._folder} failed ({_reason(error)}); {whole}. Make room, or choose "
+                "fewer with --checkpoints_total_limit, then go on with --resume_from_checkpoint latest."
+            ) from error
+
+
+class _Names(step_lib.NameFormat[step_lib.Metadata]):
+    """``checkpoint-<step>``, as diffusers' scripts have it; Orbax's own prefixes end with an underscore."""
+
+    def build_name(self, step: int) -> str:
+        return f"checkpoint-{step}"
+
+    def find_all(self, base_path: epath.PathLike) -> Iterator[step_lib.Metadata]:
+        return iter([self.find_step(base_path, step) for step in list_checkpoints(Path(base_path))])
+
+    def find_step(self, base_path: epath.PathLike, step: int) -> step_lib.Metadata:
+        path = epath.Path(base_path) / self.build_name(step)
+        if not path.is_dir():
+            raise ValueError(f"{path} does not exist.")
+        return step_lib.Metadata(step=step, path=path)
+
+
+def _free_name(checkpoint: Path) -> Path:
+    names = (checkpoint.with_name(f"{checkpoint.name}{_ASIDE}{number or ''}") for number in itertools.count())
+    return next(name for name in names if not name.exists())
+
+
+def _check_arrays(checkpoint: Path, like: Any) -> None:
+    """Compares the names and shapes of the arrays in a checkpoint with those of a state."""
+    saved = _shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(checkpoint.absolute() / _STATE)).tree)
+    # A key is stored as the numbers that it consists of.
+    wanted = _shapes(jax.eval_shape(partial(jax.tree.map, _numbers), like))
+    for name in sorted(saved.keys() | wanted.keys()):
+        if saved.get(name) != wanted.get(name):
+            raise CheckpointError(
+                f"{checkpoint} does not fit: its state has {name} with shape {saved.get(name)}, that of this run "
+                f"{wanted.get(name)} (None: no such array); give the flags that it was made with."
+            )
+
+
+def _numbers(leaf: jax.Array) -> jax.Array:
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _reason(error: Exception) -> str:
+    """The innermost cause, in one line."""
+    if any(words in str(error) for words in ("No space left", "ENOSPC")):
+        return "no space left on the device"
+    return first_line(error)

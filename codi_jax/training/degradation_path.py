@@ -1,0 +1,213 @@
+"""The path from the teacher to a degraded score that DisBack records and walks back: on disk, and on the device.
+
+On disk it is a folder with ``node_00``, ``node_01``, … (UNets as diffusers writes them, the most degraded last) and
+``path.json``, which is written when all of them are there, and says what the path is of. On the device there is one
+node at a time.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from codi_jax.io import processes
+from codi_jax.io.weights import Model, load_model, save_model
+from codi_jax.models import sharding
+from codi_jax.models.config import Params
+
+PATH_NAME = "path.json"
+
+
+@dataclass(frozen=True)
+class DegradationPath:
+    """A path on disk.
+
+    Attributes:
+      folder: of its nodes.
+      identity: what it is of: the teacher and the generator, and how far apart nodes are.
+      nodes: names of the nodes, the most degraded last, and the SHA-256 of their weight files.
+    """
+
+    folder: Path
+    identity: Mapping[str, Any]
+    nodes: Mapping[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when anything of the path does."""
+        return hashlib.sha256(json.dumps([dict(self.identity), dict(self.nodes)]).encode()).hexdigest()
+
+    def load(self, number: int, dtype: DTypeLike) -> Params:
+        """The parameters of a node in host memory.
+
+        Args:
+          number: of the node, from 0; -1 is the most degraded one.
+          dtype: of the parameters.
+
+        Raises:
+          ValueError: if its files are not those that were recorded.
+        """
+        name = list(self.nodes)[number]
+        if _digest_of_files(self.folder / name) != self.nodes[name]:
+            raise ValueError(
+                f"{self.folder / name} is damaged, or was replaced: record the path anew with --stage degradation."
+            )
+        return load_model(self.folder, name, dtype=dtype, place=lambda _, array: array)[1]
+
+
+def node_name(number: int) -> str:
+    """The folder of a node."""
+    return f"node_{number:02d}"
+
+
+def write_node(folder: Path, number: int, module: Model, params: Params, dtype: DTypeLike) -> None:
+    """Writes a node, whole or not at all, and makes what is in the folder no path until it is finished again.
+
+    All processes must call it.
+
+    Raises:
+      WeightsError: if it cannot be written.
+    """
+    if jax.process_index() == 0:
+        (folder / PATH_NAME).unlink(missing_ok=True)
+    save_model(folder, node_name(number), module, params, dtype=dtype)
+
+
+def finish_path(folder: Path, num_nodes: int, identity: Mapping[str, Any]) -> None:
+    """Writes ``path.json``, which makes a path of the nodes that are there.
+
+    All processes must call it; they go on when it is there.
+
+    Args:
+      folder: of the nodes.
+      num_nodes: how many there are.
+      identity: see `DegradationPath`, JSON.
+    """
+    if jax.process_index() == 0:
+        nodes = {node_name(i): _digest_of_files(folder / node_name(i)) for i in range(num_nodes)}
+        unfinished = folder / f"{PATH_NAME}.tmp"
+        unfinished.write_text(json.dumps({**identity, "nodes": nodes}, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(folder / PATH_NAME)
+    processes.wait_for_all("the path is written")
+
+
+def open_path(folder: Path) -> DegradationPath:
+    """A path that has been recorded.
+
+    Raises:
+      ValueError: if there is none, or nodes of it are missing.
+    """
+    try:
+        content = json.loads((folder / PATH_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder} holds no finished path (no {PATH_NAME}): record one with --stage degradation, or give --path "
+            "none for plain distribution matching."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{folder / PATH_NAME} is not valid JSON ({error}): record the path again.") from None
+    if not isinstance(content, dict) or not isinstance(nodes := content.pop("nodes", None), dict) or not nodes:
+        raise ValueError(f"{folder / PATH_NAME} names no nodes: record the path again.")
+    missing = [name for name in nodes if not any((folder / name).glob("*.safetensors"))]
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {', '.join(missing)} of its {len(nodes)} nodes: copy them back, or record the path anew "
+            "with --stage degradation."
+        )
+    return DegradationPath(folder, content, nodes)
+
+
+def check_identity(path: DegradationPath, identity: Mapping[str, Any]) -> None:
+    """Compares what a path is of with what a run needs; keys that the run does not name may be anything.
+
+    Raises:
+      ValueError: naming what differs.
+    """
+    if path.identity.get("teacher") != identity["teacher"]:
+        raise ValueError(
+            f"{path.folder} was recorded for another model, {path.identity.get('model')}: record a path for "
+            f"{identity['model']} with --stage degradation."
+        )
+    for name, value in identity.items():
+        if name != "model" and path.identity.get(name) != value:
+            raise ValueError(
+                f"{path.folder} was recorded with {name} = {path.identity.get(name)}, and this run has {value}: give "
+                "the same flags, or record another path with --stage degradation."
+            )
+
+
+def digest(params: Params) -> str:
+    """SHA-256 of parameters, names included; all processes must call it."""
+    result = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        result.update(jax.tree_util.keystr(path).encode())
+        result.update(sharding.fetch(leaf).tobytes())
+    return result.hexdigest()
+
+
+def _digest_of_files(folder: Path) -> str:
+    result = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            hashlib.file_digest(opened, lambda: result)
+    return result.hexdigest()
+
+
+class MovingTarget:
+    """Frozen trees whose ``unet`` is one of several in turn, a `codi_jax.training.loop.Changing`.
+
+    One of them is on the device, and the next one in host memory, read ahead by a thread. Where they change there are
+    two on the device until the steps that are under way have finished.
+
+    Args:
+      trees: what stays the same.
+      unets: reads each; into host memory, or onto the mesh.
+      index_at: which of them a step needs, by the number of steps before it.
+      mesh: where they go.
+    """
+
+    def __init__(
+        self,
+        trees: Mapping[str, Any],
+        unets: Sequence[Callable[[], Params]],
+        index_at: Callable[[int], int],
+        mesh: Mesh,
+    ) -> None:
+        self._constant = sharding.put(mesh, dict(trees))
+        self._unets, self._index_at, self._mesh = unets, index_at, mesh
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-node")
+        self._ahead: tuple[int, Future[Params]] | None = None
+        self._index: int | None = None
+        self._trees: dict[str, Any] = {}
+
+    def at(self, step: int) -> dict[str, Any]:
+        """The trees for the step after so many; reads if the one that is needed was not read ahead.
+
+        Raises:
+          ValueError: if it cannot be read.
+        """
+        index = self._index_at(step)
+        if index != self._index:
+            self._trees = {}
+            self._trees = {**self._constant, "unet": sharding.put(self._mesh, self._read(index))}
+            self._index = index
+            if index + 1 < len(self._unets):
+                self._ahead = index + 1, self._reader.submit(self._unets[index + 1])
+        return self._trees
+
+    def _read(self, index: int) -> Params:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == index:
+            return ahead[1].result()
+        return self._unets[index]()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._reader.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,519 @@
+"""The training loop, the only one: data, step, metrics, validation, checkpoints.
+
+It does not know which method it trains. It is handed a step, ``train_step(state, frozen, batch) -> (state, metrics)``,
+and knows of the state that it is a tree with a ``step``, and of the metrics that they are scalars by name.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import UInt8
+
+from codi_jax.cli.flags import Adjustable, Local, Operational, Scope
+from codi_jax.io import processes
+from codi_jax.io.compiled_programs import keep_compiled_programs
+from codi_jax.models import sharding
+from codi_jax.training import publish, run_folder
+from codi_jax.training.checkpoint import (
+    CheckpointFlags,
+    Checkpoints,
+    check_run_config,
+    find_checkpoint,
+    require_whole,
+    set_damaged_aside,
+    step_of,
+)
+from codi_jax.training.monitor import Metrics, Monitor
+from codi_jax.training.publish import HubFlags
+from codi_jax.training.tracking import Profiler, Tracker, TrackingFlags, say
+
+State = TypeVar("State")
+Pictures = dict[str, UInt8[np.ndarray, "h w 3"]]
+TrainStep = Callable[[State, Any, Any], tuple[State, Metrics]]
+
+# Steps that may be under way while the host prepares the next: enough to keep the device busy, few enough that times
+# are true and that a stop comes soon.
+_IN_FLIGHT = 2
+_MAX_SKIPPED_IN_A_ROW = 25
+# XLA hands products and convolutions for CPUs to YNNPACK, where a training step takes 1.1 times as long as with Eigen.
+# That is JAX 0.10; another may not know the option.
+CPU_OPTIONS: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
+@runtime_checkable
+class Loader(Protocol):
+    """Batches without end, and the position in them."""
+
+    samples_per_epoch: int | None
+
+    def __next__(self) -> Any:
+        """This process's share of the next batch, a tree of NumPy arrays."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the batches handed out so far, JSON."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position."""
+        ...
+
+    def close(self) -> None:
+        """Ends whatever reads ahead."""
+        ...
+
+
+@runtime_checkable
+class Changing(Protocol):
+    """Frozen trees that are not the same in every step, such as a target that moves."""
+
+    def at(self, step: int) -> Any:
+        """The trees for the step that follows ``step`` steps.
+
+        On the mesh already, and of the same structure, shapes and shardings at every step, since one program takes them
+        all. It is called before every step and must not wait for the device.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """Frozen trees that are."""
+
+    trees: Any
+
+    def at(self, _: int) -> Any:
+        return self.trees
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is written every so often while a run goes on, besides its checkpoints.
+
+    Attributes:
+      write: called with the state and the number of steps done; before the checkpoint of the same step, so that what a
+        run that is resumed does not write again is there.
+      every: steps between two calls.
+    """
+
+    write: Callable[[Any, int], None]
+    every: int
+
+
+@dataclass(frozen=True)
+class LoopFlags(CheckpointFlags, TrackingFlags, HubFlags):
+    """Flags of the training loop."""
+
+    output_dir: Adjustable[str] = "runs/{timestamp}"
+    """Folder for checkpoints, logs and the trained model; {timestamp} is filled in."""
+    seed: int = 0
+    """Seed of everything random."""
+    train_batch_size: Adjustable[int] = 1
+    """Examples per device and pass."""
+    gradient_accumulation_steps: int = 1
+    """Passes whose gradients make one step."""
+    num_train_epochs: Adjustable[int] = 100
+    """Passes through the data, if --max_train_steps is left out."""
+    max_train_steps: Adjustable[int | None] = None
+    """Steps (updates of the parameters) in all, those before a resume included."""
+    validation_steps: Operational[int] = 100
+    """Steps between two validations, where there is something to validate; 0 validates at the end only."""
+    validate_at_start: Operational[bool] = False
+    """Validate before the first step, too."""
+    fsdp: Adjustable[int] = 1
+    """Devices among which parameters and optimizer are split; 1 keeps a copy on every device."""
+    ccache: Local[Path] = Path("~/.cache/codi_jax/xla")
+    """Folder that keeps compiled programs, so that the next start is faster."""
+    allow_tf32: bool = False
+    """Let float32 products use TF32 on every GPU that has it; JAX does so by itself on most."""
+    debug: Operational[bool] = False
+    """End at the first NaN and say which operation made it, and wait for every step. Slow."""
+    local_rank: Local[int] = -1
+    """Has no effect: JAX finds its processes by itself."""
+
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(
+            1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "fsdp"
+        )
+        self.require_at_least(0, "validation_steps")
+
+
+Args = TypeVar("Args", bound=LoopFlags)
+
+
+def global_batch_size(flags: LoopFlags) -> int:
+    """Examples in one step, on all devices and with all passes."""
+    return flags.train_batch_size * flags.gradient_accumulation_steps * jax.device_count()
+
+
+def num_steps(flags: LoopFlags, samples_per_epoch: int | None) -> int:
+    """Steps of the whole run.
+
+    Raises:
+      ValueError: if ``--max_train_steps`` is left out, and the number of examples is not known or zero.
+    """
+    if flags.max_train_steps is not None:
+        return flags.max_train_steps
+    if samples_per_epoch is None:
+        raise ValueError("--max_train_steps is needed: with streaming, nobody knows how many steps an epoch has.")
+    if samples_per_epoch < 1:
+        raise ValueError("There is not a single example to train on: check the flags about data.")
+    # The passes of accumulation are in the batch already: the division by them happens once.
+    return math.ceil(flags.num_train_epochs * samples_per_epoch / global_batch_size(flags))
+
+
+def start(flags: Args, run_config: Mapping[str, Any] | None = None) -> Args:
+    """Begins a run: everything that can be wrong with it, other than model and data, comes out here.
+
+    Joins the other processes, sets JAX up, fills in ``output_dir``, and writes the arguments there.
+
+    Returns:
+      The flags with the folder filled in.
+
+    Raises:
+      ValueError: if a flag makes no sense, the folder holds another run, or the checkpoint to resume from is not there
+        or does not fit.
+      OSError: if the folder cannot be written.
+    """
+    flags.check()
+    processes.initialize()
+    everything = flags.values_within(Scope.START)
+    processes.agree("flags", {f"--{name}": value for name, value in everything.items()}, "give all the same command")
+    processes.agree("code", {"version": processes.code_version()}, "install the same version on all machines")
+    if flags.local_rank != -1:
+        say("--local_rank has no effect: JAX finds its processes by itself")
+    _configure_jax(flags)
+    sharding.make_mesh(flags.fsdp)
+    flags = dataclasses.replace(flags, output_dir=run_folder.fill_in(flags.output_dir))
+    if jax.process_index() == 0:
+        _open_folder(flags, run_config or {})
+    processes.wait_for_all("output_dir is open")
+    return flags
+
+
+def _open_folder(flags: LoopFlags, run_config: Mapping[str, Any]) -> None:
+    """Takes possession of the folder, unless it holds another run or cannot be resumed from."""
+    output_dir = Path(flags.output_dir)
+    run_folder.lock(output_dir)
+    if flags.resume_from_checkpoint == "latest":
+        for line in set_damaged_aside(output_dir):
+            say(line)
+    checkpoint = find_checkpoint(flags.resume_from_checkpoint, output_dir)
+    if checkpoint is not None:
+        if flags.resume_from_checkpoint != "latest":  # which is whole by now
+            require_whole(checkpoint)
+        _check_resumed(checkpoint, run_config, flags)
+    else:
+        if flags.resume_from_checkpoint is not None:
+            say(f"{output_dir} has no checkpoint: starting afresh")
+        run_folder.check_arguments(flags, output_dir)
+    if flags.push_to_hub:
+        publish.create_repository(flags, output_dir)
+    run_folder.write_arguments(flags, output_dir)
+
+
+def train(
+    train_step: TrainStep[State],
+    state: State,
+    frozen: Any,
+    loader: Loader,
+    flags: LoopFlags,
+    *,
+    mesh: Mesh,
+    validate: Callable[[State, int], Pictures] | None = None,
+    record: Record | None = None,
+    export: Callable[[State, Path], None] | None = None,
+    run_config: Mapping[str, Any] | None = None,
+) -> State:
+    """Trains to the end, from the start or from a checkpoint.
+
+    Args:
+      train_step: pure and not jitted; takes the state, the frozen trees and a batch, gives the state and scalars.
+      state: to start from; has a field ``step``. Its arrays are donated: use the returned state instead.
+      frozen: trees that the step reads and does not change; or an object that has those of each step, see `Changing`.
+      loader: gives batches; is closed at the end.
+      flags: of the loop.
+      mesh: from `codi_jax.models.sharding.make_mesh`.
+      validate: makes pictures by name from the state.
+      record: writes something of the state every so often.
+      export: writes the trained model into a folder.
+      run_config: what a run that is resumed must share beyond its flags, JSON; goes into every checkpoint.
+
+    Returns:
+      The trained state.
+
+    Raises:
+      ValueError: if a checkpoint does not fit, or the batch does not divide among the devices.
+      OSError: if a checkpoint cannot be written.
+      FloatingPointError: if steps in a row gave something that is not finite.
+      SystemExit: after SIGTERM or SIGINT, when the step is finished and a checkpoint is on the disk.
+    """
+    output_dir, run_config = Path(flags.output_dir), run_config or {}
+    total = num_steps(flags, loader.samples_per_epoch)
+    checkpoint = find_checkpoint(flags.resume_from_checkpoint, output_dir)
+    if checkpoint is not None:
+        _check_resumed(checkpoint, run_config, flags)
+    first = 0 if checkpoint is None else step_of(checkpoint)
+    frozen = frozen if isinstance(frozen, Changing) else _Constant(sharding.put(mesh, frozen))
+    state = _own(sharding.put(mesh, state), frozen.at(first))
+    with contextlib.closing(loader), contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(output_dir, flags.checkpoints_total_limit)))
+        if checkpoint is not None:
+            state, position = checkpoints.restore(checkpoint, _forgotten(state))
+            loader.set_state(position)
+            say(f"going on from {checkpoint}")
+        tracker = Tracker(flags, output_dir, flags.values_within(Scope.PROCESS), first)
+        stack.enter_context(contextlib.closing(tracker))
+        if first < total:
+            run = _Run(flags, mesh, first, total, tracker, checkpoints, validate, record, _complete(run_config, flags))
+            state = _loop(train_step, state, frozen, loader, run)
+    if export is not None:
+        export(state, output_dir)
+    if jax.process_index() == 0:
+        if flags.push_to_hub:
+            publish.upload(flags, output_dir)
+        run_folder.unlock(output_dir)
+    processes.wait_for_all("the model is saved")
+    return state
+
+
+def _complete(run_config: Mapping[str, Any], flags: LoopFlags) -> dict[str, Any]:
+    """With what every run has: its flags, and the batch of all devices together, since their number may change."""
+    return {**flags.values_within(Scope.RUN), **run_config, "batch_size": global_batch_size(flags)}
+
+
+def _check_resumed(checkpoint: Path, run_config: Mapping[str, Any], flags: LoopFlags) -> None:
+    """Raises `CheckpointError` if a checkpoint is of a run with other settings."""
+    # It says nothing about flags that are younger than it is.
+    check_run_config(checkpoint, _complete(run_config, flags), if_both=flags.names())
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same from the first step to the last."""
+
+    flags: LoopFlags
+    mesh: Mesh
+    first: int
+    total: int
+    tracker: Tracker
+    checkpoints: Checkpoints
+    validate: Callable[[Any, int], Pictures] | None
+    record: Record | None
+    config: dict[str, Any]
+
+    def saves_at(self, step: int) -> bool:
+        every = self.flags.checkpointing_steps
+        return every > 0 and (step % every == 0 or step == self.total)
+
+    def validates_at(self, step: int) -> bool:
+        every = self.flags.validation_steps
+        return self.validate is not None and (step == self.total or (every > 0 and step % every == 0))
+
+
+def _loop(train_step: TrainStep[State], state: State, frozen: Changing, loader: Loader, run: _Run) -> State:
+    """The steps ``first + 1`` to ``total``."""
+    batch, position = _fetch(loader, run.mesh)
+    with contextlib.ExitStack() as stack:
+        if run.flags.debug:
+            # Not `jax.config.update`: JAX overlooks that in a thread that has used the context manager before.
+            stack.enter_context(jax.debug_nans(True))
+        stack.enter_context(sharding.context_of(state))
+        program = _compile(train_step, state, frozen.at(run.first), batch, run)
+        monitor = stack.enter_context(contextlib.closing(_monitor(run, batch)))
+        profiler = Profiler(run.flags, Path(run.flags.output_dir), run.first, monitor.pause)
+        stack.enter_context(contextlib.closing(profiler))
+        profiler.memory("initial")
+        if run.validate is not None and run.flags.validate_at_start and run.first == 0:
+            _validate(state, 0, run, monitor, profiler)
+        stopped_by = stack.enter_context(_stop_signals())
+        for step in range(run.first + 1, run.total + 1):
+            profiler.before(step)
+            state, metrics = program(state, frozen.at(step - 1), batch)
+            monitor.add(step, metrics)
+            position_here = position
+            try:
+                if step < run.total:
+                    with monitor.waiting_for_data():
+                        batch, position = _fetch(loader, run.mesh)
+            except Exception:
+                # Ctrl-C reaches the processes of the loader, too.
+                if not stopped_by(step):
+                    raise
+            monitor.settle(0 if run.flags.debug else _IN_FLIGHT)
+            stop = stopped_by(step)
+            if run.record is not None and step % run.record.every == 0:
+                with monitor.pause():
+                    run.record.write(state, step)
+            if run.saves_at(step) or (stop and run.flags.checkpointing_steps):
+                with monitor.pause():
+                    run.checkpoints.save(step, state, position_here, run.config)
+            if stop:
+                monitor.settle()
+                _leave(step, stop, run)
+            if run.validates_at(step):
+                _validate(state, step, run, monitor, profiler)
+        monitor.settle()
+        profiler.memory("final")
+    return state
+
+
+def _fetch(loader: Loader, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
+    """The next batch on the devices, and the position after it, which belongs to the step that uses it."""
+    batch = sharding.to_global(mesh, next(loader))
+    return batch, loader.get_state()
+
+
+def _compile(train_step: TrainStep[State], state: State, frozen: Any, batch: Any, run: _Run) -> Any:
+    """The step as a program. Ahead of time, so that no step of the run has this in its time."""
+    # To find a NaN, JAX repeats the step, for which the state must still be there.
+    jitted = jit_step(train_step, state, run.mesh, donate=not run.flags.debug)
+    if run.flags.debug:
+        return jitted
+    began = time.perf_counter()
+    program = compile_for(run.mesh.devices.flat[0].platform, jitted.lower(state, frozen, batch))
+    devices = f"{run.mesh.size} × {run.mesh.devices.flat[0].device_kind}"
+    say(f"compiled the step in {time.perf_counter() - began:.1f} s for {devices}")
+    return program
+
+
+def jit_step(train_step: TrainStep[State], state: State, mesh: Mesh, *, donate: bool = True) -> Any:
+    """The step as the loop compiles it.
+
+    Args:
+      train_step: see `train`.
+      state: arrays, or their shapes with shardings.
+      mesh: that they lie on.
+      donate: whether the state is overwritten.
+    """
+    # The state comes out as it went in, or the next step would not accept it.
+    out_shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh))
+    return jax.jit(train_step, donate_argnums=0 if donate else (), out_shardings=out_shardings)
+
+
+def compile_for(platform: str, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a training step with what makes it fast on this platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``."""
+    if platform == "cpu":
+        # Another version of XLA may not know the options. Any other error comes back from the line below.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            return lowered.compile(CPU_OPTIONS)
+    return lowered.compile()
+
+
+def _monitor(run: _Run, batch: Any) -> Monitor:
+    def on_report(step: int, values: Mapping[str, float]) -> None:
+        _check_finite(values, step)
+        run.checkpoints.check()
+
+    return Monitor(
+        run.tracker,
+        every=run.flags.logging_steps,
+        first=run.first,
+        total=run.total,
+        batch_size=jax.tree.leaves(batch)[0].shape[0],
+        on_report=on_report,
+    )
+
+
+def _validate(state: Any, step: int, run: _Run, monitor: Monitor, profiler: Profiler) -> None:
+    assert run.validate is not None
+    with monitor.pause(), profiler.validation():
+        run.tracker.pictures(run.validate(state, step), step)
+
+
+def _leave(step: int, number: int, run: _Run) -> None:
+    """Ends the process after a signal, with the exit status that shells expect."""
+    message = f"stopped by {signal.Signals(number).name} after step {step}"
+    if run.flags.checkpointing_steps:
+        run.checkpoints.wait()
+        message += f" and saved checkpoint-{step}: go on with --resume_from_checkpoint latest"
+    say(message)
+    raise SystemExit(128 + number)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[int], int]]:
+    """Turns SIGTERM and SIGINT into a question to ask after each step: by which signal the run shall end, or 0.
+
+    All processes of a run get the same answer after the same step. A second SIGINT ends the process at once.
+    """
+    received: list[int] = []
+    several = jax.process_count() > 1
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        if several:
+            # JAX has a handler of its own for SIGTERM, and makes the processes agree on a step.
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def answer(step: int) -> int:
+        if several:
+            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
+        return received[0] if received else 0
+
+    numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield answer
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_finite(values: Mapping[str, float], step: int) -> None:
+    if values.get("skipped_in_a_row", 0) >= _MAX_SKIPPED_IN_A_ROW:
+        raise FloatingPointError(
+            f"The last {int(values['skipped_in_a_row'])} steps up to {step} gave a loss or gradients that are not "
+            "finite, and changed nothing. Go on from an earlier checkpoint with a lower --learning_rate or "
+            "--max_grad_norm, or with --mixed_precision bf16 or no; --debug says where the first NaN comes from."
+        )
+
+
+def _own(state: State, frozen: Any) -> State:
+    """The state with arrays that nothing else holds, since the step overwrites them.
+
+    A student starts as its teacher and an average as its student, often as the same arrays.
+    """
+    taken = {_address(leaf) for leaf in jax.tree.leaves(frozen)}
+
+    def own(leaf: jax.Array) -> jax.Array:
+        if (address := _address(leaf)) in taken:
+            return jnp.copy(leaf)
+        taken.add(address)
+        return leaf
+
+    return jax.tree.map(own, state)
+
+
+def _address(leaf: jax.Array) -> int:
+    data = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    return data.addressable_data(0).unsafe_buffer_pointer()
+
+
+def _forgotten(state: State) -> State:
+    """What the arrays of a state were, to restore others in their place: there may be no room for both."""
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()
+    return like
+
+
+def _configure_jax(flags: LoopFlags) -> None:
+    keep_compiled_programs(flags.ccache)
+    if flags.allow_tf32:
+        jax.config.update("jax_default_matmul_precision", "tensorfloat32")

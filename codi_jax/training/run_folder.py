@@ -1,0 +1,125 @@
+"""The folder of a run, ``--output_dir``: its name, its lock, and the arguments that were given for it."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from codi_jax.cli.flags import Flags, Scope
+
+ARGS_NAME = "args.json"
+_LOCK_NAME = ".lock"
+
+_held: dict[Path, int] = {}  # file descriptors of the folders that this process has locked
+
+
+def fill_in(output_dir: str) -> str:
+    """The folder with the time in place of ``{timestamp}``, the same in all processes."""
+    if "{timestamp}" not in output_dir:
+        return output_dir
+    now = int(time.time())
+    if jax.process_count() > 1:
+        now = int(multihost_utils.broadcast_one_to_all(np.int32(now)))
+    return output_dir.replace("{timestamp}", time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(now)))
+
+
+def lock(output_dir: Path) -> None:
+    """Keeps other runs out of a folder until `unlock`, or until this process ends; it may lock it again itself.
+
+    Where the file system has no locks, as some that show object stores, this does nothing.
+
+    Raises:
+      ValueError: if another process has it, naming that process.
+      OSError: if the folder cannot be written.
+    """
+    key = output_dir.resolve()
+    if key in _held:
+        return
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        file = os.open(output_dir / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise _unwritable(output_dir, error) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(file, 1000).decode(errors="replace").strip() or "another process"
+        os.close(file)
+        raise ValueError(
+            f"{output_dir} is in use by another run ({owner}): wait until it has ended, or choose another --output_dir."
+        ) from None
+    except OSError:
+        os.close(file)
+        return
+    os.ftruncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}\n".encode())
+    _held[key] = file
+
+
+def unlock(output_dir: Path) -> None:
+    """Lets other runs into a folder that this process has locked."""
+    if (file := _held.pop(output_dir.resolve(), None)) is not None:
+        with contextlib.suppress(OSError):
+            os.ftruncate(file, 0)
+        os.close(file)
+
+
+def write_arguments(flags: Flags, output_dir: Path) -> None:
+    """Writes ``args.json``, without secrets.
+
+    Raises:
+      OSError: if the folder cannot be written.
+    """
+    unfinished = output_dir / f"{ARGS_NAME}.tmp"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(flags.values_within(Scope.PROCESS), indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(output_dir / ARGS_NAME)
+    except OSError as error:
+        raise _unwritable(output_dir, error) from error
+
+
+def check_arguments(flags: Flags, output_dir: Path) -> None:
+    """Compares flags with those of the run whose files are in the folder, but not those that do not matter to it.
+
+    Raises:
+      ValueError: naming the first that differs, or ``args.json`` if it is damaged.
+    """
+    path = output_dir / ARGS_NAME
+    # Alone in its folder, it is from a start that was refused later, for its model or its data.
+    if not path.exists() or {file.name for file in output_dir.iterdir()} <= {ARGS_NAME, _LOCK_NAME}:
+        return
+    earlier, given = _read(path), flags.values_within(Scope.RESUME)
+    operational = {name for name, scope in flags.scopes().items() if scope > Scope.RESUME}
+    for name in sorted((earlier.keys() | given.keys()) - operational):
+        if earlier.get(name) != given.get(name):
+            raise ValueError(
+                f"{output_dir} holds another run, with --{name} {json.dumps(earlier.get(name))} instead of "
+                f"{json.dumps(given.get(name))}: choose another --output_dir."
+            )
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}, the arguments of an earlier run, is damaged ({error}): choose another --output_dir, or remove "
+            "that file to use this one."
+        ) from None
+    if not isinstance(earlier, dict):
+        raise ValueError(f"{path}, the arguments of an earlier run, is not a JSON object: choose another --output_dir.")
+    return earlier
+
+
+def _unwritable(output_dir: Path, error: OSError) -> OSError:
+    return OSError(f"--output_dir {output_dir} cannot be written ({error.strerror}): choose another.")

@@ -1,0 +1,480 @@
+"""The comparison of models, as a user runs it, on tiny models with random weights."""
+
+import base64
+import dataclasses
+import functools
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from folders import SIZE, saved_pipeline
+from PIL import Image
+
+from codi_jax import evaluate
+from codi_jax.evaluate import Args, Competitor, make_pictures, measure, read_models, read_samples, run
+from codi_jax.evaluation import report
+from codi_jax.evaluation.metrics import edge_f1, fid, kid, psnr
+from codi_jax.evaluation.report import Report, Result, Row, markdown, page
+from codi_jax.io.images import canny
+from codi_jax.pipeline.model import DiffusionPipeline
+
+Models = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """The folder of a family's model, made once."""
+    return functools.partial(saved_pipeline, scratch=tmp_path_factory.mktemp("models"))
+
+
+def fake_features(pictures: np.ndarray) -> np.ndarray:
+    """Means of quarters, in place of a network that takes seconds to compile."""
+    n, h, w, _ = pictures.shape
+    return pictures.reshape(n, 2, h // 2, 2, w // 2, 3).mean(axis=(2, 4)).reshape(n, 12) / 255
+
+
+@pytest.fixture(autouse=True)
+def _quick_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "load_features", lambda: fake_features)
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five pictures of squares with their edges, and edits of one into another."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = []
+    for i in range(5):
+        picture = np.full((SIZE, SIZE, 3), 255, np.uint8)
+        picture[4 : 10 + 4 * i, 6:24] = (40 * i, 200 - 40 * i, 120)
+        Image.fromarray(picture).save(folder / f"{i}.png")
+        Image.fromarray(canny(picture)).save(folder / f"edges_{i}.png")
+        text = [f"square {i}", "something else"] if i else "square 0"
+        rows.append({"file_name": f"{i}.png", "conditioning_image": f"edges_{i}.png", "text": text})
+    write_rows(folder, rows)
+    names = [f"../{i}.png" for i in range(5)]
+    write_rows(
+        folder / "edits",
+        [
+            {"input_image": names[i], "edited_image": names[i + 1], "edit_prompt": "taller", "variants": names[: i + 2]}
+            for i in range(4)
+        ],
+    )
+    return folder
+
+
+class Page(HTMLParser):
+    """Collects the tags of a page, and checks that they are closed in order."""
+
+    VOID = ("meta", "img", "br", "link")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def test_a_comparison(models: Models, data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Two models, one with a ControlNet, through the command line; the report holds what was measured."""
+    plain, controlled = models("text-to-image"), models("controlnet")
+    shutil.move(shutil.copytree(controlled, tmp_path / "both") / "controlnet", tmp_path / "control")
+    flags = ["--models", f"plain={plain}", f"edges={plain}+{tmp_path / 'control'}", "--data", str(data)]
+    flags += ["--steps", "1", "2", "--seeds", "0", "3", "--batch_size", "3", "--num_shown", "2"]
+    flags += ["--samplers", "plain:euler", "--guidance_scales", "edges:1", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["evaluate", *flags])
+    evaluate.main()
+
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    results = {(result["model"], result["steps"]): result for result in written["results"]}
+    assert list(results) == [("plain", 1), ("plain", 2), ("edges", 1), ("edges", 2)]
+    assert (results["plain", 2]["sampler"], results["plain", 2]["guidance_scale"]) == ("euler", 7.5)
+    assert (results["edges", 2]["sampler"], results["edges", 2]["guidance_scale"]) == ("ddim", 1.0)
+    assert written["command"] == "python3 -m codi_jax.evaluate " + " ".join(flags)
+
+    # The same by hand, one picture after the other: no batch, no filling up.
+    by_hand = DiffusionPipeline.from_pretrained(plain, tmp_path / "control")
+    samples = read_samples(data)
+    assert samples.prompts == [f"square {i}" for i in range(5)]
+    assert samples.conditions is not None
+    by_seed = []
+    for seed in (0, 3):
+        pictures = np.concatenate(
+            [
+                by_hand(prompt, None, edges, steps=2, guidance_scale=1, seed=1_000_000 * seed + i)
+                for i, (prompt, edges) in enumerate(zip(samples.prompts, samples.conditions, strict=True))
+            ]
+        )
+        edges = np.stack([canny(picture) for picture in pictures]) > 0
+        found, real = fake_features(pictures), fake_features(samples.truth)
+        f1 = edge_f1(edges, samples.conditions[..., 0] > 0).mean()
+        by_seed.append([fid(found, real), 1000 * kid(found, real), f1, psnr(pictures, samples.truth).mean()])
+    for key, values in zip(("fid_lite", "kid_lite", "edge_f1", "psnr"), np.transpose(by_seed), strict=True):
+        # Batches of 3 and of 1 may round a pixel to its neighbor.
+        np.testing.assert_allclose(results["edges", 2][key]["values"], values, rtol=1e-2, atol=1e-3)
+        assert results["edges", 2][key]["mean"] == pytest.approx(np.mean(results["edges", 2][key]["values"]))
+        assert results["edges", 2][key]["sd"] == pytest.approx(np.std(results["edges", 2][key]["values"], ddof=1))
+    assert "edge_f1" not in results["plain", 2]  # it has not seen them
+    assert min(each["seconds"]["mean"] for each in results.values()) > 0
+
+    html = Page((tmp_path / "out" / "report.html").read_text())
+    pictures = html.all("img")
+    assert len(pictures) == 2 * (1 + 4 + 1)
+    assert all(picture["alt"] and picture["src"].startswith("data:image/png;base64,") for picture in pictures)
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[-1]["src"].partition(",")[2]))))
+    np.testing.assert_array_equal(shown, samples.truth[4])
+    assert len(html.all("svg")) == 4
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "edge_f1-steps.svg", "fid_lite-seconds.svg", "fid_lite-steps.svg", "metrics.json", "pictures.png",
+        "psnr-steps.svg", "report.html",
+    ]  # fmt: skip
+    rows = np.asarray(Image.open(tmp_path / "out" / "pictures.png"))
+    assert len(rows) == SIZE * (1 + 4 + 1)
+    np.testing.assert_array_equal(rows[:SIZE, -SIZE:], samples.conditions[4])
+    np.testing.assert_array_equal(rows[-SIZE:, -SIZE:], samples.truth[4])
+    out = capsys.readouterr().out
+    assert out.startswith("| model | steps | FID-lite ↓ | KID-lite ×10³ ↓ | Edge F1 ↑ | PSNR dB ↑ | s / image ↓ |\n")
+    assert out.endswith(f"wrote {tmp_path}/out/report.html\n")
+
+
+def test_editing(models: Models, data: Path, tmp_path: Path) -> None:
+    args = Args((f"editor={models('instruct-pix2pix')}",), data / "edits", steps=(1,), seeds=(0,), output_dir=tmp_path)
+    (result,) = run(args).results
+    assert set(result.values) == {"fid_lite", "kid_lite", "edit_success", "preservation", "psnr", "seconds"}
+    assert result.sd("psnr") is None
+    assert "taller" in (tmp_path / "report.html").read_text()
+
+
+def test_a_model_trained_several_times(models: Models, data: Path, tmp_path: Path) -> None:
+    """Each training makes the pictures of its seed, and the table has them in one row."""
+    first, second = models("text-to-image"), models("controlnet")
+    several = Args((f"both={first},{second}",), data, steps=(1,), seeds=(0, 3), output_dir=tmp_path)
+    alone = Args((f"a={first}", f"b={second}"), data, steps=(1,), seeds=(0, 3), output_dir=tmp_path)
+    (both,), (a, b) = run(several).results, run(alone).results
+    assert both.values["psnr"] == [a.values["psnr"][0], b.values["psnr"][1]]
+    np.testing.assert_array_equal(both.pictures, a.pictures)
+
+
+def test_the_right_edit_is_a_success(data: Path) -> None:
+    samples = read_samples(data / "edits")
+    assert samples.inputs is not None
+    real = fake_features(samples.truth)
+    right, unedited = (measure(pictures, samples, fake_features, real) for pictures in (samples.truth, samples.inputs))
+    assert (right["edit_success"], unedited["edit_success"]) == (1, 0)
+    assert right["psnr"] == 100
+    assert right["fid_lite"] == pytest.approx(0, abs=1e-9)
+
+
+def test_every_batch_has_one_shape_and_noise_of_its_own(data: Path) -> None:
+    """The last batch is filled up, and what fills it is not kept."""
+    samples, calls = read_samples(data), []
+
+    class Recorder(DiffusionPipeline):
+        task = "text-to-image"
+
+        def __init__(self) -> None:
+            self.modules, self.seconds = {}, 1.5
+
+        def __call__(self, prompts: list[str], *_: Any, **options: Any) -> np.ndarray:
+            calls.append((prompts, options["seed"], options["height"], options["width"]))
+            made = [np.full((2, 2, 3), int(prompt[-1]) + 10 * i, np.uint8) for i, prompt in enumerate(prompts)]
+            return np.stack(made)
+
+    args = Args((), batch_size=2)
+    pictures, seconds = make_pictures(Recorder(), Competitor("a", (("b", None),)), samples, 4, 7, args)
+    assert pictures[:, 0, 0, 0].tolist() == [0, 11, 2, 13, 4]
+    assert [prompts for prompts, *_ in calls] == [["square 0", "square 1"], ["square 2", "square 3"], ["square 4"] * 2]
+    assert [seed for _, seed, *_ in calls] == [7_000_000, 7_000_002, 7_000_004]
+    assert {size for *_, height, width in calls for size in (height, width)} == {SIZE}
+    assert seconds == pytest.approx(3 * 1.5 / 6)
+
+
+def test_steps_that_a_sampler_cannot_take_are_left_out(models: Models, data: Path, tmp_path: Path) -> None:
+    args = Args((f"student={models('lcm')}",), data, steps=(1, 500), seeds=(0,), output_dir=tmp_path)
+    with pytest.warns(UserWarning, match="student is not run with 500 steps: "):
+        done = run(args)
+    assert [result.steps for result in done.results] == [1]
+    with (
+        pytest.warns(UserWarning, match="500 steps"),
+        pytest.raises(ValueError, match="no model can be run with any of --steps"),
+    ):
+        run(Args(args.models, data, steps=(500,), seeds=(0,), output_dir=tmp_path))
+
+
+def test_max_samples_are_spread_over_the_folder(data: Path) -> None:
+    assert read_samples(data, 3).prompts == ["square 0", "square 2", "square 4"]
+    assert len(read_samples(data, 99).prompts) == 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"models": ("teacher",)}, r"--models teacher: write NAME=FOLDER or NAME=FOLDER\+CONTROLNET_FOLDER\."),
+        ({"models": ()}, r"--models names no model: write NAME=FOLDER\."),
+        ({"models": ("a=./none",)}, r"--models a=\./none: there is no folder \./none\."),
+        ({"models": ("a=o/r+/none",)}, r"--models a=o/r\+/none: there is no folder /none\."),
+        ({"models": ("a=o/r", "a=o/s")}, "--models has two models of the name a: give each a name of its own"),
+        ({"models": ("a@4,x=o/r",)}, "--models a@4,x: write NAME@STEPS, such as base@4,1"),
+        ({"models": ("a@0=o/r",)}, "--models a@0: write NAME@STEPS"),
+        (
+            {"models": ("a@50=o/r", "a@4,50=o/s")},
+            "--models has two models of the name a with 50 steps: name one otherwise",
+        ),
+        ({"samplers": ("b:ddim",)}, "--samplers b:ddim: --models names no b, only a"),
+        ({"samplers": ("a:best",)}, "--samplers: there is no sampler best; there are ddim, euler, "),
+        ({"guidance_scales": ("a",)}, "--guidance_scales a: write NAME:VALUE"),
+        ({"guidance_scales": ("a:high",)}, "--guidance_scales: high is no number"),
+        ({"guidance_scales": ("a:nan",)}, "--guidance_scales: nan is not possible: it must be a finite number of at"),
+        ({"image_guidance_scales": ("a:-1",)}, "--image_guidance_scales: -1 is not possible"),
+        ({"models": ("a\udcff=o/r",)}, "the name must be of printable characters"),
+        ({"steps": (0, 1)}, "--steps must be numbers of at least 1"),
+        ({"seeds": (1, 1)}, "--seeds must be different numbers"),
+        ({"batch_size": 0}, "--batch_size and --num_shown must be at least 1"),
+        ({"max_samples": 1}, "--max_samples must be at least 2"),
+        ({"data": Path("/none")}, r"--data /none has no metadata\.jsonl: make the folder with dataset_tools/emoji\.py"),
+    ],
+)
+def test_bad_flags_are_named_before_any_work(fields: dict[str, Any], message: str, tmp_path: Path, data: Path) -> None:
+    args = Args(**{"models": ("a=owner/repository",), "data": data, "output_dir": tmp_path / "out", **fields})
+    with pytest.raises(ValueError, match=message):
+        run(args)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"file_name": "0.png", "text": "a"}], "names 1 pictures: metrics need at least two"),
+        ([{"file_name": "0.png"}] * 2, r"metadata\.jsonl has a line without text"),
+        ([{"file_name": "none.png", "text": "a"}] * 2, r"There is no image .*none\.png"),
+        (
+            [{"file_name": "0.png", "text": "a"}, {"file_name": "large.png", "text": "b"}],
+            "the pictures of .* are not of one size: scale them first",
+        ),
+    ],
+)
+def test_bad_data_is_named(rows: list[dict[str, str]], message: str, tmp_path: Path) -> None:
+    write_rows(tmp_path, rows)
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    Image.new("RGB", (9, 9)).save(tmp_path / "large.png")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_samples(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text("{\n")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl is not JSON, one object a line: "):
+        read_samples(tmp_path)
+
+
+def test_a_model_for_another_task_is_refused(models: Models, data: Path, tmp_path: Path) -> None:
+    editor = (f"editor={models('instruct-pix2pix')}",)
+    with pytest.raises(ValueError, match=f"the model editor is for the task 'edit', which {data} is not for: "):
+        run(Args(editor, data, output_dir=tmp_path))
+    write_rows(tmp_path / "plain", [{"file_name": f"{i}.png", "text": "a"} for i in range(2)])
+    for i in range(2):
+        shutil.copyfile(data / f"{i}.png", tmp_path / "plain" / f"{i}.png")
+    with pytest.raises(ValueError, match=r"the model a has a ControlNet, but .*plain names no conditioning_image"):
+        run(Args((f"a={models('controlnet')}",), tmp_path / "plain", output_dir=tmp_path))
+
+
+def refuse_to_load(*_: Any, **__: Any) -> Any:
+    raise AssertionError("weights are loaded although the models do not fit the data")
+
+
+def test_every_model_is_checked_before_weights_are_read(
+    models: Models, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one would be found out after the hours that the first one takes."""
+    monkeypatch.setattr(pipeline, "load_model", refuse_to_load)
+    good, editor = f"a={models('text-to-image')}", f"b={models('instruct-pix2pix')}"
+    with pytest.raises(ValueError, match="the model b is for the task 'edit'"):
+        run(Args((good, editor), data, output_dir=tmp_path / "out"))
+    with (
+        pytest.warns(UserWarning, match="a is not run with 5000 steps"),
+        pytest.raises(ValueError, match="no model can be run with any of --steps"),
+    ):
+        run(Args((good,), data, steps=(5000,), output_dir=tmp_path / "out"))
+    write_rows(tmp_path / "odd", [{"file_name": "odd.png", "text": "a"}] * 2)
+    Image.new("RGB", (30, 30)).save(tmp_path / "odd" / "odd.png")
+    with pytest.raises(ValueError, match="the model a: height = 30, width = 30: this model makes images whose sides"):
+        run(Args((good,), tmp_path / "odd", output_dir=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_matplotlib_is_told_first(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r'the plots need matplotlib: pip install "codi_jax\[plots\]"'):
+        run(Args(("a=owner/repository",), data))
+
+
+# ---- The page
+
+
+@pytest.fixture
+def small_report() -> Report:
+    picture = np.zeros((1, 4, 4, 3), np.uint8)
+    results = [
+        Result("a <b>", 1, "lcm", 1.0, {"fid_lite": [3.0, 5.0], "edge_f1": [0.5, 0.5], "seconds": [0.1, 0.1]}, picture),
+        Result("a <b>", 4, "lcm", 1.0, {"fid_lite": [2.0, 2.0], "edge_f1": [0.9, 0.9], "seconds": [0.4, 0.4]}, picture),
+        Result("c|d", 4, "ddim", 7.5, {"fid_lite": [2.001, 2.001], "seconds": [0.8, 0.8]}, picture),
+    ]
+    rows = [Row('"quoted" & <i>', picture[0], None)]
+    return Report("Title & more", results, rows, {"Data": "<here>"}, "python3 -m codi_jax.evaluate 'a b'")
+
+
+def test_the_table_marks_the_best(small_report: Report) -> None:
+    assert markdown(small_report).splitlines() == [
+        "| model | steps | FID-lite ↓ | Edge F1 ↑ | s / image ↓ |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| a <b> | 1 | 4.00 ± 1.41 | 0.500 ± 0.000 | **0.1000 ± 0.0000** |",
+        "| a <b> | 4 | **2.00 ± 0.00** | **0.900 ± 0.000** | 0.4000 ± 0.0000 |",
+        "| c\\|d | 4 | **2.00 ± 0.00** | – | 0.8000 ± 0.0000 |",
+    ]
+    text = page(small_report, {})
+    best = re.findall(r"<td class=best><strong>([\d.]+)</strong>", text)
+    assert best == ["0.1000", "2.00", "0.900", "2.00"]
+
+
+def test_the_page_is_whole_and_escaped(small_report: Report) -> None:
+    text = page(small_report, report.draw_plots(small_report))
+    html = Page(text)
+    assert "<i>" not in text
+    assert "<b>c" not in text
+    assert html.all("img")[0]["alt"] == '"quoted" & <i>, a <b>, 1 steps'
+    assert "$" not in re.sub(r"base64,[^\"]*", "", text)
+    ids = [attributes["id"] for _, attributes in html.tags if attributes.get("id")]
+    assert len(ids) == len(set(ids))
+    targets = re.findall(r'(?:href="#|url\(#)([^")]+)', text)
+    assert set(targets) <= set(ids)
+    assert len(targets) > 0
+    # Nothing is fetched: no script, no style sheet, no address but those that name XML's vocabularies.
+    assert not html.all("script") + html.all("link")
+    fetched = [value for _, attributes in html.tags for key, value in attributes.items() if key in ("src", "href")]
+    assert all(value and value.startswith("data:") for value in fetched)
+
+
+def test_plots_take_the_color_of_the_page(small_report: Report) -> None:
+    plots = report.draw_plots(small_report)
+    text = page(small_report, plots)
+    assert "currentColor" in text
+    assert report._INK not in text
+    assert all("#d55e00" in svg for svg in plots.values())  # the second model
+    assert text.count("#d55e00") == sum(svg.count("#d55e00") for svg in plots.values())
+
+
+def test_names_are_plotted_as_they_are(small_report: Report) -> None:
+    """Nothing in them is a formula, or hides them."""
+    names = ["$x^$", "5$", "a$b$", "_hidden", "\\alpha"]
+    results = [dataclasses.replace(small_report.results[0], model=name) for name in names]
+    for across in ("steps", "seconds"):
+        svg = report.draw_plots(dataclasses.replace(small_report, results=results))[f"fid_lite-{across}"]
+        texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+        assert [text for text in texts if text in names] == names
+
+
+def test_the_numbers_are_written_before_anything_else(
+    small_report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Report) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(report, "draw_plots", fail)
+    nan = dataclasses.replace(small_report.results[0], values={"fid_lite": [float("nan"), 1.0]})
+    with pytest.raises(RuntimeError):
+        report.write_report(tmp_path, dataclasses.replace(small_report, results=[nan], command="a\udcff"))
+    (path,) = tmp_path.iterdir()
+    written = json.loads(path.read_text())
+    assert (path.name, written["command"]) == ("metrics.json", "a\udcff")
+    assert written["results"][0]["fid_lite"] == {"mean": None, "sd": None, "values": [None, 1.0]}
+
+
+def test_plots_are_the_same_every_time(small_report: Report) -> None:
+    assert report.draw_plots(small_report) == report.draw_plots(small_report)
+
+
+def test_training_is_plotted_with_what_is_not_trained_as_a_level(small_report: Report) -> None:
+    picture = np.zeros((1, 4, 4, 3), np.uint8)
+    training = [
+        Result("new", 1, "lcm", 1.0, {"fid_lite": [value, value], "seconds": [1.0, 1.0]}, picture, steps)
+        for steps, value in [(100, 9.0), (200, 4.5)]
+    ]
+    last = dataclasses.replace(training[-1], training_steps=None)
+    whole = dataclasses.replace(small_report, results=[*training, last, *small_report.results])
+    assert [line.split(" | ")[0] for line in markdown(whole).splitlines()[2:5]] == [
+        "| new after 100", "| new after 200", "| new",
+    ]  # fmt: skip
+    assert report.as_json(whole)["results"][0]["training_steps"] == 100
+    lines = report._lines(whole.results, "training_steps", "fid_lite")
+    assert {name: [result.training_steps for result in own] for name, own in lines.items()} == {
+        "new, 1 step": [100, 200], "a <b>, 1 step": [None], "a <b>, 4 steps": [None], "c|d, 4 steps": [None],
+    }  # fmt: skip
+    plots = report.draw_plots(whole)
+    assert "steps of training" in plots["fid_lite-training_steps"]
+    assert "against steps of training" in page(whole, plots)
+    assert "fid_lite-training_steps" not in report.draw_plots(small_report)
+
+
+def test_what_a_model_was_in_training_is_found(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        (tmp_path / f"{seed}" / "step-5").mkdir(parents=True)
+    models = (f"new={tmp_path}/0,{tmp_path}/1", f"old={tmp_path}/0/step-5")
+    found = read_models(Args(models, training_steps=(5, 9), seeds=(0, 1)))
+    assert [(model.name, model.training_steps) for model in found] == [("new", 5), ("new", None), ("old", None)]
+    assert found[0].places == ((f"{tmp_path}/0/step-5", None), (f"{tmp_path}/1/step-5", None))
+    with pytest.raises(ValueError, match="no model's folder has step-9: train it with --export_steps"):
+        read_models(Args(models, training_steps=(9,), seeds=(0, 1)))
+
+
+def test_models_are_read() -> None:
+    models = ("a=x/y+z/w", "b=x/y,x/z,x/w+y/z")
+    scales: dict[str, Any] = {"guidance_scale": 4.0, "guidance_scales": ("b:2.5",), "image_guidance_scales": ("a:1",)}
+    args = Args(models, samplers=("a:lcm",), **scales)
+    assert read_models(args) == [
+        Competitor("a", (("x/y", "z/w"),), "lcm", 4, 1.0),
+        Competitor("b", (("x/y", None), ("x/z", None), ("x/w", "y/z")), None, 2.5, 1.5),
+    ]
+
+
+def test_models_have_steps_of_their_own() -> None:
+    """And may share a name, which makes them one curve, and what is said of the name alone is meant for all of it."""
+    models = ("base@50=x/y", "base@4,1=x/z", "other=x/w")
+    args = Args(models, steps=(2, 8), guidance_scales=("base@4,1:1", "base:3"), image_guidance_scales=("base:2",))
+    read = read_models(args)
+    assert [(model.name, model.places[0][0], model.steps) for model in read] == [
+        ("base", "x/y", (50,)),
+        ("base", "x/z", (4, 1)),
+        ("other", "x/w", (2, 8)),
+    ]
+    scales = [(model.guidance_scale, model.image_guidance_scale) for model in read]
+    assert scales == [(3.0, 2.0), (1.0, 2.0), (7.5, 1.5)]
+
+
+def test_captions_with_unusual_ends_of_lines_are_read(tmp_path: Path) -> None:
+    rows = [{"text": f"a{separator}b"} for separator in "\u2028\u2029\x85"]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "metadata.jsonl").write_bytes(f"\ufeff{lines}\n".encode())
+    assert evaluate._read_rows(tmp_path) == rows

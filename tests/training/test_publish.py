@@ -1,0 +1,130 @@
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import hub_standin
+import huggingface_hub
+import pytest
+from stand_in import run
+
+from codi_jax.training.publish import HubFlags, create_repository, model_files, upload
+
+MODEL = [
+    "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+    "unet/diffusion_pytorch_model.safetensors.index.json", "unet_target/config.json", "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "tokenizer/merges.txt",
+    "tokenizer/vocab.json", "scheduler/scheduler_config.json", "controlnet/config.json",
+]  # fmt: skip
+LEFTOVERS = [
+    "args.json", "metrics.jsonl", ".lock", "checkpoint-10/state/d/x", "checkpoint-8.damaged/checksums.json",
+    "degradation/checkpoint-3/checksums.json", "degradation/args.json", "path/path.json",
+    "path/node_00/diffusion_pytorch_model.safetensors", "step-10/unet/config.json", "logs/events.out.tfevents.1",
+    "wandb/run-1/files/wandb-metadata.json", ".unet.partial-1234/diffusion_pytorch_model.safetensors",
+    "unet/.config.json.swp", "validation/samples-10.png", "memory_final.prof", "notes.txt", ".env",
+]  # fmt: skip
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on this machine that huggingface_hub takes for the real one."""
+    handler = type("Handler", (hub_standin.Handler,), {"store": hub_standin.Store(tmp_path / "hub")})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    constants = huggingface_hub.constants
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield SimpleNamespace(root=tmp_path / "hub/models", url=url, token_file=tmp_path / "token")
+    server.shutdown()
+
+
+def write_run(folder: Path) -> None:
+    for name in (*MODEL, *LEFTOVERS):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+
+
+def uploaded(hub: SimpleNamespace, name: str) -> list[str]:
+    branch = hub.root / "your-username" / name / "main"
+    return sorted(str(path.relative_to(branch)) for path in branch.rglob("*") if path.is_file())
+
+
+def test_only_the_model_is_uploaded(tmp_path, hub):
+    write_run(tmp_path / "run")
+    assert sorted(model_files(tmp_path / "run")) == sorted(MODEL)
+    flags = HubFlags(push_to_hub=True, hub_token="hf_write", hub_model_id="your-username/student")
+    create_repository(flags, tmp_path / "run")
+    upload(flags, tmp_path / "run")
+    assert uploaded(hub, "student") == sorted([*MODEL, ".gitattributes"])
+
+
+def test_a_lora_is_uploaded_with_its_scheduler(tmp_path):
+    for name in ("pytorch_lora_weights.safetensors", "scheduler/scheduler_config.json", "args.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert model_files(tmp_path) == ["pytorch_lora_weights.safetensors", "scheduler/scheduler_config.json"]
+
+
+@pytest.mark.parametrize("where", ["environment", "login"])
+def test_the_token_need_not_be_on_the_command_line(tmp_path, hub, where, monkeypatch):
+    if where == "environment":
+        monkeypatch.setenv("HF_TOKEN", "hf_write")
+    else:
+        hub.token_file.write_text("hf_write")
+    flags = HubFlags(push_to_hub=True)
+    create_repository(flags, tmp_path / "student")
+    assert (hub.root / "your-username" / "student").is_dir()
+
+
+def test_a_token_without_the_right_to_write_is_refused_before_training(tmp_path, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_read")
+    with pytest.raises(ValueError, match=r"--push_to_hub cannot write to student: .*`hf auth login` or HF_TOKEN\."):
+        create_repository(HubFlags(push_to_hub=True), tmp_path / "student")
+
+
+def test_a_training_uploads_its_model_without_what_else_it_writes(tmp_path, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_write")
+
+    def export(_, folder):
+        (folder / "unet").mkdir()
+        (folder / "unet" / "config.json").write_text("{}")
+
+    run(tmp_path / "student", push_to_hub=True, hub_model_id="your-username/student", export=export)
+    assert uploaded(hub, "student") == [".gitattributes", "unet/config.json"]
+
+
+def test_a_network_that_is_lost_at_the_end_leaves_the_model_and_says_how_to_upload_it(tmp_path, hub, monkeypatch):
+    folder = tmp_path / "my run"
+    write_run(folder)
+    flags = HubFlags(push_to_hub=True, hub_token="hf_write", hub_model_id="your-username/student")
+    create_repository(flags, folder)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # between attempts
+    message = f"the trained model is in {folder}, but uploading it to your-username/student failed .*hf upload"
+    with pytest.raises(OSError, match=message) as error:
+        upload(flags, folder)
+    assert "hf_write" not in str(error.value)
+    # What it says works.
+    command = str(error.value).partition("Upload it later with: hf ")[2]
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_write", "HF_HUB_OFFLINE": "0"}
+    program = Path(sys.executable).with_name("hf")
+    done = subprocess.run(
+        [program, *shlex.split(command)],
+        env=environment | {"HF_HUB_DISABLE_XET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(MODEL) <= set(uploaded(hub, "student"))
+    assert not (set(LEFTOVERS) - {"unet/.config.json.swp"}) & set(uploaded(hub, "student"))
