@@ -27,7 +27,9 @@ from transformers import CLIPTextModel
 from codi_jax.cli import command_line
 from codi_jax.diffusion.sampling import default_sampler
 from codi_jax.diffusion.schedule import NoiseSchedule
+from codi_jax.pipeline import model as pipeline
 from codi_jax.pipeline.model import DiffusionPipeline
+from codi_jax.training import loop
 from codi_jax.training.checkpoint import CheckpointError, list_checkpoints
 from training_scripts import train_autoencoder_flax as autoencoder
 from training_scripts import train_bk_sdm_flax as bk_sdm
