@@ -16,8 +16,10 @@ from codi_jax.data import ConditionOf, DataFlags
 from codi_jax.data.latent_cache import Part
 from codi_jax.data.load import cache_data, open_data
 from codi_jax.models import sharding
+from codi_jax.pipeline.model import Model
 from codi_jax.training import optim
-from codi_jax.training.pretrained import ModelFlags, encoders_of, load_pretrained
+from codi_jax.training.batches import encoders_of
+from codi_jax.training.flags import ModelFlags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,21 +59,40 @@ class Args(ModelFlags, DataFlags):
 def main(args: Args) -> None:
     args.check()
     source = open_data(args, batch_size=1, condition=args.condition)
-    pipeline = load_pretrained(args, sharding.make_mesh(args.fsdp), untrained={"unet": None})
+    model = _load_model(args)
     encoders = dataclasses.replace(
-        encoders_of(pipeline, not args.train_text_encoder),
+        encoders_of(model, not args.train_text_encoder),
         conditions_too=args.task == "edit",
         batch_size=args.encode_batch_size,
     )
     part = Part(args.part, args.num_parts)
     folder = cache_data(
-        args, pipeline.tokenize, source=source, encoders=encoders, condition=args.condition, time_ids=pipeline.is_xl,
-        part=part,
+        args, model.tokenize, source=source, encoders=encoders, condition=args.condition,
+        time_ids=model.networks.is_sdxl, part=part,
     )  # fmt: skip
     if folder is None:
         print(f"part {args.part} of {args.num_parts} is done; the last one to be done puts them together")
     else:
         print(f"{len(source)} samples are cached in {folder}")
+
+
+def _load_model(args: Args) -> Model:
+    """The networks whose results are kept."""
+    source = args.pretrained_model_name_or_path
+    networks = Model.open(source, revision=args.revision, cache_dir=args.cache_dir).networks
+    multiple = networks.vae.config.downscale * 2 ** (networks.unet.config.num_blocks - 1)
+    args.check_resolution(multiple, f"the model {source}")
+    return Model.from_pretrained(
+        source,
+        untrained={"unet": None},
+        dtype=optim.compute_dtype(args.mixed_precision),
+        attention=args.attention,
+        tokenizer=args.tokenizer_name,
+        place=sharding.place(sharding.make_mesh(args.fsdp)),
+        revision=args.revision,
+        variant=args.variant,
+        cache_dir=args.cache_dir,
+    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ LAYERS = (
     "codi_jax.pipeline",
     "codi_jax.training",
     "codi_jax.methods",
-    "codi_jax.training.adaptation",
+    "codi_jax.training.runs",  # what some runs do in another way than most
     "codi_jax.evaluation",
     "codi_jax.data.preparation",
     "codi_jax.cli.command_line",

@@ -12,7 +12,7 @@ Then edit in 4 or 5 steps with image guidance 1 and text guidance 1 to 3. Severa
 --validation_image a picture that compares them.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +20,11 @@ import numpy as np
 
 from codi_jax.cli import command_line
 from codi_jax.cli.flags import Flags
+from codi_jax.diffusion.sampling_spec import SamplingSpec
 from codi_jax.io.images import labeled_rows, open_image, save_images, to_pixels
 from codi_jax.methods.weight_delta import ConvIn
 from codi_jax.models.lora import merge_lora
-from codi_jax.pipeline.model import DiffusionPipeline
-from codi_jax.training.adaptation import delta_of_lora, delta_of_models, describe, open_editor, write_adapted
-from codi_jax.training.pretrained import require_editor
+from codi_jax.training.runs.adaptation import delta_of_lora, delta_of_models, describe, open_editor, write_adapted
 from codi_jax.training.tracking import say
 
 
@@ -51,7 +50,7 @@ class Args(Flags):
     variant: str | None = None
     """Variant of the weight files, such as fp16, for each part of each model that has it."""
     save_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Precision of the adapted UNet's file. If left out: that of the model's."""
+    """Precision of the adapted UNet's file. Default: that of the model's."""
     validation_prompt: str | None = None
     """Instruction to show the result with."""
     validation_image: str | None = None
@@ -82,14 +81,14 @@ def main(args: Args) -> None:
     args.check()
     image = None if args.validation_image is None else open_image(args.validation_image)
     source, folder = args.pretrained_model_name_or_path, Path(args.output_dir).expanduser()
-    pipeline = DiffusionPipeline.from_pretrained(source, variant=args.variant, untrained={"unet": None})
-    require_editor(pipeline, f"--pretrained_model_name_or_path {source}")
-    pipeline.schedule = pipeline.schedule.with_consistency_grid()
+    model = Model.from_pretrained(source, variant=args.variant, untrained={"unet": None})
+    require_instruct_pix2pix(model.networks, f"--pretrained_model_name_or_path {source}")
+    model = model.replace(schedule=model.schedule.sampled(SamplingSpec.lcm()))
     if image is not None:
-        pipeline.check(image, steps=args.validation_sampling_steps)
+        model.check(image, steps=args.validation_sampling_steps)
     editor = open_editor(source, args.variant)
     if args.lora is not None:
-        encoders = {name: params for name, params in pipeline.params.items() if name.startswith("text_encoder")}
+        encoders = {name: params for name, params in model.params.items() if name.startswith("text_encoder")}
         delta = delta_of_lora(editor, args.lora, encoders)
     else:
         assert args.base_model is not None
@@ -102,8 +101,8 @@ def main(args: Args) -> None:
     for weight in args.weight:
         adapted = folder if len(args.weight) == 1 else folder / _weight_folder(weight)
         write_adapted(adapted, editor, delta, weight, args.save_dtype)
-        text = {name: merge_lora(pipeline.params[name], lora, weight) for name, lora in delta.text_loras.items()}
-        replace(pipeline, params={**pipeline.params, **text}).save_pretrained(adapted)
+        text = {name: merge_lora(model.params[name], lora, weight) for name, lora in delta.text_loras.items()}
+        model.with_params(text).save_pretrained(adapted)
         say(f"wrote {adapted}")
         if image is not None:
             rows[f"weight {weight:g}"] = _edit(args, adapted, image)
@@ -120,8 +119,8 @@ def _weight_folder(weight: float) -> str:
 def _edit(args: Args, folder: Path, image: Any) -> np.ndarray:
     assert args.validation_prompt is not None
     scales: dict[str, Any] = {"guidance_scale": args.guidance_scale, "image_guidance_scale": 1.0}
-    pipeline = DiffusionPipeline.from_pretrained(folder)
-    return pipeline(args.validation_prompt, image, steps=args.validation_sampling_steps, seed=args.seed, **scales)
+    model = Model.from_pretrained(folder)
+    return model(args.validation_prompt, image, steps=args.validation_sampling_steps, seed=args.seed, **scales)
 
 
 if __name__ == "__main__":

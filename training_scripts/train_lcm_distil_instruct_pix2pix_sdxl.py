@@ -8,16 +8,17 @@ python3 training_scripts/train_lcm_distil_instruct_pix2pix_sdxl.py \
 Which family the teacher is of follows from its folder.
 """
 
-import functools
 from dataclasses import dataclass
 
 from codi_jax.cli import command_line
-from codi_jax.training.lcm_training import LcmTrainingFlags, distill
-from codi_jax.training.pretrained import EditFlags, require_editor
+from codi_jax.methods import lcm
+from codi_jax.training.flags import EditDataFlags
+from codi_jax.training.runs.lcm import LcmRunFlags
+from codi_jax.training.run import run
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(LcmTrainingFlags, EditFlags):
+class Args(EditDataFlags, lcm.LcmEditFlags, LcmRunFlags):
     """Distills an InstructPix2Pix model into a student of few steps."""
 
     train_batch_size: int = 16
@@ -25,8 +26,7 @@ class Args(LcmTrainingFlags, EditFlags):
 
 
 def main(args: Args) -> None:
-    require = functools.partial(require_editor, flag=f"--pretrained_teacher_model {args.pretrained_model_name_or_path}")
-    distill(args, args.condition, dropout=args.conditioning_dropout_prob, require=require)
+    run(lcm.EDIT, args)
 
 
 if __name__ == "__main__":

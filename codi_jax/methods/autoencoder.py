@@ -6,8 +6,7 @@ The KL term is only to keep the latents from drifting: β is about 1e-6. The pap
 left out; they need networks of their own.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -16,69 +15,110 @@ import optax
 from jaxtyping import Array, Float, Key, UInt8
 
 from codi_jax.models.config import Params
-from codi_jax.pipeline.conditions import posterior, to_signed
+from codi_jax.pipeline.conditions import Batch, Frozen, posterior, to_signed
+from codi_jax.pipeline.networks import Networks
 from codi_jax.training import optim
-
-Batch = Mapping[str, Any]
+from codi_jax.training.method import Load, Method, Setup
+from codi_jax.training.optim import EmaFlags, Metrics, MixedPrecision, TrainState
 
 
 @dataclass(frozen=True)
-class Config:
-    """What the training depends on besides parameters and data.
+class AutoencoderFlags(EmaFlags):
+    """The flags of training an autoencoder."""
 
-    Attributes:
-      vae: the module.
-      rec_loss: mean absolute (l1, which keeps edges sharper) or squared error (l2) of pixels in [-1, 1].
-      kl_scale: β, on the divergence summed over a sample.
-      ema_decay: of the moving average; ``None`` keeps none.
-      accumulation: microbatches of an update.
-    """
-
-    vae: Any
     rec_loss: Literal["l1", "l2"] = "l1"
+    """Error of the reconstruction: mean absolute (which keeps edges sharper) or mean squared, of pixels in [-1, 1]."""
     kl_scale: float = 1e-6
-    ema_decay: float | None = None
-    accumulation: int = 1
+    """Weight of the divergence of the latents from a standard normal distribution, summed over a sample."""
+
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(0, "kl_scale")
 
 
-def loss(params: Params, batch: Batch, key: Key[Array, ""], config: Config) -> tuple[Float[Array, ""], optim.Metrics]:
-    """L, with the signal-to-noise ratio of the reconstruction in dB (of pixels in [0, 255]) as ``psnr``."""
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSetup(Setup):
+    """What the compiled step depends on besides arrays."""
+
+    flags: AutoencoderFlags
+
+
+def configure(networks: Networks, flags: AutoencoderFlags, *, remat: bool = False) -> AutoencoderSetup:
+    """Trains the VAE, the only network that there is."""
+    networks = networks.recomputing("vae", remat=remat)
+    return AutoencoderSetup(
+        networks=networks,
+        student=networks,
+        trained=("vae",),
+        frozen=(),
+        ema_decay=flags.decay_if_kept,
+        flags=flags,
+    )
+
+
+def init(
+    setup: AutoencoderSetup,
+    load: Load,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    *,
+    mixed_precision: MixedPrecision = "no",
+) -> TrainState:
+    """The state before the first step."""
+    ema = setup.ema_decay is not None
+    return optim.init_state(load("vae"), optimizer, key, ema=ema, mixed_precision=mixed_precision)
+
+
+def loss(
+    params: Params, state: TrainState, frozen: Frozen, batch: Batch, key: Key[Array, ""], setup: AutoencoderSetup
+) -> tuple[Float[Array, ""], Metrics]:
+    """L, with the signal-to-noise ratio of the reconstruction in dB (of pixels in [0, 255]) as ``psnr``.
+
+    Args:
+      params: of the VAE.
+      state: not read.
+      frozen: not read.
+      batch: ``pixels``.
+      key: of the latents' sample.
+      setup: of the method.
+    """
+    del state, frozen
+    vae, flags = setup.networks.vae, setup.flags
     pixels = to_signed(batch["pixels"])
-    q = posterior(config.vae, {"vae": params}, batch)
-    reconstruction = config.vae.apply({"params": params}, q.sample(key), method="decode").astype(jnp.float32)
+    q = posterior(vae, {"vae": params}, batch)
+    reconstruction = vae.apply({"params": params}, q.sample(key), method="decode").astype(jnp.float32)
     difference = reconstruction - pixels
     mse = jnp.mean(jnp.square(difference))
-    error = jnp.mean(jnp.abs(difference)) if config.rec_loss == "l1" else mse
+    error = jnp.mean(jnp.abs(difference)) if flags.rec_loss == "l1" else mse
     kl = jnp.mean(q.kl())
-    return error + config.kl_scale * kl, {"kl": kl, "psnr": 10 * jnp.log10(4 / mse)}
+    return error + flags.kl_scale * kl, {"kl": kl, "psnr": 10 * jnp.log10(4 / mse)}
 
 
-def train_step(
-    state: optim.TrainState,
-    frozen: Mapping[str, Any],
-    batch: Batch,
-    *,
-    config: Config,
-    optimizer: optax.GradientTransformation,
-) -> tuple[optim.TrainState, optim.Metrics]:
-    """One update."""
-    del frozen  # nothing is
-
-    def of_batch(params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], optim.Metrics]:
-        return loss(params, batch, key, config)
-
-    return optim.step(state, of_batch, batch, optimizer, accumulation=config.accumulation, ema_decay=config.ema_decay)
+def result(state: TrainState, setup: AutoencoderSetup, load: Load) -> dict[str, Params]:
+    """The VAE."""
+    del setup, load
+    return {"vae": state.result}
 
 
 def reconstruct(
-    params: Params, pixels: UInt8[Array, "b hp wp 3"], config: Config
+    vae: Any, params: Params, pixels: UInt8[Array, "b hp wp 3"]
 ) -> tuple[UInt8[Array, "b hp wp 3"], Float[Array, "b h w c"]]:
     """Images as they come back from the mode of their latents, and those latents, not scaled."""
-    z = posterior(config.vae, {"vae": params}, {"pixels": pixels}).mode()
-    decoded = config.vae.apply({"params": params}, z, method="decode").astype(jnp.float32)
+    z = posterior(vae, {"vae": params}, {"pixels": pixels}).mode()
+    decoded = vae.apply({"params": params}, z, method="decode").astype(jnp.float32)
     return jnp.round(jnp.clip(decoded * 0.5 + 0.5, 0, 1) * 255).astype(jnp.uint8), z
 
 
-def scaling_factor(latents: Float[Array, "b h w c"]) -> float:
-    """1 / (standard deviation of the latents), so that those that a UNet sees have about unit variance."""
-    return float(1 / jax.device_get(jnp.std(latents)))
+def with_scaling_factor(vae: Any, latents: Float[Array, "b h w c"]) -> Any:
+    """The VAE whose latents, as a UNet sees them, have a variance of about one.
+
+    Args:
+      vae: its module.
+      latents: not scaled; their standard deviation is measured.
+    """
+    factor = float(1 / jax.device_get(jnp.std(latents)))
+    return replace(vae, config=replace(vae.config, scaling_factor=factor))
+
+
+METHOD = Method(flags=AutoencoderFlags, configure=configure, init=init, loss=loss, result=result)
+"""What is exported needs the latents of held-out images, for their scale: see ``train_autoencoder_flax.py``."""

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from codi_jax.diffusion.sampling import guidance_embedding
+from codi_jax.diffusion.guidance import guidance_embedding
 from codi_jax.models.config import Params
 
 

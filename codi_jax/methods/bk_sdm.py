@@ -12,10 +12,9 @@ is this project's own, the distance of each pair and sample is divided by mean�
 Beyond plain training, its neighbor: the teacher.
 """
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
 
 import jax.numpy as jnp
 import optax
@@ -23,64 +22,120 @@ from jaxtyping import Array, Float, Key
 
 from codi_jax.diffusion.losses import mse
 from codi_jax.methods import denoising
+from codi_jax.methods.denoising import DenoisingSetup, DenoisingTask, NoiseFlags
 from codi_jax.models.config import Params
-from codi_jax.models.pruning import Features, Surgery, feature_pairs, prune
-from codi_jax.pipeline.conditions import Batch, Modules, refuse_guidance_input
-from codi_jax.pipeline.prediction import predict_with_taps
+from codi_jax.models.pruning import Features, Surgery, feature_pairs, prune, whole
+from codi_jax.pipeline.conditions import Batch, Frozen
+from codi_jax.pipeline.networks import Networks, refuse_guidance_input
+from codi_jax.pipeline.prediction import predict_with_intermediates
 from codi_jax.training import optim
+from codi_jax.training.method import Load, Method
+from codi_jax.training.optim import Metrics, MixedPrecision, TrainState
+
+
+@dataclass(frozen=True)
+class BkSdmFlags(NoiseFlags):
+    """The flags of BK-SDM, beyond those of plain training."""
+
+    output_weight: float = 1.0
+    """Weight of the distance between the outputs of student and teacher."""
+    feature_weight: float = 1.0
+    """Weight of the distance between the outputs of their blocks. With both weights 0 it is plain training."""
+    feature_normalize: bool = False
+    """Take the distance of each pair of blocks relative to the size of the teacher's features, so that no pair, and not
+    the features together, decides alone."""
+
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(0, "output_weight", "feature_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(denoising.Config):
-    """What the training depends on besides parameters and data, beyond plain training.
+class BkSdmSetup(DenoisingSetup):
+    """What the compiled step depends on besides arrays.
 
     Attributes:
-      teacher_unet: its module.
-      features: the taps that are compared, the student's and the teacher's.
-      output_weight: λ_out.
-      feature_weight: λ_feat.
-      feature_normalize: whether distances of features are relative to the teacher's.
+      flags: of the method.
+      surgery: which blocks stay.
+      features: the intermediates that are compared, the student's and the teacher's.
     """
 
-    teacher_unet: Any
+    flags: BkSdmFlags
+    surgery: Surgery
     features: Features
-    output_weight: float | int = 1.0
-    feature_weight: float | int = 1.0
-    feature_normalize: bool = False
 
 
-def make_student(unet: Any, params: Params, surgery: Surgery) -> tuple[Any, Params, Features]:
-    """The student before the first step, and what is compared.
+def configure(
+    networks: Networks, flags: BkSdmFlags, *, surgery: Surgery | None = None, remat: bool = False
+) -> BkSdmSetup:
+    """The student without the blocks that go, and what is compared.
 
     Args:
-      unet: the teacher's module.
-      params: of the teacher.
-      surgery: what stays of it.
+      networks: of the teacher.
+      flags: of the method.
+      surgery: which blocks stay; ``None`` is all of them.
+      remat: whether the student recomputes activations.
 
     Raises:
       ConfigError: if the surgery does not fit the teacher.
-      ValueError: if the teacher takes its guidance as an input.
+      ValueError: if the teacher takes its guidance as an input, or is not a plain text-to-image model.
     """
     refuse_guidance_input(
-        unet,
+        networks.unet,
         "which plain training does not give it: take blocks from the model that it was distilled from, and distill the "
         "student then",
     )
-    return *prune(unet, params, surgery), feature_pairs(unet.config, surgery)
+    if networks.task != "text-to-image" or networks.controlnet is not None:
+        raise ValueError(
+            "the teacher is not a text-to-image model without a ControlNet, which would not fit the student: give "
+            "--pretrained_model_name_or_path one."
+        )
+    surgery = whole(networks.unet.config) if surgery is None else surgery
+    unet, _ = prune(networks.unet, networks.unet.abstract_params(), surgery)
+    student = replace(networks, unet=replace(unet, remat=remat))
+    return BkSdmSetup(
+        networks=networks,
+        student=student,
+        trained=("unet",),
+        frozen=tuple(networks.by_name()),
+        ema_decay=flags.decay_if_kept,
+        flags=flags,
+        surgery=surgery,
+        features=feature_pairs(networks.unet.config, surgery),
+    )
+
+
+def init(
+    setup: BkSdmSetup,
+    load: Load,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    *,
+    mixed_precision: MixedPrecision = "no",
+) -> TrainState:
+    """The state before the first step: θ is what stays of the teacher."""
+    _, unet = prune(setup.networks.unet, load("unet"), setup.surgery)
+    ema = setup.ema_decay is not None
+    return optim.init_state({"unet": unet}, optimizer, key, ema=ema, mixed_precision=mixed_precision)
 
 
 def loss(
-    params: Mapping[str, Params], frozen: Mapping[str, Any], batch: Batch, key: Key[Array, ""], config: Config
-) -> tuple[Float[Array, ""], optim.Metrics]:
+    params: Mapping[str, Params],
+    state: TrainState,
+    frozen: Frozen,
+    batch: Batch,
+    key: Key[Array, ""],
+    setup: BkSdmSetup,
+) -> tuple[Float[Array, ""], Metrics]:
     """The loss at the top of this file, as a mean over the batch.
 
     Args:
       params: θ: ``unet``.
-      frozen: parameters of the ``teacher`` UNet and its ``teacher_schedule``; of the others, and what else
-        `codi_jax.methods.denoising.draw` needs.
-      batch: see there.
-      key: likewise.
-      config: the configuration.
+      state: not read.
+      frozen: the teacher; its schedule is the student's, which may say that it predicts something else.
+      batch: see `codi_jax.methods.denoising.draw`.
+      key: for all that is random.
+      setup: of the method.
 
     Returns:
       The loss, and its terms before their weights: ``task``, ``output``, ``features``, and of each block
@@ -89,61 +144,53 @@ def loss(
     Raises:
       ValueError: if features are not of the same shape.
     """
-    networks = {**frozen, **params}
-    task = denoising.draw(networks, batch, key, config)
-    prediction, taps = predict_with_taps(config.modules, networks, task.z_t, task.t, task.condition)
+    del state
+    flags = setup.flags
+    task = denoising.draw(frozen.params, frozen, batch, key, setup)
+    inputs = task.z_t, task.t, task.conditions.full
+    prediction, f = predict_with_intermediates(setup.student, {**frozen.params, **params}, *inputs)
     distance = task.distance(prediction)
-    if not (config.output_weight or config.feature_weight):
+    if not (flags.output_weight or flags.feature_weight):
         return distance, {"task": distance}
-    wanted, teacher_taps = _teach(config, frozen, task)
-    output = jnp.mean(mse(prediction, wanted))
-    features = _feature_distances(config, taps, teacher_taps)
+    wanted, f_teacher = predict_with_intermediates(setup.networks, frozen.params, *inputs)
+    output = jnp.mean(mse(prediction, _as_student(wanted, frozen, task)))
+    features = _feature_distances(setup, f, f_teacher)
     total = sum(features.values(), jnp.zeros(()))
-    value = distance + config.output_weight * output + config.feature_weight * total
+    value = distance + flags.output_weight * output + flags.feature_weight * total
     return value, {"task": distance, "output": output, "features": total, **features}
 
 
-def _teach(config: Config, frozen: Mapping[str, Any], task: denoising.Task) -> tuple[Array, dict[str, Array]]:
-    """The teacher's output, as the student is to put it, and its taps."""
-    modules: Modules = dataclasses.replace(config.modules, unet=config.teacher_unet)
-    networks = {**frozen, "unet": frozen["teacher"]}
-    prediction, taps = predict_with_taps(modules, networks, task.z_t, task.t, task.condition)
-    own, student = frozen["teacher_schedule"], frozen["schedule"]
-    if own.prediction_type != student.prediction_type:
-        prediction = student.target(*own.to_x0_eps(prediction, task.z_t, task.t), task.t)
-    return prediction, taps
+def _as_student(prediction: Array, frozen: Frozen, task: DenoisingTask) -> Array:
+    """The teacher's output in terms of what the student predicts."""
+    teacher, student = frozen.teacher_schedule, frozen.schedule
+    if teacher is None or teacher.prediction_type == student.prediction_type:
+        return prediction
+    x0, eps = teacher.to_x0_eps(prediction, task.z_t, task.t)
+    return student.target(x0, eps, task.t)
 
 
-def _feature_distances(config: Config, taps: Mapping[str, Array], teacher_taps: Mapping[str, Array]) -> optim.Metrics:
+def _feature_distances(setup: BkSdmSetup, student: Mapping[str, Array], teacher: Mapping[str, Array]) -> Metrics:
     distances = {}
-    for name, of_teacher in config.features:
-        f, wanted = taps[name], teacher_taps[of_teacher]
+    for name, of_teacher in setup.features:
+        f, wanted = student[name], teacher[of_teacher]
         if f.shape != wanted.shape:
             raise ValueError(
                 f"features of different shapes cannot be compared: {name} of the student, {f.shape}, and {of_teacher} "
                 f"of the teacher, {wanted.shape}."
             )
         distance = mse(f, wanted)
-        if config.feature_normalize:
+        if setup.flags.feature_normalize:
             distance = distance / mse(wanted, jnp.zeros_like(wanted))
         distances[f"features/{name}"] = jnp.mean(distance)
     return distances
 
 
-def train_step(
-    state: optim.TrainState,
-    frozen: Mapping[str, Any],
-    batch: Batch,
-    *,
-    config: Config,
-    optimizer: optax.GradientTransformation,
-) -> tuple[optim.TrainState, optim.Metrics]:
-    """One update of θ, and of its moving average; see `codi_jax.training.optim.step`."""
-    return optim.step(
-        state,
-        lambda params, batch, key: loss(params, frozen, batch, key, config),
-        batch,
-        optimizer,
-        accumulation=config.accumulation,
-        ema_decay=config.ema_decay,
+def method(surgery: Surgery | None) -> Method[BkSdmFlags, BkSdmSetup]:
+    """BK-SDM with the blocks that this surgery leaves; ``None`` leaves all of them."""
+    return Method(
+        flags=BkSdmFlags,
+        sampling=denoising.sampling,
+        configure=partial(configure, surgery=surgery),
+        init=init,
+        loss=loss,
     )

@@ -19,8 +19,8 @@ Beyond LCM, its neighbor: the condition, the second term, which teaches it, and 
 sampling time instead of an input of the network.
 """
 
-import dataclasses
 import warnings
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -31,26 +31,23 @@ from jaxtyping import Array, Float, Int, Key
 
 from codi_jax.cli.flags import Flags
 from codi_jax.diffusion import losses
-from codi_jax.diffusion.schedule import DistillationGrid, Latents, NoiseSchedule, PredictionType, distillation_grid
+from codi_jax.diffusion.guidance import Guidance
+from codi_jax.diffusion.sampling_spec import SamplingSpec
+from codi_jax.diffusion.schedule import Latents, NoiseSchedule, distillation_grid
+from codi_jax.diffusion.scheduler_config import DistillationGrid, PredictionType
 from codi_jax.models.config import Params
-from codi_jax.pipeline.conditions import (
-    Frozen,
-    Inputs,
-    Modules,
-    add_controlnet,
-    init_controlnet,
-    prepare,
-    refuse_guidance_input,
-)
-from codi_jax.pipeline.prediction import Features, branches, encode, guided
+from codi_jax.pipeline.conditions import Batch, Frozen, prepare
+from codi_jax.pipeline.networks import Networks, add_controlnet, init_controlnet, refuse_guidance_input
+from codi_jax.pipeline.prediction import predict
 from codi_jax.training import optim
-from codi_jax.training.optim import Batch, Metrics, MixedPrecision, TrainState
+from codi_jax.training.method import Load, Method, Setup
+from codi_jax.training.optim import Metrics, MixedPrecision, TrainState
 
 SampleEps = Literal["v_prediction", "x_prediction", "epsilon", "vprediction", "xprediction", "nprediction"]
 _TRUE_NOISE = ("epsilon", "nprediction")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class CodiFlags(Flags):
     """The flags of CoDi."""
 
@@ -109,48 +106,21 @@ class CodiFlags(Flags):
         self.require("snr_gamma", self.snr_gamma is None or self.snr_gamma > 0, "positive")
 
     @property
-    def needs_initial_controlnet(self) -> bool:
-        """Whether the ControlNet that training starts from is needed throughout, as ``controlnet`` in ``frozen``."""
+    def teacher_steps_with_initial(self) -> bool:
+        """Whether the teacher's step needs the ControlNet that training starts from."""
         initial = self.onestepode == "control" and self.onestepode_control_params == "initial"
         return initial and self.distill_type == "conditional"
 
-    @property
-    def is_guided(self) -> bool:
-        """Whether the null text is needed."""
-        return self.cfg_aware_distill or self.onestepode_cfg
 
-
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class CodiSetup(Setup):
     """What the compiled step depends on besides arrays; made by `configure`."""
 
-    modules: Modules
     flags: CodiFlags
+    starts_from_controlnet: bool
 
 
-def configure(modules: Modules, flags: CodiFlags) -> Config:
-    """Completes the modules with the ControlNet of the UNet, unless one is given or there is no condition.
-
-    Raises:
-      ValueError: if the teacher's step needs a ControlNet that has been trained, and none is given, or if the teacher
-        takes its guidance as an input.
-    """
-    refuse_guidance_input(
-        modules.unet, "which CoDi does not give it: start from the model that it was distilled from, or bake a scale in"
-    )
-    if flags.distill_type == "unconditional":
-        return Config(dataclasses.replace(modules, controlnet=None), flags)
-    if modules.controlnet is not None:
-        return Config(modules, flags)
-    if flags.needs_initial_controlnet:
-        raise ValueError(
-            "--onestepode_control_params initial distills a ControlNet that has been trained already: name it with "
-            "--controlnet_model_name_or_path."
-        )
-    return Config(add_controlnet(modules), flags)
-
-
-def student_schedule(schedule: NoiseSchedule, flags: CodiFlags) -> NoiseSchedule:
+def sampling(schedule: NoiseSchedule, flags: CodiFlags) -> NoiseSchedule:
     """The schedule to train with, and to save with the student: the teacher's, with the grid.
 
     Raises:
@@ -164,89 +134,120 @@ def student_schedule(schedule: NoiseSchedule, flags: CodiFlags) -> NoiseSchedule
             f"that it predicts {schedule.prediction_type}.",
             stacklevel=2,
         )
-    return schedule.with_distillation_grid(
-        flags.distill_learning_steps, flags.distill_grid, flags.distill_timestep_scaling
-    )
+    spec = SamplingSpec.codi(flags.distill_learning_steps, flags.distill_grid, flags.distill_timestep_scaling)
+    return schedule.sampled(spec)
 
 
 def grid(schedule: NoiseSchedule) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
     """The times t_n that are trained, and s_n where the teacher's step from each ends.
 
     Raises:
-      ValueError: if the schedule is not one of `student_schedule`.
+      ValueError: if the schedule is not one of `sampling`.
     """
-    if schedule.distill_learning_steps is None:
-        raise ValueError("This schedule has no distillation grid: take that of student_schedule.")
-    return distillation_grid(schedule.num_train_timesteps, schedule.distill_learning_steps, schedule.distill_grid)
+    spec = schedule.sampling
+    if spec.sampler != "codi" or spec.grid_steps is None:
+        raise ValueError("This schedule has no distillation grid: take that of codi.sampling.")
+    return distillation_grid(schedule.num_train_timesteps, spec.grid_steps, spec.grid)
 
 
-def init_state(
-    config: Config,
-    unet_params: Params,
+def configure(networks: Networks, flags: CodiFlags, *, remat: bool = False) -> CodiSetup:
+    """Completes the networks with the ControlNet of the UNet, unless one is given or there is no condition.
+
+    Raises:
+      ValueError: if the teacher's step needs a ControlNet that has been trained, and none is given, or if the teacher
+        takes its guidance as an input.
+    """
+    refuse_guidance_input(
+        networks.unet,
+        "which CoDi does not give it: start from the model that it was distilled from, or bake a scale in",
+    )
+    given = networks.controlnet
+    if flags.distill_type == "unconditional":
+        networks = replace(networks, controlnet=None)
+    elif given is None:
+        if flags.teacher_steps_with_initial:
+            raise ValueError(
+                "--onestepode_control_params initial distills a ControlNet that has been trained already: name it "
+                "with --controlnet_model_name_or_path."
+            )
+        networks = add_controlnet(networks)
+    networks = networks.recomputing("unet", "controlnet", remat=remat)
+    trained = ("controlnet",) if networks.controlnet is not None else ()
+    frozen = tuple(networks.by_name().keys() - ({"controlnet"} if not flags.teacher_steps_with_initial else set()))
+    return CodiSetup(
+        networks=networks,
+        student=networks,
+        trained=(*trained, "unet") if flags.train == "unet" or not trained else trained,
+        frozen=frozen,
+        needs_null_text=flags.cfg_aware_distill or flags.onestepode_cfg,
+        ema_decay=flags.ema_decay,
+        flags=flags,
+        starts_from_controlnet=given is not None,
+    )
+
+
+def init(
+    setup: CodiSetup,
+    load: Load,
     optimizer: optax.GradientTransformation,
     key: Key[Array, ""],
     *,
-    controlnet_params: Params | None = None,
     mixed_precision: MixedPrecision = "no",
 ) -> TrainState:
     """The state before the first step: θ, which is all that is trained, and θ⁻, which starts there.
 
-    Args:
-      config: from `configure`.
-      unet_params: the teacher's.
-      optimizer: from `codi_jax.training.optim.make_optimizer`.
-      key: of the run.
-      controlnet_params: of a ControlNet to start from; ``None`` makes one from the UNet.
-      mixed_precision: of the computation.
+    A new ControlNet is made from the UNet.
     """
-    params, modules = {}, config.modules
+    params, unet = {}, load("unet")
     init_key, key = jax.random.split(key)
-    if modules.controlnet is not None:
-        params["controlnet"] = controlnet_params or init_controlnet(modules, unet_params, init_key)
-    if config.flags.train == "unet" or modules.controlnet is None:
-        params["unet"] = unet_params
+    if "controlnet" in setup.trained:
+        given = setup.starts_from_controlnet
+        params["controlnet"] = load("controlnet") if given else init_controlnet(setup.networks, unet, init_key)
+    if "unet" in setup.trained:
+        params["unet"] = unet
     return optim.init_state(params, optimizer, key, ema=True, mixed_precision=mixed_precision)
 
 
 def loss(
-    params: Params, state: TrainState, frozen: Frozen, batch: Batch, key: Key[Array, ""], config: Config
+    params: Params, state: TrainState, frozen: Frozen, batch: Batch, key: Key[Array, ""], setup: CodiSetup
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss at the top of this file, as a mean over the batch.
 
     Args:
       params: θ: ``controlnet``, ``unet``, or both.
       state: its ``ema`` is θ⁻.
-      frozen: parameters of ``unet`` and of what `prepare` needs, and the ``schedule`` of `student_schedule`; those of
-        ``controlnet`` if the flags need the initial one.
-      batch: see `prepare`.
+      frozen: the teacher, with the schedule of `sampling`; ``controlnet`` if the flags need the initial one.
+      batch: see `codi_jax.pipeline.conditions.prepare`.
       key: for all that is random.
-      config: of the method.
+      setup: of the method.
 
     Returns:
       The loss, and its two parts before γ and λ weigh them: ``consistency`` and ``reconstruction``.
     """
-    modules, flags, schedule = config.modules, config.flags, frozen["schedule"]
+    networks, flags, schedule = setup.networks, setup.flags, frozen.schedule
     z0_key, t_key, noise_key, w_key = jax.random.split(key, 4)
-    inputs = prepare(modules, frozen, batch, z0_key)
-    z0, B = inputs.z0, len(inputs.z0)
+    inputs = prepare(networks, frozen.params, batch, z0_key, frozen.null_text)
+    z0, c, B = inputs.z0, inputs.conditions, len(inputs.z0)
 
-    n = jax.random.randint(t_key, (B,), 0, schedule.distill_learning_steps)
+    n = jax.random.randint(t_key, (B,), 0, flags.distill_learning_steps)
     t, s = (jnp.asarray(times)[n] for times in grid(schedule))
     noise = jax.random.normal(noise_key, z0.shape)
     z_t = schedule.add_noise(z0, noise, t)
-    w = jax.random.uniform(w_key, (B,), minval=flags.distill_guidance_min, maxval=flags.distill_guidance_max)
-    w_student = w if flags.cfg_aware_distill else None
+    scale = jax.random.uniform(w_key, (B,), minval=flags.distill_guidance_min, maxval=flags.distill_guidance_max)
+    guided = Guidance.classifier_free(scale)
+    of_teacher = guided if flags.onestepode_cfg else None
+    of_student = guided if flags.cfg_aware_distill else None
 
-    online, target = ({"unet": frozen["unet"], **tree} for tree in (params, state.ema))  # θ, θ⁻
+    online, target = ({"unet": frozen.params["unet"], **tree} for tree in (params, state.ema))  # θ, θ⁻
     teacher = _teacher(params, state.ema, frozen, flags)
-    features = None if "unet" in params else _shared_features(config, frozen["unet"], z_t, t, inputs)
 
-    prediction = guided(modules, teacher, z_t, t, inputs, w if flags.onestepode_cfg else None, features)
-    x0, eps = schedule.to_x0_eps(prediction, z_t, t)
+    # One DDIM step of the teacher: ẑ_s = α_s x̂ + σ_s ε̂.
+    x0, eps = schedule.to_x0_eps(predict(networks, teacher, z_t, t, c, of_teacher), z_t, t)
     z_s = schedule.ddim_step(x0, noise if flags.onestepode_sample_eps in _TRUE_NOISE else eps, s)
 
-    f, f_eps = consistency(schedule, guided(modules, online, z_t, t, inputs, w_student, features), z_t, t)
-    f_target, f_eps_target = consistency(schedule, guided(modules, target, z_s, s, inputs, w_student), z_s, s)
+    # mean‖f_θ(z_t, t) − sg f_θ⁻(ẑ_s, s)‖², and mean‖f_θ(z_t, t) − z_0‖².
+    f, f_eps = consistency(schedule, predict(networks, online, z_t, t, c, of_student), z_t, t)
+    f_target, f_eps_target = consistency(schedule, predict(networks, target, z_s, s, c, of_student), z_s, s)
     if flags.distill_loss == "consistency_x":
         distance, space = losses.mse(f, jax.lax.stop_gradient(f_target)), "sample"
     else:
@@ -260,26 +261,6 @@ def loss(
     return value, {"consistency": distance.mean(), "reconstruction": reconstruction.mean()}
 
 
-def train_step(
-    state: TrainState,
-    frozen: Frozen,
-    batch: Batch,
-    *,
-    config: Config,
-    optimizer: optax.GradientTransformation,
-    accumulation: int = 1,
-) -> tuple[TrainState, Metrics]:
-    """One update of θ and θ⁻; see `codi_jax.training.optim.step`."""
-    return optim.step(
-        state,
-        lambda params, batch, key: loss(params, state, frozen, batch, key, config),
-        batch,
-        optimizer,
-        accumulation=accumulation,
-        ema_decay=config.flags.ema_decay,
-    )
-
-
 def consistency(
     schedule: NoiseSchedule, prediction: Latents, z: Latents, t: Int[Array, " b"]
 ) -> tuple[Latents, Latents]:
@@ -290,16 +271,12 @@ def consistency(
 
 def _teacher(params: Params, ema: Params, frozen: Frozen, flags: CodiFlags) -> dict[str, Params]:
     """The networks of the one DDIM step: the frozen UNet, and under ``control`` the ControlNet as it is *now*."""
-    teacher = {"unet": frozen["unet"]}
+    teacher = {"unet": frozen.params["unet"]}
     if flags.onestepode == "control" and "controlnet" in params:
-        sources = {"target": ema, "online": params, "initial": frozen}
+        sources = {"target": ema, "online": params, "initial": frozen.params}
         teacher["controlnet"] = jax.lax.stop_gradient(sources[flags.onestepode_control_params]["controlnet"])
     return teacher
 
 
-def _shared_features(
-    config: Config, unet_params: Params, z_t: Latents, t: Int[Array, " b"], inputs: Inputs
-) -> Features:
-    """The frozen encoder at z_t, once for teacher and student: they differ in the decoder's inputs only."""
-    stacked = branches(z_t, t, inputs, config.flags.is_guided)
-    return jax.lax.stop_gradient(encode(config.modules, {"unet": unet_params}, *stacked))
+METHOD = Method(flags=CodiFlags, sampling=sampling, configure=configure, init=init, loss=loss)
+"""The student is the moving average: what `codi_jax.training.method.export_result` writes."""

@@ -11,7 +11,7 @@ own, whose score is a network φ that is trained beside it. At x_t = α_t x + σ
 on φ's lowest features, the only part that needs real images.
 """
 
-import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,18 +19,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from codi_jax.diffusion import losses
-from codi_jax.diffusion.sampling import is_guided
+from codi_jax.diffusion.guidance import Guidance, is_guided
 from codi_jax.diffusion.schedule import Latents
 from codi_jax.methods.generator import Generator, GeneratorFlags
 from codi_jax.models.config import Params
 from codi_jax.models.discriminator import DiscriminatorHead
 from codi_jax.pipeline.conditions import Batch, Condition, Frozen, Inputs, prepare
-from codi_jax.pipeline.prediction import encode, guided, predict
+from codi_jax.pipeline.prediction import predict, predict_with_intermediates
+from codi_jax.training.method import Setup
 from codi_jax.training.optim import EmaFlags, Metrics
 
 
-@dataclasses.dataclass(frozen=True)
-class MatchingFlags(GeneratorFlags, EmaFlags):
+@dataclass(frozen=True)
+class DmdFlags(GeneratorFlags, EmaFlags):
     """The flags of distribution matching, with the names of DMD2's reference code.
 
     The moving average is the generator's.
@@ -86,74 +87,72 @@ class MatchingFlags(GeneratorFlags, EmaFlags):
         return self.cls_on_clean_image or (self.denoising and not self.backward_simulation)
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class DmdSetup(Setup):
     """What the losses depend on besides arrays.
 
     Attributes:
-      generator: whose modules all three networks share.
       flags: of the method.
+      generator: whose networks all three scores share.
     """
 
+    flags: DmdFlags
     generator: Generator
-    flags: MatchingFlags
 
     @property
     def head(self) -> DiscriminatorHead:
         """The head of the GAN loss."""
-        unet = self.generator.modules.unet
+        unet = self.networks.unet
         return DiscriminatorHead(unet.config.block_out_channels[-1], unet.dtype)
 
 
 def generator_loss(
-    params: Params, fake: Params, frozen: Frozen, batch: Batch, key: Key[Array, ""], config: Config
+    params: Params, fake: Params, frozen: Frozen, batch: Batch, key: Key[Array, ""], setup: DmdSetup
 ) -> tuple[Float[Array, ""], Metrics]:
     """L_G, and the GAN loss; a mean over the batch.
 
     Args:
       params: of G.
       fake: of φ, which gets no gradient here.
-      frozen: ``unet``, the target θ; ``teacher``, which a LoRA adapts; what `prepare` needs, the null text included;
-        the model's ``schedule``; ``controlnet`` for a model that has one.
+      frozen: the teacher with the null text, whose ``unet`` a LoRA adapts; its ``target`` is θ.
       batch: see `prepare`; real images for the GAN loss, and for a generator that starts from them, only.
       key: for all that is random.
-      config: of the method.
+      setup: of the method.
     """
-    flags = config.flags
+    flags = setup.flags
     inputs_key, x_key, matching_key, logits_key = jax.random.split(key, 4)
-    inputs = prepare(config.generator.modules, frozen, batch, inputs_key)
-    x = config.generator(params, frozen, inputs, x_key)
+    inputs = prepare(setup.networks, frozen.params, batch, inputs_key, frozen.null_text)
+    x = setup.generator(params, frozen, inputs, x_key)
     value = jnp.float32(0)
     if not flags.gan_alone:
-        g = jax.lax.stop_gradient(matching_gradient(fake, frozen, x, inputs, matching_key, config))
+        g = jax.lax.stop_gradient(matching_gradient(fake, frozen, x, inputs, matching_key, setup))
         value += flags.dm_loss_weight * 0.5 * jnp.mean(losses.mse(x, jax.lax.stop_gradient(x - g)))
     if flags.gen_cls_loss:
-        logits = _logits(fake, frozen, x, inputs.cond, logits_key, config)
+        logits = _logits(fake, frozen, x, inputs.conditions.full, logits_key, setup)
         value += flags.gen_cls_loss_weight * jnp.mean(jax.nn.softplus(-logits))
     return value, {}
 
 
 def matching_gradient(
-    fake: Params, frozen: Frozen, x: Latents, inputs: Inputs, key: Key[Array, ""], config: Config
+    fake: Params, frozen: Frozen, x: Latents, inputs: Inputs, key: Key[Array, ""], setup: DmdSetup
 ) -> Latents:
     """The direction g in which x leaves the generator's distribution for the target's.
 
     Not finite where x = x̂_θ exactly: the step is then skipped and counted, and not passed off as one without gradient.
     """
-    modules, flags, schedule = config.generator.modules, config.flags, frozen["schedule"]
+    networks, flags, schedule = setup.networks, setup.flags, frozen.schedule
     B, T = len(x), schedule.num_train_timesteps
     t_key, noise_key = jax.random.split(key)
     low, high = int(flags.min_step_percent * T), min(int(flags.max_step_percent * T), T - 1)
     t = jax.random.randint(t_key, (B,), low, high + 1)
     x_t = schedule.add_noise(x, jax.random.normal(noise_key, x.shape), t)
 
-    def output(unet: Params, text: float, image: float) -> Latents:
-        needs_guidance = is_guided(text, image if modules.edits else 1)
-        s_T = jnp.full(B, text, jnp.float32) if needs_guidance else None
-        s_I = jnp.full(B, image, jnp.float32) if needs_guidance and modules.edits else None
-        return guided(modules, {**frozen, "unet": unet}, x_t, t, inputs, s_T, image_guidance_scale=s_I)
+    def output(unet: Params, scale: float, image_scale: float) -> Latents:
+        guidance = _guidance(B, scale, image_scale if networks.is_instruct_pix2pix else None)
+        return predict(networks, {**frozen.params, "unet": unet}, x_t, t, inputs.conditions, guidance)
 
-    target = output(frozen["unet"], flags.real_guidance_scale, flags.real_image_guidance_scale)
+    assert frozen.target is not None
+    target = output(frozen.target, flags.real_guidance_scale, flags.real_image_guidance_scale)
     difference = output(fake["unet"], flags.fake_guidance_scale, 1.0) - target
     # x̂ is linear in z and the output, so x̂_φ − x̂_θ is that of the difference at z = 0. To subtract the two would leave
     # little of float32 at noisy times, where both are (z − σε̂)/α with a small α.
@@ -162,8 +161,18 @@ def matching_gradient(
     return distance / jnp.mean(jnp.abs(x - x0), axis=(1, 2, 3), keepdims=True)
 
 
+def _guidance(batch: int, scale: float, image_scale: float | None) -> Guidance:
+    """Guidance with the same scales for all samples; ``image_scale`` is ``None`` for a model without a source image."""
+    if not is_guided(scale, 1 if image_scale is None else image_scale):
+        return Guidance.none()
+    s_T = jnp.full(batch, scale, jnp.float32)
+    if image_scale is None:
+        return Guidance.classifier_free(s_T)
+    return Guidance.edit(s_T, jnp.full(batch, image_scale, jnp.float32))
+
+
 def fake_loss(
-    params: Params, generator: Params, frozen: Frozen, batch: Batch, key: Key[Array, ""], config: Config
+    params: Params, generator: Params, frozen: Frozen, batch: Batch, key: Key[Array, ""], setup: DmdSetup
 ) -> tuple[Float[Array, ""], Metrics]:
     """L_φ, and the loss of the head; a mean over the batch.
 
@@ -173,37 +182,39 @@ def fake_loss(
       frozen: as in `generator_loss`.
       batch: likewise.
       key: for all that is random.
-      config: of the method.
+      setup: of the method.
     """
-    modules, schedule = config.generator.modules, frozen["schedule"]
+    networks, schedule = setup.networks, frozen.schedule
     inputs_key, x_key, t_key, noise_key, logits_key = jax.random.split(key, 5)
-    inputs = prepare(modules, frozen, batch, inputs_key)
-    x = jax.lax.stop_gradient(config.generator(generator, frozen, inputs, x_key))
+    inputs = prepare(networks, frozen.params, batch, inputs_key, frozen.null_text)
+    x = jax.lax.stop_gradient(setup.generator(generator, frozen, inputs, x_key))
     t = jax.random.randint(t_key, (len(x),), 0, schedule.num_train_timesteps)
     noise = jax.random.normal(noise_key, x.shape)
     x_t = schedule.add_noise(x, noise, t)
-    prediction = predict(modules, {**frozen, "unet": params["unet"]}, x_t, t, inputs.cond)
+    prediction = predict(networks, {**frozen.params, "unet": params["unet"]}, x_t, t, inputs.conditions)
     value = jnp.mean(losses.mse(prediction, schedule.target(x, noise, t)))
     if "head" not in params:
         return value, {}
     real_key, generated_key = jax.random.split(logits_key)
-    real = _logits(params, frozen, inputs.z0, inputs.cond, real_key, config)
-    generated = _logits(params, frozen, x, inputs.cond, generated_key, config)
+    real = _logits(params, frozen, inputs.z0, inputs.conditions.full, real_key, setup)
+    generated = _logits(params, frozen, x, inputs.conditions.full, generated_key, setup)
     classification = jnp.mean(jax.nn.softplus(-real) + jax.nn.softplus(generated))
-    return value + config.flags.guidance_cls_loss_weight * classification, {"classification": classification}
+    return value + setup.flags.guidance_cls_loss_weight * classification, {"classification": classification}
 
 
 def _logits(
-    fake: Params, frozen: Frozen, x: Latents, cond: Condition, key: Key[Array, ""], config: Config
+    fake: Params, frozen: Frozen, x: Latents, cond: Condition, key: Key[Array, ""], setup: DmdSetup
 ) -> Float[Array, " b"]:
     """Whether φ's head takes x for real; at random times if the GAN is one of noised images."""
     t_key, noise_key = jax.random.split(key)
     t = jnp.zeros(len(x), jnp.int32)
-    if config.flags.diffusion_gan:
-        schedule = frozen["schedule"]
-        high = min(config.flags.diffusion_gan_max_timestep, schedule.num_train_timesteps)
+    if setup.flags.diffusion_gan:
+        schedule = frozen.schedule
+        high = min(setup.flags.diffusion_gan_max_timestep, schedule.num_train_timesteps)
         t = jax.random.randint(t_key, t.shape, 0, high)
         x = schedule.add_noise(x, jax.random.normal(noise_key, x.shape), t)
-    lowest, *_ = encode(config.generator.modules, {"unet": fake["unet"]}, x, t, cond)
-    logits: Any = config.head.apply({"params": fake["head"]}, lowest)
+    _, intermediates = predict_with_intermediates(setup.networks, {"unet": fake["unet"]}, x, t, cond)
+    config = setup.networks.unet.config
+    lowest = intermediates["mid_block" if config.mid_block_type is not None else f"down_blocks_{config.num_blocks - 1}"]
+    logits: Any = setup.head.apply({"params": fake["head"]}, lowest)
     return logits

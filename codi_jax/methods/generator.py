@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from codi_jax.cli.flags import Flags
+from codi_jax.diffusion.sampling_spec import SamplingSpec
 from codi_jax.diffusion.schedule import Latents, NoiseSchedule
 from codi_jax.models.config import Params
 from codi_jax.models.lora import LARGEST_RANK, init_lora, merge_lora
-from codi_jax.pipeline.conditions import Condition, Frozen, Inputs, Modules
+from codi_jax.pipeline.conditions import Conditions, Frozen, Inputs
+from codi_jax.pipeline.networks import Networks
 from codi_jax.pipeline.prediction import predict
 
 
@@ -79,7 +81,7 @@ def generator_schedule(schedule: NoiseSchedule, flags: GeneratorFlags) -> NoiseS
         if flags.denoising:
             flag, value = "denoising_timestep", flags.denoising_timestep
         raise ValueError(f"--{flag} {value} is off the model's schedule, which has the timesteps 0 to {last}.")
-    return schedule.with_generator_timesteps(flags.timesteps)
+    return schedule.sampled(SamplingSpec.generator(flags.timesteps))
 
 
 def init_generator(flags: GeneratorFlags, teacher_params: Params, key: Key[Array, ""]) -> Params:
@@ -105,12 +107,12 @@ class Generator:
     """How samples are made, for all parameters.
 
     Attributes:
-      modules: of the teacher.
+      networks: of the teacher.
       flags: of the generator.
       latent_shape: of one sample, [h, w, c]: prompts do not say it.
     """
 
-    modules: Modules
+    networks: Networks
     flags: GeneratorFlags
     latent_shape: tuple[int, int, int]
 
@@ -119,23 +121,25 @@ class Generator:
 
         Args:
           params: of `init_generator`.
-          frozen: ``teacher``, the UNet that a LoRA adapts; ``schedule``; ``controlnet`` for a model that has one.
+          frozen: the teacher, whose ``unet`` a LoRA adapts.
           inputs: the conditions, and real latents for a generator that starts from them.
           key: of the noise.
         """
-        networks = {**frozen, "unet": frozen.get("teacher"), **params}
-        z, t = self._start(networks, inputs, key)
-        return self._x0(networks, z, t, inputs.cond)
+        everything = {**frozen.params, **params}
+        z, t = self._start(everything, frozen.schedule, inputs, key)
+        return self._x0(everything, frozen.schedule, z, t, inputs.conditions)
 
-    def _x0(self, networks: Mapping[str, Any], z: Latents, t: Int[Array, " b"], cond: Condition) -> Latents:
-        x0, _ = networks["schedule"].to_x0_eps(predict(self.modules, networks, z, t, cond), z, t)
+    def _x0(
+        self, params: Mapping[str, Any], schedule: NoiseSchedule, z: Latents, t: Int[Array, " b"], c: Conditions
+    ) -> Latents:
+        x0, _ = schedule.to_x0_eps(predict(self.networks, params, z, t, c), z, t)
         return x0
 
     def _start(
-        self, networks: Mapping[str, Any], inputs: Inputs, key: Key[Array, ""]
+        self, params: Mapping[str, Any], schedule: NoiseSchedule, inputs: Inputs, key: Key[Array, ""]
     ) -> tuple[Latents, Int[Array, " b"]]:
         """What the network is given, and at which time."""
-        schedule, B = networks["schedule"], len(inputs.cond.context)
+        c, B = inputs.conditions, len(inputs.conditions.full.context)
         noise_key, n_key, steps_key = jax.random.split(key, 3)
         noise = jax.random.normal(noise_key, (B, *self.latent_shape))
         times = jnp.asarray(self.flags.timesteps)
@@ -147,10 +151,10 @@ class Generator:
             return jnp.where((n == 0)[:, None, None, None], noise, z), times[n]
         # One n for all: the loop over the steps before is as long for one sample as for the others.
         n = jax.random.randint(n_key, (), 0, len(times))
-        networks = jax.lax.stop_gradient(networks)
+        params = jax.lax.stop_gradient(params)
 
         def step(i: Array, z: Latents) -> Latents:
-            x = self._x0(networks, z, jnp.broadcast_to(times[i], (B,)), inputs.cond)
+            x = self._x0(params, schedule, z, jnp.broadcast_to(times[i], (B,)), c)
             return schedule.add_noise(x, jax.random.normal(jax.random.fold_in(steps_key, i), x.shape), times[i + 1])
 
         return jax.lax.fori_loop(0, n, step, noise), jnp.broadcast_to(times[n], (B,))

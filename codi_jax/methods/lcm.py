@@ -20,8 +20,8 @@ LCM-LoRA (Luo et al., 2023, arXiv:2311.05556): θ is a LoRA on the teacher, w is
 Beyond CoDi, its neighbor: guidance is distilled, and no condition is learned.
 """
 
-import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -29,19 +29,24 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
-from codi_jax.cli.flags import Flags
+from codi_jax.cli.flags import Adjustable, Flags
 from codi_jax.diffusion import losses
-from codi_jax.diffusion.sampling import guidance_embedding
+from codi_jax.diffusion.guidance import Guidance
+from codi_jax.diffusion.sampling_spec import SamplingSpec
 from codi_jax.diffusion.schedule import Latents, NoiseSchedule, distillation_grid
+from codi_jax.methods.baking import bake_guidance
+from codi_jax.methods.denoising import DropoutFlags
 from codi_jax.models.config import Params
-from codi_jax.models.lora import init_lora
-from codi_jax.pipeline.conditions import Batch, Frozen, Modules, drop_conditions, prepare, refuse_guidance_input
-from codi_jax.pipeline.prediction import guided, predict
+from codi_jax.models.lora import LARGEST_RANK, init_lora, merge_lora
+from codi_jax.pipeline.conditions import Batch, Frozen, drop_conditions, prepare
+from codi_jax.pipeline.networks import Networks, refuse_guidance_input, require_instruct_pix2pix
+from codi_jax.pipeline.prediction import predict
 from codi_jax.training import optim
+from codi_jax.training.method import Export, Load, Method, Setup
 from codi_jax.training.optim import Metrics, MixedPrecision, TrainState
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class LcmFlags(Flags):
     """The flags of LCM."""
 
@@ -66,6 +71,11 @@ class LcmFlags(Flags):
     """The factor on time in the boundary scalings."""
     unet_time_cond_proj_dim: int = 256
     """Width of the embedding of a guidance weight."""
+    bake_guidance_scale: Adjustable[float | None] = None
+    """Fold this guidance scale into the exported weights, exactly. diffusers' InstructPix2Pix and text-to-image
+    pipelines, which never pass guidance to the network, then give the right images: call them with guidance_scale=1."""
+    bake_image_guidance_scale: Adjustable[float | None] = None
+    """The same for the image guidance of a student that takes it."""
 
     def check(self) -> None:
         super().check()
@@ -83,126 +93,190 @@ class LcmFlags(Flags):
         self.require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         dim = self.unet_time_cond_proj_dim
         self.require("unet_time_cond_proj_dim", 4 <= dim <= 2**14 and dim % 2 == 0, "an even number from 4 to 16384")
+        self.require_at_least(0, "bake_guidance_scale", "bake_image_guidance_scale")
+        if self.bake_guidance_scale is not None:
+            takes_both = self.bake_image_guidance_scale is not None
+            what = "given if, and only if, --w_image_min and --bake_guidance_scale are"
+            self.require("bake_image_guidance_scale", takes_both == self.weighs_image, what)
 
     @property
     def weighs_image(self) -> bool:
         """Whether the image has a guidance weight of its own."""
         return self.w_image_min is not None
 
+    @property
+    def lora(self) -> "LoraShape | None":
+        """The LoRA that is trained in place of the whole UNet."""
+        return None
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What the compiled step depends on besides arrays; made by `configure`.
+    @property
+    def dropout(self) -> float:
+        """The probability of `codi_jax.pipeline.conditions.drop_conditions`, for edits."""
+        return 0.0
 
-    Attributes:
-      modules: of the teacher.
-      student: the UNet that is trained: the teacher's with an embedding of guidance weights, or as it is for a LoRA.
-      flags: of the method.
-      dropout: probability of `codi_jax.pipeline.conditions.drop_conditions`, for edits.
-      lora: whether θ is a LoRA.
-    """
 
-    modules: Modules
-    student: Any
+@dataclass(frozen=True)
+class LoraShape:
+    """The arguments of `codi_jax.models.lora.init_lora`."""
+
+    rank: int
+    alpha: float | None = None
+    target_modules: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class LcmTextFlags(LcmFlags):
+    """The flags of LCM for text-to-image models, of which a LoRA can be trained in place of the UNet."""
+
+    use_lora: bool = False
+    """Train a LoRA in place of the UNet (LCM-LoRA): it takes no guidance weights, so sample it with guidance 1."""
+    lora_rank: int = 64
+    """Rank of the LoRA."""
+    lora_alpha: float | None = None
+    """Its factor is alpha / rank. Default: the rank."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Ends of the names of the layers that it adapts, as in diffusers: to_q, ff.net.2. Default: attention, feed-forward
+    and convolutions."""
+
+    def check(self) -> None:
+        super().check()
+        self.require_in(1, LARGEST_RANK, "lora_rank")
+        self.require_positive("lora_alpha")
+
+    @property
+    def lora(self) -> LoraShape | None:
+        if not self.use_lora:
+            return None
+        return LoraShape(self.lora_rank, self.lora_alpha, self.lora_target_modules or None)
+
+
+@dataclass(frozen=True)
+class LcmEditFlags(LcmFlags, DropoutFlags):
+    """The flags of LCM for InstructPix2Pix."""
+
+    @property
+    def dropout(self) -> float:
+        return self.conditioning_dropout_prob
+
+
+@dataclass(frozen=True, kw_only=True)
+class LcmSetup(Setup):
+    """What the compiled step depends on besides arrays; made by `configure`."""
+
     flags: LcmFlags
-    dropout: float | int = 0.0
-    lora: bool = False
 
 
-def configure(modules: Modules, flags: LcmFlags, *, dropout: float | int = 0.0, lora: bool = False) -> Config:
-    """Gives the student its embedding of guidance weights.
+def sampling(schedule: NoiseSchedule, flags: LcmFlags) -> NoiseSchedule:
+    """The schedule to train with, and to save with the student: the teacher's noise, for the LCM sampler.
+
+    Raises:
+      ValueError: if the grid is impossible.
+    """
+    return schedule.sampled(SamplingSpec.lcm(flags.num_ddim_timesteps, flags.timestep_scaling_factor))
+
+
+def configure(networks: Networks, flags: LcmFlags, *, remat: bool = False) -> LcmSetup:
+    """Gives the student its embedding of guidance weights, unless it is a LoRA.
 
     Raises:
       ValueError: if the teacher has one already, or the image is to be weighed and there is none, or by a LoRA.
     """
-    unet = modules.unet
+    unet = networks.unet
     refuse_guidance_input(unet, "so it has been distilled already: give the model that it was distilled from")
-    if flags.weighs_image and not modules.edits:
+    if flags.weighs_image and not networks.is_instruct_pix2pix:
         raise ValueError("--w_image_min is for InstructPix2Pix models, and the teacher takes no image: leave it out.")
-    if lora:
+    if flags.lora is not None:
         if flags.weighs_image:
             raise ValueError("--w_image_min is of no use to a LoRA, which takes no guidance weights: leave it out.")
         # A LoRA finds layers by their names, which scanned ones do not have.
-        return Config(modules, dataclasses.replace(unet, scan_layers=False), flags, dropout, lora)
-    widths = 2 if flags.weighs_image else 1
-    config = dataclasses.replace(
-        unet.config,
-        time_cond_proj_dim=widths * flags.unet_time_cond_proj_dim,
-        embeds_image_guidance=flags.weighs_image,
+        student = replace(unet, scan_layers=False, remat=remat)
+    else:
+        widths = 2 if flags.weighs_image else 1
+        dim = widths * flags.unet_time_cond_proj_dim
+        config = replace(unet.config, time_cond_proj_dim=dim, embeds_image_guidance=flags.weighs_image)
+        student = replace(unet, config=config, remat=remat)
+    return LcmSetup(
+        networks=networks,
+        student=replace(networks, unet=student),
+        trained=("unet",),
+        frozen=tuple(networks.by_name()),
+        needs_null_text=True,
+        ema_decay=None if flags.lora is not None else flags.ema_decay,
+        flags=flags,
     )
-    return Config(modules, dataclasses.replace(unet, config=config), flags, dropout)
 
 
-def student_schedule(schedule: NoiseSchedule, flags: LcmFlags) -> NoiseSchedule:
-    """The schedule to train with, and to save with the student: the teacher's noise, for the LCM sampler.
+def configure_for_text(networks: Networks, flags: LcmFlags, *, remat: bool = False) -> LcmSetup:
+    """`configure`, for text-to-image models alone, with or without a ControlNet."""
+    if networks.task == "edit":
+        raise ValueError(
+            "the teacher is an InstructPix2Pix model: distill it with train_lcm_distil_instruct_pix2pix_sdxl.py."
+        )
+    if networks.task != "text-to-image":
+        raise ValueError(f"the teacher is for the task {networks.task!r}, which LCM is not implemented for.")
+    return configure(networks, flags, remat=remat)
 
-    Raises:
-      ConfigError: if the grid is impossible.
+
+def configure_for_edits(networks: Networks, flags: LcmFlags, *, remat: bool = False) -> LcmSetup:
+    """`configure`, for InstructPix2Pix models alone."""
+    require_instruct_pix2pix(networks, "--pretrained_teacher_model")
+    return configure(networks, flags, remat=remat)
+
+
+def init_student(student: Any, teacher_params: Params) -> Params:
+    """The teacher's parameters, and zeros for the projection of the embedding of guidance weights.
+
+    Args:
+      student: the module of its UNet.
+      teacher_params: of the teacher's UNet.
     """
-    return schedule.with_consistency_grid(flags.num_ddim_timesteps, flags.timestep_scaling_factor)
-
-
-def init_student(config: Config, teacher_params: Params) -> Params:
-    """The teacher's parameters, and zeros for the projection of the embedding of guidance weights."""
-    wanted = config.student.abstract_params()["time_embedding"]
+    wanted = student.abstract_params()["time_embedding"]
     time_embedding = {"cond_proj": jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), wanted["cond_proj"])}
     return {**teacher_params, "time_embedding": {**teacher_params["time_embedding"], **time_embedding}}
 
 
-def init_state(
-    config: Config,
-    teacher_params: Params,
+def init(
+    setup: LcmSetup,
+    load: Load,
     optimizer: optax.GradientTransformation,
     key: Key[Array, ""],
     *,
-    rank: int = 64,
-    alpha: float | None = None,
-    target_modules: tuple[str, ...] | None = None,
     mixed_precision: MixedPrecision = "no",
 ) -> TrainState:
     """The state before the first step: θ and, unless it is a LoRA, θ⁻.
 
-    Args:
-      config: from `configure`.
-      teacher_params: of the teacher's UNet.
-      optimizer: from `codi_jax.training.optim.make_optimizer`.
-      key: of the run.
-      rank: of the LoRA.
-      alpha: of the LoRA; ``None`` is ``rank``.
-      target_modules: of the LoRA, see `codi_jax.models.lora.init_lora`.
-      mixed_precision: of the computation.
-
     Raises:
       WeightsError: if the LoRA is impossible.
     """
-    if config.lora:
+    lora = setup.flags.lora
+    if lora is not None:
         lora_key, key = jax.random.split(key)
-        params = {"unet_lora": init_lora(lora_key, teacher_params, rank, alpha, target_modules)}
+        shapes = setup.networks.unet.abstract_params()
+        params = {"unet_lora": init_lora(lora_key, shapes, lora.rank, lora.alpha, lora.target_modules)}
     else:
-        params = {"unet": init_student(config, teacher_params)}
-    return optim.init_state(params, optimizer, key, ema=not config.lora, mixed_precision=mixed_precision)
+        params = {"unet": init_student(setup.student.unet, load("unet"))}
+    return optim.init_state(params, optimizer, key, ema=lora is None, mixed_precision=mixed_precision)
 
 
 def loss(
-    params: Params, state: TrainState, frozen: Frozen, batch: Batch, key: Key[Array, ""], config: Config
+    params: Params, state: TrainState, frozen: Frozen, batch: Batch, key: Key[Array, ""], setup: LcmSetup
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss at the top of this file, as a mean over the batch; no further metrics.
 
     Args:
       params: θ: ``unet``, or ``unet_lora``.
       state: its ``ema`` is θ⁻.
-      frozen: parameters of ``unet``, the teacher's, and of what `prepare` needs, the null text included; the
-        ``schedule`` of `student_schedule`; those of ``controlnet`` for a model that has one.
-      batch: see `prepare`.
+      frozen: the teacher with the null text, and the schedule of `sampling`.
+      batch: see `codi_jax.pipeline.conditions.prepare`.
       key: for all that is random.
-      config: of the method.
+      setup: of the method.
     """
-    flags, schedule = config.flags, frozen["schedule"]
+    flags, schedule = setup.flags, frozen.schedule
     z0_key, drop_key, n_key, noise_key, w_key, w_image_key = jax.random.split(key, 6)
-    inputs = prepare(config.modules, frozen, batch, z0_key)
-    if config.dropout:
-        inputs = drop_conditions(inputs, drop_key, config.dropout)
-    z0, B = inputs.z0, len(inputs.z0)
+    inputs = prepare(setup.networks, frozen.params, batch, z0_key, frozen.null_text)
+    if flags.dropout:
+        inputs = drop_conditions(inputs, drop_key, flags.dropout)
+    z0, c, B = inputs.z0, inputs.conditions, len(inputs.z0)
 
     times = distillation_grid(schedule.num_train_timesteps, flags.num_ddim_timesteps)
     n = jax.random.randint(n_key, (B,), 0, flags.num_ddim_timesteps)
@@ -212,43 +286,64 @@ def loss(
     w_image = None
     if flags.w_image_min is not None and flags.w_image_max is not None:
         w_image = jax.random.uniform(w_image_key, (B,), minval=flags.w_image_min, maxval=flags.w_image_max)
-
-    guidance = None
-    if not config.lora:
-        guidance = guidance_embedding(w, config.student.config.time_cond_proj_dim, w_image)
-    student = dataclasses.replace(config.modules, unet=config.student)
-    cond = dataclasses.replace(inputs.cond, guidance=guidance)
+    # w is the guidance scale minus one.
+    of_teacher = Guidance.classifier_free(w + 1) if w_image is None else Guidance.edit(w + 1, w_image + 1)
+    of_student = Guidance.none() if flags.lora is not None else Guidance.embedded(w, w_image)
 
     def f(theta: Mapping[str, Any], z: Latents, t: Array) -> Latents:
-        x0, _ = schedule.to_x0_eps(predict(student, {**frozen, **theta}, z, t, cond), z, t)
-        return schedule.consistency(z, x0, t)
+        prediction = predict(setup.student, {**frozen.params, **theta}, z, t, c, of_student)
+        return schedule.consistency(z, schedule.to_x0_eps(prediction, z, t)[0], t)
 
-    # LCM's w is the guidance scale minus one.
-    s_I = None if w_image is None else w_image + 1
-    teacher = guided(config.modules, frozen, z_t, t, inputs, w + 1, image_guidance_scale=s_I)
-    x0, eps = schedule.to_x0_eps(teacher, z_t, t)
+    # One DDIM step of the teacher: ẑ_s = α_s x̂ + σ_s ε̂.
+    x0, eps = schedule.to_x0_eps(predict(setup.networks, frozen.params, z_t, t, c, of_teacher), z_t, t)
     z_s = schedule.ddim_step(x0, eps, s)
+    # d(f_θ(z_t, t, w), sg f_θ⁻(ẑ_s, s, w)).
     target = jax.lax.stop_gradient(f(params if state.ema is None else state.ema, z_s, s))
     online = f(params, z_t, t)
     distance = losses.huber(online, target, flags.huber_c) if flags.loss_type == "huber" else losses.mse(online, target)
     return jnp.mean(distance), {}
 
 
-def train_step(
-    state: TrainState,
-    frozen: Frozen,
-    batch: Batch,
-    *,
-    config: Config,
-    optimizer: optax.GradientTransformation,
-    accumulation: int = 1,
-) -> tuple[TrainState, Metrics]:
-    """One update of θ and θ⁻; see `codi_jax.training.optim.step`."""
-    return optim.step(
-        state,
-        lambda params, batch, key: loss(params, state, frozen, batch, key, config),
-        batch,
-        optimizer,
-        accumulation=accumulation,
-        ema_decay=None if config.lora else config.flags.ema_decay,
-    )
+def result(state: TrainState, setup: LcmSetup, load: Load) -> dict[str, Params]:
+    """The UNet to show: θ⁻, or the teacher with the LoRA merged into it."""
+    if setup.flags.lora is None:
+        return {"unet": state.ema["unet"]}
+    return {"unet": merge_lora(load("unet"), state.params["unet_lora"])}
+
+
+def export(state: TrainState, setup: LcmSetup, load: Load) -> Export:
+    """The student θ, and θ⁻ as ``unet_target``, with a guidance scale baked in if the flags say so; or the LoRA."""
+    del load
+    if setup.flags.lora is not None:
+        return Export(lora={"unet": state.params["unet_lora"]}, is_whole=False)
+    online, target = (_exported(setup, params["unet"]) for params in (state.params, state.ema))
+    return Export({"unet": online}, beside={"unet_target": target})
+
+
+def _exported(setup: LcmSetup, params: Params) -> tuple[Any, Params]:
+    flags, unet = setup.flags, replace(setup.student.unet, remat=False)
+    if flags.bake_guidance_scale is None:
+        return unet, params
+    return bake_guidance(unet, params, flags.bake_guidance_scale, flags.bake_image_guidance_scale)
+
+
+TEXT = Method(
+    flags=LcmTextFlags,
+    sampling=sampling,
+    configure=configure_for_text,
+    init=init,
+    loss=loss,
+    result=result,
+    export=export,
+)
+"""For text-to-image models, with or without a ControlNet."""
+EDIT = Method(
+    flags=LcmEditFlags,
+    sampling=sampling,
+    configure=configure_for_edits,
+    init=init,
+    loss=loss,
+    result=result,
+    export=export,
+)
+"""For InstructPix2Pix models."""

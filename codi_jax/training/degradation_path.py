@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from codi_jax.io import processes
 from codi_jax.io.weights import Model, load_model, save_model
 from codi_jax.models import sharding
 from codi_jax.models.config import Params
+from codi_jax.pipeline.conditions import Frozen
 
 PATH_NAME = "path.json"
 
@@ -161,13 +162,13 @@ def _digest_of_files(folder: Path) -> str:
 
 
 class MovingTarget:
-    """Frozen trees whose ``unet`` is one of several in turn, a `codi_jax.training.loop.Changing`.
+    """What is frozen, with a target that is one of several UNets in turn: a `codi_jax.training.loop.Moving`.
 
     One of them is on the device, and the next one in host memory, read ahead by a thread. Where they change there are
     two on the device until the steps that are under way have finished.
 
     Args:
-      trees: what stays the same.
+      frozen: what stays the same.
       unets: reads each; into host memory, or onto the mesh.
       index_at: which of them a step needs, by the number of steps before it.
       mesh: where they go.
@@ -175,32 +176,33 @@ class MovingTarget:
 
     def __init__(
         self,
-        trees: Mapping[str, Any],
+        frozen: Frozen,
         unets: Sequence[Callable[[], Params]],
         index_at: Callable[[int], int],
         mesh: Mesh,
     ) -> None:
-        self._constant = sharding.put(mesh, dict(trees))
+        self._constant = sharding.put(mesh, frozen)
         self._unets, self._index_at, self._mesh = unets, index_at, mesh
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-node")
         self._ahead: tuple[int, Future[Params]] | None = None
         self._index: int | None = None
-        self._trees: dict[str, Any] = {}
+        self._current: Frozen | None = None
 
-    def at(self, step: int) -> dict[str, Any]:
-        """The trees for the step after so many; reads if the one that is needed was not read ahead.
+    def at(self, step: int) -> Frozen:
+        """What is frozen in the step after so many; reads if the target that is needed was not read ahead.
 
         Raises:
           ValueError: if it cannot be read.
         """
         index = self._index_at(step)
-        if index != self._index:
-            self._trees = {}
-            self._trees = {**self._constant, "unet": sharding.put(self._mesh, self._read(index))}
-            self._index = index
-            if index + 1 < len(self._unets):
-                self._ahead = index + 1, self._reader.submit(self._unets[index + 1])
-        return self._trees
+        if self._current is not None and index == self._index:
+            return self._current
+        self._current = None  # or three UNets would be on the device
+        current = replace(self._constant, target=sharding.put(self._mesh, self._read(index)))
+        self._current, self._index = current, index
+        if index + 1 < len(self._unets):
+            self._ahead = index + 1, self._reader.submit(self._unets[index + 1])
+        return current
 
     def _read(self, index: int) -> Params:
         ahead, self._ahead = self._ahead, None

@@ -77,7 +77,7 @@ class Loader(Protocol):
 
 
 @runtime_checkable
-class Changing(Protocol):
+class Moving(Protocol):
     """Frozen trees that are not the same in every step, such as a target that moves."""
 
     def at(self, step: int) -> Any:
@@ -86,6 +86,10 @@ class Changing(Protocol):
         On the mesh already, and of the same structure, shapes and shardings at every step, since one program takes them
         all. It is called before every step and must not wait for the device.
         """
+        ...
+
+    def close(self) -> None:
+        """Ends whatever reads ahead."""
         ...
 
 
@@ -97,6 +101,9 @@ class _Constant:
 
     def at(self, _: int) -> Any:
         return self.trees
+
+    def close(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,11 @@ class LoopFlags(CheckpointFlags, TrackingFlags, HubFlags):
     """End at the first NaN and say which operation made it, and wait for every step. Slow."""
     local_rank: Local[int] = -1
     """Has no effect: JAX finds its processes by itself."""
+
+    def steps_between_validations(self, samples_per_epoch: int | None) -> int:
+        """``validation_steps``, unless a script has another flag for it."""
+        del samples_per_epoch
+        return self.validation_steps
 
     def check(self) -> None:
         super().check()
@@ -244,7 +256,7 @@ def train(
     Args:
       train_step: pure and not jitted; takes the state, the frozen trees and a batch, gives the state and scalars.
       state: to start from; has a field ``step``. Its arrays are donated: use the returned state instead.
-      frozen: trees that the step reads and does not change; or an object that has those of each step, see `Changing`.
+      frozen: trees that the step reads and does not change; or an object that has those of each step, see `Moving`.
       loader: gives batches; is closed at the end.
       flags: of the loop.
       mesh: from `codi_jax.models.sharding.make_mesh`.
@@ -268,9 +280,9 @@ def train(
     if checkpoint is not None:
         _check_resumed(checkpoint, run_config, flags)
     first = 0 if checkpoint is None else step_of(checkpoint)
-    frozen = frozen if isinstance(frozen, Changing) else _Constant(sharding.put(mesh, frozen))
-    state = _own(sharding.put(mesh, state), frozen.at(first))
-    with contextlib.closing(loader), contextlib.ExitStack() as stack:
+    frozen = frozen if isinstance(frozen, Moving) else _Constant(sharding.put(mesh, frozen))
+    with contextlib.closing(loader), contextlib.closing(frozen), contextlib.ExitStack() as stack:
+        state = _own(sharding.put(mesh, state), frozen.at(first))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(output_dir, flags.checkpoints_total_limit)))
         if checkpoint is not None:
             state, position = checkpoints.restore(checkpoint, _forgotten(state))
@@ -279,7 +291,10 @@ def train(
         tracker = Tracker(flags, output_dir, flags.values_within(Scope.PROCESS), first)
         stack.enter_context(contextlib.closing(tracker))
         if first < total:
-            run = _Run(flags, mesh, first, total, tracker, checkpoints, validate, record, _complete(run_config, flags))
+            run = _Run(
+                flags, mesh, first, total, tracker, checkpoints, validate, record, _complete(run_config, flags),
+                flags.steps_between_validations(loader.samples_per_epoch),
+            )  # fmt: skip
             state = _loop(train_step, state, frozen, loader, run)
     if export is not None:
         export(state, output_dir)
@@ -315,17 +330,18 @@ class _Run:
     validate: Callable[[Any, int], Pictures] | None
     record: Record | None
     config: dict[str, Any]
+    validation_steps: int
 
     def saves_at(self, step: int) -> bool:
         every = self.flags.checkpointing_steps
         return every > 0 and (step % every == 0 or step == self.total)
 
     def validates_at(self, step: int) -> bool:
-        every = self.flags.validation_steps
+        every = self.validation_steps
         return self.validate is not None and (step == self.total or (every > 0 and step % every == 0))
 
 
-def _loop(train_step: TrainStep[State], state: State, frozen: Changing, loader: Loader, run: _Run) -> State:
+def _loop(train_step: TrainStep[State], state: State, frozen: Moving, loader: Loader, run: _Run) -> State:
     """The steps ``first + 1`` to ``total``."""
     batch, position = _fetch(loader, run.mesh)
     with contextlib.ExitStack() as stack:

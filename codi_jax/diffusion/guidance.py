@@ -1,0 +1,219 @@
+"""Guidance: several predictions at one z_t, for several conditions, as one.
+
+A `Guidance` says which predictions are needed, in which order they are stacked into one batch, and how they are
+combined; losses and samplers hand it to `codi_jax.pipeline.prediction.predict` alike.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Num
+
+from codi_jax.diffusion.schedule import Latents
+
+Scale = Num[ArrayLike, ""] | Num[ArrayLike, " b"]
+"""A guidance scale: one for all samples, or one for each."""
+Branch = Literal["null", "image_only", "full"]
+"""A condition that a prediction is needed for: neither text nor image, the image and the null text, or everything."""
+Tree = TypeVar("Tree")
+
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Guidance:
+    """How the predictions for several conditions become one; made by its class methods.
+
+    Example:
+      >>> guidance = Guidance.classifier_free(7.5)
+      >>> guidance.branches
+      ('null', 'full')
+
+    Attributes:
+      branches: the conditions to predict for, in the order in which they are stacked.
+      is_embedded: whether the network takes the guidance as an input, so that one prediction is enough.
+      scale: of the text; LCM's weight w, the scale minus one, if it is embedded.
+      image_scale: of the source image of an edit, likewise.
+    """
+
+    branches: tuple[Branch, ...] = field(default=("full",), metadata=_STATIC)
+    is_embedded: bool = field(default=False, metadata=_STATIC)
+    scale: Scale | Any = None
+    image_scale: Scale | Any = None
+
+    @classmethod
+    def none(cls) -> "Guidance":
+        """The prediction for the full condition."""
+        return cls()
+
+    @classmethod
+    def embedded(cls, w: Scale, w_image: Scale | None = None) -> "Guidance":
+        """The guidance weight as an input of a guidance-distilled network (Luo et al., 2023, section 4.2).
+
+        Args:
+          w: the guidance scale minus one.
+          w_image: likewise of the image, for a network that takes both.
+        """
+        return cls(is_embedded=True, scale=w, image_scale=w_image)
+
+    @classmethod
+    def classifier_free(cls, scale: Scale) -> "Guidance":
+        """Away from neither text nor image, by `classifier_free_guidance`."""
+        return cls(("null", "full"), scale=scale)
+
+    @classmethod
+    def edit(cls, scale: Scale, image_scale: Scale | None = None) -> "Guidance":
+        """InstructPix2Pix with a scale for the text and one for the image, by `instruct_pix2pix_guidance`.
+
+        Args:
+          scale: of the text, s_T.
+          image_scale: of the image, s_I; ``None`` is 1, for which two predictions are enough.
+        """
+        branches: tuple[Branch, ...] = ("image_only", "full") if image_scale is None else ("null", "image_only", "full")
+        return cls(branches, scale=scale, image_scale=image_scale)
+
+    def combine(self, predictions: Float[Array, "nb h w c"]) -> Latents:
+        """One prediction from those of the stacked branches."""
+        first, *others = split_branches(predictions, len(self.branches))
+        if not others:
+            return first
+        if len(others) == 1:
+            return classifier_free_guidance(first, others[0], self.scale)
+        image_only, full = others
+        return instruct_pix2pix_guidance(first, image_only, full, self.scale, self.image_scale)
+
+    def embedding(self, batch: int, dim: int, embeds_image: bool) -> Float[Array, "b {dim}"] | None:
+        """What a guidance-distilled network takes, see `guidance_embedding`; ``None`` if nothing is embedded.
+
+        Args:
+          batch: b.
+          dim: the network's ``time_cond_proj_dim``.
+          embeds_image: whether the network takes the image's weight too.
+        """
+        if not self.is_embedded:
+            return None
+        w_image = _for_each(self.image_scale, batch) if embeds_image else None
+        return guidance_embedding(_for_each(self.scale, batch), dim, w_image)
+
+
+def _for_each(scale: Scale, batch: int) -> Float[Array, " b"]:
+    return jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (batch,))
+
+
+def choose_guidance(scale: float | int, image_scale: float | int, *, embeds_guidance: bool, is_edit: bool) -> Guidance:
+    """The cheapest guidance that computes what the scales ask for, which is what diffusers' pipelines do with them.
+
+    Args:
+      scale: of the text; 1 or less is no guidance at all, see `is_guided`.
+      image_scale: of the image, for InstructPix2Pix; 1 is none of the image, less is no guidance at all.
+      embeds_guidance: whether the UNet has a guidance embedding (``time_cond_proj_dim``).
+      is_edit: whether the UNet is an InstructPix2Pix model.
+    """
+    s_T, s_I = np.float32(scale), np.float32(image_scale)
+    if embeds_guidance:
+        return Guidance.embedded(s_T - np.float32(1), s_I - np.float32(1))
+    if not is_guided(scale, image_scale if is_edit else 1):
+        return Guidance.none()
+    if not is_edit:
+        return Guidance.classifier_free(s_T)
+    return Guidance.edit(s_T, None if image_scale == 1 else s_I)
+
+
+def stack_branches(*branches: Tree) -> Tree:
+    """Stacks the inputs of several predictions into one batch, in the order in which they are given.
+
+    Everywhere in this package that order is ``[uncond, cond]``, and for InstructPix2Pix ``[uncond, image_only, full]``
+    (diffusers' pipeline for InstructPix2Pix has the opposite order: text, image, uncond).
+
+    Args:
+      branches: arrays, or trees of arrays, with a leading batch axis.
+
+    Returns:
+      The same tree, with the branches one after the other along the batch axis.
+    """
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *branches)
+
+
+def split_branches(prediction: Float[Array, "b ..."], count: int) -> list[Float[Array, "_b ..."]]:
+    """Splits the prediction for a batch of `stack_branches` into ``count`` branches, in the order of the stack."""
+    return jnp.split(prediction, count)
+
+
+def is_guided(guidance_scale: float | int, image_guidance_scale: float | int = 1.0) -> bool:
+    """Whether scales ask for guidance: that of the text must be above 1, and that of an edit's image at least 1.
+
+    So it is in all of diffusers' pipelines: at lower scales the prediction is that of the condition alone, not one that
+    is led to the unconditional one, which a scale of 0 would be in the formulas below.
+
+    Args:
+      guidance_scale: of the text.
+      image_guidance_scale: of the image, for InstructPix2Pix.
+    """
+    return guidance_scale > 1 and image_guidance_scale >= 1
+
+
+def classifier_free_guidance(uncond: Latents, cond: Latents, guidance_scale: Scale) -> Latents:
+    """ε_u + s (ε_c − ε_u) (Ho and Salimans, 2021, equation 6, with s = 1 + w).
+
+    Args:
+      uncond: the prediction without the condition.
+      cond: the prediction with it.
+      guidance_scale: s, one for all samples or one for each; 1 is no guidance.
+
+    Returns:
+      The guided prediction.
+    """
+    return uncond + _latent_rank(guidance_scale) * (cond - uncond)
+
+
+def instruct_pix2pix_guidance(
+    uncond: Latents, image_only: Latents, full: Latents, guidance_scale: Scale, image_guidance_scale: Scale
+) -> Latents:
+    """ε_u + s_I (ε_i − ε_u) + s_T (ε_t − ε_i) (Brooks et al., 2023, equation 3).
+
+    At s_I = 1 the ε_u cancel, and two passes suffice: ``classifier_free_guidance(image_only, full, guidance_scale)``.
+
+    Args:
+      uncond: the prediction with neither text nor image, ε_u.
+      image_only: the prediction with the image and the null text, ε_i.
+      full: the prediction with both, ε_t.
+      guidance_scale: s_T, one for all samples or one for each.
+      image_guidance_scale: s_I, likewise.
+
+    Returns:
+      The guided prediction.
+    """
+    s_T, s_I = _latent_rank(guidance_scale), _latent_rank(image_guidance_scale)
+    return uncond + s_I * (image_only - uncond) + s_T * (full - image_only)
+
+
+def _latent_rank(scale: Scale) -> Array:
+    scale = jnp.asarray(scale)
+    return scale.reshape(scale.shape + (1,) * (4 - scale.ndim))
+
+
+def guidance_embedding(
+    w: Float[Array, " b"], dim: int = 256, w_image: Float[Array, " b"] | None = None
+) -> Float[Array, "b {dim}"]:
+    """The embedding of a guidance weight for a guidance-distilled network: sin ‖ cos of 1000 w (Luo et al., 2023).
+
+    ``w`` is LCM's weight, the usual guidance scale *minus 1*: a pipeline embeds ``guidance_scale - 1``.
+
+    Args:
+      w: guidance weights.
+      dim: the network's ``time_cond_proj_dim``, an even number.
+      w_image: weights of the image guidance, for a network that takes both: each is embedded in half of ``dim``.
+
+    Returns:
+      The embeddings, float32: of the frequencies 10000^(−i/(dim/2 − 1)), first the sines, then the cosines.
+    """
+    if w_image is not None:
+        return jnp.concatenate([guidance_embedding(w, dim // 2), guidance_embedding(w_image, dim // 2)], axis=1)
+    frequencies = 10_000.0 ** -np.linspace(0, 1, dim // 2)
+    angles = 1000 * w.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)[None, :]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)

@@ -1,0 +1,161 @@
+"""The times at which samplers evaluate the network, on the host: those of diffusers' ``set_timesteps``, descending."""
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from codi_jax.diffusion.schedule import NoiseSchedule, distillation_grid
+from codi_jax.diffusion.scheduler_config import SamplerName
+
+
+def default_sampler(schedule: NoiseSchedule) -> SamplerName:
+    """The sampler that a model's folder asks for: ``"codi"`` where a CoDi grid is saved, else its scheduler class.
+
+    Raises:
+      ValueError: if there is none for that class.
+    """
+    if schedule.sampling.sampler is None:
+        raise ValueError(
+            f"There is no sampler for {schedule.sampling.scheduler}: choose one of {', '.join(get_args(SamplerName))}."
+        )
+    return schedule.sampling.sampler
+
+
+def timesteps_for(sampler: SamplerName, schedule: NoiseSchedule, steps: int) -> np.ndarray:
+    """The descending times of a sampler, as diffusers' ``set_timesteps`` gives them.
+
+    Args:
+      sampler: its name.
+      schedule: the model's.
+      steps: their number. ``"pndm"`` evaluates the network once more, and so returns one time more.
+
+    Returns:
+      The times, int32; float32 for ``"euler"`` and ``"euler-ancestral"``.
+
+    Raises:
+      ValueError: if the schedule has fewer such times than ``steps``, or its configuration asks for a variant of the
+        sampler that is not implemented.
+    """
+    _check_variant(sampler, schedule)
+    return _TIMES[sampler](schedule.read_by(sampler), steps)
+
+
+def _ddim_times(schedule: NoiseSchedule, steps: int) -> Int[np.ndarray, " n"]:
+    return _spaced(schedule, steps).round().astype(np.int32)
+
+
+def _euler_times(schedule: NoiseSchedule, steps: int) -> Float[np.ndarray, " n"]:
+    return _spaced(schedule, steps).astype(np.float32)
+
+
+def _pndm_times(schedule: NoiseSchedule, steps: int) -> Int[np.ndarray, " n"]:
+    times = _ddim_times(schedule, steps)
+    return np.concatenate([times[:2], times[1:]])  # the second time is visited twice, see `samplers.pndm`
+
+
+def _spaced(schedule: NoiseSchedule, steps: int) -> Float[np.ndarray, " n"]:
+    """Table 2 of Lin et al., 2024, descending."""
+    T = schedule.num_train_timesteps
+    _check_steps(steps, T)
+    match schedule.sampling.timestep_spacing:
+        case "linspace":
+            times = np.linspace(0, T - 1, steps)[::-1]
+        case "leading":
+            times = np.arange(steps)[::-1] * (T // steps) + float(schedule.sampling.steps_offset)
+        case "trailing":  # arange may give one time too many, by rounding: diffusers then steps on to t = -1
+            times = np.arange(T, 0, -T / steps)[:steps].round() - 1
+    return _check_range(times, schedule)
+
+
+def _dpm_solver_times(schedule: NoiseSchedule, steps: int) -> Int[np.ndarray, " n"]:
+    """As `_spaced`, but linspace and leading put the last of ``steps`` + 1 times, the end, at 0."""
+    T = schedule.num_train_timesteps
+    _check_steps(steps, T)
+    match schedule.sampling.timestep_spacing:
+        case "linspace":
+            times = np.linspace(0, T - 1, steps + 1).round()[:0:-1]
+        case "leading":
+            times = np.arange(steps + 1)[:0:-1] * (T // (steps + 1)) + float(schedule.sampling.steps_offset)
+        case "trailing":
+            times = _spaced(schedule, steps)
+    if np.any(np.diff(times) >= 0):
+        raise ValueError(
+            f"steps = {steps}: {T} training timesteps have not so many distinct times; choose fewer steps."
+        )
+    return _check_range(times, schedule).astype(np.int32)
+
+
+def _lcm_times(schedule: NoiseSchedule, steps: int) -> Int[np.ndarray, " n"]:
+    if schedule.sampling.timesteps is not None:
+        # The first ones: a generator has seen nothing but what it makes of noise at the times before.
+        times = np.asarray(schedule.sampling.timesteps, np.int32)
+        _check_steps(steps, len(times), " (the timesteps that the generator was trained at)")
+        return times[:steps]
+    return _grid_times(schedule, steps, "original_inference_steps")
+
+
+def _codi_times(schedule: NoiseSchedule, steps: int) -> Int[np.ndarray, " n"]:
+    if schedule.sampling.grid_steps is None:
+        raise ValueError(
+            "The codi sampler needs the grid that the student was distilled on: scheduler_config.json has no "
+            "distill_learning_steps. Sample this model with another sampler, such as ddim."
+        )
+    return _grid_times(schedule, steps, "distill_learning_steps")
+
+
+def _grid_times(schedule: NoiseSchedule, steps: int, key: str) -> Int[np.ndarray, " n"]:
+    """``steps`` evenly spread times of the grid that the model was distilled on, from its last one down."""
+    spec = schedule.sampling
+    grid, _ = distillation_grid(schedule.num_train_timesteps, spec.grid_steps or 0, spec.grid)
+    _check_steps(steps, len(grid), f" ({key}, the grid that the model was distilled on)")
+    return grid[::-1][np.linspace(0, len(grid), steps, endpoint=False).astype(int)]
+
+
+def _check_steps(steps: int, most: int, meaning: str = " (num_train_timesteps)") -> None:
+    if not 1 <= steps <= most:
+        raise ValueError(f"steps = {steps}: choose 1 to {most}{meaning}.")
+
+
+def _check_range(times: np.ndarray, schedule: NoiseSchedule) -> np.ndarray:
+    if times[0] >= schedule.num_train_timesteps:
+        raise ValueError(
+            f"steps = {len(times)} with steps_offset = {schedule.sampling.steps_offset} starts at t = "
+            f"{times[0]:.0f}, beyond the last training timestep {schedule.num_train_timesteps - 1}: choose fewer steps."
+        )
+    return times
+
+
+_TIMES: dict[SamplerName, Callable[[NoiseSchedule, int], np.ndarray]] = {
+    "ddim": _ddim_times,
+    "euler": _euler_times,
+    "euler-ancestral": _euler_times,
+    "pndm": _pndm_times,
+    "dpm-solver++": _dpm_solver_times,
+    "lcm": _lcm_times,
+    "codi": _codi_times,
+}
+
+
+def _check_variant(sampler: SamplerName, schedule: NoiseSchedule) -> None:
+    """Refuses what diffusers would honor and `sampler` does not."""
+    config = schedule.to_config()
+    needed: dict[str, tuple[Any, ...]] = {}
+    if sampler in ("euler", "dpm-solver++"):
+        spacings = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+        needed = {**dict.fromkeys(spacings, (False,)), "final_sigmas_type": ("zero",)}
+    if sampler == "euler":
+        needed |= {"interpolation_type": ("linear",), "timestep_type": ("discrete",)}
+    if sampler == "dpm-solver++":
+        needed |= {"algorithm_type": ("dpmsolver++",), "solver_order": (2,), "solver_type": ("midpoint",)}
+        needed |= {"lambda_min_clipped": (-np.inf,)}
+    if sampler == "pndm":
+        needed = {"skip_prk_steps": (True,), "prediction_type": ("epsilon", "v_prediction")}
+        config.setdefault("skip_prk_steps", schedule.sampling.scheduler != "PNDMScheduler")
+    for key, values in needed.items():
+        if config.get(key) is not None and config[key] not in values:
+            raise ValueError(
+                f"scheduler_config.json: the sampler {sampler} does not support {key} = {config[key]!r}, only "
+                f"{' or '.join(map(repr, values))}: choose another sampler."
+            )

@@ -1,0 +1,207 @@
+"""From the arguments of a call to the arrays of its program: sizes, pictures, noise, checked against the model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from codi_jax.diffusion.samplers import SAMPLERS
+from codi_jax.diffusion.scheduler_config import SamplerName
+from codi_jax.io.images import as_list, stack_pictures, to_mask, to_pixels
+from codi_jax.pipeline.networks import Networks
+
+_ROOMS = (8, 64)  # numbers of steps that programs are compiled for, where a sampler can stop before
+
+
+def make_inputs(
+    networks: Networks,
+    sampler: SamplerName,
+    times: np.ndarray,
+    *,
+    ids: Mapping[str, Any],
+    size: tuple[int, int],
+    image: Any = None,
+    mask_image: Any = None,
+    control_image: Any = None,
+    control_scale: float | int = 1.0,
+    seed: int = 0,
+    latents: Any = None,
+    noise: Any = None,
+    shared_attention: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """The arrays of `codi_jax.pipeline.generation.generate`.
+
+    Args:
+      networks: of the model.
+      sampler: its name.
+      times: at which it evaluates the network.
+      ids: token ids, ``ids`` and ``null_ids``, by text encoder.
+      size: of the images in pixels, see `image_size`.
+      image: this and the others are those of `codi_jax.pipeline.model.Model.__call__`.
+      mask_image: the mask of an inpainting model.
+      control_image: the ControlNet's condition.
+      control_scale: a factor on the ControlNet's outputs.
+      seed: of the first image.
+      latents: noise to start from.
+      noise: what a stochastic sampler adds.
+      shared_attention: for prompt-to-prompt.
+
+    Raises:
+      ValueError: if arguments do not fit the model or each other.
+    """
+    batch = len(next(iter(ids["ids"].values())))
+    inputs = {
+        **ids,
+        **_image_inputs(networks, batch, size, image, mask_image, control_image),
+        **_noise_inputs(networks, batch, size, sampler, len(times), seed, latents, noise),
+        **_sharing_inputs(batch, times, shared_attention),
+        "timesteps": times,
+        "num_steps": None,
+    }
+    if control_image is not None:
+        inputs["control_scale"] = np.float32(control_scale)
+    if shared_attention is not None and latents is None:
+        inputs["z"] = _of_sources(inputs["z"], axis=0)
+        inputs["noise"] = None if inputs["noise"] is None else _of_sources(inputs["noise"], axis=1)
+    return _padded(inputs) if SAMPLERS[sampler].is_counted else inputs
+
+
+def image_size(networks: Networks, height: int | None, width: int | None, picture: Any) -> tuple[int, int]:
+    """The size of the images in pixels, checked against what the VAE can halve.
+
+    Args:
+      networks: of the model.
+      height: ``None`` is that of the picture, or the model's own.
+      width: likewise.
+      picture: the first of those that are given, or ``None``.
+
+    Raises:
+      ValueError: if the model cannot make images of this size.
+    """
+    downscale = networks.vae.config.downscale
+    if picture is not None and (height is None or width is None):
+        picture = as_list(picture)[0]
+        own = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
+        default = tuple(side - side % downscale for side in own)
+    else:
+        sample_size = networks.unet.config.sample_size or 64
+        sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        default = tuple(side * downscale for side in sides)
+    size = (default[0] if height is None else height, default[1] if width is None else width)
+    if size[0] % downscale or size[1] % downscale or min(size) <= 0:
+        raise ValueError(
+            f"height = {size[0]}, width = {size[1]}: this model makes images whose sides are multiples of "
+            f"{downscale} pixels."
+        )
+    return size
+
+
+def check_images(networks: Networks, image: Any, mask_image: Any, control_image: Any) -> None:
+    """Refuses pictures that the model does not take, and their absence where it needs them.
+
+    Args:
+      networks: of the model.
+      image: to edit or to paint into.
+      mask_image: where to paint.
+      control_image: the ControlNet's condition.
+
+    Raises:
+      ValueError: naming what is missing, or too much.
+    """
+    task, takes_control = networks.task, networks.controlnet is not None
+    if image is None and task != "text-to-image":
+        raise ValueError(f"this model is for the task {task!r}: give it an image.")
+    if image is not None and task == "text-to-image":
+        raise ValueError(
+            "this model has 4 input channels and takes no image: use an InstructPix2Pix model (8 channels) to "
+            "edit, an inpainting model (9 channels) to fill in, or a ControlNet with control_image."
+        )
+    if (mask_image is not None) != (task == "inpaint"):
+        raise ValueError(
+            "an inpainting model needs mask_image, white where it shall paint."
+            if task == "inpaint"
+            else f"mask_image is for inpainting models (9 channels), and this one is for the task {task!r}."
+        )
+    if (control_image is not None) != takes_control:
+        raise ValueError(
+            "the pipeline has a ControlNet: give it a control_image."
+            if takes_control
+            else "control_image needs a ControlNet: load one with controlnet=."
+        )
+
+
+def _image_inputs(
+    networks: Networks, batch: int, size: tuple[int, int], image: Any, mask_image: Any, control_image: Any
+) -> dict[str, Any]:
+    check_images(networks, image, mask_image, control_image)
+    inputs: dict[str, Any] = {}
+    if image is not None:
+        inputs["image"] = 2 * stack_pictures(image, batch, lambda each: to_pixels(each, size), "image") - 1
+    if mask_image is not None:
+        inputs["mask"] = stack_pictures(mask_image, batch, lambda each: to_mask(each, size), "mask_image")
+    if control_image is not None:
+        inputs["control"] = stack_pictures(control_image, batch, lambda each: to_pixels(each, size), "control_image")
+    if networks.is_sdxl:
+        # Original size, crop corner, target size: what SDXL was told of its training images.
+        inputs["time_ids"] = np.asarray([[*size, 0, 0, *size]] * batch, np.float32)
+    return inputs
+
+
+def _noise_inputs(
+    networks: Networks,
+    batch: int,
+    size: tuple[int, int],
+    sampler: SamplerName,
+    steps: int,
+    seed: int,
+    latents: Any,
+    noise: Any,
+) -> dict[str, Any]:
+    vae = networks.vae.config
+    shape = (size[0] // vae.downscale, size[1] // vae.downscale, vae.latent_channels)
+    keys = [jax.random.key(seed + i) for i in range(batch)]
+    if latents is None:
+        latents = jnp.stack([jax.random.normal(jax.random.fold_in(key, 0), shape) for key in keys])
+    if latents.shape != (batch, *shape):
+        raise ValueError(f"latents have shape {list(latents.shape)}, but {[batch, *shape]} is needed.")
+    if not SAMPLERS[sampler].is_stochastic:
+        noise = None
+    elif noise is None:
+        more = (steps - 1, *shape)
+        noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, 1), more) for key in keys], axis=1)
+    elif noise.shape != (steps - 1, batch, *shape):
+        raise ValueError(f"noise has shape {list(noise.shape)}, but {[steps - 1, batch, *shape]} is needed.")
+    return {"z": latents, "noise": noise}
+
+
+def _sharing_inputs(batch: int, times: np.ndarray, shared_attention: Sequence[float] | None) -> dict[str, Any]:
+    """For each pair the time down to which attention is shared, itself not included."""
+    if shared_attention is None:
+        return {}
+    if 2 * len(shared_attention) != batch or not all(0 <= share <= 1 for share in shared_attention):
+        raise ValueError(
+            f"shared_attention = {list(shared_attention)} with {batch} prompts: give a number from 0 to 1 for each "
+            "pair of them."
+        )
+    ends = np.append(times, -1)[np.rint(np.asarray(shared_attention) * len(times)).astype(int)]
+    return {"shared_until": ends.astype(np.float32)}
+
+
+def _of_sources(noise: Any, axis: int) -> Array:
+    """The noise of the first half of a batch, for both halves."""
+    first, _ = jnp.split(noise, 2, axis=axis)
+    return jnp.concatenate([first, first], axis=axis)
+
+
+def _padded(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with room for more steps, so that the same program serves other numbers of them."""
+    steps = len(inputs["timesteps"])
+    room = next((room for room in _ROOMS if steps <= room), steps)
+    noise = inputs["noise"]
+    if noise is not None:
+        noise = jnp.pad(noise, [(0, room - steps), *[(0, 0)] * (noise.ndim - 1)])
+    times = np.pad(inputs["timesteps"], (0, room - steps), mode="edge")
+    return {**inputs, "timesteps": times, "num_steps": np.int32(steps), "noise": noise}

@@ -1,0 +1,194 @@
+"""Loading the parts of a model: what ``model_index.json`` names, from a diffusers folder or the Hugging Face Hub."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array
+from transformers import CLIPTokenizer
+
+from codi_jax.diffusion.schedule import NoiseSchedule
+from codi_jax.diffusion.scheduler_config import CONFIG_NAME
+from codi_jax.io.hub import ModelFolder
+from codi_jax.io.weights import Model as Network
+from codi_jax.io.weights import Place, build_module, load_model
+from codi_jax.models.config import ConfigError, Params, WeightsError
+from codi_jax.models.controlnet import ControlNet
+from codi_jax.models.kernels.attention import Implementation
+from codi_jax.pipeline.networks import Networks
+from codi_jax.pipeline.text import find_tokenizer
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+"""Precision of weights and computation, as a flag says it."""
+
+# What a model must have, and which class each may be: others' configurations would be read as if they were of these.
+_REQUIRED = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+_SUPPORTED = "text-to-image, InstructPix2Pix, inpainting and ControlNet pipelines of Stable Diffusion 1.x, 2.x and XL"
+ALL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet")
+"""The networks that a model may have, by name."""
+
+
+def load_parts(
+    source: str | Path,
+    controlnet: str | Path | None = None,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    attention: Implementation = "auto",
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    controlnet_revision: str | None = None,
+    tokenizer: str | Path | None = None,
+    untrained: Mapping[str, Array | None] | None = None,
+    place: Place | None = None,
+) -> dict[str, Any]:
+    """The attributes of `codi_jax.pipeline.model.Model`; see its ``from_pretrained`` for arguments and errors."""
+    hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    folder = ModelFolder(str(Path(source).expanduser()), **hub)
+    index = read_index(folder)
+    tokenizers, files = _load_tokenizers(folder, index, tokenizer, cache_dir)
+    names = [name for name in ("unet", "vae", "text_encoder", "text_encoder_2") if _is_present(index, name)]
+    if controlnet is None and _is_present(index, "controlnet"):
+        names.append("controlnet")
+    sources = {name: {"source": str(source), "subfolder": name, "variant": variant, **hub} for name in names}
+    of_part = dict.fromkeys(names, dtype) | {"vae": _vae_dtype(folder, dtype)}
+    loaded: dict[str, tuple[Network, Params | None]] = {}
+    for name in names:
+        if untrained is not None and name in untrained:
+            loaded[name] = _build(folder.part(name), of_part[name], attention, untrained[name])
+        else:
+            loaded[name] = load_model(**sources[name], dtype=of_part[name], attention=attention, place=place)
+    if controlnet is not None:
+        sources["controlnet"] = _controlnet_source(controlnet, {**hub, "revision": controlnet_revision}, variant)
+        if untrained is not None and "controlnet" in untrained:
+            where = {name: value for name, value in sources["controlnet"].items() if name != "variant"}
+            network, params = _build(ModelFolder(**where), dtype, attention, untrained["controlnet"])
+        else:
+            network, params = load_model(**sources["controlnet"], dtype=dtype, attention=attention, place=place)
+        loaded["controlnet"] = _require_controlnet(network, sources["controlnet"]["source"]), params
+    networks: dict[str, Any] = {name: network for name, (network, _) in loaded.items()}
+    return {
+        "networks": Networks(**networks),
+        "params": {name: params for name, (_, params) in loaded.items() if params is not None},
+        "tokenizers": tokenizers,
+        "schedule": load_schedule(folder),
+        "tokenizer_files": files,
+        "sources": sources,
+        "zeros_for_empty_prompt": bool(index.get("force_zeros_for_empty_prompt", "text_encoder_2" in loaded)),
+    }
+
+
+def _vae_dtype(folder: ModelFolder, dtype: DTypeLike) -> DTypeLike:
+    """float16 leaves a VAE that asks for it in float32."""
+    if jnp.dtype(dtype) != jnp.float16:
+        return dtype
+    return jnp.float32 if folder.part("vae").read_json("config.json").get("force_upcast", True) else dtype
+
+
+def _build(
+    folder: ModelFolder, dtype: DTypeLike, attention: Implementation, key: Array | None
+) -> tuple[Network, Params | None]:
+    """A network from its configuration alone, with random parameters if there is a key for them."""
+    network = build_module(folder, dtype, attention=attention)
+    return network, None if key is None else network.random_params(key)
+
+
+def check_controlnet(networks: Networks) -> None:
+    """Refuses a ControlNet of another family than the UNet.
+
+    Raises:
+      ConfigError: naming what differs.
+    """
+    unet, controlnet = networks.unet.config, networks.controlnet.config
+    if controlnet.in_channels != networks.vae.config.latent_channels:
+        raise ConfigError(
+            f"the ControlNet has in_channels = {controlnet.in_channels}, but it gets the noisy latents alone, "
+            f"{modules['vae'].config.latent_channels} channels."
+        )
+    for key in ("block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type"):
+        values = [getattr(config, key) for config in (controlnet, unet)]
+        if len({value if isinstance(value, tuple) else (value,) * unet.num_blocks for value in values}) > 1:
+            raise ConfigError(
+                f"the ControlNet has {key} = {values[0]} and the UNet {values[1]}: take a ControlNet that was made for "
+                "this model's family."
+            )
+
+
+def resolve_dtype(name: DType) -> DTypeLike:
+    """The dtype of that name; auto is bfloat16 on GPU and TPU, float32 on a CPU."""
+    if name == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(name)
+
+
+def read_index(folder: ModelFolder) -> dict[str, Any]:
+    """The ``model_index.json`` of a model, which says what its parts are.
+
+    Raises:
+      WeightsError: if there is none, or it is that of a pipeline which is not supported.
+    """
+    index = folder.read_json("model_index.json")
+    what, absent = index.get("_class_name"), [name for name in _REQUIRED if not _is_present(index, name)]
+    if absent:
+        raise WeightsError(
+            f"{folder}/model_index.json describes a {what} without {' and '.join(absent)}: it is no Stable Diffusion "
+            f"1.x, 2.x or XL model; supported are {_SUPPORTED}."
+        )
+    for name, classes in _REQUIRED.items():
+        found = str(index[name][-1])
+        if found.removeprefix("Flax") not in classes:
+            raise WeightsError(
+                f"{folder}/model_index.json describes a {what} whose {name} is {found}, not {' or '.join(classes)}; "
+                f"supported are {_SUPPORTED}."
+            )
+    return index
+
+
+def load_schedule(folder: ModelFolder) -> NoiseSchedule:
+    """The noise schedule of a model, without the rest of it.
+
+    Raises:
+      WeightsError: if the folder has none.
+      ConfigError: if it cannot be computed.
+    """
+    scheduler = folder.part("scheduler")
+    return NoiseSchedule.from_config(scheduler.read_json(CONFIG_NAME), f"{scheduler}/{CONFIG_NAME}")
+
+
+def _load_tokenizers(
+    folder: ModelFolder, index: Mapping[str, Any], other: str | Path | None, cache_dir: str | Path | None
+) -> tuple[dict[str, CLIPTokenizer], dict[str, tuple[Path, ...]]]:
+    """The tokenizers, the first one perhaps from elsewhere, and their files."""
+    tokenizers, files = {}, {}
+    for name in ("tokenizer", "tokenizer_2"):
+        if _is_present(index, name):
+            own = other is None or name != "tokenizer"
+            files[name] = find_tokenizer(folder.part(name) if own else ModelFolder(str(other), cache_dir=cache_dir))
+            tokenizers[name] = CLIPTokenizer.from_pretrained(files[name][0].parent)
+    return tokenizers, files
+
+
+def _is_present(index: Mapping[str, Any], name: str) -> bool:
+    return bool(index.get(name)) and index[name][0] is not None
+
+
+def _controlnet_source(source: str | Path, hub: Mapping[str, Any], variant: str | None) -> dict[str, Any]:
+    """Where `load_model` finds it. It is published on its own; a training run's output has it among other parts."""
+    folder = ModelFolder(str(Path(source).expanduser()), **hub)
+    subfolder = "controlnet" if folder.find("config.json") is None else None
+    return {"source": folder.source, "subfolder": subfolder, "variant": variant, **hub}
+
+
+def _require_controlnet(network: Network, source: str) -> ControlNet:
+    if not isinstance(network, ControlNet):
+        raise WeightsError(f"{source} is a {type(network).__name__}, not a ControlNet.")
+    return network

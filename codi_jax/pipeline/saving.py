@@ -1,0 +1,74 @@
+"""Saving a model as a diffusers folder."""
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax.typing import DTypeLike
+
+from codi_jax.io.weights import save_model
+from codi_jax.models.config import WeightsError
+
+if TYPE_CHECKING:
+    from codi_jax.pipeline.model import Model
+
+
+def save(model: "Model", folder: Path, dtype: DTypeLike | Mapping[str, DTypeLike] | None) -> None:
+    """Writes the model; arguments and errors are those of `codi_jax.pipeline.model.Model.save_pretrained`."""
+    networks = model.networks.by_name()
+    for name, params in model.params.items():
+        of_file = dtype.get(name) if isinstance(dtype, Mapping) else dtype
+        save_model(folder, name, networks[name], params, dtype=of_file)
+    if jax.process_index() != 0:
+        return
+    try:
+        for name, files in model.tokenizer_files.items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for file in files:
+                if file.parent.resolve() != (folder / name).resolve():
+                    shutil.copyfile(file, folder / name / file.name)
+        model.schedule.save_pretrained(folder)
+        unfinished = folder / ".model_index.json"
+        unfinished.write_text(json.dumps(_index(model), indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(folder / "model_index.json")
+    except OSError as error:
+        raise WeightsError(f"Could not save {folder}: {error.strerror or error}.") from error
+
+
+def _index(model: "Model") -> dict[str, Any]:
+    networks = model.networks
+    encoders = {
+        name: ["transformers", "CLIPTextModelWithProjection" if encoder.config.with_projection else "CLIPTextModel"]
+        for name, encoder in networks.text_encoders.items()
+    }
+    index: dict[str, Any] = {
+        "_class_name": _diffusers_class(model),
+        "_diffusers_version": importlib.metadata.version("diffusers"),  # without it inpainting models fail to load
+        "scheduler": ["diffusers", model.sampling.scheduler],
+        **{name: ["transformers", "CLIPTokenizer"] for name in model.tokenizers},
+        **encoders,
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if networks.controlnet is not None:
+        index["controlnet"] = ["diffusers", "ControlNetModel"]
+    if networks.is_sdxl:
+        return {**index, "force_zeros_for_empty_prompt": model.zeros_for_empty_prompt}
+    absent = {"feature_extractor": [None, None], "safety_checker": [None, None]}
+    return {**index, **absent, "requires_safety_checker": False}
+
+
+def _diffusers_class(model: "Model") -> str:
+    is_sdxl = model.networks.is_sdxl
+    family = "StableDiffusionXL" if is_sdxl else "StableDiffusion"
+    task = {"text-to-image": "", "edit": "InstructPix2Pix", "inpaint": "Inpaint"}[model.task or ""]
+    # diffusers has no InstructPix2Pix with a ControlNet: it then loads the model without.
+    control = "ControlNet" if model.networks.controlnet is not None and model.task != "edit" else ""
+    embeds_guidance = model.networks.unet.config.time_cond_proj_dim is not None
+    if embeds_guidance and not (is_sdxl or control or task):
+        return "LatentConsistencyModelPipeline"
+    return f"{family}{control}{task}Pipeline"

@@ -1,0 +1,241 @@
+"""A training run, whatever the method: data, model, state, loop, validation pictures and what is written."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from codi_jax.cli.flags import Flags
+from codi_jax.diffusion.schedule import NoiseSchedule
+from codi_jax.io.images import labeled_rows
+from codi_jax.io.lora_files import save_lora
+from codi_jax.io.weights import save_model
+from codi_jax.models import sharding
+from codi_jax.models.config import Params
+from codi_jax.pipeline.conditions import Frozen, NullText, encode_null_text
+from codi_jax.pipeline.model import Model
+from codi_jax.training import batches, loop, optim, teacher
+from codi_jax.training.flags import RunFlags
+from codi_jax.training.method import Export, Load, Method, Setup
+from codi_jax.training.validation import Samples, generate_with, validation_samples
+
+Args = TypeVar("Args", bound=RunFlags)
+
+
+@dataclass(eq=False, kw_only=True)
+class Run:
+    """A run whose model is loaded.
+
+    Attributes:
+      args: of the run, with the folder filled in.
+      method: how it trains.
+      flags: of the method.
+      setup: of the method.
+      model: the teacher, with the parameters that are still needed.
+      student: the model as it will be, without the parameters of what is trained.
+      samples: to show.
+      mesh: that all of it lies on.
+      num_steps: of the whole run.
+      load: reads parameters of the teacher.
+    """
+
+    args: Any
+    method: Method[Any, Any]
+    flags: Flags
+    setup: Setup
+    model: Model
+    student: Model
+    samples: Samples
+    mesh: Mesh
+    num_steps: int
+    load: Load
+
+    @functools.cached_property
+    def by_teacher(self) -> np.ndarray:
+        """The teacher's pictures of the samples."""
+        steps, scales = self.teacher_steps, self.args.shown.teacher_scales
+        return generate_with(teacher.load_missing(self.model, self.mesh), {}, self.samples, steps=steps, **scales)
+
+    @property
+    def teacher_steps(self) -> int:
+        """The steps in which the teacher is shown."""
+        return self.model.sampling.most_steps(teacher.STEPS)
+
+
+def show_samples(run: Run, state: Any) -> loop.Pictures:
+    """The samples of the data, or of the user's prompts, as the student makes them, beside the teacher's."""
+    given, samples, shown = ("source" if run.model.task == "edit" else "condition"), run.samples, run.args.shown
+    rows = {given: samples.conditions}
+    if shown.teacher_scales is not None:
+        rows[f"teacher, {run.teacher_steps} steps"] = run.by_teacher
+    params = run.method.result(state, run.setup, run.load)
+    for steps in shown.steps:
+        made = generate_with(run.student, params, samples, steps=steps, **shown.scales)
+        number = run.student.sampling.default_steps("lcm") if steps is None else steps
+        rows[f"student, {number} step" + ("" if number == 1 else "s")] = made
+    return {"samples": labeled_rows({**rows, "data": samples.pictures})}
+
+
+def write_export(run: Run, state: Any, folder: Path) -> None:
+    """Writes what the method exports: a complete diffusers folder, unless it says otherwise.
+
+    Raises:
+      WeightsError: if something cannot be written.
+    """
+    export: Export = run.method.export(state, run.setup, run.load)
+    if export.is_whole:
+        _write_whole(run, export, folder)
+    elif export.has_schedule and jax.process_index() == 0:
+        run.student.schedule.save_pretrained(folder)
+    for name, (network, params) in export.beside.items():
+        save_model(folder, name, network, params, dtype=run.args.save_dtype)
+    if export.lora:
+        save_lora(folder, export.lora)
+
+
+def _write_whole(run: Run, export: Export, folder: Path) -> None:
+    """What was trained, and the rest of the model as it was."""
+    model = run.student.replace(params={})
+    for name, (network, params) in export.networks.items():
+        model = model.with_network(name, network, params)
+    untouched = [name for name in model.networks.by_name() if name not in export.networks]
+    model = model.with_params({name: teacher.load_as_stored(run.model, name) for name in untouched})
+    of_file: dict[str, Any] = dict.fromkeys(export.networks, run.args.save_dtype)
+    model.save_pretrained(folder, dtype=of_file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What a run does in another way than most; each default is what most do.
+
+    Attributes:
+      open_model: from the flags, the model without its weights.
+      load_model: from that, the flags and the mesh, the model with them.
+      samples: from the flags, what is shown.
+      has_text: whether the data has captions.
+      load: reads trees by names that `codi_jax.training.method.Load` does not know.
+      check: refuses a run whose model is loaded.
+      frozen: what the step reads, from what most steps read; or a `codi_jax.training.loop.Moving`.
+      record: writes something every so many steps.
+      show: from a state, pictures by name; ``None`` shows nothing.
+      write: writes what is exported of a state into a folder.
+    """
+
+    open_model: Callable[[Any], Model] = teacher.open_teacher
+    load_model: Callable[[Model, Any, Mesh], Model] = teacher.load_teacher
+    samples: Callable[[Any], Samples] = validation_samples
+    has_text: bool = True
+    load: Mapping[str, Callable[[], Params]] = field(default_factory=dict)
+    check: Callable[[Run], None] = lambda run: None
+    frozen: Callable[[Run, Frozen], Any] = lambda run, frozen: frozen
+    record: Callable[[Run], loop.Record | None] = lambda run: None
+    show: Callable[[Run, Any], loop.Pictures] | None = show_samples
+    write: Callable[[Run, Any, Path], None] = write_export
+
+
+def run(
+    method: Method[Any, Any], args: Args, *, hooks: Hooks | None = None, identity: Mapping[str, Any] | None = None
+) -> Args:
+    """Trains by a method, from the start or from a checkpoint, and writes what it exports.
+
+    Args:
+      method: one of `codi_jax.methods`.
+      args: of the script.
+      hooks: what this run does in another way than most.
+      identity: what a run that is resumed must share beyond its flags, JSON.
+
+    Returns:
+      The arguments, with the folder filled in.
+
+    Raises:
+      ValueError: if flags, model and data do not fit each other.
+      OSError: if something cannot be read or written.
+      FloatingPointError: if steps in a row gave something that is not finite.
+    """
+    hooks, args, flags = hooks or Hooks(), loop.start(args, identity), method.flags.of(args)
+    source = batches.open_training_data(args, has_text=hooks.has_text)
+    samples = hooks.samples(args)
+    opened = hooks.open_model(args)
+    schedule = method.sampling(opened.schedule, flags)
+    networks = replace(opened.networks.with_options(**args.network_options), vae_parts=args.vae_parts)
+    setup = method.configure(networks, flags, remat=args.gradient_checkpointing)
+    mesh = sharding.make_mesh(args.fsdp)
+    model = hooks.load_model(opened, args, mesh)
+    if setup.networks.controlnet is None:
+        model = model.with_network("controlnet", None)
+    loader = batches.load_batches(args, model, source)
+    num_steps = loop.num_steps(args, loader.samples_per_epoch)
+    student = _student_of(model, setup, schedule)
+    this = Run(
+        args=args, method=method, flags=flags, setup=setup, model=model, student=student, samples=samples, mesh=mesh,
+        num_steps=num_steps, load=teacher.loader_of(model, mesh, hooks.load),
+    )  # fmt: skip
+    hooks.check(this)
+    optimizer = method.optimizer(flags, functools.partial(_make_optimizer, args), num_steps)
+    state = method.init(setup, this.load, optimizer, jax.random.key(args.seed), mixed_precision=args.mixed_precision)
+    frozen = hooks.frozen(this, _frozen_of(this, schedule))
+    _release(this)
+    loop.train(
+        method.step(setup, optimizer, args.gradient_accumulation_steps),
+        state,
+        frozen,
+        loader,
+        args,
+        mesh=mesh,
+        validate=None if hooks.show is None else functools.partial(_validate, hooks.show, this),
+        record=hooks.record(this),
+        export=functools.partial(hooks.write, this),
+        run_config=identity,
+    )
+    return args
+
+
+def _validate(show: Callable[[Run, Any], loop.Pictures], run: Run, state: Any, step: int) -> loop.Pictures:
+    del step
+    return show(run, state)
+
+
+def _make_optimizer(
+    args: RunFlags, num_updates: int, learning_rate: float | None = None
+) -> optax.GradientTransformation:
+    flags = args if learning_rate is None else replace(args, learning_rate=learning_rate)
+    return optim.make_optimizer(flags, num_updates, batch_size=loop.global_batch_size(args))
+
+
+def _student_of(model: Model, setup: Setup, schedule: NoiseSchedule) -> Model:
+    """The model that training makes of this one, without the parameters of what is trained."""
+    networks = replace(setup.student.with_options(remat=False), vae_parts=1)
+    return model.without_params(*setup.trained).replace(networks=networks, schedule=schedule)
+
+
+def _frozen_of(run: Run, schedule: NoiseSchedule) -> Frozen:
+    """What the step reads of the teacher."""
+    setup, params = run.setup, run.model.params
+    return Frozen(
+        params={name: params[name] for name in setup.frozen},
+        schedule=schedule,
+        teacher_schedule=None if run.model.schedule is schedule else run.model.schedule,
+        null_text=null_text_of(run.model) if setup.needs_null_text else None,
+        target=None if setup.target is None else params[setup.target],
+    )
+
+
+def null_text_of(model: Model) -> NullText:
+    """The text that guidance leads away from."""
+    ids = jax.tree.map(jnp.asarray, model.tokenize([""]))
+    return encode_null_text(model.networks, model.params, ids, zeros=model.zeros_for_empty_prompt)
+
+
+def _release(run: Run) -> None:
+    """Lets go of parameters that would lie in memory beside those of the state; `Run.by_teacher` reads them again."""
+    setup = run.setup
+    unused = [name for name in setup.trained if name not in setup.frozen]
+    run.model = run.model.without_params(*unused)
+    run.load = teacher.loader_of(run.model, run.mesh)

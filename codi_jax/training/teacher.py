@@ -1,0 +1,166 @@
+"""The model that a run starts from: opened without its weights, checked, and then loaded onto the mesh."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from codi_jax.diffusion.timesteps import default_sampler, timesteps_for
+from codi_jax.io.hub import ModelFolder
+from codi_jax.io.weights import build_module, load_model
+from codi_jax.models import sharding
+from codi_jax.models.config import Params
+from codi_jax.pipeline.model import Model
+from codi_jax.training import optim
+from codi_jax.training.flags import Replacement, TrainingFlags
+
+STEPS = 50
+"""Steps in which a teacher is shown, if it was not distilled for fewer."""
+
+
+def open_teacher(flags: TrainingFlags) -> Model:
+    """The model without its weights, for computing with: in half precision if training is.
+
+    Everything that configurations say is checked here, before weights are downloaded and read.
+
+    Args:
+      flags: of the run.
+
+    Raises:
+      ValueError: if it cannot be opened, the resolution is not one that its networks can take, or it cannot be sampled
+        as validation pictures need it.
+    """
+    model = Model.open(flags.pretrained_model_name_or_path, flags.controlnet, **_options(flags))
+    for name, replacement in flags.replacements.items():
+        model = _with_replacement(model, name, replacement)
+    networks = model.networks
+    multiple = networks.vae.config.downscale * 2 ** (networks.unet.config.num_blocks - 1)
+    flags.check_resolution(multiple, f"the model {flags.pretrained_model_name_or_path}")
+    _check_validation(flags, model)
+    return model
+
+
+def load_teacher(opened: Model, flags: TrainingFlags, mesh: Mesh) -> Model:
+    """The model with its weights on the mesh.
+
+    Args:
+      opened: of `open_teacher`.
+      flags: of the run.
+      mesh: from `codi_jax.models.sharding.make_mesh`.
+
+    Raises:
+      ValueError: if weights cannot be loaded.
+    """
+    key = jax.random.key(flags.seed)
+    untrained: dict[str, Any] = {name: jax.random.fold_in(key, i) for i, name in enumerate(flags.starts_random)}
+    others = dict.fromkeys(flags.replacements)
+    model = Model.from_pretrained(
+        flags.pretrained_model_name_or_path,
+        flags.controlnet,
+        untrained=untrained | others,
+        place=sharding.place(mesh),
+        **_options(flags),
+    )
+    params = dict(sharding.put(mesh, model.params))  # those that start random are not there yet
+    for name in flags.replacements:
+        params[name] = _load(opened, name, opened.networks.by_name()[name].dtype, mesh)
+    return opened.replace(params=params)
+
+
+def loader_of(
+    model: Model, mesh: Mesh, others: Mapping[str, Callable[[], Params]] | None = None
+) -> Callable[[str], Params]:
+    """Makes what reads the float32 parameters of a network by its name: a `codi_jax.training.method.Load`.
+
+    Args:
+      model: of `load_teacher`; its own arrays are given where they are in float32.
+      mesh: where they go.
+      others: reads further trees by other names.
+    """
+
+    def load(name: str) -> Params:
+        if others is not None and name in others:
+            return sharding.put(mesh, others[name]())
+        params = model.params.get(name)
+        if params is not None and all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
+            return params
+        return load_model(**model.sources[name], place=sharding.place(mesh))[1]
+
+    return load
+
+
+def load_missing(model: Model, mesh: Mesh) -> Model:
+    """The model with those of its parameters read again that it lacks, in the precision of its computation."""
+    networks = model.networks.by_name()
+    missing = {name: _load(model, name, networks[name].dtype, mesh) for name in networks if name not in model.params}
+    return model.with_params(missing)
+
+
+def load_as_stored(model: Model, name: str) -> Params:
+    """The parameters of one network in host memory, as precise as the file that they came from."""
+    return load_model(**model.sources[name], dtype=None, place=lambda _, array: array)[1]
+
+
+def load_on_host(model: Model, name: str, dtype: DTypeLike = np.float32) -> Params:
+    """The parameters of one network in host memory, in this precision."""
+    return load_model(**model.sources[name], dtype=dtype, place=lambda _, array: array)[1]
+
+
+def _load(model: Model, name: str, dtype: DTypeLike, mesh: Mesh) -> Params:
+    return load_model(**model.sources[name], dtype=dtype, place=sharding.place(mesh))[1]
+
+
+def _options(flags: TrainingFlags) -> dict[str, Any]:
+    return {
+        "controlnet_revision": flags.controlnet_revision_on_hub,
+        "dtype": optim.compute_dtype(flags.mixed_precision),
+        "attention": flags.attention,
+        "tokenizer": flags.tokenizer_name,
+        "revision": flags.revision,
+        "variant": flags.variant,
+        "cache_dir": flags.cache_dir,
+    }
+
+
+def _with_replacement(model: Model, name: str, replacement: Replacement) -> Model:
+    """The model with another network in place of one of its own, as yet without parameters."""
+    former, source = model.networks.by_name()[name], dict(model.sources[name])
+    if replacement.source is not None:
+        source = {"source": replacement.source, "subfolder": None, "cache_dir": source.get("cache_dir")}
+    if replacement.revision is not None:
+        source["revision"] = replacement.revision
+    place = {key: value for key, value in source.items() if key != "variant"}
+    folder = ModelFolder(**{**place, "source": str(Path(place["source"]).expanduser())})
+    folder.require("config.json")
+    network: Any = build_module(folder, replacement.dtype or former.dtype, attention=model.networks.unet.attention)
+    _check_replacement(name, former.config, network.config, replacement.flag)
+    return model.with_network(name, network, source=source)
+
+
+def _check_replacement(name: str, former: Any, config: Any, flag: str) -> None:
+    if name != "vae":
+        return
+    if config.latent_channels != former.latent_channels or config.downscale != former.downscale:
+        raise ValueError(
+            f"{flag}: its latents have {config.latent_channels} channels and are {config.downscale} times smaller than "
+            f"images, those of the teacher {former.latent_channels} and {former.downscale}: take one of the teacher's "
+            "family."
+        )
+
+
+def _check_validation(flags: TrainingFlags, model: Model) -> None:
+    """Before weights are read, and not at the first validation: can the model be sampled as its pictures need it?"""
+    shown = flags.shown
+    if shown.teacher_scales is None:
+        steps, flag = shown.steps[0] or STEPS, f"--validation_sampling_steps {shown.steps[0]}"
+    else:
+        steps, flag = model.sampling.most_steps(STEPS), "validation pictures of the teacher"
+    try:
+        timesteps_for(default_sampler(model.schedule), model.schedule, steps)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
