@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig as TorchCLIPTextConfig
 from transformers import CLIPTextModel as TorchCLIPText
 from transformers import CLIPTextModelWithProjection as TorchCLIPTextProjected
 
-from codi_jax.io import weights
+from codi_jax.io import state_dict
 from codi_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from codi_jax.models.controlnet import ControlNet, ControlNetConfig
 from codi_jax.models.unet import UNet2DCondition
@@ -65,13 +65,13 @@ def to_params(module: Any, model: torch.nn.Module) -> Any:
     state = {name: value.numpy() for name, value in model.state_dict().items()}
     if "embeddings.token_embedding.weight" in state:  # transformers 5 has no text_model level in its plain encoder
         state = {f"text_model.{name}": value for name, value in state.items()}
-    return weights.from_state_dict(module.abstract_params(), state, dtype=jnp.float32)
+    return state_dict.from_state_dict(module.abstract_params(), state, dtype=jnp.float32)
 
 
 def torch_shapes(module: Any) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the state dict that our module's parameters make; takes no memory."""
     zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), module.abstract_params())
-    return {name: value.shape for name, value in weights.to_state_dict(zeros)}
+    return {name: value.shape for name, value in state_dict.to_state_dict(zeros)}
 
 
 def prune_sd(model: torch.nn.Module, name: str) -> torch.nn.Module:

@@ -25,8 +25,8 @@ from jaxtyping import Float, Shaped
 from codi_jax.cli.messages import listed
 from codi_jax.io.atomic import partial_path
 from codi_jax.io.hub import ModelFolder
+from codi_jax.io.state_dict import to_flax_layout, to_state_dict
 from codi_jax.io.weight_files import StoredTensor, WeightFile, open_weights
-from codi_jax.io.weights import to_flax_layout, to_state_dict
 from codi_jax.models.config import Params, WeightsError
 from codi_jax.models.lora import LoraLayer, ModulePath, kernels_of, lora_layers, module_name, nested, require_fit
 

@@ -1,8 +1,7 @@
 """Models as diffusers folders: a folder or hub id -> (module, parameters), and back.
 
-A parameter tree *is* a diffusers state dict. One rule translates names (`torch_name`: ``resnets_1/conv1/kernel`` is
-``resnets.1.conv1.weight``) and one translates layouts (`to_torch_layout`: HWIO and [in, out] are OIHW and [out, in]).
-What does not follow them is in `_modern_names`: what older versions of diffusers and transformers wrote.
+`codi_jax.io.state_dict` translates between parameter trees and state dicts by two rules. Whatever does not follow them
+is handled by `_modern_names`: the names that older versions of diffusers and transformers wrote.
 """
 
 import contextlib
@@ -15,20 +14,19 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
-from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
-from codi_jax.cli.messages import listed
 from codi_jax.io.atomic import partial_path
 from codi_jax.io.hub import ModelFolder
-from codi_jax.io.weight_files import Layout, StoredTensor, WeightFile, open_weights, shard_names, write_safetensors
+from codi_jax.io.state_dict import PlaceFn, convert, from_state_dict, leaves_by_name, require_match, to_state_dict
+from codi_jax.io.weight_files import StoredTensor, WeightFile, open_weights, shard_names, write_safetensors
 from codi_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from codi_jax.models.config import ModelConfig, Params, WeightsError
 from codi_jax.models.controlnet import ControlNet, ControlNetConfig
@@ -39,10 +37,7 @@ from codi_jax.models.unet_config import UNetConfig
 from codi_jax.models.vae import AutoencoderKL, VAEConfig
 
 Model = UNet2DCondition | ControlNet | AutoencoderKL | CLIPTextModel
-Place = Callable[[tuple[str, ...], np.ndarray], Any]
-"""Puts the array of one parameter, known by its path in the tree, on the devices."""
 
-AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
 
 _MODELS: tuple[tuple[type[ModelConfig], Callable[..., Model]], ...] = (
     (UNetConfig, UNet2DCondition),
@@ -66,7 +61,7 @@ def load_model(
     compute_dtype: DTypeLike | None = None,
     attention: Implementation = "auto",
     remat: bool = False,
-    place: Place | None = None,
+    place: PlaceFn | None = None,
 ) -> tuple[Model, Params]:
     """Loads one network of a diffusers folder, tensor by tensor.
 
@@ -140,8 +135,8 @@ def open_model(
     if weights.layout != "torch":
         raise WeightsError(f"{weights.path} is a Flax file: load the model and save it as safetensors first.")
     tensors = _modern_names(weights, module.config)
-    expected = {name: shape for name, (_, _, shape) in _torch_leaves(module.abstract_params()).items()}
-    _require_match(expected, tensors, f"{weights.path} does not fit its config.json; check that they are of one model")
+    expected = {name: shape for name, (_, _, shape) in leaves_by_name(module.abstract_params()).items()}
+    require_match(expected, tensors, f"{weights.path} does not fit its config.json; check that they are of one model")
     return module, tensors
 
 
@@ -193,9 +188,9 @@ def save_model(
     """
     header = {
         name: (np.dtype(leaf.dtype if dtype is None else dtype), shape)
-        for name, (_, leaf, shape) in _torch_leaves(params).items()
+        for name, (_, leaf, shape) in leaves_by_name(params).items()
     }
-    arrays = (_converted(array, header[name][0], name, "The parameters") for name, array in to_state_dict(params))
+    arrays = (convert(array, header[name][0], name, "The parameters") for name, array in to_state_dict(params))
     write_model(folder, subfolder, module, header, arrays, max_shard_size=max_shard_size)
 
 
@@ -222,9 +217,9 @@ def write_model(
       WeightsError: if these are not the tensors of ``module``, or they cannot be written.
     """
     target = Path(folder, subfolder or "").expanduser().resolve()
-    expected = {name: shape for name, (_, _, shape) in _torch_leaves(module.abstract_params()).items()}
+    expected = {name: shape for name, (_, _, shape) in leaves_by_name(module.abstract_params()).items()}
     found = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in header.items()}
-    _require_match(expected, found, f"The parameters for {target} do not fit the {type(module).__name__}")
+    require_match(expected, found, f"The parameters for {target} do not fit the {type(module).__name__}")
     if jax.process_index() != 0:
         for _ in arrays:
             pass
@@ -234,85 +229,6 @@ def write_model(
             _write_files(stage, module.config, header, arrays, max_shard_size)
     except OSError as error:
         raise WeightsError(f"Could not save {target}: {error.strerror or error}. Nothing was left behind.") from error
-
-
-def to_torch_layout(leaf: str, array: AnyArray) -> AnyArray:
-    """Returns a view in PyTorch's layout: a kernel HWIO -> OIHW, [in, out] -> [out, in]; others as they are.
-
-    Args:
-      leaf: the last name of the path, such as ``"kernel"``.
-      array: of NumPy or JAX.
-    """
-    return array.transpose(_torch_axes(leaf, array.ndim))
-
-
-def to_flax_layout(leaf: str, array: AnyArray) -> AnyArray:
-    """Returns a view in Flax's layout: a kernel OIHW -> HWIO, [out, in] -> [in, out]; inverse of `to_torch_layout`."""
-    axes = _torch_axes(leaf, array.ndim)
-    return array.transpose([axes.index(axis) for axis in range(array.ndim)])
-
-
-def _torch_axes(leaf: str, ndim: int) -> list[int]:
-    if leaf != "kernel":
-        return list(range(ndim))
-    return {2: [1, 0], 4: [3, 2, 0, 1]}[ndim]
-
-
-def to_state_dict(params: Params) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
-    """The state dict of a tree, one tensor at a time: names and layouts of PyTorch, in host memory.
-
-    Args:
-      params: nested dict of arrays. Sharded arrays are gathered, over several processes too, if all of them iterate.
-
-    Yields:
-      Name and array; the array may be a view.
-    """
-    for name, (path, leaf, _) in _torch_leaves(params).items():
-        yield name, to_torch_layout(path[-1], _to_host(leaf))
-
-
-def from_state_dict(
-    abstract_params: Params,
-    named_arrays: Mapping[str, Any],
-    dtype: DTypeLike | None = jnp.float32,
-    place: Place | None = None,
-    *,
-    layout: Layout = "torch",
-    where: str = "The state dict",
-) -> Params:
-    """Builds a parameter tree from a state dict.
-
-    Args:
-      abstract_params: the tree's shapes, as ``module.abstract_params()`` gives them.
-      named_arrays: name -> NumPy array, or anything with ``shape`` and ``dtype`` that ``np.asarray`` reads.
-      dtype: of the parameters; ``None`` keeps that of the arrays.
-      place: puts each parameter on devices; ``None`` is the default device.
-      layout: of the kernels in ``named_arrays``.
-      where: the file, for messages.
-
-    Returns:
-      The tree, with arrays as ``place`` returns them.
-
-    Raises:
-      WeightsError: if keys are missing, unexpected or of another shape (all are listed), or a value is not finite.
-    """
-    leaves = _torch_leaves(abstract_params)
-    expected = {name: shape if layout == "torch" else leaf.shape for name, (_, leaf, shape) in leaves.items()}
-    _require_match(expected, named_arrays, f"{where} does not fit its config.json; check that they are of one model")
-    place = place or (lambda _, array: jax.device_put(array))
-    placed = {}
-    # Large ones first: a tensor is in memory two or three times while it is converted, which then hides in the total.
-    for name in sorted(leaves, key=lambda name: -math.prod(expected[name])):
-        path = leaves[name][0]
-        array = np.asarray(named_arrays[name])
-        file = str(getattr(named_arrays[name], "path", where))
-        if not _is_finite(array):
-            raise WeightsError(f"{file}: {name} holds NaN or infinity; the file is broken, use another version of it.")
-        array = to_flax_layout(path[-1], array) if layout == "torch" else array
-        kept = np.dtype(array.dtype if dtype is None else dtype)
-        # Waiting keeps one tensor in flight; a queue of transfers would hold the host copies of all that are in it.
-        placed[name] = jax.block_until_ready(place(path, _converted(array, kept, name, file)))
-    return jax.tree.unflatten(jax.tree.structure(abstract_params), [placed[name] for name in leaves])
 
 
 def _model_class(mapping: Mapping[str, Any], where: str) -> tuple[type[ModelConfig], Callable[..., Model]]:
@@ -401,75 +317,6 @@ def _modern_vae_attention(name: str, tensor: StoredTensor) -> tuple[str, StoredT
     projection = _LEGACY_VAE_ATTENTION.get(projection, projection)
     # Latent diffusion's original code had 1 × 1 convolutions where diffusers has linear layers.
     return f"{module}.{projection}.{leaf}", tensor.squeezed() if len(tensor.shape) == 4 else tensor
-
-
-def _torch_leaves(params: Params) -> dict[str, tuple[tuple[str, ...], Any, tuple[int, ...]]]:
-    """Name in the state dict -> (path, leaf, shape in PyTorch's layout), in the tree's own order."""
-    leaves = {}
-    for keys, leaf in jax.tree.leaves_with_path(params):
-        path = tuple(key.key for key in keys)
-        shape = tuple(leaf.shape[axis] for axis in _torch_axes(path[-1], leaf.ndim))
-        leaves[torch_name(path)] = (path, leaf, shape)
-    return leaves
-
-
-def _require_match(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Any], problem: str) -> None:
-    missing = [f"{name} {list(expected[name])}" for name in expected if name not in found]
-    unexpected = [f"{name} {list(found[name].shape)}" for name in found if name not in expected]
-    both = [name for name in expected if name in found]
-    misshapen = [
-        f"{name} is {list(found[name].shape)} instead of {list(expected[name])}"
-        for name in both
-        if tuple(found[name].shape) != tuple(expected[name])
-    ]
-    mistyped = [
-        f"{name} is {found[name].dtype}" for name in both if not jnp.issubdtype(found[name].dtype, jnp.floating)
-    ]
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen, "not floating": mistyped}
-    report = [f"  {len(entries)} {kind}: {listed(entries)}" for kind, entries in kinds.items() if entries]
-    if report:
-        raise WeightsError("\n".join([f"{problem}:", *report]))
-
-
-def _is_finite(array: Shaped[np.ndarray, "..."]) -> bool:
-    # On the bits: half the time of np.isfinite on 16-bit floats. NaN and infinity are those with all exponent bits set.
-    bits = array.reshape(-1).view(f"u{array.dtype.itemsize}")
-    exponent = np.array(np.inf, array.dtype).view(bits.dtype)
-    chunks = (bits[start : start + (1 << 20)] for start in range(0, bits.size, 1 << 20))
-    return not any(bool(((chunk & exponent) == exponent).any()) for chunk in chunks)
-
-
-def _converted(view: Shaped[np.ndarray, "..."], dtype: np.dtype, name: str, where: str) -> Shaped[np.ndarray, "..."]:
-    """The array in C order and in ``dtype``; a copy only if it must be one.
-
-    Raises:
-      WeightsError: if a value is too large for float16.
-    """
-    with np.errstate(over="ignore"):
-        array = view.astype(dtype, copy=False) if view.flags.c_contiguous else _transposed(view, dtype)
-    if dtype == np.float16 and view.dtype != np.float16 and not _is_finite(array):
-        raise WeightsError(f"{where}: {name} does not fit into float16; use bfloat16 or float32.")
-    return array
-
-
-def _transposed(view: Shaped[np.ndarray, "..."], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
-    # NumPy transposes kernels three times as fast in blocks of channels, which stay in the cache.
-    array, width = np.empty(view.shape, dtype), 32
-    axis = max(range(view.ndim), key=lambda axis: (view.shape[axis] > width, view.strides[axis]))
-    for start in range(0, view.shape[axis], width):
-        block = (slice(None),) * axis + (slice(start, start + width),)
-        array[block] = view[block]
-    return array
-
-
-def _to_host(leaf: Any) -> Shaped[np.ndarray, "..."]:
-    if not isinstance(leaf, jax.Array):
-        return np.asarray(leaf)
-    if not leaf.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-    # A second array on the same buffers: JAX keeps the host copy of an array as long as the array itself lives.
-    shards = [shard.data for shard in leaf.addressable_shards]
-    return np.asarray(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards))
 
 
 @contextlib.contextmanager

@@ -22,11 +22,11 @@ import transformers
 
 from codi_jax.io import hub, weights
 from codi_jax.io.hub import ModelFolder
-from codi_jax.io.weights import from_state_dict, load_model, save_model, to_flax_layout, to_state_dict, to_torch_layout
+from codi_jax.io.state_dict import to_state_dict
+from codi_jax.io.weights import load_model, save_model
 from codi_jax.models.clip_text import CLIPTextModel
 from codi_jax.models.config import ConfigError, WeightsError
 from codi_jax.models.controlnet import ControlNet
-from codi_jax.models.names import torch_name
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.vae import AutoencoderKL
 
@@ -134,35 +134,6 @@ def rewrite(folder: Path, part: str, change: Callable[[dict], dict | None], kind
     else:
         torch.save(tensors, path)
     return path
-
-
-def test_torch_name():
-    for name, path in {
-        "down_blocks.0.resnets.1.conv1.weight": ("down_blocks_0", "resnets_1", "conv1", "kernel"),
-        "mid_block.attentions.0.transformer_blocks.11.attn1.to_out.0.bias": (
-            "mid_block", "attentions_0", "transformer_blocks_11", "attn1", "to_out_0", "bias",
-        ),
-        "time_embedding.linear_1.weight": ("time_embedding", "linear_1", "kernel"),
-        "text_model.encoder.layers.0.layer_norm1.weight": ("text_model", "encoder", "layers_0", "layer_norm1", "scale"),
-        "text_model.embeddings.token_embedding.weight": ("text_model", "embeddings", "token_embedding", "embedding"),
-        "controlnet_mid_block.weight": ("controlnet_mid_block", "kernel"),
-    }.items():  # fmt: skip
-        assert torch_name(path) == name
-    # Flax's CLIP has the index as a level of its own.
-    assert torch_name(("encoder", "layers", "3", "mlp", "fc1", "kernel")) == "encoder.layers.3.mlp.fc1.weight"
-
-
-@pytest.mark.parametrize("module", [np, jnp])
-def test_layouts(module: object):
-    for leaf, shape, torch_shape in (
-        ("kernel", (3, 2, 4, 5), (5, 4, 3, 2)),
-        ("kernel", (4, 5), (5, 4)),
-        ("embedding", (4, 5), (4, 5)),
-        ("scale", (4,), (4,)),
-    ):
-        array = module.arange(np.prod(shape)).reshape(shape)
-        assert to_torch_layout(leaf, array).shape == torch_shape
-        np.testing.assert_array_equal(to_flax_layout(leaf, to_torch_layout(leaf, array)), array)
 
 
 @PARTS
@@ -454,14 +425,6 @@ def test_values_too_large_for_float16(copy: Path, tmp_path: Path):
     with pytest.raises(WeightsError, match=r"quant_conv\.weight does not fit into float16; use bfloat16 or float32"):
         save_model(tmp_path / "out", "vae", module, params, dtype=jnp.float16)
     assert not (tmp_path / "out").exists()
-
-
-def test_from_state_dict_takes_plain_arrays():
-    abstract = {"linear_1": {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)}}
-    params = from_state_dict(abstract, {"linear_1.weight": np.arange(6.0).reshape(3, 2)})
-    np.testing.assert_array_equal(params["linear_1"]["kernel"], [[0, 2, 4], [1, 3, 5]])
-    with pytest.raises(WeightsError, match="The state dict does not fit"):
-        from_state_dict(abstract, {})
 
 
 def test_configs_of_other_families(copy: Path):

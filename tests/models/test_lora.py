@@ -22,7 +22,7 @@ from published import TINY_CONTROLNETS, TINY_SD15, TINY_SDXL, TINY_TEXT
 
 from codi_jax.io.hub import ModelFolder
 from codi_jax.io.lora_files import load_lora, save_lora
-from codi_jax.io.weights import to_state_dict
+from codi_jax.io.state_dict import to_state_dict
 from codi_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from codi_jax.models.config import WeightsError
 from codi_jax.models.controlnet import ControlNet, ControlNetConfig

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel as TorchUNet
 from oracle import assert_close, make_pair, nchw, nhwc, torch_shapes
 from published import TINY_SD15, TINY_SD21, TINY_SDXL, TINY_UNETS
 
-from codi_jax.io import weights
+from codi_jax.io.state_dict import to_state_dict
 from codi_jax.models.config import ConfigError
 from codi_jax.models.published import SD15_UNET, UNETS
 from codi_jax.models.unet import UNet2DCondition
@@ -170,7 +170,7 @@ def test_gradient_agrees_with_finite_differences() -> None:
 def test_gradient_equals_pytorch() -> None:
     model, module, params = make_pair(TINY_SD15)
     batch = inputs(TINY_SD15)
-    ours = dict(weights.to_state_dict(jax.jit(jax.grad(functools.partial(loss, module)))(params, batch)))
+    ours = dict(to_state_dict(jax.jit(jax.grad(functools.partial(loss, module)))(params, batch)))
     model.requires_grad_(True)
     text = torch.from_numpy(np.array(batch["encoder_hidden_states"]))
     prediction = model(nchw(batch["sample"]), torch.from_numpy(np.array(batch["timesteps"])), text).sample

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from codi_jax.cli.messages import listed
 from codi_jax.io.hub import ModelFolder
 from codi_jax.io.lora_files import load_lora
+from codi_jax.io.state_dict import to_flax_layout, to_torch_layout
 from codi_jax.io.weight_files import StoredTensor
-from codi_jax.io.weights import Model, open_model, to_flax_layout, to_torch_layout, write_model
+from codi_jax.io.weights import Model, open_model, write_model
 from codi_jax.methods import weight_delta
 from codi_jax.methods.weight_delta import ConvIn, Plan
 from codi_jax.models.config import Params, WeightsError
