@@ -13,7 +13,7 @@ from typing import Literal
 
 from codi_jax.cli import command_line
 from codi_jax.data import ConditionOf, DataFlags
-from codi_jax.data.latent_cache import Part
+from codi_jax.data.latent_encoding import Part
 from codi_jax.data.load import cache_data, open_data
 from codi_jax.models import sharding
 from codi_jax.pipeline.model import Model

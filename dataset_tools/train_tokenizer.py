@@ -14,7 +14,8 @@ from transformers import CLIPTokenizer
 
 from codi_jax.cli import command_line
 from codi_jax.cli.flags import Flags
-from codi_jax.data.sources import captions_of, open_source
+from codi_jax.data.columns import captions_of
+from codi_jax.data.sources import open_source
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 # That of CLIP: contractions, words, single digits, and runs of anything else.

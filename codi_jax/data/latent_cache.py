@@ -19,72 +19,30 @@ Several machines build one in parts, each of consecutive rows and texts, which t
 import hashlib
 import json
 import logging
-import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
-from datasets import Dataset
 from filelock import FileLock
 from jaxtyping import Int, UInt8
-from tqdm import tqdm
 
-from codi_jax.data.images import UnreadableImageError, is_random
-from codi_jax.data.loader import Tokenize, read_ahead, refuse_too_many
-from codi_jax.data.row_files import DamagedRowsError, RowFile, RowWriter, create, open_rows, save_rows
+from codi_jax.data.images import is_random
+from codi_jax.data.latent_encoding import TOKEN_IDS, VIEWS, Encoders, LatentEncoder, Part
+from codi_jax.data.loader import Tokenize
+from codi_jax.data.row_files import DamagedRowsError, RowFile, create, open_rows
 from codi_jax.data.samples import MAX_IN_A_ROW, Batch, Choices, Reader, substitute
-from codi_jax.data.sources import captions_of, describe_row, files_fingerprint
+from codi_jax.data.sources import files_fingerprint
 from codi_jax.io.decoding import MAX_MEGAPIXELS
 
 _VERSION = 1
 _MANIFEST = "manifest.json"
-_IDS = "input_ids."  # and the name of the text encoder: the file name of its token ids
 _OF_ALL = ("text", "first_caption")  # and not of one part
-_VIEWS = ("moments", "conditioning_moments")  # as the picture is, and mirrored
-_BATCHES_TO_KEEP = 16  # after so many, what was computed is safe from an interruption
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Encoders:
-    """The frozen networks whose results are kept. Jitted by the caller; every call has the same batch size.
-
-    Attributes:
-      images: pictures to moments of the posterior, unscaled, [n, h, w, 2c].
-      text: token ids, by encoder, to "context" [n, S, D] and for SDXL "pooled" [n, P]; ``None`` keeps the token ids,
-        for when the text encoder is trained.
-      fingerprint: changes when the networks or the tokenizers do.
-      batch_size: of the calls.
-      conditions_too: whether condition images are encoded as well, for models that take their latents.
-    """
-
-    images: Callable[[UInt8[np.ndarray, "n h w 3"]], Any]
-    text: Callable[[Mapping[str, Int[np.ndarray, "n s"]]], Mapping[str, Any]] | None
-    fingerprint: str
-    batch_size: int = 16
-    conditions_too: bool = False
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of several parts of equal size.
-
-    Attributes:
-      index: from 0 on.
-      count: of parts.
-    """
-
-    index: int = 0
-    count: int = 1
-
-    def of(self, length: int) -> range:
-        """What of so many rows lies in it."""
-        return range(length * self.index // self.count, length * (self.index + 1) // self.count)
 
 
 @dataclass(frozen=True)
@@ -111,10 +69,14 @@ class CachedReader:
         rows = np.array([row for row, _ in pairs])
         flips = np.array([choice.flips(self.reader.transform) for choice in choices])
         texts = self._texts(rows, choices)
-        encoded = [name for name in _VIEWS if name in self.arrays]
+        encoded = [name for name in VIEWS if name in self.arrays]
         batch = {name: self.arrays[name].take(rows, flips.astype(int)) for name in encoded}
         batch |= {name: self.arrays[name].take(texts) for name in ("context", "pooled") if name in self.arrays}
-        ids = {name.removeprefix(_IDS): self.arrays[name].take(texts) for name in self.arrays if name.startswith(_IDS)}
+        ids = {
+            name.removeprefix(TOKEN_IDS): self.arrays[name].take(texts)
+            for name in self.arrays
+            if name.startswith(TOKEN_IDS)
+        }
         batch |= {"input_ids": ids} if ids else {}
         batch |= self._conditioning(rows, flips, choices)
         if self.reader.time_ids:
@@ -185,7 +147,7 @@ def open_cache(
             _log.info("Using the latents in %s.", folder)
             return cached
         _report_stale(root, folder, description)
-        _Builder(folder, reader, tokenize, encoders, workers, max_unreadable_share).build(description)
+        _build(folder, description, LatentEncoder(reader, tokenize, encoders, workers, max_unreadable_share))
         return _open(folder, reader)
 
 
@@ -222,10 +184,11 @@ def cache_part(
         open_cache(root, reader, tokenize, encoders, workers=workers, max_unreadable_share=max_unreadable_share)
         return folder
     parts = [folder.with_suffix(".parts") / f"{index:05}-of-{part.count:05}" for index in range(part.count)]
-    own = parts[part.index]
-    with FileLock(f"{folder}-{own.name}.lock"):
-        if not (folder / _MANIFEST).is_file() and not (own / _MANIFEST).is_file():
-            _Builder(own, reader, tokenize, encoders, workers, max_unreadable_share, part).build(description)
+    part_folder = parts[part.index]
+    with FileLock(f"{folder}-{part_folder.name}.lock"):
+        if not (folder / _MANIFEST).is_file() and not (part_folder / _MANIFEST).is_file():
+            encoder = LatentEncoder(reader, tokenize, encoders, workers, max_unreadable_share, part)
+            _build(part_folder, description, encoder)
     with FileLock(f"{folder}.lock"):
         if not (folder / _MANIFEST).is_file():
             if not all((each / _MANIFEST).is_file() for each in parts):
@@ -233,6 +196,21 @@ def cache_part(
             _join(parts, folder, description)
         shutil.rmtree(folder.with_suffix(".parts"), ignore_errors=True)
     return folder
+
+
+def _build(folder: Path, description: Mapping[str, Any], encoder: LatentEncoder) -> None:
+    """Computes what is missing of a cache, whose folder appears once it is complete."""
+    building = folder.with_suffix(".building")
+    building.mkdir(parents=True, exist_ok=True)
+    try:
+        unreadable = encoder.encode(building)
+    except ValueError:  # other flags or other data will be needed, which makes the arrays useless
+        shutil.rmtree(building)
+        raise
+    _write_manifest(building, description, unreadable)
+    for file in building.glob("*.progress"):
+        file.unlink()
+    building.rename(folder)
 
 
 def _open_whole(folder: Path, reader: Reader) -> CachedReader | None:
@@ -338,162 +316,6 @@ def _report_stale(root: Path, folder: Path, description: dict[str, Any]) -> None
                 differing,
                 folder,
             )
-
-
-@dataclass(frozen=True)
-class _Builder:
-    """Computes a cache."""
-
-    folder: Path
-    reader: Reader
-    tokenize: Tokenize
-    encoders: Encoders
-    workers: int
-    max_unreadable_share: float | int
-    part: Part = Part()
-
-    def build(self, description: dict[str, Any]) -> None:
-        """Computes what is missing, and makes the folder appear when all is there."""
-        building = self.folder.with_suffix(".building")
-        building.mkdir(parents=True, exist_ok=True)
-        try:
-            self._texts(building)
-            unreadable = self._images(building)
-        except ValueError:  # other flags or other data will be needed, and then this is of no use
-            shutil.rmtree(building)
-            raise
-        _write_manifest(building, description, unreadable)
-        for file in building.glob("*.progress"):
-            file.unlink()
-        building.rename(self.folder)
-
-    def _texts(self, folder: Path) -> None:
-        rows = self.reader.source.rows
-        assert isinstance(rows, Dataset)
-        column = self.reader.source.columns.caption
-        assert column is not None
-        captions = [captions_of(cell) for cell in rows[column]]
-        texts = list(dict.fromkeys(["", *(text for each in captions for text in each)]))
-        number = {text: index for index, text in enumerate(texts)}
-        save_rows(folder / "text.npy", np.array([number[text] for each in captions for text in each]))
-        save_rows(folder / "first_caption.npy", np.cumsum([0, *map(len, captions)]))
-        part = self.part.of(len(texts))
-        texts = texts[part.start : part.stop]
-        table = RowWriter(folder, "texts", len(texts))
-        size = self.encoders.batch_size
-        starts = range(table.rows, len(texts), size)
-        for step, start in enumerate(tqdm(starts, "encoding captions", disable=None)):
-            some = texts[start : start + size]
-            ids = self.tokenize(some + [""] * (size - len(some)))
-            if self.encoders.text is None:
-                table.append({_IDS + name: array[: len(some)] for name, array in ids.items()})
-            else:
-                table.append(_as_float16(self.encoders.text(ids), len(some), "the text encoder"))
-            if step % _BATCHES_TO_KEEP == 0:
-                table.keep()
-        table.keep()
-
-    def _images(self, folder: Path) -> dict[str, str]:
-        part = self.part.of(len(self.reader.source))
-        table = RowWriter(folder, "images", len(part), _VIEWS)
-        rows = _InOrder(self.reader, part[table.rows :], self.encoders.batch_size)
-        for step, (arrays, reasons) in enumerate(_progress(rows, self.workers)):
-            table.append(self._encoded(arrays))
-            table.notes.update(reasons)
-            last = next(reversed(table.notes.values()), "")
-            refuse_too_many(len(table.notes), table.rows, self.max_unreadable_share, last)
-            if step % _BATCHES_TO_KEEP == 0:
-                table.keep()
-        table.keep()
-        return table.notes
-
-    def _encoded(self, arrays: Batch) -> Batch:
-        encoded = {"pixels": "moments"}
-        if self.encoders.conditions_too and "conditioning" in arrays:
-            encoded["conditioning"] = "conditioning_moments"
-        keeps_pixels = self.reader.condition is not None and is_random(self.reader.condition)
-        dropped = encoded.keys() - ({"pixels"} if keeps_pixels else set())
-        kept = {name: array for name, array in arrays.items() if name not in dropped}
-        return {**kept, **{moments: self._moments(arrays[name]) for name, moments in encoded.items()}}
-
-    def _moments(self, pixels: UInt8[np.ndarray, "n h w 3"]) -> np.ndarray:
-        """Of the pictures and, if half of them are mirrored, of their mirror images: [n, flips, h, w, 2c]."""
-        count = len(pixels)
-        views = [pixels, pixels[:, :, ::-1]] if self.reader.transform.random_flip else [pixels]
-        padding = [(0, self.encoders.batch_size - count), (0, 0), (0, 0), (0, 0)]
-        moments = [
-            _as_float16({"moments": self.encoders.images(np.pad(view, padding))}, count, "the VAE")["moments"]
-            for view in views
-        ]
-        return np.stack(moments, axis=1)
-
-
-@dataclass(frozen=True)
-class _InOrder:
-    """Consecutive pictures of a data set in its own order, in batches, with the reasons why some are missing."""
-
-    reader: Reader
-    numbers: range
-    size: int
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.numbers) / self.size)
-
-    def __getitem__(self, index: int) -> tuple[Batch, dict[str, str]]:
-        rows = self.numbers[int(index) * self.size : (int(index) + 1) * self.size]
-        read, reasons = {}, {}
-        for number in rows:
-            try:
-                read[number] = self._pictures(number)
-            except UnreadableImageError as error:
-                reasons[str(number)] = f"row {number} of {self.reader.source.name}, {error}"
-        blank = self._blank(next(iter(read.values()), None))
-        samples = [read.get(number, blank) for number in rows]
-        return {name: np.stack([sample[name] for sample in samples]) for name in blank}, reasons
-
-    def _blank(self, like: Batch | None) -> Batch:
-        if like is not None:
-            return {name: np.zeros_like(array) for name, array in like.items()}
-        side = self.reader.transform.resolution
-        pixels = np.zeros((side, side, 3), np.uint8)
-        has_condition = self.reader.source.columns.condition is not None or self.reader.condition is not None
-        conditioning = {"conditioning": pixels} if has_condition else {}
-        return {"pixels": pixels, **conditioning, "time_ids": np.zeros(6, np.float32)}
-
-    def _pictures(self, number: int) -> Batch:
-        row = self.reader.source.row(number)
-        arrays, placement = self.reader.pictures(row, number, Choices(self.reader.seed, number, 0))
-        assert placement is not None  # data without images is not cached
-        if placement.is_random and not self.reader.transform.center_crop:
-            raise ValueError(
-                f"--cache_latents keeps one crop of each image, and {describe_row(self.reader.source, row, number)} is "
-                "not square: add --center_crop, or leave --cache_latents out."
-            )
-        return {**arrays, "time_ids": self.reader.transform.time_ids(placement)}
-
-
-def _progress(rows: _InOrder, workers: int) -> Iterator[tuple[Batch, dict[str, str]]]:
-    """Reads ahead, and shows how far it is."""
-    if rows.reader.condition is not None and is_random(rows.reader.condition):
-        rows = replace(rows, reader=replace(rows.reader, condition=None))
-    if not len(rows):
-        return
-    batches = iter(read_ahead(rows, workers))
-    try:
-        yield from tqdm(batches, "encoding images", len(rows), disable=None)
-    finally:
-        batches.close()
-
-
-def _as_float16(arrays: Mapping[str, Any], count: int, network: str) -> dict[str, np.ndarray]:
-    with np.errstate(over="ignore"):  # found below
-        kept = {name: np.asarray(array)[:count].astype(np.float16) for name, array in arrays.items()}
-    for name, array in kept.items():
-        if not np.isfinite(array).all():
-            raise ValueError(
-                f"{network} gave {name} that float16 cannot hold: check its weights, or leave --cache_latents out."
-            )
-    return kept
 
 
 def prefetch(batches: Any) -> grain.IterDataset:

@@ -13,7 +13,8 @@ import tyro
 
 from codi_jax.cli.flags import LARGEST_SIDE, Adjustable, Flags, Local
 from codi_jax.data.images import Condition, Interpolation, Task, condition_for
-from codi_jax.data.latent_cache import CachedReader, Encoders, Part, cache_part, open_cache, prefetch
+from codi_jax.data.latent_cache import CachedReader, cache_part, open_cache, prefetch
+from codi_jax.data.latent_encoding import Encoders, Part
 from codi_jax.data.loader import Batches, Loader, Order, Shard, Tokenize, read_ahead, tokenized
 from codi_jax.data.samples import Reader, Transform
 from codi_jax.data.sources import Source, open_source, require_folder

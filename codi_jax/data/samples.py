@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
+from codi_jax.data.columns import captions_of
 from codi_jax.data.images import Condition, Interpolation, Placement, UnreadableImageError, crop, place, read_image
 from codi_jax.data.shards import PROBLEM
-from codi_jax.data.sources import Source, captions_of, describe_row
+from codi_jax.data.sources import Source, describe_row
 from codi_jax.io.decoding import MAX_MEGAPIXELS
 
 Batch = dict[str, Any]

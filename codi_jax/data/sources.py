@@ -4,80 +4,37 @@ A folder may lie on an object store: wherever a path is meant, a URL that `fsspe
 Images stay encoded here, and are opened by whoever wants the sample: see `codi_jax.data.images`.
 """
 
-import csv
 import hashlib
 import json
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from codi_jax.cli.messages import first_line, listed
 from codi_jax.data import shards
 from codi_jax.data.access import Access, names_own_files
-from codi_jax.data.files import Folder, is_url
+from codi_jax.data.columns import FALLBACKS, Columns, captions_of, check_captions, find_columns
+from codi_jax.data.files import Folder
 from codi_jax.data.images import describe_cell
 from codi_jax.data.picture_folders import captions_in
+from codi_jax.data.table_files import (
+    METADATA_FILES,
+    Rows,
+    Shards,
+    find_shards,
+    load_prompts,
+    load_table,
+    was_saved,
+)
 from codi_jax.io.decoding import RejectedError
 from codi_jax.io.download import DownloadFlags
 
-Rows = Dataset | IterableDataset
-
-_BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
-
-METADATA_FILES = ("meta.jsonl", "metadata.jsonl")
-"""The file that lists the samples of a folder."""
-
-_FALLBACKS = {"image": ("file_name", "jpg", "png", "jpeg", "webp"), "text": ("caption", "txt")}
-"""Other names of a column, tried where the column has its default name."""
-
-_ENDINGS = (".jpg", ".png", ".jpeg", ".webp", ".txt")  # of the files of a WebDataset's samples, which are its columns
-
 _PROBED = 64  # rows that tell one data set from another
-
-
-@dataclass(frozen=True)
-class Shards:
-    """A WebDataset.
-
-    Attributes:
-      files: the tar files, paths or URLs.
-      is_table: whether to read all of them first, for random access.
-      cache_dir: of `datasets`, for that.
-    """
-
-    files: tuple[str, ...]
-    is_table: bool = False
-    cache_dir: str | None = None
-
-
-SAVED = ("dataset_dict.json", "state.json")
-"""What save_to_disk leaves in a folder."""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The names of the columns that are read.
-
-    Attributes:
-      image: pictures to generate; ``None`` if they are not read.
-      caption: their texts, one or a list for each; ``None`` if they are not read.
-      condition: pictures that they are conditioned on, if the data has them.
-    """
-
-    image: str | None
-    caption: str | None
-    condition: str | None = None
-
-    def names(self) -> list[str]:
-        """All of them."""
-        return [name for name in (self.image, self.caption, self.condition) if name is not None]
 
 
 @dataclass(frozen=True)
@@ -172,36 +129,52 @@ def open_source(
     where = train_prompts or train_data_dir or train_shards or dataset_name
     if where is None:
         raise ValueError("there is no data to train on: give --dataset_name or --train_data_dir.")
-    wanted = Columns(image_column, caption_column, condition_column)
-    folder = Folder(where)
     if train_data_dir is not None:
         require_folder(train_data_dir)
-    is_table = train_shards is not None or train_prompts is not None
+    is_folder = train_shards is None and train_prompts is None and Folder(where).is_dir()
     downloads = DownloadFlags(allow_private_addresses=allow_private_addresses)
-    own = folder.path if not is_table and folder.is_dir() else None
-    access = Access(own, anywhere=allow_outside_paths, downloads=downloads)
-    metadata = None if is_table else next((name for name in METADATA_FILES if folder.has(name)), None)
-    captions = _captions_beside(folder, wanted) if metadata is None and not is_table else {}
-    if metadata is not None:
-        source = _from_metadata(folder, metadata, wanted, condition_is_optional, access)
-    elif captions:
-        source = _from_captions(folder, captions, wanted, condition_is_optional, access)
+    access = Access(Folder(where).path if is_folder else None, anywhere=allow_outside_paths, downloads=downloads)
+    wanted = Columns(image_column, caption_column, condition_column)
+    request = _Request(where, wanted, condition_is_optional, access)
+    if train_prompts is not None:
+        source = _from_rows(load_prompts(Path(where).expanduser(), wanted), request)
+    elif train_shards is not None:
+        source = _from_shards(find_shards(train_shards), request)
     else:
-        if train_prompts is not None:
-            loaded = _load_prompts(Path(where).expanduser(), wanted)
-        elif train_shards is not None:
-            loaded = _find_shards(train_shards)
-        else:
-            loaded = _load(where, folder, dataset_config_name, load_from_disk, streaming, cache_dir)
-            if not _was_saved(folder) and names_own_files(loaded):
-                access = replace(access, anywhere=True)
-        if isinstance(loaded, Shards):
-            source = _from_shards(loaded, wanted, condition_is_optional, where)
-        else:
-            source = _from_rows(loaded, wanted, condition_is_optional, access, where)
+        source = _from_listed_files(request, streaming)
+        if source is None:
+            source = _from_table(request, dataset_config_name, load_from_disk, streaming, cache_dir)
+    return _limited(source, where, max_train_samples)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a caller of `open_source` asks for.
+
+    Attributes:
+      where: the data set: a folder, an id on the hub, a file or a pattern of files.
+      columns: the names that the flags give.
+      condition_is_optional: whether the data may lack the column of conditions.
+      access: what paths and addresses in tables may be.
+    """
+
+    where: str
+    columns: Columns
+    condition_is_optional: bool
+    access: Access
+
+    @property
+    def folder(self) -> Folder:
+        return Folder(self.where)
+
+    def find(self, names: Sequence[str], where: str) -> Columns:
+        """The columns among those of ``where``."""
+        return find_columns(self.columns, names, where, self.condition_is_optional)
+
+
+def _limited(source: Source, where: str, max_train_samples: int | None) -> Source:
+    """The first samples of a source, or all of them."""
     rows = source.rows
-    if (metadata is not None or captions) and streaming and isinstance(rows, Dataset):
-        rows = rows.to_iterable_dataset()
     if max_train_samples is not None:
         rows = rows.take(min(max_train_samples, len(rows)) if isinstance(rows, Dataset) else max_train_samples)
     if isinstance(rows, Dataset) and not len(rows):
@@ -238,159 +211,58 @@ def files_fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _was_saved(folder: Folder) -> bool:
-    return any(folder.has(name) for name in SAVED)
+def _from_listed_files(request: _Request, streaming: bool) -> Source | None:
+    """A folder of images that a meta.jsonl lists, or with captions beside them; ``None`` for any other data."""
+    metadata = next((name for name in METADATA_FILES if request.folder.has(name)), None)
+    captions = {} if metadata is not None else _captions_beside(request)
+    if metadata is not None:
+        source = _from_metadata(metadata, request)
+    elif captions:
+        source = _from_captions(captions, request)
+    else:
+        return None
+    rows = source.rows
+    return replace(source, rows=rows.to_iterable_dataset()) if streaming and isinstance(rows, Dataset) else source
 
 
-def _load(
-    where: str, folder: Folder, config: str | None, load_from_disk: bool, streaming: bool, cache_dir: str | None
-) -> "Rows | Shards":
-    """Whatever `datasets` can load, its training split; of a WebDataset the shards, which we read ourselves."""
-    try:
-        if _was_saved(folder):
-            loaded = datasets.load_from_disk(folder.path)
-            loaded = _training_split(loaded, where)
-            return loaded.to_iterable_dataset() if streaming and isinstance(loaded, Dataset) else loaded
-        if folder.is_local:
-            name, files = (folder.path if folder.is_dir() else where), None
-        else:
-            name, files = _files_of(folder)
-        builder = datasets.load_dataset_builder(
-            name, config, data_files=files, cache_dir=cache_dir, **_options_of(folder)
-        )
-        if builder.name == "webdataset":
-            files = _training_split(dict(builder.config.data_files or {}), where)
-            return Shards(tuple(files), not streaming, cache_dir)
-        if streaming:
-            loaded = builder.as_streaming_dataset()
-        else:
-            builder.download_and_prepare()
-            loaded = builder.as_dataset()
-    except Exception as error:
-        raise ValueError(_explained(error, where, folder, load_from_disk)) from error
-    return _training_split(loaded, where)
+def _from_table(
+    request: _Request, config: str | None, load_from_disk: bool, streaming: bool, cache_dir: str | None
+) -> Source:
+    """Whatever `datasets` loads, by name or from a folder."""
+    loaded = load_table(request.where, request.folder, config, load_from_disk, streaming, cache_dir)
+    if not was_saved(request.folder) and names_own_files(loaded):
+        request = replace(request, access=replace(request.access, anywhere=True))
+    return _from_shards(loaded, request) if isinstance(loaded, Shards) else _from_rows(loaded, request)
 
 
-def _options_of(folder: Folder) -> dict[str, Any]:
-    """How `datasets` reads the files of a folder, where they are tables that are texts, all of one kind."""
-    paths = folder.fs.find(folder.locate()) if folder.is_dir() and folder.is_local else ()
-    endings = {PurePosixPath(path).suffix for path in paths} - {".md", ""}
-    return text_options(*endings) if len(endings) == 1 else {}
-
-
-def text_options(ending: str) -> dict[str, Any]:
-    """How `datasets` reads tables that are texts, by the ending of their files."""
-    if ending not in (".csv", ".tsv", ".json", ".jsonl"):
-        return {}
-    options: dict[str, Any] = {"encoding": "utf-8-sig", "encoding_errors": "replace"}
-    if ending in (".csv", ".tsv"):  # "NA", "null" and "None" are captions, and only what is empty is none
-        options |= {"keep_default_na": False, "na_values": [""]}
-    # A TSV has no quotes: one that is in a caption would take the rows up to the next with it.
-    return options | ({"sep": "\t", "quoting": csv.QUOTE_NONE} if ending == ".tsv" else {})
-
-
-def _load_prompts(file: Path, wanted: Columns) -> Dataset:
-    """The texts of a file: its lines, empty ones left out, or the columns of parquet."""
-    if not file.is_file():
-        raise ValueError(f"there is no file {file}: check --train_prompt_path.")
-    if file.suffix == ".parquet":
-        try:
-            return Dataset.from_parquet(str(file))  # pyright: ignore[reportReturnType]
-        except Exception as error:
-            raise ValueError(f"--train_prompt_path {file} could not be read as parquet: {error}.") from error
-    try:
-        # Not str.splitlines, which cuts at U+2028, U+0085 and vertical tabs, too: they stand in captions of the web.
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
-    except UnicodeDecodeError:
-        raise ValueError(
-            f"--train_prompt_path {file} is no text: give a prompt a line, or a .parquet file (texts are UTF-8)."
-        ) from None
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise ValueError(f"--train_prompt_path {file} is empty: write a prompt a line.")
-    return Dataset.from_dict({wanted.caption or "text": prompts})
-
-
-def _files_of(folder: Folder) -> tuple[str, dict[str, list[str]]]:
-    """What reads the files of a folder on an object store, and their URLs: `datasets` finds that out on disks only."""
-    for ending, builder in _BUILDERS.items():
-        if files := [folder.url(name) for name in folder.names() if name.endswith(ending)]:
-            return builder, {"train": files}
-    raise ValueError(f"no file ends with {' or '.join(_BUILDERS)}")
-
-
-def _find_shards(pattern: str) -> Shards:
-    """The tar files of a pattern, to be read as a stream."""
-    files = [file if is_url(file) else str(Path(file).expanduser()) for file in _expanded(pattern)]
-    missing = [file for file in files if not is_url(file) and not Path(file).is_file()]
-    if missing:
-        raise ValueError(f"there is no shard {missing[0]}: check --train_shards_path_or_url.")
-    return Shards(tuple(files))
-
-
-def _expanded(pattern: str) -> list[str]:
-    """The files of a pattern with ranges: ``a{08..11}`` is a08, a09, a10, a11."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if found is None:
-        return [pattern]
-    first, last = found.groups()
-    numbers = range(int(first), int(last) + 1)
-    before, after = pattern[: found.start()], pattern[found.end() :]
-    return [file for number in numbers for file in _expanded(f"{before}{number:0{len(first)}}{after}")]
-
-
-def _training_split(loaded: Any, where: str) -> Any:
-    if not isinstance(loaded, dict):
-        return loaded
-    if "train" in loaded:
-        return loaded["train"]
-    if len(loaded) == 1:
-        return next(iter(loaded.values()))
-    raise ValueError(f"{where} has no split named train, but {', '.join(loaded)}.")
-
-
-def _explained(error: Exception, where: str, folder: Folder, load_from_disk: bool) -> str:
-    reason = first_line(error)
-    if folder.is_dir():
-        if isinstance(error, ValueError) and reason.startswith(where):
-            return reason
-        made = ", nor what save_to_disk writes" if load_from_disk else ""
-        return (
-            f"{folder} holds no data set: it has no {' or '.join(METADATA_FILES)}{made}, and `datasets` says: {reason} "
-            f"(it holds {listed(folder.names())})."
-        )
-    return (
-        f"the data set {where} could not be loaded: {reason} "
-        "(check --dataset_name and --dataset_config_name, or run `hf auth login` if it is private)."
-    )
-
-
-def _from_rows(rows: Rows, wanted: Columns, optional: bool, access: Access, where: str) -> Source:
+def _from_rows(rows: Rows, request: _Request) -> Source:
+    where = request.where
     # select_columns and casts change the fingerprint by hashes of code: that of the data is taken first.
     fingerprint = f"{where} {rows._fingerprint}" if isinstance(rows, Dataset) else where
     names = rows.column_names
     if names is None:
         first = next(iter(rows), None)
         names = list(first) if first is not None else []
-    columns = _find_columns(wanted, names, where, optional)
+    columns = request.find(names, where)
     rows = rows.select_columns(columns.names())
     if columns.caption is not None:
-        _check_captions(columns.caption, rows.features, where)
+        check_captions(columns.caption, rows.features, where)
     for name in (columns.image, columns.condition):
         if name and rows.features is not None and isinstance(rows.features[name], datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
-    return Source(rows, columns, access, where, fingerprint)
+    return Source(rows, columns, request.access, where, fingerprint)
 
 
-def _from_shards(loaded: Shards, wanted: Columns, optional: bool, where: str) -> Source:
+def _from_shards(loaded: Shards, request: _Request) -> Source:
     """The columns have the names that they are asked for by, whatever the endings are that they are read from."""
+    where = request.where
     try:
         endings = shards.endings_in(loaded.files)
     except ValueError as error:
         hint = ' (for URLs: pip install "codi_jax[data]")' if isinstance(error.__context__, ImportError) else ""
         raise ValueError(f"the shards {where} could not be read: {error}{hint}") from None
-    there = [name for name in wanted.names() if set(shards.endings_for(name)) & set(endings)]
-    columns = _find_columns(wanted, [*there, *endings], where, optional)
+    there = [name for name in request.columns.names() if set(shards.endings_for(name)) & set(endings)]
+    columns = request.find([*there, *endings], where)
     pictures = [name for name in (columns.image, columns.condition) if name is not None]
     texts = [] if columns.caption is None else [columns.caption]
     if loaded.is_table:
@@ -399,59 +271,59 @@ def _from_shards(loaded: Shards, wanted: Columns, optional: bool, where: str) ->
     return Source(shards.stream(loaded.files, pictures, texts), columns, Access(), where, where)
 
 
-def _check_captions(name: str, features: datasets.Features | None, where: str) -> None:
-    feature = features[name] if features is not None else None
-    kind = getattr(feature, "feature", feature)  # of a list, that of its elements
-    if kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
-        raise ValueError(
-            f"column {name!r} of {where} holds {feature}, not texts or lists of texts: set --caption_column to another."
-        )
-
-
-def _from_metadata(folder: Folder, name: str, wanted: Columns, optional: bool, access: Access) -> Source:
+def _from_metadata(name: str, request: _Request) -> Source:
+    folder, access = request.folder, request.access
     file = folder.url(name)
     with folder.open(name) as opened:
         lines = list(_read_lines(file, opened))
     if not lines:
         raise ValueError(f"{file} is empty: it needs one JSON object for each image.")
     names = list(dict.fromkeys(name for _, row in lines for name in row))
-    columns = _find_columns(wanted, names, file, optional)
+    columns = request.find(names, file)
     for number, row in lines:
         for name in columns.names():
             _check_value(file, number, name, row.get(name), is_caption=name == columns.caption)
             if name != columns.caption:
                 _check_path(file, number, row[name], access)
     values: dict[str, list[Any]] = {name: [row.get(name) for _, row in lines] for name in columns.names()}
-    if columns.caption is not None and (missing := sum(not row.get(columns.caption) for _, row in lines)):
-        text = f"{missing} of the {len(lines)} samples in {file} have no caption: theirs is the empty text."
-        warnings.warn(text, stacklevel=2)
-    if columns.caption is not None and any(isinstance(caption, list) for caption in values[columns.caption]):
-        values[columns.caption] = [captions_of(caption) for caption in values[columns.caption]]
-    digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
-    where = str(Path(file).absolute()) if folder.is_local else file
-    return Source(Dataset.from_dict(values), columns, access, file, f"{where} {digest}")
+    if columns.caption is not None:
+        captions = values[columns.caption]
+        _warn_of_missing(captions, f"samples in {file}")
+        if any(isinstance(caption, list) for caption in captions):
+            values[columns.caption] = [captions_of(caption) for caption in captions]
+    return _from_values(values, columns, access, file, folder)
 
 
-def _captions_beside(folder: Folder, wanted: Columns) -> dict[str, str | None]:
-    """The captions of a folder of pictures, if it is one and they are asked for by the usual name."""
-    if wanted.caption not in ("text", *_FALLBACKS["text"]) or any(folder.has(name) for name in SAVED):
-        return {}
-    return captions_in(folder)
-
-
-def _from_captions(
-    folder: Folder, captions: Mapping[str, str | None], wanted: Columns, optional: bool, access: Access
+def _from_values(
+    values: Mapping[str, list[Any]], columns: Columns, access: Access, name: str, folder: Folder
 ) -> Source:
-    values = {"image": list(captions), "text": [caption or "" for caption in captions.values()]}
-    asked = replace(wanted, caption="text", image=wanted.image and "image")
-    columns = _find_columns(asked, list(values), folder.path, optional)
-    if missing := sum(not caption for caption in captions.values()):
-        text = f"{missing} of the {len(captions)} pictures in {folder} have no caption: theirs is the empty text."
-        warnings.warn(text, stacklevel=2)
+    """A source of columns in memory, whose fingerprint is that of all ``values``."""
     digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
-    rows = Dataset.from_dict({name: values[name] for name in columns.names()})
-    where = str(Path(folder.path).absolute()) if folder.is_local else folder.path
-    return Source(rows, columns, access, folder.path, f"{where} {digest}")
+    rows = Dataset.from_dict({column: values[column] for column in columns.names()})
+    where = str(Path(name).absolute()) if folder.is_local else name
+    return Source(rows, columns, access, name, f"{where} {digest}")
+
+
+def _warn_of_missing(captions: Sequence[Any], what: str) -> None:
+    if missing := sum(not caption for caption in captions):
+        text = f"{missing} of the {len(captions)} {what} have no caption: the empty text is used."
+        warnings.warn(text, stacklevel=2)
+
+
+def _captions_beside(request: _Request) -> dict[str, str | None]:
+    """The captions of a folder of pictures, if it is one and they are asked for by the usual name."""
+    if request.columns.caption not in ("text", *FALLBACKS["text"]) or was_saved(request.folder):
+        return {}
+    return captions_in(request.folder)
+
+
+def _from_captions(captions: Mapping[str, str | None], request: _Request) -> Source:
+    folder, wanted = request.folder, request.columns
+    values = {"image": list(captions), "text": [caption or "" for caption in captions.values()]}
+    asked = replace(request, columns=replace(wanted, caption="text", image=wanted.image and "image"))
+    columns = asked.find(list(values), folder.path)
+    _warn_of_missing(values["text"], f"pictures in {folder}")
+    return _from_values(values, columns, request.access, folder.path, folder)
 
 
 def _read_lines(file: str, lines: Iterable[bytes]) -> Iterable[tuple[int, dict[str, Any]]]:
@@ -482,37 +354,6 @@ def _check_path(file: str, number: int, path: str, access: Access) -> None:
         access.locate(path)
     except RejectedError as error:
         raise ValueError(f"{file}, line {number} names {path}: {error}.") from None
-
-
-def captions_of(cell: Any) -> list[str]:
-    """The texts of a sample: those of a list, or the one; an empty one if there is none.
-
-    Raises:
-      ValueError: if it is neither text nor list of texts.
-    """
-    texts = [cell] if isinstance(cell, str) else [] if cell is None else cell
-    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"a caption must be a text or a list of texts, not {cell!r:.40}: check --caption_column.")
-    return list(texts) or [""]
-
-
-def _find_columns(wanted: Columns, names: Sequence[str], where: str, condition_is_optional: bool) -> Columns:
-    condition = wanted.condition
-    if condition is not None and condition_is_optional and condition not in names:
-        condition = None
-    return Columns(
-        None if wanted.image is None else _find_column(wanted.image, names, where, "--image_column"),
-        None if wanted.caption is None else _find_column(wanted.caption, names, where, "--caption_column"),
-        condition and _find_column(condition, names, where, "--conditioning_image_column"),
-    )
-
-
-def _find_column(name: str, names: Sequence[str], where: str, flag: str) -> str:
-    others = (*_FALLBACKS.get(name, ()), *(f"{name}{ending}" for ending in _ENDINGS))
-    found = next((column for column in (name, *others) if column in names), None)
-    if found is None:
-        raise ValueError(f"{where} has no column {name!r}: set {flag} to one of {listed(list(names))}.")
-    return found
 
 
 def describe_row(source: Source, row: Mapping[str, Any], number: int) -> str:

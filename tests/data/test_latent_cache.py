@@ -15,7 +15,7 @@ from picture_folders import count_tokens, write_folder
 from test_load import take
 
 from codi_jax.data import DataFlags, latent_cache, load_data
-from codi_jax.data.latent_cache import Encoders, Part
+from codi_jax.data.latent_encoding import Encoders, Part
 from codi_jax.data.load import cache_data, open_data
 from codi_jax.data.loader import Loader
 

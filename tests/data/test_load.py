@@ -15,9 +15,10 @@ from PIL import Image
 
 from codi_jax.data import DataFlags, PromptFlags, load_data, open_data
 from codi_jax.data.access import Access
+from codi_jax.data.columns import Columns
 from codi_jax.data.images import canny
 from codi_jax.data.loader import Loader
-from codi_jax.data.sources import Columns, Source
+from codi_jax.data.sources import Source
 
 COUNT = 30
 

@@ -13,9 +13,10 @@ from picture_folders import count_tokens, numbered, write_folder
 from test_load import numbers, take
 
 from codi_jax.data import DataFlags, load_data, streams
+from codi_jax.data.columns import captions_of
 from codi_jax.data.preparation.rows import Row
 from codi_jax.data.preparation.tables import TableFlags, open_table
-from codi_jax.data.sources import captions_of, files_fingerprint, open_source
+from codi_jax.data.sources import files_fingerprint, open_source
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from codi_jax.data.files import Folder
 from codi_jax.data.images import file_of
 from codi_jax.data.picture_folders import beside, images_in
 from codi_jax.data.preparation.rows import Cell, File, Row, Skipped, Url, clean_text
-from codi_jax.data.sources import METADATA_FILES, SAVED, text_options
+from codi_jax.data.table_files import METADATA_FILES, SAVED, text_options
 from codi_jax.io.decoding import RejectedError
 
 _BATCH = 1000

@@ -1,0 +1,170 @@
+"""Tables as `datasets` loads them: from the hub, from folders and what save_to_disk wrote, prompt files, tar shards."""
+
+import csv
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import datasets
+from datasets import Dataset, IterableDataset
+
+from codi_jax.cli.messages import first_line, listed
+from codi_jax.data.columns import Columns
+from codi_jax.data.files import Folder, is_url
+
+Rows = Dataset | IterableDataset
+
+
+_BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
+
+
+METADATA_FILES = ("meta.jsonl", "metadata.jsonl")
+"""The file that lists the samples of a folder."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A WebDataset.
+
+    Attributes:
+      files: the tar files, paths or URLs.
+      is_table: whether to read all of them first, for random access.
+      cache_dir: of `datasets`, for that.
+    """
+
+    files: tuple[str, ...]
+    is_table: bool = False
+    cache_dir: str | None = None
+
+
+SAVED = ("dataset_dict.json", "state.json")
+"""What save_to_disk leaves in a folder."""
+
+
+def was_saved(folder: Folder) -> bool:
+    """Whether the folder holds what save_to_disk writes."""
+    return any(folder.has(name) for name in SAVED)
+
+
+def load_table(
+    where: str, folder: Folder, config: str | None, load_from_disk: bool, streaming: bool, cache_dir: str | None
+) -> Rows | Shards:
+    """Whatever `datasets` can load, its training split; of a WebDataset the shards, which we read ourselves."""
+    try:
+        if was_saved(folder):
+            loaded = datasets.load_from_disk(folder.path)
+            loaded = _training_split(loaded, where)
+            return loaded.to_iterable_dataset() if streaming and isinstance(loaded, Dataset) else loaded
+        if folder.is_local:
+            name, files = (folder.path if folder.is_dir() else where), None
+        else:
+            name, files = _files_of(folder)
+        builder = datasets.load_dataset_builder(
+            name, config, data_files=files, cache_dir=cache_dir, **_options_of(folder)
+        )
+        if builder.name == "webdataset":
+            files = _training_split(dict(builder.config.data_files or {}), where)
+            return Shards(tuple(files), not streaming, cache_dir)
+        if streaming:
+            loaded = builder.as_streaming_dataset()
+        else:
+            builder.download_and_prepare()
+            loaded = builder.as_dataset()
+    except Exception as error:
+        raise ValueError(_explained(error, where, folder, load_from_disk)) from error
+    return _training_split(loaded, where)
+
+
+def _options_of(folder: Folder) -> dict[str, Any]:
+    """How `datasets` reads the files of a folder, where they are tables that are texts, all of one kind."""
+    paths = folder.fs.find(folder.locate()) if folder.is_dir() and folder.is_local else ()
+    endings = {PurePosixPath(path).suffix for path in paths} - {".md", ""}
+    return text_options(*endings) if len(endings) == 1 else {}
+
+
+def text_options(ending: str) -> dict[str, Any]:
+    """How `datasets` reads tables that are texts, by the ending of their files."""
+    if ending not in (".csv", ".tsv", ".json", ".jsonl"):
+        return {}
+    options: dict[str, Any] = {"encoding": "utf-8-sig", "encoding_errors": "replace"}
+    if ending in (".csv", ".tsv"):  # "NA", "null" and "None" are captions, and only what is empty is none
+        options |= {"keep_default_na": False, "na_values": [""]}
+    # A TSV has no quotes: one that is in a caption would take the rows up to the next with it.
+    return options | ({"sep": "\t", "quoting": csv.QUOTE_NONE} if ending == ".tsv" else {})
+
+
+def load_prompts(file: Path, wanted: Columns) -> Dataset:
+    """The texts of a file: its lines, empty ones left out, or the columns of parquet."""
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}: check --train_prompt_path.")
+    if file.suffix == ".parquet":
+        try:
+            return Dataset.from_parquet(str(file))  # pyright: ignore[reportReturnType]
+        except Exception as error:
+            raise ValueError(f"--train_prompt_path {file} could not be read as parquet: {error}.") from error
+    try:
+        # Not str.splitlines, which cuts at U+2028, U+0085 and vertical tabs, too: they stand in captions of the web.
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"--train_prompt_path {file} is no text: give a prompt a line, or a .parquet file (texts are UTF-8)."
+        ) from None
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise ValueError(f"--train_prompt_path {file} is empty: write a prompt a line.")
+    return Dataset.from_dict({wanted.caption or "text": prompts})
+
+
+def _files_of(folder: Folder) -> tuple[str, dict[str, list[str]]]:
+    """What reads the files of a folder on an object store, and their URLs: `datasets` finds that out on disks only."""
+    for ending, builder in _BUILDERS.items():
+        if files := [folder.url(name) for name in folder.names() if name.endswith(ending)]:
+            return builder, {"train": files}
+    raise ValueError(f"no file ends with {' or '.join(_BUILDERS)}")
+
+
+def find_shards(pattern: str) -> Shards:
+    """The tar files of a pattern, to be read as a stream."""
+    files = [file if is_url(file) else str(Path(file).expanduser()) for file in _expanded(pattern)]
+    missing = [file for file in files if not is_url(file) and not Path(file).is_file()]
+    if missing:
+        raise ValueError(f"there is no shard {missing[0]}: check --train_shards_path_or_url.")
+    return Shards(tuple(files))
+
+
+def _expanded(pattern: str) -> list[str]:
+    """The files of a pattern with ranges: ``a{08..11}`` is a08, a09, a10, a11."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if found is None:
+        return [pattern]
+    first, last = found.groups()
+    numbers = range(int(first), int(last) + 1)
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [file for number in numbers for file in _expanded(f"{before}{number:0{len(first)}}{after}")]
+
+
+def _training_split(loaded: Any, where: str) -> Any:
+    if not isinstance(loaded, dict):
+        return loaded
+    if "train" in loaded:
+        return loaded["train"]
+    if len(loaded) == 1:
+        return next(iter(loaded.values()))
+    raise ValueError(f"{where} has no split named train, but {', '.join(loaded)}.")
+
+
+def _explained(error: Exception, where: str, folder: Folder, load_from_disk: bool) -> str:
+    reason = first_line(error)
+    if folder.is_dir():
+        if isinstance(error, ValueError) and reason.startswith(where):
+            return reason
+        made = ", nor what save_to_disk writes" if load_from_disk else ""
+        return (
+            f"{folder} holds no data set: it has no {' or '.join(METADATA_FILES)}{made}, and `datasets` says: {reason} "
+            f"(it holds {listed(folder.names())})."
+        )
+    return (
+        f"the data set {where} could not be loaded: {reason} "
+        "(check --dataset_name and --dataset_config_name, or run `hf auth login` if it is private)."
+    )
