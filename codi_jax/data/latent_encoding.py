@@ -21,7 +21,6 @@ from codi_jax.data.sources import describe_row
 TOKEN_IDS = "input_ids."  # and the name of the text encoder: the file name of its token ids
 
 
-
 VIEWS = ("moments", "conditioning_moments")  # as the picture is, and mirrored
 
 

@@ -79,8 +79,8 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Row:
-    """What one row of pictures is about."""
+class Example:
+    """A sample whose pictures are shown: what the models are given, and the real picture."""
 
     prompt: str
     truth: UInt8[np.ndarray, "h w 3"]
@@ -93,7 +93,7 @@ class Report:
 
     title: str
     results: Sequence[Result]
-    rows: Sequence[Row]
+    examples: Sequence[Example]
     facts: Mapping[str, str]
     command: str
 
@@ -128,11 +128,11 @@ def write_report(folder: Path, report: Report) -> None:
 def _pictures_alone(report: Report) -> UInt8[np.ndarray, "height width 3"]:
     """The pictures without the page: a row for each result, between condition and real pictures."""
     rows: dict[str, Any] = {}
-    if all(row.condition is not None for row in report.rows):
-        rows["given"] = [row.condition for row in report.rows]
+    if all(example.condition is not None for example in report.examples):
+        rows["given"] = [example.condition for example in report.examples]
     for result in report.results:
         rows[f"{result.name}, {result.steps}"] = result.pictures
-    return labeled_rows(rows | {"real": [row.truth for row in report.rows]})
+    return labeled_rows(rows | {"real": [example.truth for example in report.examples]})
 
 
 def _write(path: Path, text: str) -> None:
@@ -347,7 +347,7 @@ def _gallery(report: Report) -> str:
     models: dict[str, list[int]] = {}
     for i, result in enumerate(report.results):
         models.setdefault(result.name, []).append(i)
-    has_condition = any(row.condition is not None for row in report.rows)
+    has_condition = any(example.condition is not None for example in report.examples)
     ends = (["Given"] if has_condition else []), ["Real"]
     groups = "".join(
         f'<th scope="colgroup" class="edge" colspan="{len(own)}">{html.escape(name)}</th>'
@@ -359,7 +359,7 @@ def _gallery(report: Report) -> str:
         for j, i in enumerate(own)
     )
     before, after = ("".join(f'<th rowspan="2" scope="col" class="edge">{text}</th>' for text in side) for side in ends)
-    body = "".join(_pictures(report, models, r, has_condition) for r in range(len(report.rows)))
+    body = "".join(_pictures(report, models, r, has_condition) for r in range(len(report.examples)))
     return (
         f'<table class="pictures"><thead><tr><th rowspan="2" scope="col">Text</th>{before}{groups}{after}</tr>'
         f"<tr>{steps}</tr></thead><tbody>{body}</tbody></table>"
@@ -367,16 +367,16 @@ def _gallery(report: Report) -> str:
 
 
 def _pictures(report: Report, models: Mapping[str, Sequence[int]], r: int, has_condition: bool) -> str:
-    row = report.rows[r]
+    example = report.examples[r]
     cells = []
     if has_condition:
-        cells.append(_picture(row.condition, f"what the models are given for {row.prompt}", True))
+        cells.append(_picture(example.condition, f"what the models are given for {example.prompt}", True))
     for own in models.values():
         for j, i in enumerate(own):
             result = report.results[i]
-            cells.append(_picture(result.pictures[r], f"{row.prompt}, {result.name}, {result.steps} steps", j == 0))
-    cells.append(_picture(row.truth, f"{row.prompt}, the real picture", True))
-    return f'<tr><th scope="row">{html.escape(row.prompt)}</th>{"".join(cells)}</tr>'
+            cells.append(_picture(result.pictures[r], f"{example.prompt}, {result.name}, {result.steps} steps", j == 0))
+    cells.append(_picture(example.truth, f"{example.prompt}, the real picture", True))
+    return f'<tr><th scope="row">{html.escape(example.prompt)}</th>{"".join(cells)}</tr>'
 
 
 def _picture(pixels: np.ndarray | None, alt: str, edge: bool) -> str:

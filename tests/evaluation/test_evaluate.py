@@ -18,10 +18,13 @@ from folders import SIZE, saved_pipeline
 from PIL import Image
 
 from codi_jax import evaluate
-from codi_jax.evaluate import Args, Competitor, make_pictures, measure, read_models, read_samples, run
-from codi_jax.evaluation import report
+from codi_jax.evaluate import Args, run
+from codi_jax.evaluation import comparison, report
+from codi_jax.evaluation.candidates import Candidate, Checkpoint
+from codi_jax.evaluation.comparison import make_pictures, measure
 from codi_jax.evaluation.metrics import edge_f1, fid, kid, psnr
-from codi_jax.evaluation.report import Report, Result, Row, markdown, page
+from codi_jax.evaluation.report import Example, Report, Result, markdown, page
+from codi_jax.evaluation.samples import read_samples
 from codi_jax.io.images import canny
 from codi_jax.pipeline.model import DiffusionPipeline
 
@@ -42,7 +45,7 @@ def fake_features(pictures: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def _quick_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "load_features", lambda: fake_features)
+    monkeypatch.setattr(comparison, "load_features", lambda: fake_features)
 
 
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -207,7 +210,7 @@ def test_every_batch_has_one_shape_and_noise_of_its_own(data: Path) -> None:
             return np.stack(made)
 
     args = Args((), batch_size=2)
-    pictures, seconds = make_pictures(Recorder(), Competitor("a", (("b", None),)), samples, 4, 7, args)
+    pictures, seconds = make_pictures(Recorder(), Candidate("a", (Checkpoint("b", None),)), samples, 4, 7, args)
     assert pictures[:, 0, 0, 0].tolist() == [0, 11, 2, 13, 4]
     assert [prompts for prompts, *_ in calls] == [["square 0", "square 1"], ["square 2", "square 3"], ["square 4"] * 2]
     assert [seed for _, seed, *_ in calls] == [7_000_000, 7_000_002, 7_000_004]
@@ -236,15 +239,15 @@ def test_max_samples_are_spread_over_the_folder(data: Path) -> None:
     ("fields", "message"),
     [
         ({"models": ("teacher",)}, r"--models teacher: write NAME=FOLDER or NAME=FOLDER\+CONTROLNET_FOLDER\."),
-        ({"models": ()}, r"--models names no model: write NAME=FOLDER\."),
+        ({"models": ()}, r"--models is empty: write NAME=FOLDER\."),
         ({"models": ("a=./none",)}, r"--models a=\./none: there is no folder \./none\."),
         ({"models": ("a=o/r+/none",)}, r"--models a=o/r\+/none: there is no folder /none\."),
-        ({"models": ("a=o/r", "a=o/s")}, "--models has two models of the name a: give each a name of its own"),
+        ({"models": ("a=o/r", "a=o/s")}, "--models names two models a: give each its own name"),
         ({"models": ("a@4,x=o/r",)}, "--models a@4,x: write NAME@STEPS, such as base@4,1"),
         ({"models": ("a@0=o/r",)}, "--models a@0: write NAME@STEPS"),
         (
             {"models": ("a@50=o/r", "a@4,50=o/s")},
-            "--models has two models of the name a with 50 steps: name one otherwise",
+            "--models names a with 50 steps twice: rename one of them",
         ),
         ({"samplers": ("b:ddim",)}, "--samplers b:ddim: --models names no b, only a"),
         ({"samplers": ("a:best",)}, "--samplers: there is no sampler best; there are ddim, euler, "),
@@ -252,7 +255,7 @@ def test_max_samples_are_spread_over_the_folder(data: Path) -> None:
         ({"guidance_scales": ("a:high",)}, "--guidance_scales: high is no number"),
         ({"guidance_scales": ("a:nan",)}, "--guidance_scales: nan is not possible: it must be a finite number of at"),
         ({"image_guidance_scales": ("a:-1",)}, "--image_guidance_scales: -1 is not possible"),
-        ({"models": ("a\udcff=o/r",)}, "the name must be of printable characters"),
+        ({"models": ("a\udcff=o/r",)}, "the name must consist of printable characters"),
         ({"steps": (0, 1)}, "--steps must be numbers of at least 1"),
         ({"seeds": (1, 1)}, "--seeds must be different numbers"),
         ({"batch_size": 0}, "--batch_size and --num_shown must be at least 1"),
@@ -275,7 +278,7 @@ def test_bad_flags_are_named_before_any_work(fields: dict[str, Any], message: st
         ([{"file_name": "none.png", "text": "a"}] * 2, r"There is no image .*none\.png"),
         (
             [{"file_name": "0.png", "text": "a"}, {"file_name": "large.png", "text": "b"}],
-            "the pictures of .* are not of one size: scale them first",
+            "the pictures of .* differ in size: scale them first",
         ),
     ],
 )
@@ -342,8 +345,8 @@ def small_report() -> Report:
         Result("a <b>", 4, "lcm", 1.0, {"fid_lite": [2.0, 2.0], "edge_f1": [0.9, 0.9], "seconds": [0.4, 0.4]}, picture),
         Result("c|d", 4, "ddim", 7.5, {"fid_lite": [2.001, 2.001], "seconds": [0.8, 0.8]}, picture),
     ]
-    rows = [Row('"quoted" & <i>', picture[0], None)]
-    return Report("Title & more", results, rows, {"Data": "<here>"}, "python3 -m codi_jax.evaluate 'a b'")
+    examples = [Example('"quoted" & <i>', picture[0], None)]
+    return Report("Title & more", results, examples, {"Data": "<here>"}, "python3 -m codi_jax.evaluate 'a b'")
 
 
 def test_the_table_marks_the_best(small_report: Report) -> None:
@@ -436,45 +439,3 @@ def test_training_is_plotted_with_what_is_not_trained_as_a_level(small_report: R
     assert "steps of training" in plots["fid_lite-training_steps"]
     assert "against steps of training" in page(whole, plots)
     assert "fid_lite-training_steps" not in report.draw_plots(small_report)
-
-
-def test_what_a_model_was_in_training_is_found(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        (tmp_path / f"{seed}" / "step-5").mkdir(parents=True)
-    models = (f"new={tmp_path}/0,{tmp_path}/1", f"old={tmp_path}/0/step-5")
-    found = read_models(Args(models, training_steps=(5, 9), seeds=(0, 1)))
-    assert [(model.name, model.training_steps) for model in found] == [("new", 5), ("new", None), ("old", None)]
-    assert found[0].places == ((f"{tmp_path}/0/step-5", None), (f"{tmp_path}/1/step-5", None))
-    with pytest.raises(ValueError, match="no model's folder has step-9: train it with --export_steps"):
-        read_models(Args(models, training_steps=(9,), seeds=(0, 1)))
-
-
-def test_models_are_read() -> None:
-    models = ("a=x/y+z/w", "b=x/y,x/z,x/w+y/z")
-    scales: dict[str, Any] = {"guidance_scale": 4.0, "guidance_scales": ("b:2.5",), "image_guidance_scales": ("a:1",)}
-    args = Args(models, samplers=("a:lcm",), **scales)
-    assert read_models(args) == [
-        Competitor("a", (("x/y", "z/w"),), "lcm", 4, 1.0),
-        Competitor("b", (("x/y", None), ("x/z", None), ("x/w", "y/z")), None, 2.5, 1.5),
-    ]
-
-
-def test_models_have_steps_of_their_own() -> None:
-    """And may share a name, which makes them one curve, and what is said of the name alone is meant for all of it."""
-    models = ("base@50=x/y", "base@4,1=x/z", "other=x/w")
-    args = Args(models, steps=(2, 8), guidance_scales=("base@4,1:1", "base:3"), image_guidance_scales=("base:2",))
-    read = read_models(args)
-    assert [(model.name, model.places[0][0], model.steps) for model in read] == [
-        ("base", "x/y", (50,)),
-        ("base", "x/z", (4, 1)),
-        ("other", "x/w", (2, 8)),
-    ]
-    scales = [(model.guidance_scale, model.image_guidance_scale) for model in read]
-    assert scales == [(3.0, 2.0), (1.0, 2.0), (7.5, 1.5)]
-
-
-def test_captions_with_unusual_ends_of_lines_are_read(tmp_path: Path) -> None:
-    rows = [{"text": f"a{separator}b"} for separator in "\u2028\u2029\x85"]
-    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    (tmp_path / "metadata.jsonl").write_bytes(f"\ufeff{lines}\n".encode())
-    assert evaluate._read_rows(tmp_path) == rows

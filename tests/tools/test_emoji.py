@@ -1,6 +1,7 @@
 """The emoji data set: what is in it, that it is the same every time, and that nothing is in both splits."""
 
 import filecmp
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from codi_jax.data.preparation.emoji import read_emoji
 from codi_jax.io.images import canny
 from dataset_tools import emoji as tool
 
@@ -265,11 +267,11 @@ def test_what_was_there_stays_if_a_build_fails(tmp_path: Path, monkeypatch: pyte
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
-        raise tool.importlib.metadata.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(tool.importlib.metadata, "distribution", missing)
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
     with pytest.raises(FileNotFoundError, match=r'the package emoji is not installed: pip install -e "\.\[emoji\]"'):
-        tool.read_emoji()
+        read_emoji()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,250 @@
+"""The comparison of models: what each makes of the same samples, and how that is measured."""
+
+import platform
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from tqdm import tqdm
+
+from codi_jax.diffusion.sampling import default_sampler
+from codi_jax.evaluation.arguments import SEED_STRIDE, Args
+from codi_jax.evaluation.candidates import Candidate, Checkpoint, read_candidates
+from codi_jax.evaluation.features import Features, load_features
+from codi_jax.evaluation.metrics import edge_f1, edit_success, fid, kid, preservation, psnr
+from codi_jax.evaluation.report import Example, Report, Result, check_plots, write_report
+from codi_jax.evaluation.samples import Samples, read_samples
+from codi_jax.io.compiled_programs import keep_compiled_programs
+from codi_jax.io.images import canny
+from codi_jax.pipeline.model import DiffusionPipeline, open_pipeline, resolve_dtype
+
+_MOST_PSNR = 100.0  # dB, of pictures that are equal
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What all models are measured on: n pictures with features of dimension d, of which r are shown."""
+
+    samples: Samples
+    features: Features
+    truth_features: Float[np.ndarray, "n d"]
+    shown: Int[np.ndarray, " r"]
+
+
+def make_pictures(
+    pipeline: DiffusionPipeline, model: Candidate, samples: Samples, steps: int, seed: int, args: Args
+) -> tuple[UInt8[np.ndarray, "n h w 3"], float]:
+    """One picture for each sample, and the seconds that one took, compilation left out.
+
+    The last batch is filled up with its last sample, so that all have one shape and one program.
+    """
+    count = len(samples.prompts)
+    batch_size = min(args.batch_size, count)
+    made, seconds = [], 0.0
+    for start in range(0, count, batch_size):
+        rows = np.minimum(np.arange(start, start + batch_size), count - 1)
+        made.append(
+            pipeline(
+                [samples.prompts[row] for row in rows],
+                None if samples.inputs is None else samples.inputs[rows],
+                None if samples.conditions is None else samples.conditions[rows],
+                steps=steps,
+                guidance_scale=model.guidance_scale,
+                image_guidance_scale=model.image_guidance_scale,
+                sampler=model.sampler,
+                height=samples.truth.shape[1],
+                width=samples.truth.shape[2],
+                seed=seed * SEED_STRIDE + start,
+            )
+        )
+        seconds += pipeline.seconds
+    pictures = np.concatenate(made)
+    return pictures[:count], seconds / len(pictures)
+
+
+def measure(
+    pictures: UInt8[np.ndarray, "n h w 3"], samples: Samples, features: Features, truth_features: np.ndarray
+) -> dict[str, float]:
+    """The metrics of one seed's pictures that the data allows, by the keys of `codi_jax.evaluation.report.METRICS`."""
+    found = features(pictures)
+    values = {
+        "fid_lite": fid(found, truth_features),
+        "kid_lite": 1000 * kid(found, truth_features),
+        "psnr": float(np.minimum(psnr(pictures, samples.truth), _MOST_PSNR).mean()),
+    }
+    if samples.conditions is not None:
+        edges = np.stack([canny(picture) for picture in pictures]) > 0
+        values["edge_f1"] = float(edge_f1(edges, samples.conditions[..., 0] > 127).mean())
+    if samples.variants:
+        success = edit_success(pictures, samples.variants, np.asarray(samples.wanted))
+        values["edit_success"] = float(success.mean())
+    if samples.inputs is not None:
+        kept = preservation(pictures, samples.inputs, samples.truth)
+        if not np.isnan(kept).all():
+            values["preservation"] = float(np.nanmean(np.minimum(kept, _MOST_PSNR)))
+    return values
+
+
+def compare(args: Args, command: str) -> Report:
+    """Compares the models and writes the report.
+
+    Args:
+      args: the user's.
+      command: the command line, which the report shows.
+
+    Raises:
+      ValueError: if arguments do not fit each other, the models or the data; also `WeightsError` and `ConfigError`.
+      OSError: if a picture does not exist, or the output cannot be written.
+      FloatingPointError: if a model gives NaN.
+    """
+    args.check()
+    candidates = read_candidates(args)
+    check_plots()
+    samples = read_samples(args.data, args.max_samples)
+    candidates = [_with_possible_steps(candidate, samples, args) for candidate in candidates]
+    if not any(candidate.steps for candidate in candidates):
+        raise ValueError("no model can be run with any of --steps: see the warnings above.")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    keep_compiled_programs(args.ccache)
+    benchmark = _benchmark(samples, args.num_shown)
+    results = [result for each in candidates if each.steps for result in _evaluate(each, benchmark, args)]
+    if not any("edge_f1" in result.values for result in results):
+        samples = _without_conditions(samples)
+    names = {candidate.name for candidate in candidates}
+    report = Report(
+        title=f"{len(names)} models on {args.data}" if len(names) > 1 else f"{candidates[0].name} on {args.data}",
+        results=results,
+        examples=[_example(samples, int(i)) for i in benchmark.shown],
+        facts=_facts(args, len(samples.prompts)),
+        command=command,
+    )
+    write_report(args.output_dir, report)
+    return report
+
+
+def _benchmark(samples: Samples, num_shown: int) -> Benchmark:
+    features, count = load_features(), len(samples.prompts)
+    shown = np.linspace(0, count - 1, min(num_shown, count)).round().astype(int)
+    return Benchmark(samples, features, features(samples.truth), shown)
+
+
+def _load(checkpoint: Checkpoint, args: Args) -> DiffusionPipeline:
+    return DiffusionPipeline.from_pretrained(*checkpoint, dtype=resolve_dtype(args.dtype), attention=args.attention)
+
+
+def _with_possible_steps(model: Candidate, samples: Samples, args: Args) -> Candidate:
+    """The model with the steps that its sampler can take, once it is found to fit the data.
+
+    Weights are not read: hours may be spent on the models before this one.
+
+    Raises:
+      ValueError: if it is for another task, or cannot make pictures of this size.
+    """
+    steps, (height, width) = model.steps, samples.truth.shape[1:3]
+    for checkpoint in model.checkpoints:
+        pipeline = open_pipeline(*checkpoint)
+        _check_task(pipeline, model, samples, args.data)
+        steps = _possible_steps(pipeline, model, steps)
+        conditions = samples.conditions if "controlnet" in pipeline.modules else None
+        try:
+            pipeline.check(
+                samples.inputs,
+                conditions,
+                steps=next(iter(steps), 1),
+                sampler=model.sampler,
+                height=height,
+                width=width,
+            )
+        except ValueError as error:
+            raise ValueError(f"the model {model.name}: {error}") from error
+    return replace(model, steps=steps)
+
+
+def _possible_steps(pipeline: DiffusionPipeline, model: Candidate, steps: Sequence[int]) -> tuple[int, ...]:
+    """The numbers of steps that the sampler can take; a warning names the others."""
+    possible = []
+    for number in steps:
+        try:
+            pipeline.times(number, model.sampler)
+            possible.append(number)
+        except ValueError as error:
+            warnings.warn(f"{model.name} is not run with {number} steps: {error}", stacklevel=2)
+    return tuple(possible)
+
+
+def _check_task(pipeline: DiffusionPipeline, model: Candidate, samples: Samples, data: Path) -> None:
+    if (pipeline.task == "edit") != (samples.inputs is not None) or pipeline.task == "inpaint":
+        raise ValueError(
+            f"the model {model.name} is for the task {pipeline.task!r}, which {data} is not for: text-to-image models "
+            "need rows with file_name and text, editors rows with input_image, edited_image and edit_prompt."
+        )
+    if "controlnet" in pipeline.modules and samples.conditions is None:
+        raise ValueError(f"the model {model.name} has a ControlNet, but {data} names no conditioning_image.")
+
+
+def _evaluate(model: Candidate, benchmark: Benchmark, args: Args) -> list[Result]:
+    """One model with every number of steps, over all seeds."""
+    values: dict[int, dict[str, list[float]]] = {}
+    pictures: dict[int, np.ndarray] = {}
+    sampler = model.sampler
+    for checkpoint, seeds in _seeds_of(model, args.seeds):
+        pipeline = _load(checkpoint, args)
+        samples = benchmark.samples if "controlnet" in pipeline.modules else _without_conditions(benchmark.samples)
+        sampler = model.sampler or default_sampler(pipeline.schedule)
+        for steps in model.steps:
+            for seed in _progress(seeds, f"{model.name}, {steps} steps"):
+                made, seconds = make_pictures(pipeline, model, samples, steps, seed, args)
+                measured = measure(made, samples, benchmark.features, benchmark.truth_features)
+                for key, value in {**measured, "seconds": seconds}.items():
+                    values.setdefault(steps, {}).setdefault(key, []).append(value)
+                pictures.setdefault(steps, made[benchmark.shown])
+    return [
+        Result(
+            model.name,
+            steps,
+            str(sampler),
+            float(model.guidance_scale),
+            values[steps],
+            pictures[steps],
+            model.training_steps,
+        )
+        for steps in values
+    ]
+
+
+def _without_conditions(samples: Samples) -> Samples:
+    """What a model without a ControlNet is given, and measured by: it has not seen the edges."""
+    return replace(samples, conditions=None)
+
+
+def _seeds_of(model: Candidate, seeds: tuple[int, ...]) -> list[tuple[Checkpoint, tuple[int, ...]]]:
+    """Which checkpoints make pictures with which seeds."""
+    if len(model.checkpoints) == 1:
+        return [(model.checkpoints[0], seeds)]
+    return [(checkpoint, (seed,)) for checkpoint, seed in zip(model.checkpoints, seeds, strict=True)]
+
+
+def _progress(seeds: tuple[int, ...], name: str) -> Iterable[int]:
+    return tqdm(seeds, desc=name, leave=False, disable=not sys.stderr.isatty())
+
+
+def _example(samples: Samples, i: int) -> Example:
+    condition = samples.conditions if samples.inputs is None else samples.inputs
+    return Example(samples.prompts[i], samples.truth[i], None if condition is None else condition[i])
+
+
+def _facts(args: Args, count: int) -> dict[str, str]:
+    device = jax.devices()[0]
+    return {
+        "Data": f"{args.data}, {count} pictures",
+        "Seeds": ", ".join(map(str, args.seeds)),
+        "Device": f"{jax.device_count()} × {device.device_kind} ({device.platform}), batches of {args.batch_size}",
+        "Machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
+        "Versions": ", ".join(f"{name} {version(name)}" for name in ("codi_jax", "jax", "flax", "numpy")),
+    }

@@ -1,0 +1,107 @@
+"""The pictures that models are compared on: a folder with ``metadata.jsonl``."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from codi_jax.io.images import open_image
+
+_CAPTION_COLUMNS = ("file_name", "text")
+_EDIT_COLUMNS = ("input_image", "edited_image", "edit_prompt")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the models are given, and what they should make of it; every field that is present has one entry a picture.
+
+    Attributes:
+      prompts: captions, or instructions of edits.
+      truth: the real pictures, or those after the edit.
+      conditions: of ControlNets.
+      inputs: the pictures before the edit.
+      variants: for each edit, all pictures that could have been made of its input, the input included.
+      wanted: the index of the right one among them.
+    """
+
+    prompts: list[str]
+    truth: UInt8[np.ndarray, "n h w 3"]
+    conditions: UInt8[np.ndarray, "n h w 3"] | None = None
+    inputs: UInt8[np.ndarray, "n h w 3"] | None = None
+    variants: list[UInt8[np.ndarray, "_v h w 3"]] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)
+
+
+def read_samples(folder: Path, most: int | None = None) -> Samples:
+    """Reads a folder with ``metadata.jsonl``: captions with or without edges, or edits.
+
+    Args:
+      folder: of the pictures.
+      most: use at most so many samples, evenly spread over the folder; ``None`` for all.
+
+    Raises:
+      ValueError: if there is no such file, a column is missing, or the pictures differ in size.
+      FileNotFoundError: if a picture is missing.
+    """
+    rows = _read_rows(folder)
+    if most is not None and most < len(rows):
+        rows = [rows[i] for i in np.linspace(0, len(rows) - 1, most).round().astype(int)]
+    has_edits = "edited_image" in rows[0]
+    _require_columns(folder, rows, _EDIT_COLUMNS if has_edits else _CAPTION_COLUMNS)
+    return _edits(folder, rows) if has_edits else _captioned(folder, rows)
+
+
+def _require_columns(folder: Path, rows: Sequence[Mapping[str, Any]], needed: Sequence[str]) -> None:
+    for row in rows:
+        if absent := [column for column in needed if column not in row]:
+            raise ValueError(f"{folder}/metadata.jsonl has a line without {absent[0]}.")
+
+
+def _captioned(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Samples:
+    captions = [text if isinstance(text := row["text"], str) else text[0] for row in rows]
+    read = _reader(folder)
+    edges = read([row["conditioning_image"] for row in rows]) if "conditioning_image" in rows[0] else None
+    return Samples(captions, read([row["file_name"] for row in rows]), edges)
+
+
+def _edits(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Samples:
+    read = _reader(folder)
+    prompts, truth = [row["edit_prompt"] for row in rows], read([row["edited_image"] for row in rows])
+    inputs = read([row["input_image"] for row in rows])
+    if "variants" not in rows[0]:
+        return Samples(prompts, truth, inputs=inputs)
+    variants = [read(row["variants"]) for row in rows]
+    wanted = [row["variants"].index(row["edited_image"]) for row in rows]
+    return Samples(prompts, truth, inputs=inputs, variants=variants, wanted=wanted)
+
+
+def _reader(folder: Path) -> Callable[[Sequence[str]], UInt8[np.ndarray, "n h w 3"]]:
+    """Reads pictures by name, each file once."""
+    files: dict[str, np.ndarray] = {}
+
+    def read(names: Sequence[str]) -> UInt8[np.ndarray, "n h w 3"]:
+        for name in names:
+            if name not in files:
+                files[name] = np.asarray(open_image(folder / name))
+        if len({files[name].shape for name in names}) > 1:
+            raise ValueError(f"the pictures of {folder} differ in size: scale them first.")
+        return np.stack([files[name] for name in names])
+
+    return read
+
+
+def _read_rows(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metadata.jsonl"
+    if not path.is_file():
+        raise ValueError(f"--data {folder} has no metadata.jsonl: make the folder with dataset_tools/emoji.py.")
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON, one object a line: {error}.") from None
+    if len(rows) < 2:
+        raise ValueError(f"{path} names {len(rows)} pictures: metrics need at least two.")
+    return rows
