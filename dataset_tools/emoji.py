@@ -20,8 +20,6 @@ import importlib.metadata
 import itertools
 import json
 import random
-import secrets
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +32,7 @@ from PIL import Image
 from codi_jax.cli import command_line
 from codi_jax.cli.flags import Flags
 from codi_jax.data.preparation.emoji import EDITED, MARGIN, PACKAGES, SIZE, Emoji, edits_of, read_emoji
+from codi_jax.io.atomic import staged_folder
 from codi_jax.io.images import canny
 
 SPLITS = ("train", "validation")
@@ -207,16 +206,8 @@ def build(args: Args) -> str:
     """
     args.check()
     folder = args.output_dir.expanduser()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
-    try:
-        summary = write(unfinished, args)
-        if folder.exists():
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return summary
+    with staged_folder(folder, keep_others=False) as stage:
+        return write(stage, args)
 
 
 def main(args: Args) -> None:

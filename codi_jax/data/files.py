@@ -1,14 +1,16 @@
 """Folders on this machine or on an object store, by path or by a URL that `fsspec` opens (``gs://``, ``s3://``, …)."""
 
+import contextlib
 import functools
-import json
 import posixpath
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
+
+from codi_jax.io.json_files import parse_object
 
 
 def is_url(path: str) -> bool:
@@ -92,25 +94,35 @@ class Folder:
         with self.open(name) as file:
             return file.read()
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """The JSON object in a file.
+    def read_json(self, name: str, remedy: str) -> dict[str, Any]:
+        """The JSON object in a file; for ``remedy`` see `codi_jax.io.json_files.read_object`.
 
         Raises:
-          ValueError: naming the file, if it holds none.
+          JsonError: naming the file, if it holds no JSON object.
         """
+        return parse_object(self.read(name), self.url(name), remedy)
+
+    @contextlib.contextmanager
+    def staged(self, name: str) -> Iterator[Any]:
+        """A file to write to, in binary, which gets its name when the block ends, or is removed after an error.
+
+        What a killed attempt has left is overwritten by the next one.
+        """
+        folder, base = posixpath.split(name)
+        partial = posixpath.join(folder, f".{base}.partial")
         try:
-            contents = json.loads(self.read(name))
-        except ValueError as error:
-            raise ValueError(f"{self.url(name)} is damaged ({error})") from None
-        if not isinstance(contents, dict):
-            raise ValueError(f"{self.url(name)} is damaged (it holds no JSON object)")
-        return contents
+            with self.open(partial, "wb") as file:
+                yield file
+            self.fs.mv(self.locate(partial), self.locate(name))
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.fs.rm_file(self.locate(partial))
+            raise
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a file, whole or not at all."""
-        with self.open(f"{name}.unfinished", "wb") as file:
+        with self.staged(name) as file:
             file.write(data)
-        self.fs.mv(self.locate(f"{name}.unfinished"), self.locate(name))
 
     def write_all(self, files: Mapping[str, bytes]) -> None:
         """Writes many files, on an object store at once."""

@@ -36,7 +36,9 @@ from codi_jax.data.loader import Tokenize
 from codi_jax.data.row_files import DamagedRowsError, RowFile, create, open_rows
 from codi_jax.data.samples import MAX_IN_A_ROW, Batch, Choices, Reader, substitute
 from codi_jax.data.sources import files_fingerprint
+from codi_jax.io.atomic import staged_folder, write_json
 from codi_jax.io.decoding import MAX_MEGAPIXELS
+from codi_jax.io.json_files import JsonError, read_object
 
 _VERSION = 1
 _MANIFEST = "manifest.json"
@@ -234,18 +236,17 @@ def _open(folder: Path, reader: Reader) -> CachedReader:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        if isinstance(manifest["unreadable"], dict) and isinstance(manifest["description"], dict):
-            return manifest
-        reason = "it lacks what it must hold"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error)
-    raise DamagedRowsError(f"{folder / _MANIFEST} cannot be read ({reason})")
+        manifest = read_object(folder / _MANIFEST, "remove the folder to compute its latents again")
+    except (OSError, JsonError) as error:
+        raise DamagedRowsError(f"{folder / _MANIFEST} cannot be read ({error})") from None
+    if isinstance(manifest.get("unreadable"), dict) and isinstance(manifest.get("description"), dict):
+        return manifest
+    raise DamagedRowsError(f"{folder / _MANIFEST} lacks its description or its list of unreadable images")
 
 
 def _write_manifest(folder: Path, description: Mapping[str, Any], unreadable: Mapping[str, str]) -> None:
     contents = {"description": description, "unreadable": unreadable, "arrays": sorted(open_rows(folder))}
-    (folder / _MANIFEST).write_text(json.dumps(contents, indent=2))
+    write_json(folder / _MANIFEST, contents)
 
 
 def _folder(root: Path, description: Mapping[str, Any]) -> Path:
@@ -255,9 +256,14 @@ def _folder(root: Path, description: Mapping[str, Any]) -> Path:
 
 def _join(parts: list[Path], folder: Path, description: Mapping[str, Any]) -> None:
     """Puts the arrays of the parts one behind the other; those of all captions are in every part."""
-    joined = folder.with_suffix(".joined")
-    shutil.rmtree(joined, ignore_errors=True)
-    joined.mkdir()
+    with staged_folder(folder) as joined:
+        _join_arrays(parts, joined)
+        manifests = [_read_manifest(part) for part in parts]
+        unreadable = {row: reason for manifest in manifests for row, reason in manifest["unreadable"].items()}
+        _write_manifest(joined, description, unreadable)
+
+
+def _join_arrays(parts: list[Path], joined: Path) -> None:
     for name in sorted({file.name for part in parts for file in part.glob("*.npy")}):
         if name.partition(".")[0] in _OF_ALL:
             shutil.copyfile(parts[0] / name, joined / name)
@@ -269,10 +275,6 @@ def _join(parts: list[Path], folder: Path, description: Mapping[str, Any]) -> No
             whole[end : end + len(array)] = array
             end += len(array)
         whole.flush()
-    manifests = [_read_manifest(part) for part in parts]
-    unreadable = {row: reason for manifest in manifests for row, reason in manifest["unreadable"].items()}
-    _write_manifest(joined, description, unreadable)
-    joined.rename(folder)
 
 
 def _describe(reader: Reader, encoders: Encoders) -> dict[str, Any]:

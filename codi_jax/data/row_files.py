@@ -5,7 +5,6 @@ of a row for arrays that hold several.
 """
 
 import errno
-import json
 import math
 import os
 import zlib
@@ -17,6 +16,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped, UInt32
 from numpy.lib.format import open_memmap
+
+from codi_jax.io.atomic import write_json
+from codi_jax.io.json_files import JsonError, read_object
 
 _CHECKSUMS = ".crc32"
 
@@ -138,9 +140,7 @@ class RowWriter:
         """Makes sure that what was written outlives an interruption."""
         for array in self._arrays.values():
             array.flush()
-        unfinished = self._progress.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps({"rows": self.rows, "notes": self.notes, "checksums": True}))
-        unfinished.replace(self._progress)
+        write_json(self._progress, {"rows": self.rows, "notes": self.notes, "checksums": True}, indent=None)
 
     def _with_checksums(self, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
         for name, rows in arrays.items():
@@ -167,11 +167,11 @@ def _map(file: Path) -> np.ndarray:
 
 
 def _read_progress(file: Path) -> dict[str, Any]:
-    """What `RowWriter.keep` has written; nothing if it is not there, or of no use."""
+    """What `RowWriter.keep` has written; nothing if the file does not exist or is damaged."""
     try:
-        kept = json.loads(file.read_text())
-        if kept["checksums"] and isinstance(kept["rows"], int) and isinstance(kept["notes"], dict):
-            return kept
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+        kept = read_object(file, "the rows are computed again")
+    except (OSError, JsonError):
+        kept = {}
+    if kept.get("checksums") and isinstance(kept.get("rows"), int) and isinstance(kept.get("notes"), dict):
+        return kept
     return {"rows": 0, "notes": {}}

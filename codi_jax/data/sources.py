@@ -7,7 +7,7 @@ Images stay encoded here, and are opened by whoever wants the sample: see `codi_
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from codi_jax.data.table_files import (
 )
 from codi_jax.io.decoding import RejectedError
 from codi_jax.io.download import DownloadFlags
+from codi_jax.io.json_files import parse_lines
 
 _PROBED = 64  # rows that tell one data set from another
 
@@ -275,7 +276,7 @@ def _from_metadata(name: str, request: _Request) -> Source:
     folder, access = request.folder, request.access
     file = folder.url(name)
     with folder.open(name) as opened:
-        lines = list(_read_lines(file, opened))
+        lines = list(parse_lines(opened, file, "fix or delete it"))
     if not lines:
         raise ValueError(f"{file} is empty: it needs one JSON object for each image.")
     names = list(dict.fromkeys(name for _, row in lines for name in row))
@@ -326,19 +327,6 @@ def _from_captions(captions: Mapping[str, str | None], request: _Request) -> Sou
     return _from_values(values, columns, request.access, folder.path, folder)
 
 
-def _read_lines(file: str, lines: Iterable[bytes]) -> Iterable[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number} is not valid JSON ({error}): mend or delete it.") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{file}, line {number} holds no JSON object but {row!r:.40}: mend or delete it.")
-        yield number, row
-
-
 def _check_value(file: str, number: int, name: str, value: Any, is_caption: bool) -> None:
     if isinstance(value, str) or (is_caption and value is None):
         return
@@ -346,7 +334,7 @@ def _check_value(file: str, number: int, name: str, value: Any, is_caption: bool
         return
     kind = "text or list of texts" if is_caption else "path of an image"
     found = f"{value!r:.40} under {name!r}, which is no {kind}" if value is not None else f"no {name!r}"
-    raise ValueError(f"{file}, line {number} has {found}: mend or delete it.")
+    raise ValueError(f"{file}, line {number} has {found}: fix or delete it.")
 
 
 def _check_path(file: str, number: int, path: str, access: Access) -> None:

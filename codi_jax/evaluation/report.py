@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from codi_jax.io.atomic import staged_file, write_text
 from codi_jax.io.images import labeled_rows
 
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -117,12 +118,15 @@ def write_report(folder: Path, report: Report) -> None:
     Raises:
       OSError: if the folder cannot be written.
     """
-    _write(folder / "metrics.json", json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    numbers = json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # A command line may hold bytes that are no text.
+    write_text(folder / "metrics.json", numbers, errors="backslashreplace")
     plots = draw_plots(report)
     for name, svg in plots.items():
-        _write(folder / f"{name}.svg", svg.replace(_INK, "#555555"))
-    _write(folder / "report.html", page(report, plots))
-    Image.fromarray(_pictures_alone(report)).save(folder / "pictures.png", optimize=True)
+        write_text(folder / f"{name}.svg", svg.replace(_INK, "#555555"), errors="backslashreplace")
+    write_text(folder / "report.html", page(report, plots), errors="backslashreplace")
+    with staged_file(folder / "pictures.png") as stage:
+        Image.fromarray(_pictures_alone(report)).save(stage, optimize=True)
 
 
 def _pictures_alone(report: Report) -> UInt8[np.ndarray, "height width 3"]:
@@ -133,13 +137,6 @@ def _pictures_alone(report: Report) -> UInt8[np.ndarray, "height width 3"]:
     for result in report.results:
         rows[f"{result.name}, {result.steps}"] = result.pictures
     return labeled_rows(rows | {"real": [example.truth for example in report.examples]})
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}")
-    # A command line may hold bytes that are no text.
-    unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
-    unfinished.replace(path)
 
 
 def as_json(report: Report) -> dict[str, Any]:

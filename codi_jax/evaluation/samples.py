@@ -1,6 +1,5 @@
 """The pictures that models are compared on: a folder with ``metadata.jsonl``."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from codi_jax.io.images import open_image
+from codi_jax.io.json_files import parse_lines
 
 _CAPTION_COLUMNS = ("file_name", "text")
 _EDIT_COLUMNS = ("input_image", "edited_image", "edit_prompt")
@@ -98,10 +98,8 @@ def _read_rows(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metadata.jsonl"
     if not path.is_file():
         raise ValueError(f"--data {folder} has no metadata.jsonl: make the folder with dataset_tools/emoji.py.")
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON, one object a line: {error}.") from None
+    lines = path.read_bytes().split(b"\n")
+    rows = [row for _, row in parse_lines(lines, str(path), "write one object a line")]
     if len(rows) < 2:
         raise ValueError(f"{path} names {len(rows)} pictures: metrics need at least two.")
     return rows

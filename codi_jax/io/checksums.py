@@ -1,4 +1,4 @@
-"""Checksums of the files of a folder, written beside them, so that damage is found before they are used."""
+"""Digests of files and of parameters, and the checksums of a folder, written beside its files to find damage."""
 
 import hashlib
 import json
@@ -6,6 +6,12 @@ from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import jax
+
+from codi_jax.io.atomic import write_json
+from codi_jax.io.json_files import JsonError, read_object
+from codi_jax.models import sharding
 
 CHECKSUMS_NAME = "checksums.json"
 _THREADS = 8
@@ -19,6 +25,41 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(folder: Path, pattern: str) -> str:
+    """SHA-256 of the contents of all files in a folder that match a pattern, one after the other, sorted by name."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob(pattern)):
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
+
+
+def digest_of(tree: Any) -> str:
+    """SHA-256 of parameters, names included; if they are split among processes, all of them must call it.
+
+    Args:
+      tree: of arrays, on devices or in host memory.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(sharding.fetch(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def update_with_values(digest: Any, tree: Any) -> None:
+    """Feeds the values of a tree, in its own order and without names, to a digest of several things.
+
+    The fingerprints of cached latents are made of it, so their values must stay what they are.
+
+    Args:
+      digest: of `hashlib`.
+      tree: of arrays; all processes that these are split among must call it.
+    """
+    for leaf in jax.tree.leaves(tree):
+        digest.update(sharding.fetch(leaf).tobytes())
 
 
 def write_checksums(folder: Path, leave_out: Collection[str] = ()) -> None:
@@ -38,8 +79,7 @@ def write_checksums(folder: Path, leave_out: Collection[str] = ()) -> None:
             str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": digest}
             for path, digest in zip(files, digests, strict=True)
         }
-    text = json.dumps({"files": entries, "sha256": _of_entries(entries)}, indent=1)
-    (folder / CHECKSUMS_NAME).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / CHECKSUMS_NAME, {"files": entries, "sha256": _entries_digest(entries)}, indent=1)
 
 
 def verify_checksums(folder: Path) -> None:
@@ -69,15 +109,16 @@ def verify_checksums(folder: Path) -> None:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-        if contents["sha256"] == _of_entries(contents["files"]):
-            return contents["files"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise DamagedError(f"{path} is not what was written")
+        contents = read_object(path, "restore it")
+    except JsonError:
+        contents = {}
+    entries = contents.get("files")
+    if not isinstance(entries, dict) or contents.get("sha256") != _entries_digest(entries):
+        raise DamagedError(f"{path} is not what was written")
+    return entries
 
 
-def _of_entries(entries: Mapping[str, Any]) -> str:
+def _entries_digest(entries: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 

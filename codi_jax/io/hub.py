@@ -1,7 +1,6 @@
 """The folders that models are read from: on this machine, or on the Hugging Face Hub."""
 
 import contextlib
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from codi_jax.cli.messages import first_line, listed
+from codi_jax.cli.messages import listed
+from codi_jax.io.json_files import JsonError, read_object
 from codi_jax.models.config import WeightsError
 
 
@@ -89,12 +89,9 @@ class ModelFolder:
         """
         path = self.require(name)
         try:
-            contents = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise WeightsError(f"{path} is not valid JSON ({first_line(error)}): download it again.") from None
-        if not isinstance(contents, dict):
-            raise WeightsError(f"{path} holds a JSON {type(contents).__name__} instead of an object.")
-        return contents
+            return read_object(path, "download it again")
+        except JsonError as error:
+            raise WeightsError(str(error)) from None
 
     def pinned(self, path: Path) -> "ModelFolder":
         """The same folder at the commit that ``path`` was downloaded from, so that all files are of one version."""

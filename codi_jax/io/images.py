@@ -2,7 +2,6 @@
 
 import math
 import os
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from codi_jax.cli.outputs import obstacle
+from codi_jax.io.atomic import staged_files
 from codi_jax.io.decoding import RejectedError, decode, to_rgb
 
 Picture = Image.Image | np.ndarray
@@ -141,19 +141,12 @@ def save_images(path: str | Path, images: UInt8[np.ndarray, "n h w 3"]) -> list[
       The files written, ``path`` first.
     """
     path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
     single = [Image.fromarray(image) for image in images]
     names = _single_names(path, len(images))
     pictures = {path: grid(images), **dict(zip(names, single, strict=True))} if names else {path: single[0]}
-    unfinished = {name: name.with_stem(f".{name.stem}-{secrets.token_hex(4)}") for name in pictures}
-    try:
-        for name, picture in pictures.items():
-            picture.save(unfinished[name])
-        for name, file in unfinished.items():
-            file.replace(name)
-    finally:
-        for file in unfinished.values():
-            file.unlink(missing_ok=True)
+    with staged_files(list(pictures)) as stages:
+        for stage, picture in zip(stages, pictures.values(), strict=True):
+            picture.save(stage)
     return list(pictures)
 
 

@@ -7,7 +7,6 @@ can call one is listed, and looked up.
 
 import json
 import math
-import os
 import re
 import warnings
 from collections import Counter
@@ -23,8 +22,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Shaped
 
 from codi_jax.cli.messages import listed
-from codi_jax.io.atomic import partial_path
+from codi_jax.io.atomic import write_bytes
 from codi_jax.io.hub import ModelFolder
+from codi_jax.io.json_files import JsonError, parse_object
 from codi_jax.io.state_dict import to_flax_layout, to_state_dict
 from codi_jax.io.weight_files import StoredTensor, WeightFile, open_weights
 from codi_jax.models.config import Params, WeightsError
@@ -356,12 +356,9 @@ def _adapter_config(folder: ModelFolder, file: WeightFile) -> dict[str, Any]:
     with safetensors.safe_open(file.path, framework="np") as opened:
         written = (opened.metadata() or {}).get(_METADATA_KEY, "{}")
     try:
-        config = json.loads(written)
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise WeightsError(f"{file.path} has no JSON object as {_METADATA_KEY}: the file is broken.")
-    return config
+        return parse_object(written, f"{_METADATA_KEY} of {file.path}", "the file is broken, download it again")
+    except JsonError as error:
+        raise WeightsError(str(error)) from None
 
 
 def _alpha(config: Mapping[str, Any], part: str, module: ModulePath, rank: int, stored: float | None) -> float:
@@ -427,15 +424,7 @@ def _cast(array: Shaped[np.ndarray, "..."], dtype: np.dtype, path: Path, key: st
 
 
 def _write(path: Path, tensors: Mapping[str, Shaped[np.ndarray, "..."]], metadata: dict[str, str]) -> None:
-    stage = partial_path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with stage.open("wb") as file:
-            file.write(safetensors.numpy.save(dict(tensors), {"format": "pt", **metadata}))
-            file.flush()
-            os.fsync(file.fileno())
-        stage.replace(path)
+        write_bytes(path, safetensors.numpy.save(dict(tensors), {"format": "pt", **metadata}))
     except OSError as error:
         raise WeightsError(f"Could not save {path}: {error.strerror or error}. Nothing was left behind.") from error
-    finally:
-        stage.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from jaxtyping import Shaped
 from safetensors import safe_open
 
 from codi_jax.io import torch_pickle
+from codi_jax.io.json_files import JsonError, read_object
 from codi_jax.io.torch_pickle import PickledTensor, RefusedError, checked_shape
 from codi_jax.models.config import WeightsError
 
@@ -219,11 +220,11 @@ def shard_names(path: Path) -> list[str]:
 
 def _weight_map(path: Path) -> dict[str, str]:
     try:
-        names = json.loads(path.read_text(encoding="utf-8-sig"))["weight_map"]
-        if not all(isinstance(name, str) for name in names.values()):
-            raise TypeError
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise WeightsError(f"{path} is no index of shards: download it again.") from None
+        names = read_object(path, "download it again").get("weight_map")
+    except JsonError as error:
+        raise WeightsError(str(error)) from None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise WeightsError(f"{path} is not an index of shards: download it again.")
     return names
 
 

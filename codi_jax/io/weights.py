@@ -4,15 +4,11 @@
 is handled by `_modern_names`: the names that older versions of diffusers and transformers wrote.
 """
 
-import contextlib
 import importlib.metadata
-import json
 import math
-import os
 import re
-import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
-from codi_jax.io.atomic import partial_path
+from codi_jax.io.atomic import staged_folder, write_json
 from codi_jax.io.hub import ModelFolder
 from codi_jax.io.state_dict import PlaceFn, convert, from_state_dict, leaves_by_name, require_match, to_state_dict
 from codi_jax.io.weight_files import StoredTensor, WeightFile, open_weights, shard_names, write_safetensors
@@ -225,8 +221,10 @@ def write_model(
             pass
         return
     try:
-        with _staged(target) as stage:
+        with staged_folder(target, last="config.json") as stage:
             _write_files(stage, module.config, header, arrays, max_shard_size)
+            written = {path.name for path in stage.iterdir()}
+        _remove_stale_weights(target, written)
     except OSError as error:
         raise WeightsError(f"Could not save {target}: {error.strerror or error}. Nothing was left behind.") from error
 
@@ -319,36 +317,12 @@ def _modern_vae_attention(name: str, tensor: StoredTensor) -> tuple[str, StoredT
     return f"{module}.{projection}.{leaf}", tensor.squeezed() if len(tensor.shape) == 4 else tensor
 
 
-@contextlib.contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """An empty folder to write into, which becomes ``target``, or vanishes on any error."""
-    created = [parent for parent in target.parents if not parent.exists()]
-    stage = partial_path(target)
-    try:
-        stage.mkdir(parents=True)
-        yield stage
-        _publish(stage, target)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        for parent in created:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        raise
-
-
-def _publish(stage: Path, target: Path) -> None:
-    if not target.exists():
-        stage.rename(target)
-        return
-    new = {path.name for path in stage.iterdir()}
-    for name in sorted(new, key=lambda name: name == "config.json"):
-        os.replace(stage / name, target / name)  # noqa: PTH105
-    stage.rmdir()
-    # Safetensors of an earlier save, in one file or other shards, would be loaded in place of the new ones.
-    stem = min(new - {"config.json"}).partition(".")[0].partition("-")[0]
+def _remove_stale_weights(target: Path, written: Collection[str]) -> None:
+    """Removes safetensors of an earlier save, whole or in shards, which would be loaded in place of the new ones."""
+    stem = min({*written} - {"config.json"}).partition(".")[0].partition("-")[0]
     stale = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
     for path in target.iterdir():
-        if path.name not in new and stale.fullmatch(path.name):
+        if path.name not in written and stale.fullmatch(path.name):
             path.unlink()
 
 
@@ -370,12 +344,8 @@ def _write_files(
         write_safetensors(stage / file, {name: header[name] for name in names}, (next(arrays) for _ in names))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(stage / f"{stem}.safetensors.index.json", index)
+        write_json(stage / f"{stem}.safetensors.index.json", index, sort_keys=True)
     mapping = config.to_dict()
     if "_class_name" in mapping:
         mapping["_diffusers_version"] = importlib.metadata.version("diffusers")
-    _write_json(stage / "config.json", mapping)
-
-
-def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(stage / "config.json", mapping, sort_keys=True)

@@ -109,8 +109,8 @@ def test_rows_without_a_caption_and_blank_lines(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"image": "a.png", "text": ', r"meta.jsonl, line 2 is not valid JSON .*: mend or delete it"),
-        ('["a.png"]', r"line 2 holds no JSON object but \['a.png'\]"),
+        ('{"image": "a.png", "text": ', r"meta.jsonl, line 2 is not valid JSON .*: fix or delete it"),
+        ('["a.png"]', "line 2 holds a JSON list instead of an object: fix or delete it"),
         ('{"text": "a"}', "line 2 has no 'image'"),
         ('{"image": 3, "text": "a"}', "line 2 has 3 under 'image', which is no path of an image"),
         ('{"image": "a.png", "text": 7}', "line 2 has 7 under 'text', which is no text or list of texts"),

@@ -289,7 +289,7 @@ def test_bad_data_is_named(rows: list[dict[str, str]], message: str, tmp_path: P
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_samples(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("{\n")
-    with pytest.raises(ValueError, match=r"metadata\.jsonl is not JSON, one object a line: "):
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 1 is not valid JSON .*: write one object a line"):
         read_samples(tmp_path)
 
 

@@ -595,9 +595,9 @@ def test_names_with_a_point_behind_the_prefix(models, tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ("{", "has no JSON object as lora_adapter_metadata"),
-        ("[" * 100_000, "has no JSON object as lora_adapter_metadata"),
-        ("[]", "has no JSON object as lora_adapter_metadata"),
+        ("{", "lora_adapter_metadata of .* is not valid JSON"),
+        ("[" * 100_000, "lora_adapter_metadata of .* is not valid JSON .nested too deeply"),
+        ("[]", "lora_adapter_metadata of .* holds a JSON list instead of an object"),
         ('{"unet.lora_alpha": "4"}', "α of unet.*to_k is '4', which is no number"),
         ('{"unet.alpha_pattern": {"(a+)+x": 1}}', r"alpha_pattern '\(a\+\)\+x' .* is no name of layers"),
         ('{"unet.alpha_pattern": {".*.*.*.*x": 1}}', r"is no name of layers"),

@@ -89,12 +89,11 @@ class ImageFolder:
         folder.write_all(files)
 
     def publish(self, shards: Sequence[Shard], target: Folder) -> None:
-        with target.open(f"{META}.unfinished", "wb") as meta:
+        with target.staged(META) as meta:
             for shard in shards:
                 meta.writelines(shard.folder.read(META).splitlines(keepends=True)[: shard.count])
                 paths = json.loads(shard.folder.read(_FILES))[: shard.count]
                 target.take([path for of_sample in paths for path in of_sample], shard.folder)
-        target.fs.mv(target.locate(f"{META}.unfinished"), target.locate(META))
 
 
 class Parquet:
@@ -155,7 +154,7 @@ class WebDataset:
         seen: dict[str, None] = {}
         with (
             shard.folder.open(_TAR) as source,
-            target.open(name, "wb") as file,
+            target.staged(name) as file,
             tarfile.open(fileobj=source, mode="r|") as staged,
             tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar,
         ):

@@ -230,10 +230,7 @@ def describe(summary: Mapping[str, Any], flags: Any) -> str:
 
 def _state(folder: Folder, name: str) -> dict[str, Any]:
     """What an earlier start has written down."""
-    try:
-        return folder.read_json(name)
-    except ValueError as error:
-        raise ValueError(f"{error}: name another --train_data_dir, or remove that folder to start over.") from None
+    return folder.read_json(name, "name another --train_data_dir, or remove that folder to start over")
 
 
 def _refuse_another(target: Folder, other: Any, description: Mapping[str, Any], what: str) -> None:
@@ -305,7 +302,7 @@ def _run_wave(wave: Sequence[Task], work: Work, flags: JobFlags) -> dict[int, Re
 def _kept(staging: Folder, shard: int) -> Record | None:
     folder = staging / f"{shard:08}"
     try:
-        return Record(**folder.read_json(_RECORD)) if folder.has(_RECORD) else None
+        return Record(**folder.read_json(_RECORD, "the shard is made again")) if folder.has(_RECORD) else None
     except (ValueError, TypeError):  # a damaged one, whose shard is made again
         return None
 
