@@ -9,24 +9,28 @@ killed and started again.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from codi_jax.cli import command_line
+from codi_jax.cli.choices import choices_with_aliases
 from codi_jax.data import ConditionOf, DataFlags
+from codi_jax.data.images import FORMER_CONDITION_NAMES
 from codi_jax.data.latent_encoding import Part
-from codi_jax.data.load import cache_data, open_data
+from codi_jax.data.load import cache_data, condition_of_task, open_data
 from codi_jax.models import sharding
 from codi_jax.pipeline.model import Model
 from codi_jax.training import optim
 from codi_jax.training.batches import encoders_of
 from codi_jax.training.flags import ModelFlags
 
+_Task = Literal["none", "column", "edit", "canny", "super_resolution", "inpainting"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Args(ModelFlags, DataFlags):
     """Encodes images and captions of a data set, and keeps them for trainings with the same flags."""
 
-    task: Literal["none", "column", "edit", "canny", "super_resolution", "inpainting"] = "none"
+    task: Annotated[_Task, choices_with_aliases(_Task, FORMER_CONDITION_NAMES)] = "none"
     """--task of the training; none for text to image, column for most ControlNets, edit for InstructPix2Pix (with
     --conditioning_image_column input_image --image_column edited_image --caption_column edit_prompt)."""
     mixed_precision: optim.MixedPrecision = "no"
@@ -53,7 +57,7 @@ class Args(ModelFlags, DataFlags):
     @property
     def condition(self) -> ConditionOf:
         """Where condition images come from."""
-        return {"none": None, "edit": "column"}.get(self.task, self.task)
+        return condition_of_task(self.task)
 
 
 def main(args: Args) -> None:

@@ -17,8 +17,11 @@ from codi_jax.data.access import Access
 from codi_jax.io import decoding
 from codi_jax.io.images import canny as edges_of
 
-Task = Literal["canny", "super_resolution", "inpainting"]
-"""The conditions that can be made from a picture."""
+ConditionName = Literal["canny", "super_resolution", "inpainting"]
+"""The conditions that training can make from a picture. Data tools make these and others."""
+
+FORMER_CONDITION_NAMES = {"low_resolution": "super_resolution", "mask": "inpainting"}
+"""Names that data tools had for conditions before they shared those of training; both still take them."""
 
 Condition = Callable[[UInt8[np.ndarray, "h w 3"], np.random.Generator], UInt8[np.ndarray, "h w 3"]]
 """A condition made from the picture that is to be generated, and a generator for what is random about it."""
@@ -154,20 +157,26 @@ def crop(
     return np.asarray(image.resize((width, height), filtering))[top : top + side, left : left + side]
 
 
-def condition_for(task: Task) -> Condition:
-    """The condition of a task, made from the picture that is to be generated.
+def current_condition_name(name: str) -> str:
+    """The name of a condition, if it is given by a former one; any other text unchanged."""
+    return FORMER_CONDITION_NAMES.get(name, name)
+
+
+def condition_for(name: str) -> Condition:
+    """The condition of this name (`ConditionName`, or a former one), made from the picture that is to be generated.
 
     Raises:
-      ValueError: if there is no such task.
+      ValueError: if there is no such condition.
     """
     conditions: dict[str, Condition] = {
         "canny": canny,
         "super_resolution": low_resolution,
         "inpainting": masked,
     }
-    if task not in conditions:
-        raise ValueError(f"no condition is made for {task!r}: use one of {', '.join(get_args(Task))}.")
-    return conditions[task]
+    current = current_condition_name(name)
+    if current not in conditions:
+        raise ValueError(f"no condition is called {name!r}: use one of {', '.join(get_args(ConditionName))}.")
+    return conditions[current]
 
 
 def is_random(condition: Condition) -> bool:

@@ -11,8 +11,16 @@ from typing import Annotated, Any, Literal
 import grain
 import tyro
 
+from codi_jax.cli.choices import choices_with_aliases
 from codi_jax.cli.flags import LARGEST_SIDE, Adjustable, Flags, Local
-from codi_jax.data.images import Condition, Interpolation, Task, condition_for
+from codi_jax.data.images import (
+    FORMER_CONDITION_NAMES,
+    Condition,
+    ConditionName,
+    Interpolation,
+    condition_for,
+    current_condition_name,
+)
 from codi_jax.data.latent_cache import CachedReader, cache_part, open_cache, prefetch
 from codi_jax.data.latent_encoding import Encoders, Part
 from codi_jax.data.loader import Batches, Loader, Order, Shard, Tokenize, read_ahead, tokenized
@@ -23,9 +31,19 @@ from codi_jax.io.decoding import LARGEST_MEGAPIXELS, MAX_MEGAPIXELS
 
 _MOST_WORKERS = 1024  # each is a process, and they are all started before the first batch
 
-ConditionOf = Literal["column"] | Task | Condition | None
-"""Where conditions come from: a column, what a task makes from the image (canny: a column if there is one, else edges),
-a function of the image, or nowhere."""
+ConditionOf = Literal["column"] | ConditionName | Condition | None
+"""Where conditions come from: a column, the image by a condition of that name (canny: a column if there is one, else
+edges), a function of the image, or nowhere."""
+
+_Task = Literal["column", "edit", "canny", "super_resolution", "inpainting"]
+ConditionTask = Annotated[_Task, choices_with_aliases(_Task, FORMER_CONDITION_NAMES)]
+"""The values of ``--task``."""
+
+
+def condition_of_task(task: str) -> ConditionOf:
+    """Where the conditions of a ``--task`` come from, as `load_data` takes it; "none" is nowhere."""
+    name: Any = current_condition_name(task)
+    return {"none": None, "edit": "column"}.get(name, name)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.diffusion.scheduler_config import CONFIG_NAME
 from codi_jax.io.hub import ModelFolder
 from codi_jax.io.weights import Model as Network
-from codi_jax.io.weights import Place, build_module, load_model
+from codi_jax.io.state_dict import PlaceFn
+from codi_jax.io.weights import build_module, load_model
 from codi_jax.models.config import ConfigError, Params, WeightsError
 from codi_jax.models.controlnet import ControlNet
 from codi_jax.models.kernels.attention import Implementation
@@ -49,7 +50,7 @@ def load_parts(
     controlnet_revision: str | None = None,
     tokenizer: str | Path | None = None,
     untrained: Mapping[str, Array | None] | None = None,
-    place: Place | None = None,
+    place: PlaceFn | None = None,
 ) -> dict[str, Any]:
     """The attributes of `codi_jax.pipeline.model.Model`; see its ``from_pretrained`` for arguments and errors."""
     hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}

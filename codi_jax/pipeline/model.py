@@ -23,7 +23,7 @@ from codi_jax.diffusion.scheduler_config import SamplerName
 from codi_jax.diffusion.timesteps import default_sampler, timesteps_for
 from codi_jax.io.images import Picture
 from codi_jax.io.lora_files import load_lora
-from codi_jax.io.weights import Place
+from codi_jax.io.state_dict import PlaceFn
 from codi_jax.models import sharding
 from codi_jax.models.config import ConfigError, Params
 from codi_jax.models.kernels.attention import Implementation
@@ -126,7 +126,7 @@ class Model:
         controlnet_revision: str | None = None,
         tokenizer: str | Path | None = None,
         untrained: Mapping[str, Array | None] | None = None,
-        place: Place | None = None,
+        place: PlaceFn | None = None,
     ) -> "Model":
         """Loads a model.
 

@@ -8,6 +8,7 @@ import tyro
 
 from codi_jax.cli.flags import Adjustable, Flags, Operational
 from codi_jax.data import ConditionOf, DataFlags
+from codi_jax.data.load import ConditionTask, condition_of_task
 from codi_jax.models.kernels.attention import Implementation
 from codi_jax.training.loop import LoopFlags
 from codi_jax.training.optim import OptimizerFlags
@@ -180,7 +181,7 @@ class TrainingFlags(ModelFlags, RunFlags):
 class ConditionFlags(Flags):
     """What the images of a ControlNet are."""
 
-    task: Literal["column", "edit", "canny", "super_resolution", "inpainting"] = "column"
+    task: ConditionTask = "column"
     """Where condition images come from. column, edit: --conditioning_image_column, whatever it holds: edges, depth, for
     edit the image before it (with the edited one in --image_column and the instruction in --caption_column). The others
     are made from the image itself: its edges (unless there is a column of them), a quarter of its resolution, or a hole
@@ -189,7 +190,7 @@ class ConditionFlags(Flags):
     @property
     def condition(self) -> ConditionOf:
         """Where they come from, as `codi_jax.data.load_data` takes it."""
-        return "column" if self.task == "edit" else self.task
+        return condition_of_task(self.task)
 
 
 @dataclass(frozen=True, kw_only=True)

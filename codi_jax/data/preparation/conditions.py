@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from codi_jax.data.images import Condition, low_resolution, masked
+from codi_jax.data.images import Condition, current_condition_name, low_resolution, masked
 from codi_jax.data.preparation.pictures import Picture, PictureFlags, encode, encode_exactly, read_beside, read_picture
 from codi_jax.data.preparation.rows import Row
 from codi_jax.data.preparation.samples import Sample
@@ -24,12 +24,16 @@ class PairFlags(PictureFlags):
 
     condition: str = "canny"
     """canny: thin edges; soft_edges: gradients of three scales (as HED's edges look, without its network); grayscale;
-    low_resolution: a quarter of it; mask: a gray hole to paint; depth_from_file: whatever is in
-    --conditioning_image_column; none; or package.module:function, of pixels (uint8 [h, w, 3]) and a NumPy generator."""
+    super_resolution: a quarter of the resolution; inpainting: a gray hole to paint; depth_from_file: whatever is in
+    --conditioning_image_column; none; or package.module:function, of pixels (uint8 [h, w, 3]) and a NumPy generator.
+    canny, super_resolution and inpainting are what --task of training makes under these names."""
     canny_low: tuple[int, int] = (100, 100)
     """Smallest and largest lower threshold of canny, drawn for each picture; equal ones fix it."""
     canny_high: tuple[int, int] = (200, 200)
-    """Likewise the upper threshold."""
+    """Smallest and largest upper threshold of canny."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "condition", current_condition_name(self.condition))
 
     def check(self) -> None:
         super().check()
@@ -51,8 +55,8 @@ def make_condition(flags: PairFlags) -> Condition | None:
         "canny": functools.partial(random_canny, low=flags.canny_low, high=flags.canny_high),
         "soft_edges": soft_edges,
         "grayscale": grayscale,
-        "low_resolution": low_resolution,
-        "mask": masked,
+        "super_resolution": low_resolution,
+        "inpainting": masked,
         _FROM_FILE: None,
         "none": None,
     }

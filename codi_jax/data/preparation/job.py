@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from codi_jax.cli.flags import Flags
 from codi_jax.data.files import Folder
+from codi_jax.data.images import current_condition_name
 from codi_jax.data.preparation.engine import EngineFlags, run
 from codi_jax.data.preparation.formats import Format, FormatName, Shard, format_of
 from codi_jax.data.preparation.rows import Row, Skipped
@@ -234,6 +235,8 @@ def _state(folder: Folder, name: str) -> dict[str, Any]:
 
 
 def _refuse_another(target: Folder, other: Any, description: Mapping[str, Any], what: str) -> None:
+    if isinstance(other, dict) and isinstance(other.get("condition"), str):
+        other = {**other, "condition": current_condition_name(other["condition"])}
     if other == description:
         return
     differing = [key for key in description if not isinstance(other, dict) or other.get(key) != description[key]]

@@ -109,6 +109,14 @@ def test_a_ray_that_is_not_there():
         EngineFlags(ray_address="auto").check()
 
 
+def test_a_data_set_begun_under_the_former_name_of_a_condition_goes_on(tmp_path: Path):
+    target = Folder(str(tmp_path / "begun"))
+    (target / ".unfinished").write("job.json", b'{"condition": "mask", "resolution": 512}')
+    assert begin(target, {"condition": "inpainting", "resolution": 512})
+    with pytest.raises(ValueError, match=r"was begun with other flags \(condition\)"):
+        begin(target, {"condition": "canny", "resolution": 512})
+
+
 def test_what_an_earlier_start_wrote_down_is_named_where_it_is_damaged(tmp_path: Path):
     target = Folder(str(tmp_path / "finished"))
     for damaged in (b"", b'{"samples": 3, "ma', b"[]", b"\x00\x00"):

@@ -117,10 +117,12 @@ def test_edges():
 def test_conditions_that_need_no_model():
     image, gray = make(photograph(), condition="grayscale")
     assert np.array_equal(gray, cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))
-    _, low = make(photograph(), condition="low_resolution")
+    _, low = make(photograph(), condition="super_resolution")
+    assert np.array_equal(low, make(photograph(), condition="low_resolution")[1])  # the former name
     reference = Image.fromarray(image).resize((32, 24), Image.Resampling.BICUBIC)
     assert np.array_equal(low, np.asarray(reference.resize((128, 96), Image.Resampling.BICUBIC)))
-    _, masked = make(photograph(), condition="mask")
+    _, masked = make(photograph(), condition="inpainting")
+    assert np.array_equal(masked, make(photograph(), condition="mask")[1])  # the former name
     hole = (masked == 128).all(axis=2)
     assert 0.01 < hole.mean() < 0.8
     assert np.array_equal(masked[~hole], image[~hole])

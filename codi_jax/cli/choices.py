@@ -1,0 +1,30 @@
+"""Flags with a choice of names, some of which were once called otherwise."""
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import tyro
+
+
+def choices_with_aliases(kind: Any, aliases: Mapping[str, str]) -> Any:
+    """An annotation for a flag of a ``Literal`` type that also takes former names, which its help does not show.
+
+    Args:
+      kind: the ``Literal``.
+      aliases: former name -> the name of today, which the flag then has.
+    """
+    names = get_args(kind)
+
+    def parse(words: list[str]) -> str:
+        name = aliases.get(words[0], words[0])
+        if name not in names:
+            raise ValueError(f"{words[0]!r} is not one of {', '.join(names)}")
+        return name
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(names)}}}",
+        instance_from_str=parse,
+        is_instance=lambda value: value in names,
+        str_from_instance=lambda value: [value],
+    )
