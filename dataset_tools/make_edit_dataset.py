@@ -23,8 +23,8 @@ from codi_jax.data.files import Folder
 from codi_jax.data.preparation.edits import AFTER, BEFORE, Edit, Generate, GenerateFlags, fields_of, pairs_of_folders
 from codi_jax.data.preparation.job import JobFlags, describe, make_data_set
 from codi_jax.data.preparation.pictures import PictureFlags
-from codi_jax.data.preparation.rows import Row, Skipped
-from codi_jax.data.preparation.tables import Columns, TableFlags, find_column, id_column, open_table
+from codi_jax.data.preparation.rows import InputRow, Skipped
+from codi_jax.data.preparation.tables import TableColumns, TableFlags, find_column, id_column, open_table
 
 _SHARD_SIZE, _GENERATED = 1000, 4
 
@@ -72,29 +72,29 @@ class Args(JobFlags, GenerateFlags, PictureFlags, TableFlags):
         return self.instruction or ("{edit_prompt}" if self.before_dir is None else "{instruction}")
 
 
-def pair_columns(args: Args, names: Sequence[str], where: str) -> Columns:
+def pair_columns(args: Args, names: Sequence[str], where: str) -> TableColumns:
     before = BEFORE, find_column(args.input_image_column, (), names, where, "--input_image_column")
     after = AFTER, find_column(args.edited_image_column, (), names, where, "--edited_image_column")
     texts = text_columns(fields_of(args.template), names, where, "--instruction")
-    return Columns((before, after), texts, id_column(args, names, where), args.are_urls)
+    return TableColumns((before, after), texts, id_column(args, names, where), args.are_urls)
 
 
 def text_columns(wanted: Sequence[str], names: Sequence[str], where: str, flag: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, find_column(name, (), names, where, flag)) for name in wanted)
 
 
-def prompt_columns(args: Args, names: Sequence[str], where: str) -> Columns:
+def prompt_columns(args: Args, names: Sequence[str], where: str) -> TableColumns:
     texts = text_columns(("input", "edit", "output"), names, where, "--input")
-    return Columns((), texts, id_column(args, names, where), False)
+    return TableColumns((), texts, id_column(args, names, where), False)
 
 
-def items_of_folders(args: Args) -> tuple[Callable[[], Iterable[Row | Skipped]], str]:
+def items_of_folders(args: Args) -> tuple[Callable[[], Iterable[InputRow | Skipped]], str]:
     found: dict[str, str] = {}
     if args.instructions is not None:
         table = replace(args, input=args.instructions)
         columns = functools.partial(_instruction_columns, table)
         rows = open_table(table, columns)[0]()
-        found = {row.texts["file_name"]: row.texts["instruction"] for row in rows if isinstance(row, Row)}
+        found = {row.texts["file_name"]: row.texts["instruction"] for row in rows if isinstance(row, InputRow)}
     allowed = ["folder", "name", *(["instruction"] if args.instructions is not None else [])]
     if unknown := sorted(set(fields_of(args.template)) - set(allowed)):
         if args.instruction is None:
@@ -108,9 +108,9 @@ def items_of_folders(args: Args) -> tuple[Callable[[], Iterable[Row | Skipped]],
     return functools.partial(pairs_of_folders, *folders, found), f"{args.before_dir} and {args.after_dir}"
 
 
-def _instruction_columns(args: Args, names: Sequence[str], where: str) -> Columns:
+def _instruction_columns(args: Args, names: Sequence[str], where: str) -> TableColumns:
     texts = text_columns(("file_name", "instruction"), names, where, "--instructions")
-    return Columns((), texts, None, False)
+    return TableColumns((), texts, None, False)
 
 
 def main(args: Args) -> None:

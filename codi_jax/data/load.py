@@ -23,7 +23,7 @@ from codi_jax.data.images import (
 )
 from codi_jax.data.latent_cache import CachedReader, cache_part, open_cache, prefetch
 from codi_jax.data.latent_encoding import Encoders, Part
-from codi_jax.data.loader import Batches, Loader, Order, Shard, Tokenize, read_ahead, tokenized
+from codi_jax.data.loader import Batches, Loader, Order, ProcessShard, Tokenize, read_ahead, tokenized
 from codi_jax.data.samples import Reader, Transform
 from codi_jax.data.sources import Source, open_source, require_folder
 from codi_jax.data.streams import StreamBatches
@@ -243,7 +243,7 @@ def load_data(
       ValueError: as `open_data`, and for images that cannot be read.
     """
     source = source or open_data(flags, batch_size=batch_size, condition=condition, has_text=tokenize is not None)
-    shard = Shard(batch_size, process_index, process_count)
+    shard = ProcessShard(batch_size, process_index, process_count)
     reader = _reader(flags, source, condition, seed, time_ids)
     if source.is_streaming:
         return _stream(reader, shard, tokenize, flags)
@@ -319,7 +319,7 @@ def _open_cache(flags: DataFlags, reader: Reader, tokenize: Tokenize | None, enc
     return open_cache(_cache_root(flags), reader, tokenize, encoders, workers=workers, max_unreadable_share=share)
 
 
-def _stream(reader: Reader, shard: Shard, tokenize: Tokenize | None, flags: DataFlags) -> Loader:
+def _stream(reader: Reader, shard: ProcessShard, tokenize: Tokenize | None, flags: DataFlags) -> Loader:
     batches = StreamBatches(reader, shard, flags.dataloader_num_workers)
 
     def open_at(cursor: dict[str, Any] | None) -> grain.DatasetIterator:

@@ -150,7 +150,7 @@ def refuse_too_many(count: int, tried: int, share: float | int, last: str) -> No
 
 
 @dataclass(frozen=True)
-class Shard:
+class ProcessShard:
     """The part of every batch that one process reads.
 
     Attributes:
@@ -227,7 +227,7 @@ class Batches:
 
     order: Order
     read: Read
-    shard: Shard
+    shard: ProcessShard
     start: int = 0
 
     def __len__(self) -> int:

@@ -25,7 +25,7 @@ from codi_jax.data.picture_folders import captions_in
 from codi_jax.data.table_files import (
     METADATA_FILES,
     Rows,
-    Shards,
+    WebDatasetShards,
     find_shards,
     load_prompts,
     load_table,
@@ -233,7 +233,7 @@ def _from_table(
     loaded = load_table(request.where, request.folder, config, load_from_disk, streaming, cache_dir)
     if not was_saved(request.folder) and names_own_files(loaded):
         request = replace(request, access=replace(request.access, anywhere=True))
-    return _from_shards(loaded, request) if isinstance(loaded, Shards) else _from_rows(loaded, request)
+    return _from_shards(loaded, request) if isinstance(loaded, WebDatasetShards) else _from_rows(loaded, request)
 
 
 def _from_rows(rows: Rows, request: _Request) -> Source:
@@ -254,7 +254,7 @@ def _from_rows(rows: Rows, request: _Request) -> Source:
     return Source(rows, columns, request.access, where, fingerprint)
 
 
-def _from_shards(loaded: Shards, request: _Request) -> Source:
+def _from_shards(loaded: WebDatasetShards, request: _Request) -> Source:
     """The columns have the names that they are asked for by, whatever the endings are that they are read from."""
     where = request.where
     try:

@@ -17,7 +17,7 @@ from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 
 from codi_jax.data.images import UnreadableImageError
-from codi_jax.data.loader import Shard
+from codi_jax.data.loader import ProcessShard
 from codi_jax.data.samples import MAX_IN_A_ROW, Batch, Reader, stack
 
 WINDOW = 1000
@@ -25,7 +25,7 @@ WINDOW = 1000
 
 _MIN_THREADS = 4
 
-Row = tuple[int, int, dict[str, Any]]
+StreamRow = tuple[int, int, dict[str, Any]]
 """Number in the epoch, epoch, and columns."""
 
 
@@ -40,7 +40,7 @@ class StreamBatches(grain.IterDataset):
       window: number of samples that are shuffled at a time; `WINDOW` unless given.
     """
 
-    def __init__(self, reader: Reader, shard: Shard, threads: int = 0, window: int | None = None) -> None:
+    def __init__(self, reader: Reader, shard: ProcessShard, threads: int = 0, window: int | None = None) -> None:
         super().__init__()
         rows, window = _Rows(reader, shard), window or WINDOW
         ahead = grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=window)
@@ -91,7 +91,7 @@ class _BatchIterator(grain.DatasetIterator):
         self._rows.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, row: Row) -> Batch | UnreadableImageError:
+    def _read(self, row: StreamRow) -> Batch | UnreadableImageError:
         number, epoch, columns = row
         try:
             return self._reader.sample(columns, number, epoch)
@@ -102,7 +102,7 @@ class _BatchIterator(grain.DatasetIterator):
 class _Rows(grain.IterDataset):
     """Rows of one process, epoch after epoch."""
 
-    def __init__(self, reader: Reader, shard: Shard) -> None:
+    def __init__(self, reader: Reader, shard: ProcessShard) -> None:
         super().__init__()
         self._reader = reader
         self._shard = shard
@@ -116,7 +116,7 @@ class _Rows(grain.IterDataset):
 
 
 class _RowIterator(grain.DatasetIterator):
-    def __init__(self, rows: IterableDataset, shard: Shard, name: str) -> None:
+    def __init__(self, rows: IterableDataset, shard: ProcessShard, name: str) -> None:
         super().__init__()
         self._rows = rows
         self._start = rows.state_dict()
@@ -126,7 +126,7 @@ class _RowIterator(grain.DatasetIterator):
         self._epoch = 0
         self._read = 0  # rows of this epoch
 
-    def __next__(self) -> Row:
+    def __next__(self) -> StreamRow:
         if self._iterator is None:
             self._iterator = iter(self._rows)
         row = next(self._iterator, None)

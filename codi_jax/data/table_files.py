@@ -24,7 +24,7 @@ METADATA_FILES = ("meta.jsonl", "metadata.jsonl")
 
 
 @dataclass(frozen=True)
-class Shards:
+class WebDatasetShards:
     """A WebDataset.
 
     Attributes:
@@ -49,7 +49,7 @@ def was_saved(folder: Folder) -> bool:
 
 def load_table(
     where: str, folder: Folder, config: str | None, load_from_disk: bool, streaming: bool, cache_dir: str | None
-) -> Rows | Shards:
+) -> Rows | WebDatasetShards:
     """Whatever `datasets` can load, its training split; of a WebDataset the shards, which we read ourselves."""
     try:
         if was_saved(folder):
@@ -65,7 +65,7 @@ def load_table(
         )
         if builder.name == "webdataset":
             files = _training_split(dict(builder.config.data_files or {}), where)
-            return Shards(tuple(files), not streaming, cache_dir)
+            return WebDatasetShards(tuple(files), not streaming, cache_dir)
         if streaming:
             loaded = builder.as_streaming_dataset()
         else:
@@ -124,13 +124,13 @@ def _files_of(folder: Folder) -> tuple[str, dict[str, list[str]]]:
     raise ValueError(f"no file ends with {' or '.join(_BUILDERS)}")
 
 
-def find_shards(pattern: str) -> Shards:
+def find_shards(pattern: str) -> WebDatasetShards:
     """The tar files of a pattern, to be read as a stream."""
     files = [file if is_url(file) else str(Path(file).expanduser()) for file in _expanded(pattern)]
     missing = [file for file in files if not is_url(file) and not Path(file).is_file()]
     if missing:
         raise ValueError(f"there is no shard {missing[0]}: check --train_shards_path_or_url.")
-    return Shards(tuple(files))
+    return WebDatasetShards(tuple(files))
 
 
 def _expanded(pattern: str) -> list[str]:

@@ -14,7 +14,7 @@ from test_load import numbers, take
 
 from codi_jax.data import DataFlags, load_data, streams
 from codi_jax.data.columns import captions_of
-from codi_jax.data.preparation.rows import Row
+from codi_jax.data.preparation.rows import InputRow
 from codi_jax.data.preparation.tables import TableFlags, open_table
 from codi_jax.data.sources import files_fingerprint, open_source
 
@@ -319,7 +319,7 @@ def test_captions_beside_pictures_are_those_that_the_data_tool_reads(tmp_path):
     with pytest.warns(UserWarning, match="2 of the 4 pictures in .*data have no caption"):
         source = open_source(train_data_dir=str(folder))
     items, _ = open_table(TableFlags(input=str(folder)), lambda names, where: pytest.fail("no columns are asked for"))
-    tool = {row.id: row.texts["text"] for row in items() if isinstance(row, Row)}
+    tool = {row.id: row.texts["text"] for row in items() if isinstance(row, InputRow)}
     assert {row["image"]: row["text"] for row in source.rows} == tool
     assert tool["0.png"] == "one two"
     (folder / "0.txt").write_text("three")

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 
 from codi_jax.data.images import Condition, current_condition_name, low_resolution, masked
 from codi_jax.data.preparation.pictures import Picture, PictureFlags, encode, encode_exactly, read_beside, read_picture
-from codi_jax.data.preparation.rows import Row
+from codi_jax.data.preparation.rows import InputRow
 from codi_jax.data.preparation.samples import Sample
 from codi_jax.io.images import canny as edges_of
 
@@ -84,7 +84,7 @@ class Pair:
     flags: PairFlags
     seed: int
 
-    def __call__(self, row: Row, files: Mapping[str, bytes]) -> list[Sample]:
+    def __call__(self, row: InputRow, files: Mapping[str, bytes]) -> list[Sample]:
         """Makes it of the files of the row's pictures, by column.
 
         Raises:

@@ -20,7 +20,7 @@ from codi_jax.cli.flags import Flags
 from codi_jax.data.files import Folder
 from codi_jax.data.picture_folders import images_in
 from codi_jax.data.preparation.pictures import Picture, PictureFlags, encode, read_beside, read_picture
-from codi_jax.data.preparation.rows import File, Row
+from codi_jax.data.preparation.rows import File, InputRow
 from codi_jax.data.preparation.samples import Sample
 from codi_jax.data.preparation.similarity import Encoder, Scores, clip_encoder, compare, lite_encoder
 from codi_jax.diffusion.sampling import Sampler
@@ -42,7 +42,7 @@ class Edit:
     flags: PictureFlags
     template: str
 
-    def __call__(self, row: Row, files: Mapping[str, bytes]) -> list[Sample]:
+    def __call__(self, row: InputRow, files: Mapping[str, bytes]) -> list[Sample]:
         """Makes it of the files of both.
 
         Raises:
@@ -71,7 +71,7 @@ def fields_of(template: str) -> list[str]:
     return names
 
 
-def pairs_of_folders(before: Folder, after: Folder, instructions: Mapping[str, str]) -> Iterator[Row]:
+def pairs_of_folders(before: Folder, after: Folder, instructions: Mapping[str, str]) -> Iterator[InputRow]:
     """Rows of all pictures that lie in two folders under the same name, whatever their endings.
 
     Args:
@@ -92,7 +92,7 @@ def pairs_of_folders(before: Folder, after: Folder, instructions: Mapping[str, s
                 "instruction": of_pair,
             }
             pictures = {BEFORE: File(before.url(path)), AFTER: File(after.url(others[name]))}
-            yield Row(position, name, pictures, texts)
+            yield InputRow(position, name, pictures, texts)
 
 
 def _by_name(folder: Folder) -> dict[str, str]:
@@ -170,7 +170,7 @@ class Generate:
     pictures: PictureFlags
     seed: int
 
-    def __call__(self, row: Row, files: Mapping[str, bytes]) -> list[Sample]:
+    def __call__(self, row: InputRow, files: Mapping[str, bytes]) -> list[Sample]:
         """Draws them.
 
         Raises:
@@ -227,6 +227,6 @@ def _load_encoder(clip_model: str | None) -> Encoder:
     return lite_encoder() if clip_model is None else clip_encoder(clip_model)
 
 
-def _triple(row: Row, key: str, before: Picture, after: Picture, prompt: str, flags: PictureFlags) -> Sample:
+def _triple(row: InputRow, key: str, before: Picture, after: Picture, prompt: str, flags: PictureFlags) -> Sample:
     pictures = {BEFORE: encode(before, flags), AFTER: encode(after, flags)}
     return Sample(row.position, key, pictures, {INSTRUCTION: prompt, "id": row.id})

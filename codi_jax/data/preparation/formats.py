@@ -34,7 +34,7 @@ _FILES, _PARQUET, _TAR = "files.json", "samples.parquet", "samples.tar"  # of a 
 
 
 @dataclass(frozen=True)
-class Shard:
+class StagedShard:
     """A staged shard, of which the first samples are taken.
 
     Attributes:
@@ -56,7 +56,7 @@ class Format(Protocol):
         """Writes the samples of a shard."""
         ...
 
-    def publish(self, shards: Sequence[Shard], target: Folder) -> None:
+    def publish(self, shards: Sequence[StagedShard], target: Folder) -> None:
         """Makes the data set of them; may be interrupted and called again with the same shards."""
         ...
 
@@ -88,7 +88,7 @@ class ImageFolder:
         files[_FILES] = json.dumps([list(paths.values()) for paths in named]).encode()
         folder.write_all(files)
 
-    def publish(self, shards: Sequence[Shard], target: Folder) -> None:
+    def publish(self, shards: Sequence[StagedShard], target: Folder) -> None:
         with target.staged(META) as meta:
             for shard in shards:
                 meta.writelines(shard.folder.read(META).splitlines(keepends=True)[: shard.count])
@@ -102,7 +102,7 @@ class Parquet:
     def stage(self, folder: Folder, samples: Sequence[Sample]) -> None:
         _write_parquet(Dataset.from_list([_row(sample) for sample in samples], _features(samples[0])), folder, _PARQUET)
 
-    def publish(self, shards: Sequence[Shard], target: Folder) -> None:
+    def publish(self, shards: Sequence[StagedShard], target: Folder) -> None:
         for number, shard in enumerate(shards):
             name = f"train-{number:05}.parquet"
             if shard.count < shard.size:
@@ -116,7 +116,7 @@ class Parquet:
 class SaveToDisk(Parquet):
     """What ``save_to_disk`` of `datasets` writes."""
 
-    def publish(self, shards: Sequence[Shard], target: Folder) -> None:
+    def publish(self, shards: Sequence[StagedShard], target: Folder) -> None:
         files = [shard.folder.url(_PARQUET) for shard in shards]
         digest = hashlib.sha256()
         for shard in shards:
@@ -141,7 +141,7 @@ class WebDataset:
                     entry.size = len(data)
                     tar.addfile(entry, io.BytesIO(data))
 
-    def publish(self, shards: Sequence[Shard], target: Folder) -> None:
+    def publish(self, shards: Sequence[StagedShard], target: Folder) -> None:
         for number, shard in enumerate(shards):
             name = f"train-{number:05}.tar"
             if shard.count < shard.size:
@@ -150,7 +150,7 @@ class WebDataset:
                 _take_as(target, name, shard.folder, _TAR)
 
     @staticmethod
-    def _write_first(shard: Shard, target: Folder, name: str) -> None:
+    def _write_first(shard: StagedShard, target: Folder, name: str) -> None:
         seen: dict[str, None] = {}
         with (
             shard.folder.open(_TAR) as source,

@@ -26,8 +26,8 @@ from codi_jax.cli.flags import Flags
 from codi_jax.data.files import Folder
 from codi_jax.data.images import current_condition_name
 from codi_jax.data.preparation.engine import EngineFlags, run
-from codi_jax.data.preparation.formats import Format, FormatName, Shard, format_of
-from codi_jax.data.preparation.rows import Row, Skipped
+from codi_jax.data.preparation.formats import Format, FormatName, StagedShard, format_of
+from codi_jax.data.preparation.rows import InputRow, Skipped
 from codi_jax.data.preparation.samples import Prepare, prepare_rows
 from codi_jax.io.decoding import RejectedError
 from codi_jax.io.download import DownloadFlags
@@ -63,7 +63,7 @@ class JobFlags(OutputFlags, EngineFlags, DownloadFlags):
 
 
 @dataclass(frozen=True)
-class Task:
+class ShardTask:
     """The rows of one shard.
 
     Attributes:
@@ -73,12 +73,12 @@ class Task:
     """
 
     shard: int
-    rows: tuple[Row, ...]
+    rows: tuple[InputRow, ...]
     skipped: tuple[Skipped, ...]
 
 
 @dataclass(frozen=True)
-class Record:
+class ShardRecord:
     """What is known of a shard that is done.
 
     Attributes:
@@ -98,7 +98,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Work:
+class ShardWork:
     """What is done for a shard, in any process.
 
     Attributes:
@@ -113,7 +113,7 @@ class Work:
     prepare: Prepare
     downloads: DownloadFlags
 
-    def __call__(self, task: Task) -> tuple[int, Record | str]:
+    def __call__(self, task: ShardTask) -> tuple[int, ShardRecord | str]:
         """Stages the shard.
 
         Returns:
@@ -124,7 +124,7 @@ class Work:
         except OSError as error:  # not raised here: engines wrap errors, each in its own way
             return task.shard, str(error)
 
-    def _stage(self, task: Task) -> Record:
+    def _stage(self, task: ShardTask) -> ShardRecord:
         folder = self.staging / f"{task.shard:08}"
         folder.remove()
         results = prepare_rows(task.rows, self.prepare, self.downloads)
@@ -133,7 +133,7 @@ class Work:
         for row, result in zip(task.rows, results, strict=True):
             if isinstance(result, RejectedError):
                 rejected.append((row.position, result.reason))
-        record = Record(len(samples), _runs([sample.position for sample in samples], rejected))
+        record = ShardRecord(len(samples), _runs([sample.position for sample in samples], rejected))
         if samples:
             self.output_format.stage(folder, samples)
         folder.write(_RECORD, json.dumps({"size": record.size, "rejected": record.rejected}).encode())
@@ -141,7 +141,7 @@ class Work:
 
 
 def make_data_set(
-    flags: Any, items: Callable[[], Iterable[Row | Skipped]], prepare: Prepare, description: Mapping[str, Any]
+    flags: Any, items: Callable[[], Iterable[InputRow | Skipped]], prepare: Prepare, description: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Makes the data set, or goes on with it.
 
@@ -164,7 +164,7 @@ def make_data_set(
     description = json.loads(json.dumps({**description, **{name: getattr(flags, name) for name in names}}))
     if begin(target, description):
         output_format = format_of(flags.output_format)
-        work = Work(staging, output_format, prepare, DownloadFlags.of(flags))
+        work = ShardWork(staging, output_format, prepare, DownloadFlags.of(flags))
         # A process that is forked waits for ever when it ends threads that OpenCV has begun in its parent.
         cv2.setNumThreads(1)
         records = list(_records(flags, _tasks(items(), flags.shard_size), work))
@@ -246,7 +246,7 @@ def _refuse_another(target: Folder, other: Any, description: Mapping[str, Any], 
     )
 
 
-def _tasks(items: Iterable[Row | Skipped], size: int) -> Iterator[Task]:
+def _tasks(items: Iterable[InputRow | Skipped], size: int) -> Iterator[ShardTask]:
     """Shards of so many rows that were not rejected yet; what was rejected after the last row makes one without."""
     shard, rows, skipped = 0, [], []
     for item in items:
@@ -255,13 +255,13 @@ def _tasks(items: Iterable[Row | Skipped], size: int) -> Iterator[Task]:
             continue
         rows.append(item)
         if len(rows) == size:
-            yield Task(shard, tuple(rows), tuple(skipped))
+            yield ShardTask(shard, tuple(rows), tuple(skipped))
             shard, rows, skipped = shard + 1, [], []
     if rows or skipped:
-        yield Task(shard, tuple(rows), tuple(skipped))
+        yield ShardTask(shard, tuple(rows), tuple(skipped))
 
 
-def _records(flags: JobFlags, tasks: Iterator[Task], work: Work) -> Iterator[Record]:
+def _records(flags: JobFlags, tasks: Iterator[ShardTask], work: ShardWork) -> Iterator[ShardRecord]:
     """The records of the shards in their order, until there are enough samples."""
     wanted, samples, rows = flags.max_train_samples, 0, 0
     with tqdm(total=wanted, desc="preparing", unit=" samples", disable=None) as bar:
@@ -282,7 +282,7 @@ def _records(flags: JobFlags, tasks: Iterator[Task], work: Work) -> Iterator[Rec
             bar.update(new)
 
 
-def _wave(tasks: Iterator[Task], most: int) -> Iterator[Task]:
+def _wave(tasks: Iterator[ShardTask], most: int) -> Iterator[ShardTask]:
     """The next tasks, as far as their pictures fit in memory."""
     waiting = 0
     for task in islice(tasks, most):
@@ -292,7 +292,7 @@ def _wave(tasks: Iterator[Task], most: int) -> Iterator[Task]:
             return
 
 
-def _run_wave(wave: Sequence[Task], work: Work, flags: JobFlags) -> dict[int, Record]:
+def _run_wave(wave: Sequence[ShardTask], work: ShardWork, flags: JobFlags) -> dict[int, ShardRecord]:
     records = {task.shard: record for task in wave if (record := _kept(work.staging, task.shard)) is not None}
     missing = [task for task in wave if task.shard not in records]
     for shard, record in run(work, missing, flags) if missing else ():
@@ -302,17 +302,19 @@ def _run_wave(wave: Sequence[Task], work: Work, flags: JobFlags) -> dict[int, Re
     return records
 
 
-def _kept(staging: Folder, shard: int) -> Record | None:
+def _kept(staging: Folder, shard: int) -> ShardRecord | None:
     folder = staging / f"{shard:08}"
     try:
-        return Record(**folder.read_json(_RECORD, "the shard is made again")) if folder.has(_RECORD) else None
+        return ShardRecord(**folder.read_json(_RECORD, "the shard is made again")) if folder.has(_RECORD) else None
     except (ValueError, TypeError):  # a damaged one, whose shard is made again
         return None
 
 
-def _accepted(records: Sequence[Record], staging: Folder, wanted: int | None) -> tuple[list[Shard], Counter[str]]:
+def _accepted(
+    records: Sequence[ShardRecord], staging: Folder, wanted: int | None
+) -> tuple[list[StagedShard], Counter[str]]:
     """The shards that are not empty, the last one up to where there are enough samples; what was rejected before."""
-    shards: list[Shard] = []
+    shards: list[StagedShard] = []
     rejected: Counter[str] = Counter()
     samples = 0
     for number, record in enumerate(records):
@@ -322,7 +324,7 @@ def _accepted(records: Sequence[Record], staging: Folder, wanted: int | None) ->
         samples += count
         rejected += record.rejections(count if samples == wanted else None)
         if count:
-            shards.append(Shard(staging / f"{number:08}", record.size, count))
+            shards.append(StagedShard(staging / f"{number:08}", record.size, count))
     return shards, rejected
 
 

@@ -26,7 +26,7 @@ Cell = Url | File | bytes
 
 
 @dataclass(frozen=True)
-class Row:
+class InputRow:
     """One sample of the input.
 
     Attributes:

@@ -8,7 +8,7 @@ import cv2
 
 from codi_jax.data.access import read_file
 from codi_jax.data.preparation.pictures import Encoded
-from codi_jax.data.preparation.rows import File, Row, Url
+from codi_jax.data.preparation.rows import File, InputRow, Url
 from codi_jax.io.decoding import RejectedError
 from codi_jax.io.download import DownloadFlags, download
 
@@ -30,11 +30,13 @@ class Sample:
     texts: Mapping[str, str]
 
 
-Prepare = Callable[[Row, Mapping[str, bytes]], Sequence[Sample]]
+Prepare = Callable[[InputRow, Mapping[str, bytes]], Sequence[Sample]]
 """Makes the samples of a row, one mostly, of its pictures' files, or raises `RejectedError`: what all engines run."""
 
 
-def prepare_rows(rows: Sequence[Row], prepare: Prepare, flags: DownloadFlags) -> list[Sequence[Sample] | RejectedError]:
+def prepare_rows(
+    rows: Sequence[InputRow], prepare: Prepare, flags: DownloadFlags
+) -> list[Sequence[Sample] | RejectedError]:
     """Reads or downloads the pictures of some rows, and makes samples of each.
 
     Args:
@@ -75,7 +77,7 @@ def prepare_rows(rows: Sequence[Row], prepare: Prepare, flags: DownloadFlags) ->
     return [done[number] for number in range(len(rows))]
 
 
-def _prepare_one(row: Row, files: dict[str, Any], prepare: Prepare) -> Sequence[Sample] | RejectedError:
+def _prepare_one(row: InputRow, files: dict[str, Any], prepare: Prepare) -> Sequence[Sample] | RejectedError:
     rejected = next((files[column] for column in row.pictures if isinstance(files[column], RejectedError)), None)
     if rejected is not None:
         return rejected

@@ -23,7 +23,7 @@ from codi_jax.data.access import Access, is_web, names_own_files
 from codi_jax.data.files import Folder
 from codi_jax.data.images import file_of
 from codi_jax.data.picture_folders import beside, images_in
-from codi_jax.data.preparation.rows import Cell, File, Row, Skipped, Url, clean_text
+from codi_jax.data.preparation.rows import Cell, File, InputRow, Skipped, Url, clean_text
 from codi_jax.data.table_files import METADATA_FILES, SAVED, text_options
 from codi_jax.io.decoding import RejectedError
 
@@ -129,7 +129,7 @@ class ScoreFlags(Flags):
 
 
 @dataclass(frozen=True)
-class Columns:
+class TableColumns:
     """Which columns of a table are read.
 
     Attributes:
@@ -157,11 +157,11 @@ class Table:
     """
 
     rows: Dataset | IterableDataset
-    columns: Columns
+    columns: TableColumns
     filters: tuple[tuple[Filter, str], ...] = ()
     access: Access = field(default_factory=Access)
 
-    def items(self) -> Iterator[Row | Skipped]:
+    def items(self) -> Iterator[InputRow | Skipped]:
         """Its rows, in order, from the first."""
         position = 0
         for table in self.rows.with_format("arrow").iter(batch_size=_BATCH):
@@ -169,7 +169,7 @@ class Table:
             yield from self._of_batch(table, position)
             position += len(table)
 
-    def _of_batch(self, table: pa.Table, first: int) -> Iterator[Row | Skipped]:
+    def _of_batch(self, table: pa.Table, first: int) -> Iterator[InputRow | Skipped]:
         reasons: list[str | None] = [None] * len(table)
         for each, column in self.filters:
             for index in np.flatnonzero(each.rejects(table, column)):
@@ -179,7 +179,7 @@ class Table:
         for index, reason in enumerate(reasons):
             yield next(rows) if reason is None else Skipped(first + index, reason)
 
-    def _rows(self, table: pa.Table, indices: Sequence[int], first: int) -> Iterator[Row | Skipped]:
+    def _rows(self, table: pa.Table, indices: Sequence[int], first: int) -> Iterator[InputRow | Skipped]:
         columns = self.columns
         pictures = {name: _cells(table[column]) for name, column in columns.pictures}
         texts = {name: _values(table[column]) for name, column in columns.texts}
@@ -194,7 +194,7 @@ class Table:
             of_row = {name: _text(values[number]) for name, values in texts.items()}
             own = ids[number]
             name = str(position) if own is None else clean_text(own if isinstance(own, bytes) else str(own))
-            yield Row(position, name, cells, {**of_row, "id": name})  # type: ignore[arg-type]
+            yield InputRow(position, name, cells, {**of_row, "id": name})  # type: ignore[arg-type]
 
     def _cell(self, value: Any) -> Cell | RejectedError:
         value = file_of(value)
@@ -213,12 +213,12 @@ class Table:
 
 def open_table(
     flags: TableFlags,
-    columns: Callable[[Sequence[str], str], Columns],
+    columns: Callable[[Sequence[str], str], TableColumns],
     *,
     default: str | None = None,
     filters: Sequence[Filter] = (),
     shuffle: bool = False,
-) -> tuple[Callable[[], Iterable[Row | Skipped]], str]:
+) -> tuple[Callable[[], Iterable[InputRow | Skipped]], str]:
     """Opens the input.
 
     Args:
@@ -268,8 +268,8 @@ def _access(where: str, folder: Folder, rows: Dataset | IterableDataset, flags: 
     return Access(anywhere=flags.allow_outside_paths or names_own_files(rows))
 
 
-def image_columns(flags: TableFlags, condition: str | None, names: Sequence[str], where: str) -> Columns:
-    """Columns of an image or its address, of a caption and, where one is named, of a condition image.
+def image_columns(flags: TableFlags, condition: str | None, names: Sequence[str], where: str) -> TableColumns:
+    """The columns of an image or its address, of a caption and, where one is named, of a condition image.
 
     Raises:
       ValueError: if one of them is missing.
@@ -282,7 +282,7 @@ def image_columns(flags: TableFlags, condition: str | None, names: Sequence[str]
         flag = "--conditioning_image_column"
         pictures.append(("conditioning_image", find_column(condition, (), names, where, flag)))
     caption = find_column(flags.caption_column, _CAPTIONS, names, where, "--caption_column")
-    return Columns(tuple(pictures), (("text", caption),), id_column(flags, names, where), bool(url))
+    return TableColumns(tuple(pictures), (("text", caption),), id_column(flags, names, where), bool(url))
 
 
 def id_column(flags: TableFlags, names: Sequence[str], where: str) -> str | None:
@@ -378,11 +378,11 @@ def _is_folder_of_images(folder: Folder) -> bool:
     return not any(PurePosixPath(name).suffix in _BUILDERS or name in SAVED for name in names)
 
 
-def _items_of_images(folder: Folder, paths: Sequence[str]) -> Iterator[Row]:
+def _items_of_images(folder: Folder, paths: Sequence[str]) -> Iterator[InputRow]:
     for position, path in enumerate(paths):
         text = beside(path)
         caption = clean_text(folder.read(text)) if folder.has(text) else ""
-        yield Row(position, path, {"image": File(folder.url(path))}, {"text": caption, "id": path})
+        yield InputRow(position, path, {"image": File(folder.url(path))}, {"text": caption, "id": path})
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:

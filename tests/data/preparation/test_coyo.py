@@ -25,7 +25,7 @@ from web import Web, bomb, jpeg
 
 from codi_jax.data.files import Folder
 from codi_jax.data.preparation.formats import FormatName
-from codi_jax.data.preparation.job import Task, Work
+from codi_jax.data.preparation.job import ShardTask, ShardWork
 from codi_jax.io.images import canny
 from dataset_tools import coyo_1m_dataset_preprocess as tool
 
@@ -266,20 +266,20 @@ def test_a_run_that_was_stopped_does_only_what_is_left(tmp_path: Path, monkeypat
     source, target = images(tmp_path / "in", 40), tmp_path / "out"
     make(source, tmp_path / "clean")
     calls: list[int] = []
-    stage = Work._stage
+    stage = ShardWork._stage
 
-    def counted(work: Work, task: Task, stop: int = 3):
+    def counted(work: ShardWork, task: ShardTask, stop: int = 3):
         calls.append(task.shard)
         if task.shard == stop:
             work.output_format.stage(work.staging / f"{stop:08}", [])
             raise KeyboardInterrupt
         return stage(work, task)
 
-    monkeypatch.setattr(Work, "_stage", counted)
+    monkeypatch.setattr(ShardWork, "_stage", counted)
     with pytest.raises(KeyboardInterrupt):
         make(source, target)
     assert calls == [0, 1, 2, 3]
-    monkeypatch.setattr(Work, "_stage", lambda work, task: counted(work, task, stop=-1))
+    monkeypatch.setattr(ShardWork, "_stage", lambda work, task: counted(work, task, stop=-1))
     make(source, target)
     assert calls[4:] == [3, 4]
     assert contents(target) == contents(tmp_path / "clean")

@@ -15,7 +15,7 @@ from test_coyo import contents, images, make
 
 from codi_jax.data.files import Folder
 from codi_jax.data.preparation.engine import EngineFlags, run
-from codi_jax.data.preparation.job import Record, _kept, begin
+from codi_jax.data.preparation.job import ShardRecord, _kept, begin
 
 ray = pytest.importorskip("ray")
 
@@ -133,4 +133,4 @@ def test_what_an_earlier_start_wrote_down_is_named_where_it_is_damaged(tmp_path:
         (staging / "00000003").write("record.json", damaged)
         assert _kept(staging, 3) is None
     (staging / "00000003").write("record.json", b'{"size": 1}')
-    assert _kept(staging, 3) == Record(1)
+    assert _kept(staging, 3) == ShardRecord(1)

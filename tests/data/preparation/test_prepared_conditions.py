@@ -12,7 +12,7 @@ from web import bomb, jpeg
 
 from codi_jax.data.preparation.conditions import Pair, PairFlags
 from codi_jax.data.preparation.pictures import PictureFlags, read_picture
-from codi_jax.data.preparation.rows import Row, clean_text
+from codi_jax.data.preparation.rows import InputRow, clean_text
 from codi_jax.io.decoding import RejectedError
 from dataset_tools import cache_latents, coyo_1m_dataset_preprocess, laion_subset, make_edit_dataset
 
@@ -32,7 +32,7 @@ def opened(data: bytes) -> Image.Image:
 
 def make(data: bytes, seed: int = 0, sample: str = "a", files: dict | None = None, **flags):
     """The picture and the condition of a sample."""
-    row = Row(7, sample, {}, {"text": "x"})
+    row = InputRow(7, sample, {}, {"text": "x"})
     pair = Pair(PairFlags(**{"resolution": 96, "image_format": "png"} | flags), seed)
     (made,) = pair(row, {"image": data, **(files or {})})
     image = np.asarray(opened(made.pictures["image"].data))
@@ -76,7 +76,7 @@ def test_pictures_are_upright_and_rgb():
 
 @pytest.mark.parametrize("image_format", ["jpeg", "png", "webp"])
 def test_formats_of_pictures(image_format: str):
-    row, flags = Row(0, "a", {}), PairFlags(resolution=96, image_format=image_format)
+    row, flags = InputRow(0, "a", {}), PairFlags(resolution=96, image_format=image_format)
     (made,) = Pair(flags, 0)(row, {"image": photograph()})
     image = opened(made.pictures["image"].data)
     assert image.format == image_format.upper()

@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from codi_jax.data.preparation.rows import Row, Skipped, Url
+from codi_jax.data.preparation.rows import InputRow, Skipped, Url
 from codi_jax.data.preparation.tables import Filter, TableFlags, image_columns, open_table
 
 # What pandas takes for missing, what str.splitlines takes for ends of lines, and a quote that never ends.
@@ -19,7 +19,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
-def read(file: Path, **options: object) -> list[Row | Skipped]:
+def read(file: Path, **options: object) -> list[InputRow | Skipped]:
     flags = TableFlags(input=str(file))
     items, _ = open_table(flags, partial(image_columns, flags, None), **options)  # type: ignore[arg-type]
     return list(items())
@@ -42,7 +42,7 @@ def test_every_row_has_its_own_caption(tmp_path: Path, kind: str, shuffle: bool,
         separator = {"csv": ",", "tsv": "\t"}[kind]
         lines = [f"text{separator}url", *(f"{t}{separator}{u}" for u, t in zip(urls, captions, strict=True))]
     rows = read(write(tmp_path / f"table.{kind}", lines, mark), shuffle=shuffle)
-    found = {row.pictures["image"]: row.texts["text"] for row in rows if isinstance(row, Row)}
+    found = {row.pictures["image"]: row.texts["text"] for row in rows if isinstance(row, InputRow)}
     wanted = [" ".join(caption.split()) for caption in captions]  # a caption is one line
     assert found == {Url(url): caption for url, caption in zip(urls, wanted, strict=True)}
 
@@ -50,8 +50,8 @@ def test_every_row_has_its_own_caption(tmp_path: Path, kind: str, shuffle: bool,
 def test_an_empty_cell_has_no_caption_and_no_address(tmp_path: Path) -> None:
     lines = ["text,url", ",http://host/0.jpg", "one,", "two,http://host/2.jpg"]
     rows = read(write(tmp_path / "table.csv", lines, False))
-    assert [isinstance(row, Row) for row in rows] == [True, False, True]
-    assert isinstance(rows[0], Row)
+    assert [isinstance(row, InputRow) for row in rows] == [True, False, True]
+    assert isinstance(rows[0], InputRow)
     assert rows[0].texts["text"] == ""
 
 
@@ -60,4 +60,4 @@ def test_scores_that_are_missing_are_rejected(tmp_path: Path) -> None:
     scores = ["0.5", "NA", "0.1", "", "null", "1e-1", "0.9"]
     lines = ["text,url,similarity", *(f"t,http://host/{i}.jpg,{score}" for i, score in enumerate(scores))]
     rows = read(write(tmp_path / "table.csv", lines, False), filters=[Filter("similarity", ("similarity",), 0.4)])
-    assert [isinstance(row, Row) for row in rows] == [True, *[False] * 5, True]
+    assert [isinstance(row, InputRow) for row in rows] == [True, *[False] * 5, True]
