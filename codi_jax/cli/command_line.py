@@ -25,13 +25,13 @@ _SAVE_MEMORY = ("train_batch_size", "gradient_checkpointing", "fsdp")
 def run(
     args_class: type[Args], function: Callable[[Args], Any], prog: str | None = None, *, save_memory: str | None = None
 ) -> None:
-    """Parses the command line and calls the function; an error that the user can mend ends the process with a line.
+    """Parses the command line and calls the function; an error that the user can fix ends the process with one line.
 
     Args:
       args_class: a dataclass; the docstrings of its fields are the help.
-      function: of the arguments.
+      function: called with the arguments.
       prog: the program's name in the help.
-      save_memory: what to try when the device has not enough memory; ``None`` names the flags of training.
+      save_memory: what to try when the device runs out of memory. Default: the flags of training that save memory.
     """
     warnings.showwarning = _warning_printer()
     try:
@@ -46,11 +46,11 @@ def run(
 
 
 def _explained(error: BaseException, save_memory: str) -> str | None:
-    """One sentence about an error that the user can fix; ``None`` for any other, whose traceback is of use."""
+    """One sentence about an error that the user can fix; ``None`` for any other error, whose traceback is needed."""
     if isinstance(error, ValueError | OSError | FloatingPointError):
         return f"error: {error}"
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-        return f"error: the device has not enough memory: try {save_memory}."
+        return f"error: the device has run out of memory: try {save_memory}."
     return None
 
 
@@ -69,15 +69,15 @@ def _hide_secrets(args_class: type) -> None:
 
 
 def parse(args_class: type[Args], words: Sequence[str], prog: str | None = None) -> Args:
-    """The arguments of these words. A flag that is on or off may be ``--flag``, ``--no_flag`` or ``--flag False``.
+    """Parses a command line. A boolean flag may be written ``--flag``, ``--no_flag`` or ``--flag False``.
 
     Args:
-      args_class: see `run`.
-      words: of the command line, without the program.
-      prog: see `run`.
+      args_class: a dataclass, see `run`.
+      words: the command line without the program.
+      prog: the program's name in the help.
 
     Raises:
-      SystemExit: after a message, if they cannot be read; after the help, if it is asked for.
+      SystemExit: after an error message, or after ``--help``.
     """
     switches = {name for name, kind in get_type_hints(args_class).items() if kind is bool}
     plain = list(_without_truth_values(words, switches))
@@ -85,7 +85,7 @@ def parse(args_class: type[Args], words: Sequence[str], prog: str | None = None)
 
 
 def _without_truth_values(words: Sequence[str], switches: set[str]) -> Iterable[str]:
-    """``--flag True`` as ``--flag`` and ``--flag False`` as ``--no_flag``, in which tyro knows switches alone."""
+    """``--flag True`` as ``--flag`` and ``--flag False`` as ``--no_flag``, the only forms of switches in tyro."""
     rest = list(reversed(words))
     while rest:
         word = rest.pop()
@@ -108,7 +108,7 @@ def _warning_printer() -> Callable[..., None]:
         if seen[filename, lineno] <= _SHOWN:
             print(f"warning: {message}", file=sys.stderr)
         elif seen[filename, lineno] == _SHOWN + 1:
-            print("warning: there are more warnings of this kind; they are not shown.", file=sys.stderr)
+            print("warning: further warnings of this kind are not shown.", file=sys.stderr)
 
     return show
 

@@ -15,21 +15,21 @@ _T = TypeVar("_T")
 
 
 class Scope(enum.IntEnum):
-    """What has to share one value of a flag; a flag says it in its annotation: ``logging_steps: Operational[int]``.
+    """What must share one value of a flag. A flag declares it in its annotation: ``logging_steps: Operational[int]``.
 
-    A flag that says nothing belongs to the run.
+    Default: ``RUN``.
     """
 
     RUN = 0
-    """The whole run: one that is resumed with another value is refused."""
+    """The whole run: resuming with another value is refused."""
     RESUME = 1
     """The run until it is stopped: a resumed run may have another learning rate, or find its data elsewhere."""
     START = 2
-    """The processes of one start: it changes nothing of what is trained."""
+    """The processes of one start; the flag does not influence what is trained."""
     PROCESS = 3
-    """One process: paths on a machine, for example."""
+    """One process, such as a path on its machine."""
     SECRET = 4
-    """One process, and it is never written down."""
+    """One process; the value is never saved."""
 
 
 Adjustable = Annotated[_T, Scope.RESUME]
@@ -38,7 +38,7 @@ Local = Annotated[_T, Scope.PROCESS]
 Secret = Annotated[_T, Scope.SECRET]
 
 LARGEST_SIDE = 2**14
-"""The longest side of a picture, in pixels: beyond it no device has the memory, and to find out takes minutes."""
+"""The longest side of a picture, in pixels. No device has the memory for more, and failing would take minutes."""
 LARGEST_SEED = 2**63 - 1
 """The largest seed that JAX takes."""
 _LARGEST = 2**31 - 1  # of any other number: steps and sizes are int32 on devices
@@ -46,13 +46,13 @@ _FOLDERS = ("output_dir", "cache_dir", "cache_latents_dir", "ccache", "logging_d
 
 
 class Flags:
-    """Base of the groups.
+    """Base class of groups of flags.
 
-    A group with values to refuse overrides `check`, and calls that of ``super()`` in it, so that a script that is made
-    of several groups checks them all. What holds for every number and for every folder that is written is checked here.
+    A group that rejects values overrides `check` and calls ``super().check()``, so that a script that combines several
+    groups checks them all. The limits of all numbers and output folders are checked here.
 
     Attributes:
-      may_be_infinite: the flags for which inf means that there is no limit.
+      may_be_infinite: the flags for which inf means no limit.
     """
 
     may_be_infinite: ClassVar[tuple[str, ...]] = ("max_grad_norm",)
@@ -65,7 +65,7 @@ class Flags:
 
     @classmethod
     def of(cls: type[Group], flags: Any) -> Group:
-        """The group alone, of the flags of a script that is made of several."""
+        """This group, extracted from the flags of a script that combines several groups."""
         return cls(**{name: getattr(flags, name) for name in cls.names()})
 
     @classmethod
@@ -80,20 +80,16 @@ class Flags:
         return scopes
 
     def values_within(self, widest: Scope) -> dict[str, Any]:
-        """The flags of this scope and of narrower ones, as JSON values.
-
-        Args:
-          widest: the last scope to take part; secrets never do.
-        """
+        """The flags whose scope is at most ``widest``, as JSON values; secrets are never included."""
         wanted = [name for name, scope in self.scopes().items() if scope <= min(widest, Scope.PROCESS)]
         return json.loads(json.dumps({name: getattr(self, name) for name in wanted}, default=str))
 
     def check(self) -> None:
-        """Refuses flags that contradict each other or make no sense.
+        """Rejects flags that contradict each other or make no sense.
 
         Raises:
           ValueError: one sentence, naming the flag.
-          OSError: likewise, if ``--output_dir`` cannot be written.
+          OSError: if ``--output_dir`` cannot be written.
         """
         for flag in self.names():
             self._check_numbers(flag)
@@ -101,22 +97,22 @@ class Flags:
             self._check_folder(flag)
 
     def require(self, flag: str, holds: bool, what: str) -> None:
-        """Raises that sentence unless the condition holds; ``what`` the flag must be ends it."""
+        """Raises `ValueError` unless the condition holds; ``what`` says what the flag must be."""
         if not holds:
             raise ValueError(f"--{flag} {_shown(getattr(self, flag))} is not possible: it must be {what}.")
 
     def require_at_least(self, least: int, *flags: str) -> None:
-        """The same for numbers, one or several in a flag; those that are left out pass."""
+        """Raises `ValueError` unless the numbers of the flags are at least ``least``; ``None`` is accepted."""
         for flag in flags:
             self.require(flag, all(value >= least for value in self._values(flag)), f"at least {least}")
 
     def require_positive(self, *flags: str) -> None:
-        """The same for numbers above 0; those that are left out pass."""
+        """Raises `ValueError` unless the numbers of the flags are above 0; ``None`` is accepted."""
         for flag in flags:
             self.require(flag, all(value > 0 for value in self._values(flag)), "positive")
 
     def require_in(self, low: float | int, high: float | int, *flags: str) -> None:
-        """The same for numbers from ``low`` to ``high``; those that are left out pass."""
+        """Raises `ValueError` unless the numbers of the flags are from ``low`` to ``high``; ``None`` is accepted."""
         for flag in flags:
             possible = all(low <= value <= high for value in self._values(flag))
             self.require(flag, possible, f"between {low:g} and {high:g}")
@@ -141,7 +137,7 @@ class Flags:
         if folder is None:
             return
         path = Path(getattr(self, "output_dir", ""), folder) if flag == "logging_dir" else Path(folder)
-        # Other folders than this may be read-only: what they hold already is of use.
+        # Other folders may be read-only: their contents can be used.
         if flag == "output_dir" and (reason := obstacle(path)):
             raise OSError(f"--{flag} {folder} cannot be written ({reason}): choose another.")
         if file := file_in_place_of(path):
@@ -149,5 +145,5 @@ class Flags:
 
 
 def _shown(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """A value in the form that it has on the command line."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,14 +1,14 @@
-"""Pieces of the sentences that a user reads."""
+"""Phrases for the messages that a user reads."""
 
 _LISTED = 10  # entries of a list in a message
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first, for messages: its kind if it says nothing."""
+    """The first line of an error's message, or its type if it has none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def listed(entries: list[str]) -> str:
-    """The first entries of a list, and how many more there are, for messages."""
+    """The first entries of a list and the number of further ones, for messages."""
     rest = f" and {len(entries) - _LISTED} more" if len(entries) > _LISTED else ""
     return (", ".join(entries[:_LISTED]) + rest) or "nothing"

@@ -1,4 +1,4 @@
-"""Where results go: what cannot be written is refused before the work, not after it."""
+"""Output folders: those that cannot be written are rejected before the work, not after it."""
 
 import errno
 import os
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def obstacle(folder: Path) -> str | None:
-    """What keeps a folder from being written to, or made with its parents; ``None`` if nothing does.
+    """What prevents writing to a folder, or making it with its parents; ``None`` if nothing does.
 
-    It is tried out, since permissions do not tell of a file system that is read-only. No trace of that is left.
+    A temporary file is written to find out, because permissions do not reveal a read-only file system.
     """
     if file_in_place_of(folder) is not None:
         return os.strerror(errno.EEXIST)
@@ -21,12 +21,12 @@ def obstacle(folder: Path) -> str | None:
 
 
 def file_in_place_of(folder: Path) -> Path | None:
-    """The file that stands where a folder, or one of its parents, would have to be."""
+    """The file at the path of a folder or of one of its parents, if there is one."""
     nearest = _nearest(folder)
     return None if nearest.is_dir() else nearest
 
 
 def _nearest(path: Path) -> Path:
-    """The path itself if it is there, else the nearest parent that is."""
+    """The path itself if it exists, otherwise its nearest existing parent."""
     path = path.expanduser().absolute()
     return next(each for each in (path, *path.parents) if each.exists() or each.is_symlink())

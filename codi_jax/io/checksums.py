@@ -18,7 +18,7 @@ _THREADS = 8
 
 
 class DamagedError(ValueError):
-    """A file that is missing, or is not what was written."""
+    """A file that is missing, or differs from what was written."""
 
 
 def file_digest(path: Path) -> str:
@@ -67,7 +67,7 @@ def write_checksums(folder: Path, leave_out: Collection[str] = ()) -> None:
 
     Args:
       folder: of the files.
-      leave_out: names of files that may still change.
+      leave_out: names of files to skip, because they may still change.
 
     Raises:
       OSError: if a file cannot be read, or the list cannot be written.
@@ -83,7 +83,7 @@ def write_checksums(folder: Path, leave_out: Collection[str] = ()) -> None:
 
 
 def verify_checksums(folder: Path) -> None:
-    """Compares the files below ``folder`` with its ``checksums.json``; without one there is nothing to compare.
+    """Compares the files below ``folder`` with its ``checksums.json``, if that exists.
 
     Files that are not listed are ignored.
 

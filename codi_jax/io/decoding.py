@@ -1,7 +1,7 @@
-"""Picture files to pictures: the one reader of training, the data tools, validation and generation.
+"""Picture files to pictures: the reader that training, the data tools, validation and generation share.
 
-Every file goes through `decode`, so that all of them agree on which formats there are, which pictures are too large,
-which way is up, and what lies under a transparent pixel. A file is refused by its header, before any pixel is decoded.
+Every file goes through `decode`, so that all of them agree on the formats, on the largest size, on the orientation, and
+on what lies under a transparent pixel. A file is rejected by its header, before any pixel is decoded.
 """
 
 import io
@@ -12,18 +12,18 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""What a picture file may be. Pillow knows more, and starts programs for some: Ghostscript for EPS."""
+"""The accepted formats. Pillow knows more, but starts programs to read some of them, such as Ghostscript for EPS."""
 
 MAX_MEGAPIXELS = 100.0
-"""A small file can hold a picture that fills the memory."""
+"""The default limit of a picture's size: a small file can hold a picture that fills the memory."""
 
 LARGEST_MEGAPIXELS = 178
-"""Pillow itself opens no picture with more."""
+"""Pillow's own limit of a picture's size."""
 
 MAX_ASPECT_RATIO = 50
-"""The longer side of a picture may be so many times the shorter one."""
+"""The largest accepted ratio of a picture's longer side to its shorter one."""
 
-# What Pillow raises for files that are no pictures, or broken. The warning is an error if the user makes it one.
+# What Pillow raises for files that are not pictures, or damaged. The warning is an error if the user makes it one.
 _ERRORS = (
     OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, struct.error,
     Image.DecompressionBombError, Image.DecompressionBombWarning,
@@ -34,7 +34,7 @@ class RejectedError(Exception):
     """A picture or a sample that cannot be used: it is counted, and does not stop the work.
 
     Attributes:
-      reason: the same words for all that are rejected for it.
+      reason: a phrase that all pictures rejected for this reason share.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -45,17 +45,17 @@ class RejectedError(Exception):
 def decode(
     file: bytes | Path, *, max_megapixels: float | int = MAX_MEGAPIXELS, min_side: int = 0, enough: int | None = None
 ) -> Image.Image:
-    """Opens a picture file: upright, 8-bit RGB, what is transparent on white.
+    """Opens a picture file: upright, 8-bit RGB, with transparent pixels on white.
 
     Args:
       file: its contents, or its path.
       max_megapixels: larger pictures are rejected.
-      min_side: so are those whose shorter side is smaller.
-      enough: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as its shorter side keeps so
-        many pixels, which takes less than decoding it whole.
+      min_side: pictures whose shorter side is smaller are rejected.
+      enough: pixels that suffice on the shorter side. A JPEG is then decoded at a half, a quarter or an eighth of its
+        size, which is faster.
 
     Raises:
-      RejectedError: if it is no picture, broken, too large, too small or too long.
+      RejectedError: if the file is not a picture, or is damaged, too large, too small or too elongated.
     """
     if isinstance(file, bytes) and not file:
         raise RejectedError("an empty file")
@@ -78,7 +78,7 @@ def decode(
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any kind of picture as 8-bit RGB; what is transparent lies on white.
+    """Any kind of picture as 8-bit RGB, with transparent pixels on white.
 
     Raises:
       ValueError: if its pixels have 32 bits.
@@ -91,7 +91,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:
-    """A picture of 16 bits as one of 8; any other as it is.
+    """A picture of 16 bits converted to 8 bits; any other picture unchanged.
 
     Raises:
       ValueError: if its pixels have 32 bits.

@@ -1,9 +1,9 @@
-"""Downloading from hosts that nobody vouches for: many at a time, bounded in time, size and number.
+"""Downloading from untrusted hosts: many files at a time, bounded in time, size and number.
 
-Only http and https, and unless allowed only public addresses: a list of URLs must not reach the network of the machine
-that works through it. Each redirect is checked like the first address, and so is what a name resolves to, in the very
-look-up that is then connected to. The server is sent an address as it stands in the list or in a redirect, byte for
-byte, since signatures are of those bytes.
+Only http and https are allowed and, by default, only public addresses: a list of URLs must not reach the network of the
+machine that works through it. Every redirect is checked like the first address, and so is every address that a name
+resolves to, in the same look-up that the connection uses. The server is sent each address byte for byte as it stands in
+the list or in a redirect, because signatures cover these bytes.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from codi_jax.io.decoding import RejectedError
 Result = TypeVar("Result")
 
 _REDIRECTS = 5
-_GIVE_UP = 8  # failures in a row after which a host is asked no more
+_GIVE_UP = 8  # consecutive failures after which a host is not asked again
 _RETRIED = (408, 425, 429, 500, 502, 503, 504)
 _LOOKUPS = 32  # threads: a name server that is slow for one host must not stop the others
 _LONGEST_WAIT = 30.0  # seconds between two attempts
@@ -41,18 +41,18 @@ class DownloadFlags(Flags):
     """How pictures are downloaded."""
 
     connections: int = 64
-    """Downloads at a time in each process."""
+    """Concurrent downloads of each process."""
     connections_per_host: int = 8
-    """Of these, from one host: a slow one takes no more."""
+    """Concurrent downloads from one host, so that a slow host does not take them all."""
     timeout: float | int = 20.0
-    """Seconds until an attempt is given up."""
+    """Seconds after which an attempt is abandoned."""
     retries: int = 2
-    """Further attempts after a time-out, a broken connection or an answer that may be other next time (429, 5xx), with
-    waits of 1, 2, 4 … seconds in between."""
+    """Further attempts after a time-out, a broken connection or a temporary refusal (429, 5xx), with waits of 1, 2, 4 …
+    seconds in between."""
     max_megabytes: float | int = 20.0
-    """Files that are larger are not downloaded to their end."""
+    """Size limit of a file; the download of a larger one is aborted."""
     allow_private_addresses: bool = False
-    """Also download from this machine and its own network."""
+    """Also download from this machine and its local network."""
 
     def check(self) -> None:
         super().check()
@@ -65,15 +65,16 @@ class DownloadFlags(Flags):
 def download(
     urls: Sequence[str], flags: DownloadFlags, then: Callable[[int, bytes | RejectedError], Result]
 ) -> list[Result]:
-    """Downloads all and calls a function with each, as they come; no more are in memory than there are connections.
+    """Downloads all files and calls a function with each as it arrives; each connection holds at most one in memory.
 
     Args:
       urls: addresses.
       flags: the user's.
-      then: called with the index of a URL, and what is there or why it was rejected. One call at a time, in a thread.
+      then: called with the index of a URL and its contents, or the reason why it was rejected. Calls are sequential, in
+        a thread.
 
     Returns:
-      Its results, in the order of the URLs.
+      The results of ``then``, in the order of the URLs.
 
     Raises:
       ValueError: if aiohttp is not installed.
@@ -92,7 +93,7 @@ def fetch(address: str, flags: DownloadFlags) -> bytes:
     """Downloads one file.
 
     Raises:
-      RejectedError: if it is not there, too large, or the address is not allowed.
+      RejectedError: if the file does not exist or is too large, or the address is not allowed.
     """
     (found,) = download([address], flags, lambda _, data: data)
     if isinstance(found, RejectedError):
@@ -101,7 +102,7 @@ def fetch(address: str, flags: DownloadFlags) -> bytes:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the internet's, and not of this machine or of a network of its own."""
+    """Whether an IP address is public: neither this machine's nor that of a private network."""
     ip = ipaddress.ip_address(address.split("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour
@@ -119,7 +120,7 @@ async def _download(urls: Sequence[str], flags: DownloadFlags, then: Callable[[i
     session = aiohttp.ClientSession(
         connector=connector,
         timeout=aiohttp.ClientTimeout(total=None),
-        auto_decompress=False,  # pictures are compressed already, and what unpacks to gigabytes is none
+        auto_decompress=False,  # pictures are compressed already; data that unpacks to gigabytes is an attack
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"User-Agent": "Mozilla/5.0 (compatible; codi_jax)", "Accept-Encoding": "identity"},
     )
@@ -130,7 +131,7 @@ async def _download(urls: Sequence[str], flags: DownloadFlags, then: Callable[[i
 
 
 class _Downloads:
-    """The downloads of one list, which share connections."""
+    """The downloads of one list of URLs, which share connections."""
 
     def __init__(self, session: Any, flags: DownloadFlags, worker: ThreadPoolExecutor, then: Callable) -> None:
         self._session = session
@@ -142,7 +143,7 @@ class _Downloads:
         self._failures: Counter[str] = Counter()  # of each host, since it last answered
 
     async def one(self, index: int, address: str) -> Any:
-        """Downloads one, in several attempts, and hands it on. While it waits for another attempt it has no room."""
+        """Downloads one file, in several attempts, and hands it on; between attempts it occupies no connection."""
         try:
             url = self._checked(address)
         except RejectedError as error:
@@ -157,7 +158,7 @@ class _Downloads:
                 async with self._room:
                     try:
                         data = await self._attempt(url)
-                    except _NextTimePerhapsError as error:
+                    except _TemporaryError as error:
                         reason = error
                         continue
                     except RejectedError as error:
@@ -177,18 +178,18 @@ class _Downloads:
                 data = await self._follow(url)
         except TimeoutError:
             self._failures[host] += 1
-            raise _NextTimePerhapsError("timed out") from None
+            raise _TemporaryError("timed out") from None
         except aiohttp.ClientPayloadError:
-            raise _NextTimePerhapsError("broken off") from None
+            raise _TemporaryError("broken off") from None
         except (aiohttp.InvalidURL, aiohttp.ClientResponseError):
             raise RejectedError("no valid answer") from None
         except aiohttp.ClientConnectorDNSError as error:
             self._failures[host] += 1
             busy = error.os_error.errno == socket.EAI_AGAIN
-            raise (_NextTimePerhapsError if busy else RejectedError)("no such host") from None
+            raise (_TemporaryError if busy else RejectedError)("no such host") from None
         except (aiohttp.ClientError, OSError):
             self._failures[host] += 1
-            raise _NextTimePerhapsError("no connection") from None
+            raise _TemporaryError("no connection") from None
         except ValueError:  # aiohttp and yarl have no error of their own for some of what a server may send
             raise RejectedError("no valid answer") from None
         self._failures[host] = 0
@@ -202,7 +203,7 @@ class _Downloads:
                     continue
                 if response.status != 200:
                     self._failures[url.host] = 0
-                    kind = _NextTimePerhapsError if response.status in _RETRIED else RejectedError
+                    kind = _TemporaryError if response.status in _RETRIED else RejectedError
                     raise kind(f"HTTP {response.status}")
                 return await self._body(response)
         raise RejectedError("too many redirects")
@@ -229,7 +230,7 @@ class _Downloads:
 
 
 def _parse(address: str) -> Any:
-    """A URL of yarl's whose path is all that the server is asked for, which yarl would write anew otherwise."""
+    """A yarl URL whose path holds path and query unchanged, because yarl would otherwise normalize them."""
     from yarl import URL
 
     found = _ADDRESS.fullmatch(address)
@@ -246,7 +247,7 @@ def _parse(address: str) -> Any:
 
 
 def _sendable(text: str) -> str:
-    """The text as it can stand in a request: what is not printable ASCII in percent encoding, all else as it is."""
+    """The text as it can stand in a request: percent-encoded where it is not printable ASCII, unchanged elsewhere."""
     encoded = text.encode("utf-8", "surrogateescape")  # as aiohttp decodes header fields
     return "".join(chr(byte) if 0x20 < byte < 0x7F else f"%{byte:02X}" for byte in encoded)
 
@@ -272,8 +273,8 @@ def _has_loop() -> bool:
     return True
 
 
-class _NextTimePerhapsError(RejectedError):
-    """What another attempt may mend."""
+class _TemporaryError(RejectedError):
+    """A failure that another attempt may not meet."""
 
 
 def _is_address(host: str) -> bool:
@@ -288,7 +289,7 @@ def _resolver(allow_private: bool) -> Any:
     from aiohttp import ThreadedResolver
 
     class PublicResolver(ThreadedResolver):
-        """Knows only public addresses, so that no name leads to others, whatever it resolved to a moment ago."""
+        """Resolves names to public addresses only, whatever they resolved to a moment ago."""
 
         async def resolve(self, *args: Any, **kwargs: Any) -> Any:
             found = await super().resolve(*args, **kwargs)

@@ -26,10 +26,10 @@ class ModelFolder:
 
     Attributes:
       source: a folder, or the id of a repository.
-      subfolder: the part.
+      subfolder: of the part; ``None`` for the whole model.
       revision: branch, tag or commit on the hub.
-      cache_dir: of the hub's files.
-      local_files_only: never ask the hub.
+      cache_dir: folder of the hub's files; ``None`` for the hub's default.
+      local_files_only: never contact the hub.
     """
 
     source: str
@@ -42,14 +42,14 @@ class ModelFolder:
         return f"{self.source}/{self.subfolder}" if self.subfolder else self.source
 
     def part(self, subfolder: str) -> "ModelFolder":
-        """A folder in this one."""
+        """The folder of one part of the model."""
         return replace(self, subfolder=subfolder)
 
     def find(self, name: str) -> Path | None:
-        """The local path of a file, downloaded if need be; ``None`` if there is no such file, or none within reach.
+        """The local path of a file, downloaded if necessary; ``None`` if it does not exist or cannot be reached.
 
         Raises:
-          WeightsError: if the repository does not exist, is not open to this user, or the download fails.
+          WeightsError: if the repository does not exist or denies access, or the download fails.
         """
         if self._is_local:
             path = Path(self.source, self.subfolder or "", name)
@@ -71,10 +71,10 @@ class ModelFolder:
             raise self._explained(error, name) from error
 
     def require(self, name: str) -> Path:
-        """The local path of a file that must be there.
+        """The local path of a file that must exist.
 
         Raises:
-          WeightsError: if it is not; says what is there instead.
+          WeightsError: if it does not, saying what the folder holds.
         """
         path = self.find(name)
         if path is None:
@@ -85,7 +85,7 @@ class ModelFolder:
         """The contents of a JSON file.
 
         Raises:
-          WeightsError: if there is none, or it holds no JSON object.
+          WeightsError: if the file does not exist, or holds no JSON object.
         """
         path = self.require(name)
         try:
@@ -99,26 +99,26 @@ class ModelFolder:
         return self if self._is_local or commit is None else replace(self, revision=commit[1])
 
     def names(self) -> list[str] | None:
-        """The files in the folder, none if it does not exist; ``None`` if the hub cannot be asked."""
+        """The files in the folder, an empty list if it does not exist; ``None`` if the hub cannot be reached."""
         if self._is_local:
             folder = Path(self.source, self.subfolder or "")
             return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         if self.local_files_only:
             return None
         prefix = f"{self.subfolder}/" if self.subfolder else ""
-        # Asked only for the sake of a message: that it fails is part of the message.
+        # The hub is asked only to word an error message: another failure must not replace that message.
         with contextlib.suppress(Exception):
             files = HfApi().list_repo_files(self.source, revision=self.revision)
             return sorted(name.removeprefix(prefix) for name in files if name.startswith(prefix))
         return None
 
     def describe_contents(self) -> str:
-        """Half a sentence about what is there, for messages about what is not."""
+        """Half a sentence about the contents of the folder, for messages about what is missing."""
         names = self.names()
         if names is None:
             return (
-                "it is no folder on this machine, the local cache does not have it, and the Hugging Face Hub was not "
-                "reached; check the spelling, the connection and HF_HUB_OFFLINE"
+                "it is not a folder on this machine, the local cache does not have it, and the Hugging Face Hub was "
+                "not reached; check the spelling, the connection and HF_HUB_OFFLINE"
             )
         if names:
             return f"it holds {listed(names)}"

@@ -22,11 +22,11 @@ _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def open_image(source: str | Path) -> Image.Image:
-    """Opens an image file or URL: upright, RGB, what is transparent on white, as in training.
+    """Opens an image file or URL as in training: upright, RGB, with transparent pixels on white.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is no image, too large (see `codi_jax.io.decoding.decode`), or cannot be downloaded.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if it is not an image, is too large (see `codi_jax.io.decoding.decode`), or cannot be downloaded.
     """
     source = str(source)
     is_url = source.lower().startswith(("http://", "https://"))
@@ -39,14 +39,14 @@ def open_image(source: str | Path) -> Image.Image:
 
 
 def _download(address: str) -> bytes:
-    """The file at an address that the user named himself: any host will do."""
+    """The file at an address that the user has given, which may be of any host."""
     from codi_jax.io.download import DownloadFlags, fetch  # slow to import, and not needed for files
 
     return fetch(address, DownloadFlags(allow_private_addresses=True, retries=0))
 
 
 def to_pixels(picture: Picture, size: tuple[int, int] | None = None) -> Float[np.ndarray, "h w 3"]:
-    """A picture as float32 in [0, 1], resized (Lanczos) if it is not of ``size`` (height, width) already.
+    """A picture as float32 in [0, 1], resized (Lanczos) to ``size`` (height, width) if necessary.
 
     Raises:
       ValueError: if an array is not an RGB picture.
@@ -64,7 +64,7 @@ def to_pixels(picture: Picture, size: tuple[int, int] | None = None) -> Float[np
 
 
 def to_mask(picture: Picture, size: tuple[int, int]) -> Float[np.ndarray, "h w 1"]:
-    """A picture as a mask: 1 where it is bright and is to be painted anew, 0 elsewhere."""
+    """A picture as a mask: 1 where it is bright, which is to be repainted, 0 elsewhere."""
     pixels = to_pixels(picture, size)
     return (pixels.mean(axis=-1, keepdims=True) >= 0.5).astype(np.float32)
 
@@ -73,10 +73,10 @@ def canny(picture: Picture, low: int = 30, high: int = 90) -> UInt8[np.ndarray, 
     """The edges of a picture (Canny, 1986): 255 on lines one pixel wide, 0 elsewhere.
 
     Args:
-      picture: of any size; edges are found at this size.
+      picture: of any size, at which edges are detected.
       low: gradient (3 x 3 Sobel, the sum of both directions' magnitudes) that continues an edge; the default is for
         small drawings, 100 is usual for photographs.
-      high: gradient that begins one; 200 is usual for photographs.
+      high: gradient that begins an edge; 200 is usual for photographs.
     """
     if not (isinstance(picture, np.ndarray) and picture.dtype == np.uint8):
         picture = (to_pixels(picture) * 255).round().astype(np.uint8)
@@ -87,7 +87,7 @@ def as_list(pictures: Picture | Sequence[Picture]) -> list[Picture]:
     """One picture, several, or an array [n, H, W, 3] of them, as a list.
 
     Raises:
-      ValueError: if there is none, or it is a file name.
+      ValueError: if the list is empty, or the argument is a file name.
     """
     if isinstance(pictures, str | Path):
         raise ValueError(f"{pictures} is a file name: open the image first, with codi_jax.io.images.open_image.")
@@ -109,20 +109,20 @@ def stack_pictures(
       pictures: see `as_list`.
       batch: the size of the batch.
       convert: `to_pixels` or `to_mask`, to one size.
-      name: of the argument, for messages.
+      name: of the argument, for error messages.
 
     Raises:
-      ValueError: if there are neither one nor ``batch``.
+      ValueError: if the number of pictures is neither 1 nor ``batch``.
     """
     each = as_list(pictures)
     each = each * batch if len(each) == 1 else each
     if len(each) != batch:
-        raise ValueError(f"{name} has {len(each)} images for {batch} prompts: give one, or one for each.")
+        raise ValueError(f"{name} has {len(each)} images for {batch} prompts: give one, or one for each prompt.")
     return np.stack([convert(picture) for picture in each])
 
 
 def grid(images: UInt8[np.ndarray, "n h w 3"]) -> Image.Image:
-    """All images side by side, in a grid about as wide as high; cells that are left over are white."""
+    """All images in an approximately square grid, whose unused cells are white."""
     from diffusers.utils.pil_utils import make_image_grid
 
     columns = math.ceil(math.sqrt(len(images)))
@@ -135,7 +135,7 @@ def grid(images: UInt8[np.ndarray, "n h w 3"]) -> Image.Image:
 def save_images(path: str | Path, images: UInt8[np.ndarray, "n h w 3"]) -> list[Path]:
     """Writes one image to ``path``; several as a grid to ``path`` and as ``<stem>_0``, ``<stem>_1``, … beside it.
 
-    After an error none of them is left, and what was there before is unchanged.
+    After an error none of them is left, and files that existed before are unchanged.
 
     Returns:
       The files written, ``path`` first.
@@ -151,23 +151,23 @@ def save_images(path: str | Path, images: UInt8[np.ndarray, "n h w 3"]) -> list[
 
 
 def _single_names(path: Path, count: int) -> list[Path]:
-    """Where each of several images goes, beside their grid; one alone is at ``path``."""
+    """The paths of several images, beside their grid; a single image has none of its own."""
     return [path.with_stem(f"{path.stem}_{i}") for i in range(count)] if count > 1 else []
 
 
 def check_output(path: str | Path, count: int = 1) -> None:
-    """Refuses a file name that `save_images` could not write, before any work is done.
+    """Rejects a path that `save_images` could not write, before any work is done.
 
     Args:
       path: of the file.
-      count: of images.
+      count: number of images.
 
     Raises:
-      ValueError: if the ending is not that of an image format, or the folder cannot be written.
+      ValueError: if the extension is not that of an image format, or the folder cannot be written.
     """
     path = Path(path).expanduser()
     if path.suffix.lower() not in _ENDINGS:
-        raise ValueError(f"{path} must end like an image file: use one of {', '.join(_ENDINGS)}.")
+        raise ValueError(f"{path} needs the extension of an image file: use one of {', '.join(_ENDINGS)}.")
     if folder := next((name for name in (path, *_single_names(path, count)) if name.is_dir()), None):
         raise ValueError(f"{folder} cannot be written: it is a folder.")
     parent = next(parent for parent in path.absolute().parents if parent.exists())
@@ -180,7 +180,7 @@ def check_output(path: str | Path, count: int = 1) -> None:
 def labeled_rows(
     rows: Mapping[str, Sequence[np.ndarray] | np.ndarray | None],
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Batches of images as one picture: a row for each, with its name in front; ``None`` is left out."""
+    """Batches of images as one picture: a row for each, preceded by its name; ``None`` makes no row."""
     shown = {name: np.concatenate(list(images), axis=1) for name, images in rows.items() if images is not None}
     height = sum(max(row.shape[0], _LABEL_HEIGHT) for row in shown.values())
     font = ImageFont.load_default(11)

@@ -1,8 +1,8 @@
 """LoRA files: those of kohya's trainer, of diffusers and of PEFT in, those of kohya and diffusers out.
 
-All of them name a layer after its module. What differs (dots or underscores, prefixes, the former names of diffusers,
-the block numbers of SDXL's original code) is resolved against the layers that the model has: every name by which a file
-can call one is listed, and looked up.
+All of them name a layer after its module. The differences (dots or underscores, prefixes, former names of diffusers,
+block numbers of SDXL's original code) are resolved against the layers of the model: every name that a file can have for
+a layer is listed, and keys are looked up in that list.
 """
 
 import json
@@ -55,9 +55,9 @@ _FACTORS = {
     "A": "down", "B": "up", "down": "down", "up": "up",
     "alpha": "alpha", "dora_scale": "magnitude", "lora_magnitude_vector": "magnitude",
 }  # fmt: skip
-# What OneTrainer adds to a LoRA: embeddings of new words, that a prompt can name in OneTrainer's own programs.
+# OneTrainer adds embeddings of new words to a LoRA, which prompts can use in its own programs.
 _WORDS = "bundle_emb."
-# As much of regular expressions as names of layers need. A file could have others that take forever.
+# The regular expressions that names of layers need. A file could hold others, which take forever to match.
 _NAME_PATTERN = re.compile(r"\^?(\.\*)?[\w.\\-]+(\.\*)?\$?")
 _OTHER_ADAPTERS = {
     r"\.hada_": "LoHa", r"\.lokr_": "LoKr", r"\.oft_": "OFT",
@@ -99,25 +99,25 @@ def load_lora(
     Args:
       source: a file, a folder, or a repository on the Hugging Face Hub.
       models: ``unet``, ``text_encoder`` and ``text_encoder_2`` -> parameters, or ``module.abstract_params()``; ``None``
-        leaves out what the file has for that part.
+        ignores the part of the file for that model.
       weight_name: the file in the folder or repository; ``None`` takes the one that ``source`` names
         (``owner/name/file.safetensors``), the usual name, or the only safetensors file.
-      dtype: of the factors.
+      dtype: precision of the factors.
       subfolder: of the folder or repository.
       revision: branch, tag or commit on the hub.
-      cache_dir: of the hub's files, if not the usual one.
-      local_files_only: never ask the hub.
+      cache_dir: folder of the hub's files; ``None`` for the hub's default.
+      local_files_only: never contact the hub.
 
     Returns:
-      The LoRA of every part that the file has. Where the file says no α, α is r, as in diffusers.
+      The LoRA of every part that the file has. α defaults to r, as in diffusers.
 
     Raises:
-      WeightsError: if there is no such file, it is no LoRA, or not every key of it fits ``models``.
+      WeightsError: if the file does not exist, is not a LoRA, or has a key that does not fit ``models``.
     """
     folder, path = _find_file(str(source), weight_name, subfolder, revision, cache_dir, local_files_only)
     file = open_weights(path)
     if kinds := sorted({kind for key in file for mark, kind in _OTHER_ADAPTERS.items() if re.search(mark, key)}):
-        raise WeightsError(f"{path} is {' and '.join(kinds)}, which codi_jax cannot read: it has plain LoRA only.")
+        raise WeightsError(f"{path} is {' and '.join(kinds)}, which codi_jax cannot read: it supports plain LoRA only.")
     config = _adapter_config(folder, file)
     file = _without_words(file)
     wanted = {part: model for part, model in models.items() if model is not None}
@@ -143,14 +143,15 @@ def save_lora(
 ) -> Path:
     """Writes a LoRA as safetensors, for ``pipe.load_lora_weights`` and `load_lora`.
 
-    The file is written beside its target and then moved. With several processes, all must call it and the first writes.
+    The file is written beside its target and then moved. In a run of several processes all must call it, and the first
+    one writes.
 
     Args:
       path: a file ``*.safetensors``, or a folder, which gets ``pytorch_lora_weights.safetensors``.
       loras: ``unet``, ``text_encoder`` and ``text_encoder_2`` -> LoRA.
-      naming: ``"diffusers"`` keeps α in the metadata, as diffusers does. ``"kohya"`` has an α beside each layer, which
-        other programs need unless α is r; diffusers takes them correctly if they are all the same.
-      dtype: of the file; ``None`` keeps each factor's own.
+      naming: ``"diffusers"`` keeps α in the metadata, as diffusers does. ``"kohya"`` stores an α beside each layer,
+        which other programs need unless α is r; diffusers reads them correctly if they are all equal.
+      dtype: precision in the file; ``None`` keeps that of each factor.
 
     Returns:
       The file.
@@ -168,7 +169,9 @@ def save_lora(
         if not layers:
             raise WeightsError(f"The LoRA for {part} has no layers: {path} was not written.")
         if any("magnitude" in layer for layer in layers.values()):
-            raise WeightsError(f"The LoRA for {part} is DoRA, which is read but not written: merge it into the model.")
+            raise WeightsError(
+                f"The LoRA for {part} is DoRA, which can be read but not written: merge it into the model."
+            )
         alphas = {module: float(layer["alpha"]) for module, layer in layers.items()}
         for key, array in to_state_dict(_as_modules(layers)):
             array = np.ascontiguousarray(_cast(array, np.dtype(array.dtype if dtype is None else dtype), path, key))
@@ -209,7 +212,7 @@ def _named_file(source: str, path: Path) -> tuple[str, str]:
     """The repository and the file in it of ``owner/name/file.safetensors``, which may lie in folders of it.
 
     Raises:
-      WeightsError: if that is no such name, but the path of a file that is not there.
+      WeightsError: if the text is the path of a file that does not exist.
     """
     parts = source.split("/")
     if path.is_absolute() or len(parts) < 3 or path.parent.is_dir() or parts[0] in ("", ".", "..", "~"):
@@ -238,8 +241,8 @@ def _match(
     if unmatched or not file:
         raise WeightsError(
             f"{file.path}: {len(unmatched)} of {len(file)} keys belong to no layer of {listed(list(models))}: "
-            f"{listed(unmatched)}. It is a LoRA for another model, or none at all: use it with the one it was "
-            "trained on, and give every part that it adapts."
+            f"{listed(unmatched)}. The file is a LoRA for another model, or not a LoRA: use it with the model it was "
+            "trained on, and pass every part that it adapts."
         )
     found: dict[tuple[str, ModulePath], dict[str, StoredTensor]] = {}
     # Some files name each layer twice, as diffusers and as SDXL's original code do: the names of diffusers count.
@@ -313,7 +316,7 @@ def _read_factor(tensor: StoredTensor, ndim: int, path: Path) -> Float[np.ndarra
     """A factor in Flax's layout, as a matrix or with a 1 × 1 window, whichever the layer has."""
     array = np.asarray(tensor)
     if not np.isfinite(array).all():
-        raise WeightsError(f"{path} holds NaN or infinity; the file is broken, use another version of it.")
+        raise WeightsError(f"{path} holds NaN or infinity: the file is damaged, use another version of it.")
     if (array.ndim, ndim) == (2, 4):
         array = array[:, :, None, None]
     elif array.ndim == 4 and ndim == 2 and array.shape[2:] == (1, 1):
@@ -322,25 +325,25 @@ def _read_factor(tensor: StoredTensor, ndim: int, path: Path) -> Float[np.ndarra
 
 
 def _magnitude(tensor: StoredTensor, kernel: tuple[int, ...], is_peft: bool, path: Path) -> Float[np.ndarray, "..."]:
-    """DoRA's m, one number for each output of a layer, or each input (OneTrainer, LyCORIS), in a kernel's axes."""
+    """DoRA's m with the axes of a kernel: one number per output of the layer, or per input (OneTrainer, LyCORIS)."""
     array = np.asarray(tensor)
     if not np.isfinite(array).all():
-        raise WeightsError(f"{path} holds NaN or infinity; the file is broken, use another version of it.")
+        raise WeightsError(f"{path} holds NaN or infinity: the file is damaged, use another version of it.")
     *window, inputs, outputs = kernel
-    of_inputs = not is_peft and array.ndim == len(kernel) and array.shape[:2] == (1, inputs)
-    if array.size != (inputs if of_inputs else outputs):
+    is_per_input = not is_peft and array.ndim == len(kernel) and array.shape[:2] == (1, inputs)
+    if array.size != (inputs if is_per_input else outputs):
         raise WeightsError(
             f"{path} has a DoRA magnitude {list(array.shape)} for a kernel {list(kernel)}: it is for another model."
         )
-    return array.reshape(*(1 for _ in window), *((inputs, 1) if of_inputs else (1, outputs)))
+    return array.reshape(*(1 for _ in window), *((inputs, 1) if is_per_input else (1, outputs)))
 
 
 def _without_words(file: WeightFile) -> WeightFile:
-    """The file without the embeddings that OneTrainer bundles with a LoRA; says that they are left out."""
+    """The file without the embeddings that OneTrainer bundles with a LoRA, with a warning that they are ignored."""
     words = sorted({key.split(".")[1] for key in file if key.startswith(_WORDS)})
     if words:
         warnings.warn(
-            f"{file.path} also has embeddings of {listed(words)}, which are not read: prompts cannot use these words.",
+            f"{file.path} also has embeddings of {listed(words)}, which are ignored: prompts cannot use these words.",
             stacklevel=3,
         )
     kept = {key: tensor for key, tensor in file.items() if not key.startswith(_WORDS)}
@@ -370,13 +373,13 @@ def _alpha(config: Mapping[str, Any], part: str, module: ModulePath, rank: int, 
     for pattern, value in dict(config.get(f"{prefix}alpha_pattern") or {}).items():
         if not _NAME_PATTERN.fullmatch(pattern):
             raise WeightsError(
-                f"the alpha_pattern {pattern!r:.80} of the LoRA is no name of layers: save it with names."
+                f"the alpha_pattern {pattern!r:.80} of the LoRA does not name layers: save it with plain names."
             )
         if re.match(rf"(.*\.)?({pattern})$", module_name(module)):
             alpha = value
             break
     if not isinstance(alpha, int | float):
-        raise WeightsError(f"the LoRA's α of {part}.{module_name(module)} is {alpha!r:.40}, which is no number.")
+        raise WeightsError(f"the LoRA's α of {part}.{module_name(module)} is {alpha!r:.40}, not a number.")
     # Rank-stabilised LoRA (Kalajdzievski, 2023) divides by √r.
     return float(alpha) * (math.sqrt(rank) if config.get(f"{prefix}use_rslora") else 1.0)
 

@@ -1,8 +1,8 @@
 """The processes of one run: how they join, check that they run the same thing, and end together.
 
-JAX connects them and lets them compute together, but says little where that fails: a process that waits for another one
-is silent for minutes and then aborts, and one that has raised an error leaves the others waiting forever. So each
-process watches the others through the key-value store of JAX's coordination service, which process 0 hosts.
+JAX connects them and lets them compute together, but reports failures poorly: a process that waits for another one is
+silent for minutes and then aborts, and a process that has raised an error leaves the others waiting forever. Therefore
+each process watches the others through the key-value store of JAX's coordination service, which process 0 hosts.
 """
 
 import atexit
@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 
 _JOIN_SECONDS = "CODI_JAX_JOIN_TIMEOUT"
 _JOIN_DEFAULT = 300
-_FIRST_WORD, _NEXT_WORD = 10, 30  # seconds of waiting after which it is said what is being waited for
+_FIRST_WORD, _NEXT_WORD = 10, 30  # seconds of waiting after which the missing processes are named
 _MEETING_SECONDS = 600  # how long a process waits for the others to reach the same point
 _A_DAY = 24 * 60 * 60 * 1000  # ms
 _BEAT = 2.0  # seconds between two looks at the others
@@ -38,11 +38,12 @@ _numbers = itertools.count()  # of meetings: every process has the same ones in 
 
 
 def initialize() -> None:
-    """Joins the other processes of the run, if it has any; call it before anything touches a device.
+    """Joins the other processes of the run, if any; call it before anything touches a device.
 
-    Looks for what the launchers of TPU pods, Slurm, Open MPI and Kubernetes set, and for ``JAX_COORDINATOR_ADDRESS``
-    (with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``). On a single host it does nothing. While it waits it says for
-    whom, and it ends the process after ``CODI_JAX_JOIN_TIMEOUT`` seconds (300 unless set).
+    Reads the variables that the launchers of TPU pods, Slurm, Open MPI and Kubernetes set, and
+    ``JAX_COORDINATOR_ADDRESS`` (with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``). On a single host it does nothing.
+    While it waits it names the missing processes, and it ends the process after ``CODI_JAX_JOIN_TIMEOUT`` seconds
+    (default: 300).
 
     Raises:
       ValueError: if these variables contradict each other, or one of them is not a number.
@@ -53,8 +54,8 @@ def initialize() -> None:
             _require_alone(given)
             return
         limit = _number(_JOIN_SECONDS) if _JOIN_SECONDS in os.environ else _JOIN_DEFAULT
-        with _saying_whom_it_waits_for(given, limit):
-            # At its own limit JAX aborts. Ours comes before, and ends the process with a sentence.
+        with _reporting_missing_processes(given, limit):
+            # JAX aborts at its own limit. Ours comes earlier, and ends the process with an explanation.
             jax.distributed.initialize(**given, initialization_timeout=limit + 60)
     _watch.start()
 
@@ -68,9 +69,9 @@ def agree(what: str, values: Mapping[str, Any], remedy: str) -> None:
     """Checks that all processes have the same values; every process must call it.
 
     Args:
-      what: the values are, a noun for the message.
-      values: by name, JSON; a name that starts with ``--`` is a flag.
-      remedy: what to do where they differ, which ends the sentence.
+      what: a noun for the values, for the message.
+      values: JSON values by name; the name of a flag starts with ``--``.
+      remedy: what to do if they differ, which ends the message.
 
     Raises:
       ValueError: naming the first value that differs, and the processes.
@@ -100,8 +101,7 @@ def code_version() -> str:
 def wait_for_all(where: str) -> None:
     """Returns when all processes have called it; ``where`` names the place.
 
-    Not on the devices: what one process does before it comes here, such as an upload, may take longer than their
-    collectives wait.
+    This barrier does not use the devices, because an upload by one process may take longer than their collectives wait.
     """
     if _watch.is_running:
         _store().wait_at_barrier(f"{_ROOT}/{next(_numbers)}: {where}", _A_DAY)
@@ -120,8 +120,8 @@ def gather(value: Any) -> list[Any]:
 def end(message: str) -> NoReturn:
     """Ends this process with a message and exit status 1, and the others of the run with it.
 
-    Alone, a process raises `SystemExit`. One of several ends at once: on its way out JAX would wait for the others, and
-    they wait for it.
+    A single process raises `SystemExit`. One of several exits at once: on its way out JAX would wait for the others,
+    which wait for it.
     """
     if not _watch.is_running:
         sys.exit(message)
@@ -150,7 +150,7 @@ class _Watch:
         self._say("host", socket.gethostname())
         self._thread = threading.Thread(target=self._run, name="watch-processes", daemon=True)
         self._thread.start()
-        # Runs before JAX waits for the others to end, too: from here on silence is no failure.
+        # Runs before JAX waits for the others to end: from then on silence does not mean failure.
         atexit.register(self._finish)
 
     def end(self, message: str) -> NoReturn:
@@ -171,9 +171,9 @@ class _Watch:
                 if failures := self._failures():
                     self._leave(self._because(failures))
                 if self.index == 0 and (silent := self._silent()) is not None:
-                    self.end(f"error: nothing was heard of {_named(silent)} for {_SILENT:.0f} s: see its own output.")
+                    self.end(f"error: {_named(silent)} has been silent for {_SILENT:.0f} s: see its output.")
             except jax.errors.JaxRuntimeError:
-                return  # the service has gone, which JAX itself ends the process for
+                return  # the service has gone; JAX itself ends the process
             if self._stopped.wait(_BEAT):
                 return
 
@@ -212,7 +212,7 @@ _watch = _Watch()
 
 
 def _state() -> Any:
-    """What JAX knows of the processes. It has no public name; Orbax reads the same one."""
+    """JAX's state of the processes, which has no public name; Orbax reads it, too."""
     from jax._src import distributed
 
     return distributed.global_state
@@ -224,7 +224,7 @@ def _store() -> Any:
 
 
 def _read(kind: str) -> dict[int, str]:
-    """What the processes have written under a kind of key, by their numbers."""
+    """The values that the processes have written under a kind of key, by their numbers."""
     entries = _store().key_value_dir_get(f"{_ROOT}/{kind}/")
     return {int(key.rpartition("/")[2]): value for key, value in entries}
 
@@ -238,8 +238,8 @@ def _exchange(text: str, what: str) -> dict[int, str]:
     except jax.errors.JaxRuntimeError as error:
         missing = sorted(set(range(_watch.count)) - _read(kind).keys())
         raise ValueError(
-            f"waited {_MEETING_SECONDS} s to compare the {what} of the processes, and "
-            f"{', '.join(map(_named, missing)) or 'some'} did not come to it: see their output."
+            f"waited {_MEETING_SECONDS} s to compare the {what} of the processes, but "
+            f"{', '.join(map(_named, missing)) or 'some'} did not arrive: see their output."
         ) from error
     return _read(kind)
 
@@ -250,8 +250,8 @@ def _named(index: int) -> str:
 
 
 @contextlib.contextmanager
-def _saying_whom_it_waits_for(given: Mapping[str, Any], limit: int) -> Iterator[None]:
-    """Says during the block, from time to time, what is being waited for, and ends the process after ``limit`` s."""
+def _reporting_missing_processes(given: Mapping[str, Any], limit: int) -> Iterator[None]:
+    """Names the missing processes during the block, repeatedly, and ends this process after ``limit`` s."""
     joined, began = threading.Event(), time.monotonic()
     others = _awaited(given)
 
@@ -280,7 +280,7 @@ def _print(message: str) -> None:
 
 
 def _awaited(given: Mapping[str, Any]) -> Callable[[], str]:
-    """Tells whom a process that is joining waits for, as far as its environment says."""
+    """Describes the processes that a joining process waits for, as far as its environment names them."""
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address is None:
         return lambda: "the other processes of this run"
@@ -302,8 +302,8 @@ def _require_alone(given: Mapping[str, Any]) -> None:
     if given.get("num_processes", 1) > 1 or given.get("process_id", 0) > 0:
         variable = "JAX_NUM_PROCESSES" if "num_processes" in given else "JAX_PROCESS_ID"
         raise ValueError(
-            f"{variable} is set and JAX_COORDINATOR_ADDRESS is not: set it to host:port of process 0, or every process "
-            "would be a run of its own in the same folder."
+            f"{variable} is set and JAX_COORDINATOR_ADDRESS is not: set it to host:port of process 0. Otherwise every "
+            "process would start a separate run in the same folder."
         )
 
 
@@ -329,7 +329,7 @@ def _is_tpu_machine() -> bool:
 
 
 def _given_processes() -> dict[str, Any]:
-    """What the user says in the environment; JAX reads only the coordinator's address there."""
+    """The number and index of processes in the environment, where JAX reads only the coordinator's address."""
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     return {name: _number(variable) for name, variable in names.items() if variable in os.environ}
 

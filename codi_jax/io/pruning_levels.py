@@ -1,4 +1,4 @@
-"""Levels of pruning by name: those that are published, and those of a user's own file."""
+"""Levels of pruning by name: the published ones, and those of a user's file."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ def find_level(name: str, table: Path | None = None) -> Surgery:
     Args:
       name: of the level.
       table: a YAML file of levels by name, in the notation of `codi_jax.models.pruning.Surgery.from_dict`; ``None`` for
-        those of `codi_jax.models.pruning.LEVELS`.
+        `codi_jax.models.pruning.LEVELS`.
 
     Raises:
-      ConfigError: if the level is not one.
-      ValueError: if it is not there, or the file cannot be read.
+      ConfigError: if the definition of the level is not valid.
+      ValueError: if the level does not exist, or the file cannot be read.
     """
     levels = LEVELS if table is None else _read(table.expanduser())
     if name not in levels:

@@ -42,17 +42,17 @@ class NamedLeaf(NamedTuple):
 
 
 def to_torch_layout(leaf: str, array: AnyArray) -> AnyArray:
-    """Returns a view in PyTorch's layout: a kernel HWIO -> OIHW, [in, out] -> [out, in]; others as they are.
+    """Returns a view in PyTorch's layout: kernels HWIO -> OIHW and [in, out] -> [out, in], other arrays unchanged.
 
     Args:
       leaf: the last name of the path, such as ``"kernel"``.
-      array: of NumPy or JAX.
+      array: a NumPy or JAX array.
     """
     return array.transpose(_torch_axes(leaf, array.ndim))
 
 
 def to_flax_layout(leaf: str, array: AnyArray) -> AnyArray:
-    """Returns a view in Flax's layout: a kernel OIHW -> HWIO, [out, in] -> [in, out]; inverse of `to_torch_layout`."""
+    """Returns a view in Flax's layout: kernels OIHW -> HWIO and [out, in] -> [in, out]; inverts `to_torch_layout`."""
     axes = _torch_axes(leaf, array.ndim)
     return array.transpose([axes.index(axis) for axis in range(array.ndim)])
 
@@ -67,7 +67,7 @@ def to_state_dict(params: Params) -> Iterator[tuple[str, Shaped[np.ndarray, "...
     """The state dict of a tree, one tensor at a time: names and layouts of PyTorch, in host memory.
 
     Args:
-      params: nested dict of arrays. Sharded arrays are gathered, over several processes too, if all of them iterate.
+      params: nested dict of arrays. Sharded arrays are gathered; if several processes hold them, all must iterate.
 
     Yields:
       Name and array; the array may be a view.
@@ -88,12 +88,12 @@ def from_state_dict(
     """Builds a parameter tree from a state dict.
 
     Args:
-      abstract_params: the tree's shapes, as ``module.abstract_params()`` gives them.
+      abstract_params: the tree of shapes that ``module.abstract_params()`` returns.
       named_arrays: name -> NumPy array, or anything with ``shape`` and ``dtype`` that ``np.asarray`` reads.
-      dtype: of the parameters; ``None`` keeps that of the arrays.
-      place: puts each parameter on devices; ``None`` is the default device.
+      dtype: precision of the parameters; ``None`` keeps that of the arrays.
+      place: puts each parameter on devices. Default: on the default device.
       layout: of the kernels in ``named_arrays``.
-      where: the file, for messages.
+      where: the file, for error messages.
 
     Returns:
       The tree, with arrays as ``place`` returns them.
@@ -112,7 +112,7 @@ def from_state_dict(
         array = np.asarray(named_arrays[name])
         file = str(getattr(named_arrays[name], "path", where))
         if not _is_finite(array):
-            raise WeightsError(f"{file}: {name} holds NaN or infinity; the file is broken, use another version of it.")
+            raise WeightsError(f"{file}: {name} holds NaN or infinity: the file is damaged, use another version of it.")
         array = to_flax_layout(path[-1], array) if layout == "torch" else array
         kept = np.dtype(array.dtype if dtype is None else dtype)
         # Waiting keeps one tensor in flight; a queue of transfers would hold the host copies of all that are in it.
@@ -167,7 +167,7 @@ def _is_finite(array: Shaped[np.ndarray, "..."]) -> bool:
 
 
 def convert(view: Shaped[np.ndarray, "..."], dtype: np.dtype, name: str, where: str) -> Shaped[np.ndarray, "..."]:
-    """The array in C order and in ``dtype``; a copy only if it must be one.
+    """The array in C order and in ``dtype``, copied only if necessary.
 
     Raises:
       WeightsError: if a value is too large for float16.

@@ -1,8 +1,9 @@
 """PyTorch's pickles of tensors, read without Python's unpickler: opcodes are interpreted here, one after the other.
 
-The unpickler of the standard library can be kept from calling functions, but not from what a file costs: an index of
-its memo allocates as many slots, and a key of nested tuples takes forever to hash. Here every opcode that no file of
-tensors needs is refused, keys are strings, a call makes a dictionary or a tensor, and what is read is bounded.
+The standard library's unpickler can be kept from calling functions, but not from wasting resources: an index of its
+memo allocates that many slots, and a key of nested tuples takes forever to hash. This interpreter refuses every opcode
+that tensors do not need, allows only strings as keys, lets calls make only dictionaries and tensors, and bounds what is
+read.
 """
 
 import io
@@ -58,8 +59,8 @@ def load(file: io.BufferedIOBase, size: int) -> tuple[Any, dict[str, str]]:
       What it holds, dictionaries with `PickledTensor` at their leaves, and the dtype of every storage by its key.
 
     Raises:
-      RefusedError: if it names anything that it does not need.
-      ValueError: if it is damaged or of no such structure.
+      RefusedError: if it names anything that tensors do not need.
+      ValueError: if it is damaged, or holds something other than tensors.
     """
     machine = _Machine()
     for opcode, argument, _ in pickletools.genops(_Bounded(file, size)):  # pyright: ignore[reportArgumentType]
@@ -74,12 +75,12 @@ def checked_shape(shape: Any) -> tuple[int, ...]:
     """A shape that a file gives, as a tuple.
 
     Raises:
-      ValueError: if it is not one of a tensor.
+      ValueError: if it is not the shape of a tensor.
     """
     if not isinstance(shape, tuple | list) or len(shape) > MAX_DIMENSIONS:
-        raise ValueError("the shape of a tensor is none")
+        raise ValueError("the shape of a tensor is not a list of at most 32 numbers")
     if not all(_is_int(number) and 0 <= number < 1 << 48 for number in shape):
-        raise ValueError("the shape of a tensor holds what is no size")
+        raise ValueError("the shape of a tensor holds something other than sizes")
     return tuple(shape)
 
 
@@ -125,16 +126,16 @@ def _rebuild_tensor_v3(
 
 def _tensor(storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any) -> PickledTensor:
     if not isinstance(storage, Storage) or not isinstance(dtype, str) or not _is_int(offset) or offset < 0:
-        raise ValueError("a tensor is no view of a storage")
+        raise ValueError("a tensor is not a view of a storage")
     shape, strides = checked_shape(shape), checked_shape(strides)
     if len(shape) != len(strides):
-        raise ValueError("a tensor has other strides than dimensions")
+        raise ValueError("the strides and dimensions of a tensor differ in number")
     return PickledTensor(storage, dtype, offset, shape, strides)
 
 
 def _rebuild_parameter(tensor: Any, *_: Any) -> PickledTensor:
     if not isinstance(tensor, PickledTensor):
-        raise ValueError("a parameter is no tensor")
+        raise ValueError("a parameter is not a tensor")
     return tensor
 
 
@@ -149,7 +150,7 @@ def _dictionary(items: Any = ()) -> dict[str, Any]:
 def _set_item(target: Any, key: Any, value: Any) -> None:
     # Of other keys, hashing alone could take forever.
     if not isinstance(target, dict) or not (isinstance(key, str) or _is_int(key)):
-        raise ValueError("it sets what is no entry of a dictionary of names")
+        raise ValueError("it sets something other than a named entry of a dictionary")
     target[key] = value
 
 
@@ -257,7 +258,7 @@ class _Machine:
     def _extend(self, values: list[Any]) -> None:
         target = self._top()
         if not isinstance(target, list):
-            raise ValueError("it appends to what is no list")
+            raise ValueError("it appends to something other than a list")
         target.extend(values)
 
     def _set(self, _: None) -> None:
@@ -271,7 +272,7 @@ class _Machine:
     def _reduce(self, _: None) -> None:
         function, arguments = self._pop_many(2)
         if not isinstance(function, _Call) or not isinstance(arguments, tuple) or len(arguments) > _MAX_ARGUMENTS:
-            raise ValueError("it calls what is no function")
+            raise ValueError("it calls something other than a function")
         self._items += sum(len(argument) for argument in arguments if isinstance(argument, list | tuple))
         if self._items > _MAX_ITEMS:
             raise ValueError("its calls have too many arguments")
@@ -280,18 +281,18 @@ class _Machine:
     def _build(self, _: None) -> None:
         self._pop()  # attributes of a state dict, such as versions of modules: nothing that is needed
         if not isinstance(self._top(), dict):
-            raise ValueError("it sets attributes of what is no dictionary")
+            raise ValueError("it sets attributes of something other than a dictionary")
 
     def _storage(self, _: None) -> None:
         identity = self._pop()
         if not isinstance(identity, tuple) or not 5 <= len(identity) <= 6:
-            raise ValueError("it refers to what is no storage")
+            raise ValueError("it refers to something other than a storage")
         kind, dtype, key, _location, _numel, *view = identity
         if kind != "storage" or not isinstance(dtype, str) or not isinstance(key, str):
-            raise ValueError("it refers to what is no storage")
+            raise ValueError("it refers to something other than a storage")
         _, start, _ = view[0] if view and isinstance(view[0], tuple) and len(view[0]) == 3 else (None, 0, None)
         if not _is_int(start) or start < 0:
-            raise ValueError("a storage begins nowhere in another")
+            raise ValueError("a storage begins outside of the storage that it is a view of")
         self.storages[key] = dtype
         self.stack.append(Storage(key, dtype, start))
 
@@ -314,7 +315,7 @@ _OPERATIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
 
 def _find(module: Any, name: Any) -> Any:
     if not isinstance(module, str) or not isinstance(name, str):
-        raise ValueError("it looks up what is no name")
+        raise ValueError("it looks up something other than a name")
     if (found := _NAMES.get(f"{module}.{name}")) is None:
         raise RefusedError(f"{module}.{name}"[:200])
     return found

@@ -1,8 +1,8 @@
 """Weight files as named tensors: safetensors, PyTorch's pickles (read without running them) and Flax's msgpack.
 
-Each format is reduced to one index, name -> where the bytes lie, and one reader, `StoredTensor`. Opening a file reads
-the index only. Nothing is memory-mapped: pages of a mapped file count as resident, so that a model would peak at twice
-its size while it is loaded.
+Each format is reduced to one index (name -> position of the bytes) and one reader, `StoredTensor`. Opening a file reads
+only the index. Nothing is memory-mapped: pages of a mapped file count as resident memory, which would peak at twice the
+size of a model while it is loaded.
 """
 
 import io
@@ -74,7 +74,7 @@ class StoredTensor:
         return replace(self, shape=tuple(self.shape[axis] for axis in kept), strides=strides)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Shaped[np.ndarray, "..."]:
-        """Reads the tensor into memory of its own.
+        """Reads the tensor into new memory.
 
         Raises:
           WeightsError: if the file ends early.
@@ -113,7 +113,7 @@ class WeightFile(Mapping[str, StoredTensor]):
         self._tensors = dict(tensors)
         for name in self._tensors:
             if len(name) > _MAX_NAME or not name.isprintable():
-                raise WeightsError(f"{path} holds a tensor of the name {ascii(name)[:80]}, which is none of a network.")
+                raise WeightsError(f"{path} holds a tensor of the name {ascii(name)[:80]}, which no network has.")
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self._tensors[name]
@@ -159,8 +159,10 @@ def open_weights(path: str | Path) -> WeightFile:
     except (WeightsError, PermissionError):
         raise
     except RefusedError as error:
-        raise WeightsError(f"{path} wants to run code ({error}): refused; use a safetensors version.") from None
-    # A damaged file can make a parser fail in any way; the reader needs one sentence, and the cause is chained.
+        raise WeightsError(
+            f"{path} tries to run code ({error}), which is refused: use a safetensors version."
+        ) from None
+    # A damaged file can make a parser fail in any way; the user needs one sentence, and the cause is chained.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise WeightsError(
@@ -209,7 +211,7 @@ def shard_names(path: Path) -> list[str]:
     """The files that an index of shards names.
 
     Raises:
-      WeightsError: if it is no such index, or one of them lies outside its folder.
+      WeightsError: if the file is not such an index, or a shard lies outside its folder.
     """
     names = sorted(set(_weight_map(path).values()))
     for name in names:
@@ -231,7 +233,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 def _open_shards(path: Path) -> WeightFile:
     names = shard_names(path)
     if missing := [name for name in names if not (path.parent / name).is_file()]:
-        raise WeightsError(f"{path} needs shards that are not there: {', '.join(missing)}; download them.")
+        raise WeightsError(f"{path} needs shards that are missing: {', '.join(missing)}; download them.")
     tensors: dict[str, StoredTensor] = {}
     for name in names:
         tensors |= open_weights(path.parent / name)
@@ -243,7 +245,7 @@ def _open_shards(path: Path) -> WeightFile:
 
 
 def _dtype(path: Path, name: Any) -> np.dtype:
-    """The dtype of that name: of numbers alone, as NumPy also makes objects, texts and records of names."""
+    """The numeric dtype of that name; names of other dtypes of NumPy (objects, texts, records) are refused."""
     if isinstance(name, str) and (name in _NUMBERS or hasattr(ml_dtypes, name)):
         return np.dtype(name)
     shown = name if isinstance(name, str) and name.isprintable() else type(name).__name__
@@ -302,7 +304,7 @@ def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _zip_member_span(file: io.BufferedIOBase, member: zipfile.ZipInfo) -> tuple[int, int]:
-    # The local header is 30 bytes, the name and a padding of its own that aligns the data.
+    # The local header is 30 bytes, the name, and a padding that aligns the data.
     file.seek(member.header_offset + 26)
     name_size, extra_size = (int.from_bytes(file.read(2), "little") for _ in range(2))
     return member.header_offset + 30 + name_size + extra_size, member.file_size

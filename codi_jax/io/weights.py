@@ -65,29 +65,30 @@ def load_model(
       source: a local folder, or a repository on the Hugging Face Hub (``HF_HUB_OFFLINE`` and the cache are respected).
       subfolder: ``unet``, ``controlnet``, ``vae``, ``text_encoder`` or ``text_encoder_2``; ``None`` if ``source``
         itself holds ``config.json``, as it does for a ControlNet or VAE published on its own.
-      dtype: in which the parameters are stored; ``None`` keeps that of the file.
+      dtype: storage precision of the parameters; ``None`` keeps that of the file.
       revision: branch, tag or commit on the hub.
-      variant: of the weights, such as ``"fp16"`` for ``diffusion_pytorch_model.fp16.safetensors``; where there is none,
-        the plain file is read, with a warning.
-      cache_dir: of the hub's files, if not the usual one.
-      local_files_only: never ask the hub.
-      compute_dtype: of the module; if ``None``, ``dtype``, or float32.
+      variant: of the weights, such as ``"fp16"`` for ``diffusion_pytorch_model.fp16.safetensors``; a part that lacks it
+        is read from the plain file, with a warning.
+      cache_dir: folder of the hub's files; ``None`` for the hub's default.
+      local_files_only: never contact the hub.
+      compute_dtype: precision of the module. Default: ``dtype``, or float32.
       attention: the attention kernel of the module.
       remat: whether the module recomputes activations in the backward pass.
-      place: puts each parameter on devices; ``None`` is the default device.
+      place: puts each parameter on devices. Default: on the default device.
 
     Returns:
       The module, whose ``config`` is ``config.json``, and its parameters.
 
     Raises:
-      WeightsError: if something is missing, of another family, incomplete, not finite, or does not fit ``config.json``.
+      WeightsError: if a file is missing, incomplete, not finite, from another model family, or does not fit
+        ``config.json``.
       ConfigError: for a value in ``config.json`` that codi_jax cannot build.
     """
     folder = ModelFolder(str(Path(source).expanduser()), subfolder, revision, cache_dir, local_files_only)
     folder = folder.pinned(folder.require("config.json"))
-    of_module = jnp.float32 if dtype is None else dtype
-    of_module = of_module if compute_dtype is None else compute_dtype
-    module = build_module(folder, of_module, attention=attention, remat=remat)
+    if compute_dtype is None:
+        compute_dtype = jnp.float32 if dtype is None else dtype
+    module = build_module(folder, compute_dtype, attention=attention, remat=remat)
     weights = open_weights(_choose_file(folder, module.config, variant))
     params = from_state_dict(
         module.abstract_params(),
@@ -111,18 +112,18 @@ def open_model(
     """One network of a diffusers folder, whose tensors are read when NumPy asks for them.
 
     Args:
-      source: see `load_model`, as for the others.
-      subfolder: likewise.
-      revision: likewise.
-      variant: likewise.
-      cache_dir: likewise.
+      source: a local folder, or a repository on the Hugging Face Hub.
+      subfolder: of the network, see `load_model`.
+      revision: branch, tag or commit on the hub.
+      variant: of the weights, see `load_model`.
+      cache_dir: folder of the hub's files; ``None`` for the hub's default.
 
     Returns:
       The module, and its tensors by their name in the PyTorch state dict.
 
     Raises:
-      WeightsError: as `load_model`, and for Flax's msgpack.
-      ConfigError: as `load_model`.
+      WeightsError: under the conditions of `load_model`, and for Flax's msgpack.
+      ConfigError: for a value in ``config.json`` that codi_jax cannot build.
     """
     folder = ModelFolder(str(Path(source).expanduser()), subfolder, revision, cache_dir)
     folder = folder.pinned(folder.require("config.json"))
@@ -142,13 +143,13 @@ def build_module(
     """The network that a folder's ``config.json`` describes, without its weights.
 
     Args:
-      folder: of the network.
-      dtype: of the computation.
+      folder: where ``config.json`` lies.
+      dtype: precision of the computation.
       attention: the attention kernel.
-      remat: whether it recomputes activations in the backward pass.
+      remat: whether the network recomputes activations in the backward pass.
 
     Raises:
-      WeightsError: if there is no such file, or it is of another family.
+      WeightsError: if the file does not exist, or describes another model family.
       ConfigError: for a value in it that codi_jax cannot build.
     """
     where, mapping = f"{folder}/config.json", folder.read_json("config.json")
@@ -167,16 +168,16 @@ def save_model(
 ) -> None:
     """Writes one network as diffusers and transformers do: safetensors and ``config.json``.
 
-    All is written beside the target and then moved: after an error or an interrupt nothing of it is left. In a folder
-    that exists, files of the same names and older safetensors of the model are replaced, and all others are kept. With
-    several processes, all must call it (tensors are gathered) and the first one writes.
+    The files are written beside the target and then moved, so an error or an interrupt leaves nothing behind. In a
+    folder that exists, files of the same names and older safetensors of the model are replaced, and all others are
+    kept. In a run of several processes all must call it (tensors are gathered), and the first one writes.
 
     Args:
       folder: of the whole model.
       subfolder: of the network; ``None`` writes into ``folder`` itself.
-      module: for its ``config``.
+      module: the network, whose ``config`` is written.
       params: its parameters, possibly sharded; fetched one at a time.
-      dtype: of the file; ``None`` keeps each parameter's own.
+      dtype: precision in the file; ``None`` keeps that of each parameter.
       max_shard_size: in bytes, or as ``"5GB"``; larger models are split.
 
     Raises:
@@ -199,18 +200,18 @@ def write_model(
     *,
     max_shard_size: int | str = "10GB",
 ) -> None:
-    """Writes one network whose tensors come one after the other; else as `save_model`.
+    """Writes one network whose tensors are produced one after the other; see `save_model`.
 
     Args:
       folder: of the whole model.
-      subfolder: of the network.
-      module: for its ``config``.
+      subfolder: of the network; ``None`` writes into ``folder`` itself.
+      module: the network, whose ``config`` is written.
       header: dtype and shape of the tensors, by their name in the PyTorch state dict.
       arrays: the tensors, in the order of ``header``.
       max_shard_size: in bytes, or as ``"5GB"``.
 
     Raises:
-      WeightsError: if these are not the tensors of ``module``, or they cannot be written.
+      WeightsError: if the tensors are not those of ``module``, or cannot be written.
     """
     target = Path(folder, subfolder or "").expanduser().resolve()
     expected = {name: shape for name, (_, _, shape) in leaves_by_name(module.abstract_params()).items()}
@@ -239,7 +240,7 @@ def _model_class(mapping: Mapping[str, Any], where: str) -> tuple[type[ModelConf
     known = ", ".join(config_class.class_names[0] for config_class, _ in _MODELS)
     raise WeightsError(
         f"{where} describes {name or mapping.get('model_type') or 'no known model'}: a config from another model "
-        f"family. codi_jax has {known}."
+        f"family. codi_jax supports {known}."
     )
 
 
@@ -256,12 +257,12 @@ def _choose_file(folder: ModelFolder, config: ModelConfig, variant: str | None) 
     A part without the variant has its plain file read: in published models some parts have variants and others not.
     """
     safe, torch, _ = _file_stems(config)
-    for of_part in dict.fromkeys((variant, None)):
-        for name in _file_names(config, of_part):
+    for tried in dict.fromkeys((variant, None)):
+        for name in _file_names(config, tried):
             if (path := folder.find(name)) is None:
                 continue
-            if of_part != variant:
-                warnings.warn(f"{folder} has no weights of variant {variant!r}: {name} is read.", stacklevel=3)
+            if tried != variant:
+                warnings.warn(f"{folder} has no weights of variant {variant!r}: reading {name} instead.", stacklevel=3)
             if path.suffix == ".json":
                 for shard in shard_names(path):
                     folder.require(shard)
@@ -269,7 +270,7 @@ def _choose_file(folder: ModelFolder, config: ModelConfig, variant: str | None) 
     pattern = re.compile(rf"({safe}|{torch})(\.(safetensors|bin)\.index)?\.(?P<variant>\w+)\.(safetensors|bin|json)")
     matches = [match for name in folder.names() or () if (match := pattern.fullmatch(name))]
     variants = sorted({match["variant"] for match in matches} - {"safetensors", "bin", "index"})
-    hint = f" It has the variant {' and '.join(variants)}: ask for it with --variant." if variants else ""
+    hint = f" It has the variant {' and '.join(variants)}: select it with --variant." if variants else ""
     names = [*(_file_names(config, variant) if variant else ()), *_file_names(config, None)]
     raise WeightsError(
         f"{folder} has no weights{f' of variant {variant!r}' if variant else ''}, none of {', '.join(names)}: "

@@ -94,7 +94,7 @@ def test_memory(run: Any) -> None:
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
     with pytest.raises(SystemExit) as ended:
         run(raises=error)
-    assert ended.value.code == "error: the device has not enough memory: try other values of --train_batch_size."
+    assert ended.value.code == "error: the device has run out of memory: try other values of --train_batch_size."
     with pytest.raises(jax.errors.JaxRuntimeError):
         run(raises=jax.errors.JaxRuntimeError("INTERNAL: no"))
 
@@ -135,7 +135,7 @@ def test_of_many_warnings_of_a_kind_the_first_are_shown(
     lines = capsys.readouterr().err.splitlines()
     assert lines[:10] == [f"warning: caption {number} is too long." for number in range(10)]
     assert lines[10:] == [
-        "warning: there are more warnings of this kind; they are not shown.",
+        "warning: further warnings of this kind are not shown.",
         "warning: something else.",
     ]
 

@@ -117,7 +117,7 @@ BAD = {
         "There is no folder runs/3/final, and it is not an id such as owner/name",
     ),
     "image": (["--image", "nothing.png"], "There is no image nothing.png."),
-    "suffix": (["--output", "out.txt"], "out.txt must end like an image file: use one of .png, "),
+    "suffix": (["--output", "out.txt"], "out.txt needs the extension of an image file: use one of .png, "),
     "height": (["--height", "30"], "height = 30, width = 32: this model makes images whose sides are multiples of 4"),
     "lora": (["--lora", "lora.safetensors"], "It is a LoRA for another model"),
 }
@@ -186,5 +186,5 @@ def test_too_little_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(generate, "run", run)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     monkeypatch.setattr(sys, "argv", ["generate", "--model", "m", "--prompt", "p"])
-    with pytest.raises(SystemExit, match="error: the device has not enough memory: try a smaller --batch_size"):
+    with pytest.raises(SystemExit, match="error: the device has run out of memory: try a smaller --batch_size"):
         generate.main()

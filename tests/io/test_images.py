@@ -178,7 +178,7 @@ def test_an_impossible_output_is_refused_before_the_work(tmp_path: Path) -> None
         check_output(tmp_path / name)
     assert not list(tmp_path.iterdir())
     for name in ("image", "image.txt", "image.psd", "image.safetensors"):
-        with pytest.raises(ValueError, match=r"must end like an image file: use one of \.png"):
+        with pytest.raises(ValueError, match=r"needs the extension of an image file: use one of \.png"):
             check_output(tmp_path / name)
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(ValueError, match=r"folder\.png cannot be written: it is a folder"):

@@ -158,7 +158,7 @@ def test_a_process_that_is_killed_ends_the_other():
     started[1].send_signal(signal.SIGKILL)
     (status, said), _ = end_of(started, timeout=90)
     assert status == 1
-    assert re.search(r"error: nothing was heard of process 1 \(.*\) for 60 s", said)
+    assert re.search(r"error: process 1 \(.*\) has been silent for 60 s", said)
 
 
 @pytest.mark.slow

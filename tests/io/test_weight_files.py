@@ -152,7 +152,7 @@ def test_shards(tensors: dict, tmp_path: Path, format_: str):
         open_weights(index)
     index.write_text(json.dumps({"weight_map": weight_map}))
     (tmp_path / names_second(parts)).unlink()
-    with pytest.raises(WeightsError, match=f"needs shards that are not there: {names_second(parts)}"):
+    with pytest.raises(WeightsError, match=f"needs shards that are missing: {names_second(parts)}"):
         open_weights(index)
 
 
@@ -290,7 +290,9 @@ def test_pickles_that_want_to_run_code(tmp_path: Path, name: str, protocol: int,
     content, reported = attacks(tmp_path / "was_run")[name]
     path = tmp_path / "model.bin"
     torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=is_zip)
-    with pytest.raises(WeightsError, match=rf"model\.bin wants to run code \({reported}\): refused; use a safetensors"):
+    with pytest.raises(
+        WeightsError, match=rf"model\.bin tries to run code \({reported}\), which is refused: use a safetensors"
+    ):
         open_weights(path)
     assert not (tmp_path / "was_run").exists()
 

@@ -222,7 +222,7 @@ def test_variants(oracles: dict, pipeline: Path, tmp_path: Path, part: str, shar
     expected = {name: array.astype(np.float16) for name, array in state_dict(oracles[part]).items()}
     assert_same(dict(to_state_dict(params)), expected)
     for variant in (None, "ema"):
-        with pytest.raises(WeightsError, match=r"has no weights.*It has the variant fp16: ask for it with --variant"):
+        with pytest.raises(WeightsError, match=r"has no weights.*It has the variant fp16: select it with --variant"):
             load_model(tmp_path, part, variant=variant)
 
 
