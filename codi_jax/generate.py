@@ -23,66 +23,66 @@ _LONG_RUN = 10  # steps from which a progress bar is worth its line
 
 @dataclass(frozen=True)
 class Args(Flags):
-    """Generates images. The task follows from the model: text to image, edit (InstructPix2Pix) or inpaint.
+    """Generates images. The task is that of the model: text to image, edit (InstructPix2Pix) or inpaint.
 
-    Only --model and --prompt are needed; --image, --mask_image and --control_image where the model takes them.
+    Only --model and --prompt are required, and --image, --mask_image and --control_image if the model takes them.
     """
 
     model: str
     """Folder of the model in diffusers' layout, or its id (owner/name) on the Hugging Face Hub."""
     prompt: str
-    """What to show; for an InstructPix2Pix model, what to change."""
+    """Description of the image, or for an InstructPix2Pix model the edit instruction."""
     output: Path = Path("out.png")
-    """Image file to write. Several images make a grid there, and single files out_0.png, out_1.png, ... beside it."""
+    """Image file to write. Several images are written as a grid, and singly beside it as out_0.png, out_1.png, ..."""
     negative_prompt: str | None = None
-    """What to lead away from."""
+    """Description of what to avoid."""
     image: str | None = None
-    """File or URL of the image to edit or to paint into."""
+    """File or URL of the image to edit or inpaint."""
     mask_image: str | None = None
-    """File or URL of the mask for an inpainting model, white where it shall paint."""
+    """File or URL of the mask for an inpainting model, white where it paints."""
     control_image: str | None = None
     """File or URL of the ControlNet's condition, such as an image of edges."""
     controlnet: str | None = None
-    """Folder or id of a ControlNet. If left out: the one in the model's folder, where there is one."""
+    """Folder or id of a ControlNet. Default: the one in the model's folder, if any."""
     lora: tuple[str, ...] = ()
-    """LoRA files, folders or ids to merge into the model, or files in a repository: owner/name/file.safetensors."""
+    """LoRA files, folders or ids to merge into the model. A file in a repository is owner/name/file.safetensors."""
     lora_scale: float = 1.0
     """Strength of every LoRA."""
     steps: int | None = None
-    """Steps of the sampler. If left out: 4 for students (samplers lcm and codi), as many as it was trained for for a
-    generator of one or few steps, 50 for the others."""
+    """Steps of the sampler. Default: 4 for students (samplers lcm and codi), the number that it was trained for for a
+    one-step or few-step generator, 50 for other models."""
     guidance_scale: float | None = None
-    """How strongly to follow the prompt; 1 is no guidance, which takes half the time. If left out: 7.5, and 1 for a
-    generator of one or few steps."""
+    """Classifier-free guidance on the prompt; 1 disables it and halves the time. Default: 7.5, or 1 for a one-step or
+    few-step generator."""
     image_guidance_scale: float | None = None
-    """How strongly to keep to the image, for InstructPix2Pix; at 1 a step takes two passes instead of three. If left
-    out: 1.5, and 1 for a generator of one or few steps."""
+    """Guidance on the input image, for InstructPix2Pix; at 1 a step takes two passes instead of three. Default: 1.5, or
+    1 for a one-step or few-step generator."""
     controlnet_conditioning_scale: float = 1.0
-    """How strongly to follow the control image."""
+    """Strength of the ControlNet."""
     sampler: Sampler | None = None
-    """How to sample. If left out: as the model's folder says."""
+    """Sampler. Default: that of the model's folder."""
     timesteps: tuple[int, ...] = ()
-    """Descending training timesteps to sample at instead of --steps, such as 399 for a one-step generator."""
+    """Descending training timesteps to sample at, in place of --steps, such as 399 for a one-step generator."""
     seed: int = 0
-    """Seed of the first image; the next images have the next seeds, whatever the batch size."""
+    """Seed of the first image; the others have the seeds that follow, regardless of the batch size."""
     num_images: int = 1
-    """How many images to make."""
+    """Number of images to generate."""
     batch_size: int | None = None
-    """How many of them at a time. If left out: all."""
+    """Images generated at a time. Default: all."""
     height: int | None = None
-    """In pixels. If left out: that of the given image, or the model's own."""
+    """In pixels. Default: that of --image or --control_image, or the model's native size."""
     width: int | None = None
-    """In pixels. If left out: that of the given image, or the model's own."""
+    """In pixels. Default: that of --image or --control_image, or the model's native size."""
     dtype: DType = "auto"
     """Precision of weights and computation. auto: bfloat16 on GPU and TPU, float32 on CPU."""
     attention: Implementation = "auto"
-    """Attention kernel. auto: the fastest that the device has."""
+    """Attention kernel. auto: the fastest one on the device."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
     variant: str | None = None
-    """Variant of the weight files, such as fp16, for each part of the model that has it; the ControlNet, too."""
+    """Variant of the weight files, such as fp16, for every part of the model and the ControlNet that has it."""
     ccache: Path = Path("~/.cache/codi_jax/xla")
-    """Folder that keeps compiled programs, so that the next start is faster."""
+    """Cache of compiled programs, which makes the next start faster."""
 
     def check(self) -> None:
         super().check()
@@ -90,22 +90,22 @@ class Args(Flags):
             raise ValueError("--num_images and --batch_size must be at least 1.")
         # Batches are filled up to one size.
         fits = self.seed <= LARGEST_SEED - 2 * self.num_images
-        self.require("seed", fits, "smaller: the next images have the next seeds, up to 2^63 - 1")
+        self.require("seed", fits, "smaller: the other images have the seeds that follow, up to 2^63 - 1")
         self.require_at_least(0, "guidance_scale", "image_guidance_scale", "timesteps")
         self.require_in(1, LARGEST_SIDE, "height", "width")
         check_output(self.output, self.num_images)
 
 
 def run(args: Args) -> list[Path]:
-    """Loads the model, generates, writes the images, and prints what it took.
+    """Loads the model, generates, writes the images, and prints the time that it took.
 
     Returns:
       The files written.
 
     Raises:
-      ValueError: if arguments do not fit each other or the model; also its kinds `WeightsError` and `ConfigError`.
-      OSError: if an image is not there, or the output cannot be written.
-      FloatingPointError: if the model gives NaN.
+      ValueError: if the arguments contradict each other or the model, also as `WeightsError` and `ConfigError`.
+      OSError: if an image does not exist, or the output cannot be written.
+      FloatingPointError: if the model produces NaN.
     """
     args.check()
     given = {"image": args.image, "mask_image": args.mask_image, "control_image": args.control_image}
@@ -148,14 +148,14 @@ def _load(args: Args) -> DiffusionPipeline:
 def _generate(
     pipeline: DiffusionPipeline, args: Args, pictures: dict[str, Any]
 ) -> tuple[UInt8[np.ndarray, "n h w 3"], float, float]:
-    """The images, the seconds that it took to compile, and the others. The last batch may have too many images."""
+    """The images, and the seconds of compilation and of generation. The last batch may have surplus images."""
     timesteps = args.timesteps or None
     steps = len(pipeline.times(args.steps, args.sampler, timesteps))
-    # As large as the others even if fewer images are left: another size would be compiled anew.
+    # The last batch is as large as the others even if fewer images are left: another size would compile again.
     batch_size = min(args.batch_size or args.num_images, args.num_images)
     starts = range(0, args.num_images, batch_size)
     images, compile_seconds, seconds = [], 0.0, 0.0
-    # JAX cannot keep a program that reports its steps: it pays where steps are slow.
+    # JAX cannot cache a program that reports its steps, so reports pay off only where steps are slow.
     reports = jax.default_backend() == "cpu" and steps >= _LONG_RUN and sys.stderr.isatty()
     hidden = not sys.stderr.isatty() or not (reports or len(starts) > 1)
     with tqdm(total=len(starts) * steps, unit="step", leave=False, disable=hidden) as bar:

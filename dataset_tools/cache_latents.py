@@ -1,10 +1,10 @@
-"""Encodes a whole data set once: what --cache_latents of a training with the same flags then finds.
+"""Encodes a whole data set once, for trainings with --cache_latents and otherwise the same flags.
 
     python3 dataset_tools/cache_latents.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --train_data_dir data/coyo --resolution 512 --center_crop --mixed_precision bf16 --cache_dir cache
 
-Several machines share the work with --num_parts 8 and --part 0 to 7, over a folder that all of them see; each may be
-killed and started again.
+Several machines share the work with --num_parts 8 and --part 0 to 7, through a folder that all of them see; each may be
+killed and restarted.
 """
 
 import dataclasses
@@ -34,17 +34,17 @@ class Args(ModelFlags, DataFlags):
     """--task of the training; none for text to image, column for most ControlNets, edit for InstructPix2Pix (with
     --conditioning_image_column input_image --image_column edited_image --caption_column edit_prompt)."""
     mixed_precision: optim.MixedPrecision = "no"
-    """That of the training: the networks compute in it."""
+    """--mixed_precision of the training, in which the networks compute."""
     train_text_encoder: bool = False
     """The training will train the text encoder: keep the tokens of captions instead of its features."""
     encode_batch_size: int = 16
-    """Images or captions that are encoded at a time."""
+    """Images or captions encoded at a time."""
     num_parts: int = 1
-    """Parts that the work is divided into."""
+    """Number of parts that the work is divided into."""
     part: int = 0
-    """Which of them to do, from 0 on."""
+    """Index of the part to compute, from 0."""
     fsdp: int = 1
-    """Number of devices that share the parameters, as in training."""
+    """Number of devices that the parameters are sharded over, as in training."""
 
     def check(self) -> None:
         super().check()
@@ -75,7 +75,7 @@ def main(args: Args) -> None:
         time_ids=model.networks.is_sdxl, part=part,
     )  # fmt: skip
     if folder is None:
-        print(f"part {args.part} of {args.num_parts} is done; the last one to be done puts them together")
+        print(f"part {args.part} of {args.num_parts} is done; the last part to finish joins them")
     else:
         print(f"{len(source)} samples are cached in {folder}")
 

@@ -4,7 +4,7 @@
         --max_train_samples 1000000 --num_proc 32
 
 downloads images of COYO-700M and finds their edges; --input names another table of URLs and captions, a data set with
-images in it, or a folder of images. Killed at any moment, it goes on when the same command is run again.
+images in it, or a folder of images. After an interruption at any moment, the same command resumes the work.
 """
 
 import functools
@@ -25,15 +25,15 @@ class Args(JobFlags, PairFlags, ScoreFlags, TableFlags):
     input: str | None = None
     """Parquet, CSV, TSV or JSON lines of URLs and captions (files, patterns such as part-*.parquet, or URLs), a data
     set on the hub, what save_to_disk wrote, or a folder of images, whose captions are in .txt files of the same names
-    or in a metadata.jsonl. If left out: COYO-700M from the hub."""
+    or in a metadata.jsonl. Default: COYO-700M from the hub."""
     conditioning_image_column: str | None = None
     """Column of the condition images, for --condition depth_from_file."""
     min_clip_similarity: float | None = 0.3
-    """Least similarity of image and caption (CLIP ViT-B/32), where the input has a column of it."""
+    """Least similarity of image and caption (CLIP ViT-B/32), if the input has a column of it."""
     max_watermark_score: float | None = 0.4
-    """Largest probability of a watermark, likewise."""
+    """Largest probability of a watermark, if the input has a column of it."""
     min_aesthetic_score: float | None = 6.0
-    """Least aesthetic score (LAION's second predictor), likewise."""
+    """Least aesthetic score (LAION's second predictor), if the input has a column of it."""
 
     def check(self) -> None:
         super().check()
@@ -50,7 +50,7 @@ def main(args: Args) -> None:
     print(describe(make_data_set(args, items, Pair(PairFlags.of(args), args.seed), made_with), args))
 
 
-# What a run that goes on must share with the one that was stopped.
+# The flags that a resumed run must share with the stopped one.
 _MADE_WITH = (
     *PairFlags.names(), *ScoreFlags.names(),
     *sorted({*TableFlags.names()} - {"cache_dir", "allow_outside_paths"}), "conditioning_image_column",

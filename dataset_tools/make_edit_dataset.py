@@ -36,23 +36,24 @@ class Args(JobFlags, GenerateFlags, PictureFlags, TableFlags):
     input_image_column: str = BEFORE
     """Column of the images before the edit, in the table of --input."""
     edited_image_column: str = AFTER
-    """Column of the images after it."""
+    """Column of the images after the edit."""
     are_urls: bool = False
-    """Both are addresses to download from."""
+    """The image columns hold addresses to download from."""
     before_dir: str | None = None
     """Folder of images before the edit, instead of a table."""
     after_dir: str | None = None
-    """Folder of images after it, with the same names."""
+    """Folder of images after the edit, with the same names."""
     instruction: str | None = None
-    """The instruction, with columns of the table in braces, such as "make it {season}"; of two folders {name}, {folder}
-    and {instruction}, which is that of --instructions. If left out: the column edit_prompt, or --instructions."""
+    """Template of the instruction, with columns of the table in braces, such as "make it {season}", or for two folders
+    with {name}, {folder} and {instruction}, which comes from --instructions. Default: the column edit_prompt, or
+    --instructions."""
     instructions: str | None = None
     """Table of instructions for two folders, with the columns file_name and instruction."""
     num_proc: int | None = None
-    """Processes; if left out, one for each core, and one alone where a model draws."""
+    """Number of processes. Default: one per core, or a single one with --teacher."""
     shard_size: int | None = None  # type: ignore[assignment]
-    """Rows of the input that one task works through, and so what is lost at most when it is killed; if left out, 1000,
-    and 4 where a model draws."""
+    """Rows of the input per task, which is the most that is lost when a process is killed. Default: 1000, or 4 with
+    --teacher."""
 
     def check(self) -> None:
         super().check()
@@ -68,7 +69,7 @@ class Args(JobFlags, GenerateFlags, PictureFlags, TableFlags):
 
     @property
     def template(self) -> str:
-        """Of the instruction."""
+        """The template of the instruction."""
         return self.instruction or ("{edit_prompt}" if self.before_dir is None else "{instruction}")
 
 
@@ -131,7 +132,7 @@ def main(args: Args) -> None:
     print(describe(make_data_set(args, items, prepare, {name: getattr(args, name) for name in _MADE_WITH}), args))
 
 
-# What a run that goes on must share with the one that was stopped.
+# The flags that a resumed run must share with the stopped one.
 _MADE_WITH = (
     *PictureFlags.names(), *GenerateFlags.names(),
     *sorted({*TableFlags.names()} - {"cache_dir", "allow_outside_paths"}), "input_image_column", "edited_image_column",

@@ -24,24 +24,26 @@ _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 @dataclass(frozen=True)
 class Args(Flags):
-    """Learns a small vocabulary from captions, for a text encoder that is trained from nothing."""
+    """Learns a small vocabulary from captions, for a text encoder that is trained from scratch."""
 
     train_data_dir: Path
-    """Folder with a metadata.jsonl or meta.jsonl, or anything else that can be trained on."""
+    """Folder with a metadata.jsonl or meta.jsonl, or any other data that training accepts."""
     output_dir: Path
     """Folder for vocab.json, merges.txt and tokenizer_config.json."""
     caption_column: str = "text"
     """Column of the captions: a text, or a list of texts."""
     vocab_size: int = 2048
-    """Tokens in all: 512 for single bytes, 2 for start and end, the others learned."""
+    """Size of the vocabulary: 512 tokens for single bytes, 2 for start and end, the others learned."""
     model_max_length: int = 32
-    """Tokens of a prompt, start and end included; longer ones are cut off."""
+    """Tokens of a prompt, start and end included; longer prompts are truncated."""
 
     def check(self) -> None:
         super().check()
         least = 2 * len(ByteLevel.alphabet()) + 2
         if self.vocab_size < least:
-            raise ValueError(f"--vocab_size {self.vocab_size} must be at least {least}: all bytes, twice.")
+            raise ValueError(
+                f"--vocab_size {self.vocab_size} must be at least {least}, two tokens for every byte and two more."
+            )
         self.require_at_least(3, "model_max_length")
 
 
@@ -96,7 +98,7 @@ def write(args: Args, tokens: list[str], merges: list[tuple[str, ...]]) -> None:
 
 
 def tell(args: Args) -> None:
-    """Learns the vocabulary, and says how the captions fare with it."""
+    """Learns the vocabulary, and prints how long the captions are in it."""
     tokenizer = train(args)
     texts = captions(args)
     lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]

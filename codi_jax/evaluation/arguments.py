@@ -15,52 +15,52 @@ SEED_STRIDE = 1_000_000
 class Args(Flags):
     """Compares models on a folder of pictures with captions, edges or edits, such as the emoji benchmark.
 
-    Writes metrics.json, report.html (one file that needs nothing else), pictures.png and the plots, and prints the
-    table.
+    Writes metrics.json, report.html (self-contained), pictures.png and the plots, and prints the table.
     """
 
     models: tuple[str, ...]
-    """NAME=FOLDER, or NAME=FOLDER+CONTROLNET_FOLDER; several separated by spaces. Hub ids work as folders do.
-    NAME=FOLDER,FOLDER,... is one model trained several times: one folder for each of --seeds. NAME@STEPS,...=FOLDER has
-    steps of its own, and may be there again with other steps: base@50=runs/base base@4,1=runs/base-lcm is one curve."""
+    """NAME=FOLDER or NAME=FOLDER+CONTROLNET_FOLDER, several separated by spaces; hub ids may replace folders.
+    NAME=FOLDER,FOLDER,... is one model trained several times, with one folder for each of --seeds.
+    NAME@STEPS,...=FOLDER overrides --steps, and a name may be repeated with other steps: base@50=runs/base
+    base@4,1=runs/base-lcm is one curve."""
     data: Path = Path("data/emoji/validation")
-    """Folder with metadata.jsonl; made by dataset_tools/emoji.py. Its subfolder edits/validation compares editors."""
+    """Folder with a metadata.jsonl, as dataset_tools/emoji.py makes it; its edits/validation is for editors."""
     training_steps: tuple[int, ...] = ()
-    """Evaluate models whose folders hold what they were after so many training steps, in step-N (--export_steps of
-    training writes it), at those, too, and plot the metrics against them."""
+    """Also evaluate the exports of these training steps, in the subfolders step-N that --export_steps of training
+    writes, and plot the metrics against them."""
     steps: tuple[int, ...] = (1, 2, 4, 8, 50)
-    """Steps of the samplers. Those that a model's sampler cannot take are left out for that model."""
+    """Steps of the samplers. Numbers that a model's sampler does not support are skipped for that model."""
     samplers: tuple[str, ...] = ()
-    """NAME:SAMPLER for models that shall not use the sampler of their folder."""
+    """NAME:SAMPLER for models that use another sampler than that of their folder."""
     guidance_scale: float = 7.5
-    """How strongly to follow the text; 1 is no guidance."""
+    """Classifier-free guidance on the text; 1 disables it."""
     guidance_scales: tuple[str, ...] = ()
-    """NAME:SCALE for models with a guidance scale of their own, such as student:1, or base@4,1:1 for those steps."""
+    """NAME:SCALE for models with another --guidance_scale, such as student:1, or base@4,1:1 for these steps."""
     image_guidance_scale: float = 1.5
-    """How strongly to keep to the image, for InstructPix2Pix."""
+    """Guidance on the input image, for InstructPix2Pix."""
     image_guidance_scales: tuple[str, ...] = ()
-    """NAME:SCALE for models with an image guidance scale of their own."""
+    """NAME:SCALE for models with another --image_guidance_scale."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """All pictures are made once with each; the table has the mean and the standard deviation."""
+    """Every picture is generated once with each seed; the table shows mean and standard deviation."""
     max_samples: int | None = None
-    """Use at most so many pictures, evenly spread over the folder. If left out: all."""
+    """Largest number of pictures to use, evenly spread over the folder. Default: all."""
     batch_size: int = 32
-    """Pictures at a time."""
+    """Pictures generated at a time."""
     num_shown: int = 12
-    """Rows of pictures in the report."""
+    """Number of samples whose pictures the report shows."""
     output_dir: Path = Path("outputs/evaluation")
     """Folder for metrics.json, report.html, pictures.png and the plots."""
     dtype: DType = "auto"
     """Precision of weights and computation. auto: bfloat16 on GPU and TPU, float32 on CPU."""
     attention: Implementation = "auto"
-    """Attention kernel. auto: the fastest that the device has."""
+    """Attention kernel. auto: the fastest one on the device."""
     ccache: Path = Path("~/.cache/codi_jax/xla")
-    """Folder that keeps compiled programs, so that the next start is faster."""
+    """Cache of compiled programs, which makes the next start faster."""
 
     def check(self) -> None:
         super().check()
         if not self.steps or min(self.steps) < 1:
-            raise ValueError("--steps must be numbers of at least 1.")
+            raise ValueError("--steps must be at least 1.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError("--seeds must be different numbers of at least 0.")
         self.require("seeds", max(self.seeds) < LARGEST_SEED // SEED_STRIDE, f"below 2^63 / {SEED_STRIDE}")

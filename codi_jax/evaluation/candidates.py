@@ -88,7 +88,7 @@ def _read_models(args: Args) -> dict[str, tuple[Checkpoint, ...]]:
 
 
 def _read_steps(text: str, args: Args) -> tuple[str, tuple[int, ...]]:
-    """``NAME@4,1`` -> name and steps; those of all models where there are none."""
+    """``NAME@4,1`` -> name and steps; ``NAME`` alone has ``--steps``."""
     name, at, steps = text.partition("@")
     if not at:
         return name, args.steps
@@ -122,7 +122,7 @@ def _read_checkpoint(text: str, checkpoint: str) -> Checkpoint:
 
 
 def _overrides(flag: str, texts: Sequence[str], names: Mapping[str, Any]) -> dict[str, str]:
-    """Values by models. A name without its steps means all of that name, but for those that are named in full."""
+    """Values by model. ``NAME`` means all models of that name, except those that ``NAME@STEPS`` sets separately."""
     for_family, for_entry = {}, {}
     for text in texts:
         name, colon, value = text.rpartition(":")
@@ -134,7 +134,7 @@ def _overrides(flag: str, texts: Sequence[str], names: Mapping[str, Any]) -> dic
         elif meant:
             for_family |= dict.fromkeys(meant, value)
         else:
-            raise ValueError(f"{flag} {text}: --models names no {name}, only {', '.join(names)}.")
+            raise ValueError(f"{flag} {text}: --models does not name {name}, only {', '.join(names)}.")
     return for_family | for_entry
 
 
@@ -150,7 +150,7 @@ def _scales(flag: str, texts: Sequence[str], default: float | int, names: Mappin
         try:
             scales[name] = float(value)
         except ValueError:
-            raise ValueError(f"{flag}: {value} is no number.") from None
+            raise ValueError(f"{flag}: {value} is not a number.") from None
         if not 0 <= scales[name] < math.inf:
             raise ValueError(f"{flag}: {value} is not possible: it must be a finite number of at least 0.")
     return scales

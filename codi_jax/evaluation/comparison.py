@@ -29,7 +29,14 @@ _MOST_PSNR = 100.0  # dB, of pictures that are equal
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What all models are measured on: n pictures with features of dimension d, of which r are shown."""
+    """What all models are measured on.
+
+    Attributes:
+      samples: n of them.
+      features: pictures to features of dimension d.
+      truth_features: of the real pictures.
+      shown: the r samples whose pictures the report shows.
+    """
 
     samples: Samples
     features: Features
@@ -40,9 +47,9 @@ class Benchmark:
 def make_pictures(
     pipeline: DiffusionPipeline, model: Candidate, samples: Samples, steps: int, seed: int, args: Args
 ) -> tuple[UInt8[np.ndarray, "n h w 3"], float]:
-    """One picture for each sample, and the seconds that one took, compilation left out.
+    """One picture for each sample, and the seconds per picture without compilation.
 
-    The last batch is filled up with its last sample, so that all have one shape and one program.
+    The last batch is padded with its last sample, so that all batches share one shape and one program.
     """
     count = len(samples.prompts)
     batch_size = min(args.batch_size, count)
@@ -71,7 +78,7 @@ def make_pictures(
 def measure(
     pictures: UInt8[np.ndarray, "n h w 3"], samples: Samples, features: Features, truth_features: np.ndarray
 ) -> dict[str, float]:
-    """The metrics of one seed's pictures that the data allows, by the keys of `codi_jax.evaluation.report.METRICS`."""
+    """The metrics of one seed's pictures that the data allow, by the keys of `codi_jax.evaluation.report.METRICS`."""
     found = features(pictures)
     values = {
         "fid_lite": fid(found, truth_features),
@@ -99,9 +106,10 @@ def compare(args: Args, command: str) -> Report:
       command: the command line, which the report shows.
 
     Raises:
-      ValueError: if arguments do not fit each other, the models or the data; also `WeightsError` and `ConfigError`.
+      ValueError: if the arguments contradict each other, the models or the data, also as `WeightsError` and
+        `ConfigError`.
       OSError: if a picture does not exist, or the output cannot be written.
-      FloatingPointError: if a model gives NaN.
+      FloatingPointError: if a model produces NaN.
     """
     args.check()
     candidates = read_candidates(args)
@@ -139,12 +147,12 @@ def _load(checkpoint: Checkpoint, args: Args) -> DiffusionPipeline:
 
 
 def _with_possible_steps(model: Candidate, samples: Samples, args: Args) -> Candidate:
-    """The model with the steps that its sampler can take, once it is found to fit the data.
+    """The model with the steps that its sampler supports, after checking that it fits the data.
 
-    Weights are not read: hours may be spent on the models before this one.
+    Weights are not read: all models are checked before hours are spent on the first one.
 
     Raises:
-      ValueError: if it is for another task, or cannot make pictures of this size.
+      ValueError: if the model is for another task, or cannot make pictures of this size.
     """
     steps, (height, width) = model.steps, samples.truth.shape[1:3]
     for checkpoint in model.checkpoints:
@@ -167,7 +175,7 @@ def _with_possible_steps(model: Candidate, samples: Samples, args: Args) -> Cand
 
 
 def _possible_steps(pipeline: DiffusionPipeline, model: Candidate, steps: Sequence[int]) -> tuple[int, ...]:
-    """The numbers of steps that the sampler can take; a warning names the others."""
+    """The numbers of steps that the sampler supports; a warning names the others."""
     possible = []
     for number in steps:
         try:
@@ -181,15 +189,15 @@ def _possible_steps(pipeline: DiffusionPipeline, model: Candidate, steps: Sequen
 def _check_task(pipeline: DiffusionPipeline, model: Candidate, samples: Samples, data: Path) -> None:
     if (pipeline.task == "edit") != (samples.inputs is not None) or pipeline.task == "inpaint":
         raise ValueError(
-            f"the model {model.name} is for the task {pipeline.task!r}, which {data} is not for: text-to-image models "
-            "need rows with file_name and text, editors rows with input_image, edited_image and edit_prompt."
+            f"the model {model.name} is for the task {pipeline.task!r}, and {data} is for another: text-to-image "
+            "models need rows with file_name and text, editors rows with input_image, edited_image and edit_prompt."
         )
     if "controlnet" in pipeline.modules and samples.conditions is None:
         raise ValueError(f"the model {model.name} has a ControlNet, but {data} names no conditioning_image.")
 
 
 def _evaluate(model: Candidate, benchmark: Benchmark, args: Args) -> list[Result]:
-    """One model with every number of steps, over all seeds."""
+    """One model with each number of steps, over all seeds."""
     values: dict[int, dict[str, list[float]]] = {}
     pictures: dict[int, np.ndarray] = {}
     sampler = model.sampler
@@ -219,7 +227,7 @@ def _evaluate(model: Candidate, benchmark: Benchmark, args: Args) -> list[Result
 
 
 def _without_conditions(samples: Samples) -> Samples:
-    """What a model without a ControlNet is given, and measured by: it has not seen the edges."""
+    """The samples for a model without a ControlNet, which has not seen the edges and is not measured by them."""
     return replace(samples, conditions=None)
 
 

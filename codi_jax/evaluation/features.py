@@ -24,10 +24,10 @@ Features = Callable[[UInt8[np.ndarray, "n h w 3"]], Float[np.ndarray, "n 1280"]]
 
 
 def weights_path() -> Path:
-    """Where the package's weights are.
+    """The path of the package's weights.
 
     Raises:
-      WeightsError: if it is not installed.
+      WeightsError: if the package is not installed.
     """
     try:
         path = Path(str(importlib.metadata.distribution(PACKAGE).locate_file(_FILE)))
@@ -41,11 +41,11 @@ def weights_path() -> Path:
 def load_features(batch_size: int = 32) -> Features:
     """Returns a function from pictures to features.
 
-    It resizes pictures of any size to the network's 224 pixels (bicubic, antialiased where they are larger), which is
-    what the network was trained on: features of 64 pixels as they are would be those of its first layers.
+    Pictures of any size are resized to the 224 pixels that the network was trained on (bicubic, antialiased when
+    shrinking): at 64 pixels only its first layers would see anything.
 
     Args:
-      batch_size: pictures at a time; the last batch is filled up, so that one size of picture is compiled once.
+      batch_size: pictures at a time; the last batch is padded, so that each size of picture is compiled once.
 
     Raises:
       WeightsError: if the weights are not installed.
@@ -53,7 +53,7 @@ def load_features(batch_size: int = 32) -> Features:
     layers = fold_batch_norms(open_weights(weights_path()))
 
     @jax.jit
-    def of_batch(layers, pixels):  # noqa: ANN001, ANN202
+    def batch_features(layers, pixels):  # noqa: ANN001, ANN202
         images = pixels.astype(jnp.float32) / 255
         shape = (len(images), RESOLUTION, RESOLUTION, 3)
         return efficientnet_lite0(layers, jnp.clip(jax.image.resize(images, shape, "cubic"), 0, 1))
@@ -63,7 +63,7 @@ def load_features(batch_size: int = 32) -> Features:
         for start in range(0, len(pictures), batch_size):
             batch = pictures[start : start + batch_size]
             full = np.pad(batch, ((0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)))
-            done.append(np.asarray(of_batch(layers, full))[: len(batch)])
+            done.append(np.asarray(batch_features(layers, full))[: len(batch)])
         return np.concatenate(done)
 
     return features

@@ -14,7 +14,7 @@ def fid(first: Float[np.ndarray, "m d"], second: Float[np.ndarray, "n d"]) -> fl
 
     Args:
       first: features, one row a picture; at least two.
-      second: likewise; the order of the two does not matter.
+      second: features of the other set, one row a picture; the metric is symmetric.
 
     Raises:
       ValueError: if there are fewer than two rows.
@@ -41,7 +41,7 @@ def kid(first: Float[np.ndarray, "m d"], second: Float[np.ndarray, "n d"]) -> fl
 
     Args:
       first: features, one row a picture; at least two.
-      second: likewise; the order of the two does not matter.
+      second: features of the other set, one row a picture; the metric is symmetric.
 
     Raises:
       ValueError: if there are fewer than two rows.
@@ -72,7 +72,7 @@ def edge_f1(
     Args:
       edges: of the pictures, see `codi_jax.io.images.canny`.
       wanted: of the conditions.
-      tolerance: how many pixels, diagonals included, an edge may be off and still counts.
+      tolerance: by how many pixels, diagonals included, an edge may be off and still count.
 
     Returns:
       In [0, 1]; 1 if there are no edges and none were wanted.
@@ -114,7 +114,7 @@ def preservation(
       tolerance: by how much, in a channel, a pixel of the wanted one may differ from the input and still is outside.
 
     Returns:
-      Infinite if nothing outside has changed; NaN where there is no outside.
+      Infinite if nothing outside has changed; NaN if the edit covers the whole picture.
     """
     difference = np.abs(wanted.astype(np.int16) - inputs.astype(np.int16))
     outside = (difference <= tolerance).all(axis=-1)

@@ -51,9 +51,16 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Result:
-    """A model at a number of steps: ``values`` has one number a seed for each metric; ``pictures`` those shown.
+    """The measurements of a model at a number of steps.
 
-    With ``training_steps`` it is what the model was after so many of them.
+    Attributes:
+      model: its name.
+      steps: of the sampler.
+      sampler: its name.
+      guidance_scale: on the text.
+      values: one number per seed for each metric.
+      pictures: those that the report shows.
+      training_steps: the training steps after which the model was exported; ``None`` for the finished model.
     """
 
     model: str
@@ -66,15 +73,15 @@ class Result:
 
     @property
     def name(self) -> str:
-        """The model, and what of its training it has behind it if that is not all."""
+        """The model, and for an export during training the number of training steps."""
         return self.model if self.training_steps is None else f"{self.model} after {self.training_steps}"
 
     def mean(self, key: str) -> float:
-        """Over the seeds; NaN if it was not measured."""
+        """The mean of a metric over the seeds; NaN if it was not measured."""
         return float(np.mean(self.values[key])) if key in self.values else float("nan")
 
     def sd(self, key: str) -> float | None:
-        """The sample standard deviation over the seeds; ``None`` for fewer than two."""
+        """The sample standard deviation of a metric over the seeds; ``None`` for fewer than two."""
         values = self.values.get(key, ())
         return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
@@ -90,7 +97,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page shows."""
+    """The contents of the page."""
 
     title: str
     results: Sequence[Result]
@@ -103,7 +110,7 @@ class Report:
         return [key for key in METRICS if any(key in result.values for result in self.results)]
 
     def best(self, key: str) -> list[int]:
-        """The results that are best in a metric, to the digits that are shown."""
+        """The indices of the results that are best in a metric, compared at the digits that are shown."""
         means = [result.mean(key) for result in self.results]
         sign = 1 if METRICS[key].better == "lower" else -1
         shown = [round(sign * mean, METRICS[key].digits) for mean in means]
@@ -113,13 +120,14 @@ class Report:
 def write_report(folder: Path, report: Report) -> None:
     """Writes ``metrics.json``, ``report.html``, ``pictures.png`` and one SVG file a plot.
 
-    The numbers come first: they took the work, and everything else can be made of them and the models.
+    The numbers are written first, because they are the most expensive: all else can be made again from them and the
+    models.
 
     Raises:
       OSError: if the folder cannot be written.
     """
     numbers = json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    # A command line may hold bytes that are no text.
+    # A command line may hold bytes that are not valid UTF-8.
     write_text(folder / "metrics.json", numbers, errors="backslashreplace")
     plots = draw_plots(report)
     for name, svg in plots.items():
@@ -130,7 +138,7 @@ def write_report(folder: Path, report: Report) -> None:
 
 
 def _pictures_alone(report: Report) -> UInt8[np.ndarray, "height width 3"]:
-    """The pictures without the page: a row for each result, between condition and real pictures."""
+    """The pictures alone: a row for each result, between the conditions and the real pictures."""
     rows: dict[str, Any] = {}
     if all(example.condition is not None for example in report.examples):
         rows["given"] = [example.condition for example in report.examples]
@@ -164,7 +172,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def _finite(value: float | None) -> float | None:
-    """The number, or ``None`` for what JSON has no number for."""
+    """The number, or ``None`` if it is infinite or NaN, which JSON cannot represent."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -195,7 +203,7 @@ def _arrow(key: str) -> str:
 
 
 def check_plots() -> None:
-    """Tells before long work that plots cannot be drawn.
+    """Checks that plots can be drawn, before long work.
 
     Raises:
       ValueError: if matplotlib is not installed.
@@ -205,9 +213,9 @@ def check_plots() -> None:
 
 
 def draw_plots(report: Report) -> dict[str, str]:
-    """Quality against steps, one plot a metric, and FID-lite against time: name -> SVG.
+    """Quality against steps, one plot per metric, and FID-lite against time: name -> SVG.
 
-    Where models were evaluated in the course of their training, FID-lite against that, too.
+    If exports during training were evaluated, FID-lite against training steps, too.
     """
     trained = [result for result in report.results if result.training_steps is None]
     plots = {f"{key}-steps": _plot(trained, "steps", key) for key in report.metrics() if key not in _NOT_PLOTTED}
@@ -263,9 +271,9 @@ def _plot(results: Sequence[Result], across: str, key: str) -> str:
 
 
 def _lines(results: Sequence[Result], across: str, key: str) -> dict[str, list[Result]]:
-    """The results that make a line each, by its name.
+    """The results that each line of a plot connects, by the name of the line.
 
-    Across the training that is a model at one number of steps; models that are not in training have a line each.
+    Across training steps, a line is a model at one number of sampling steps; models without exports have one line each.
     """
     lines: dict[str, list[Result]] = {}
     in_training = {result.model for result in results if result.training_steps is not None}
@@ -285,7 +293,7 @@ def _lines(results: Sequence[Result], across: str, key: str) -> dict[str, list[R
 
 
 def page(report: Report, plots: Mapping[str, str]) -> str:
-    """The page: inline style, pictures as data, nothing that is fetched."""
+    """The page: inline styles, and pictures as data, so that nothing is fetched."""
     template = string.Template(_TEMPLATE.read_text(encoding="utf-8"))
     return template.substitute(
         title=html.escape(report.title),

@@ -249,14 +249,14 @@ def test_max_samples_are_spread_over_the_folder(data: Path) -> None:
             {"models": ("a@50=o/r", "a@4,50=o/s")},
             "--models names a with 50 steps twice: rename one of them",
         ),
-        ({"samplers": ("b:ddim",)}, "--samplers b:ddim: --models names no b, only a"),
+        ({"samplers": ("b:ddim",)}, "--samplers b:ddim: --models does not name b, only a"),
         ({"samplers": ("a:best",)}, "--samplers: there is no sampler best; there are ddim, euler, "),
         ({"guidance_scales": ("a",)}, "--guidance_scales a: write NAME:VALUE"),
-        ({"guidance_scales": ("a:high",)}, "--guidance_scales: high is no number"),
+        ({"guidance_scales": ("a:high",)}, "--guidance_scales: high is not a number"),
         ({"guidance_scales": ("a:nan",)}, "--guidance_scales: nan is not possible: it must be a finite number of at"),
         ({"image_guidance_scales": ("a:-1",)}, "--image_guidance_scales: -1 is not possible"),
         ({"models": ("a\udcff=o/r",)}, "the name must consist of printable characters"),
-        ({"steps": (0, 1)}, "--steps must be numbers of at least 1"),
+        ({"steps": (0, 1)}, "--steps must be at least 1"),
         ({"seeds": (1, 1)}, "--seeds must be different numbers"),
         ({"batch_size": 0}, "--batch_size and --num_shown must be at least 1"),
         ({"max_samples": 1}, "--max_samples must be at least 2"),
@@ -295,7 +295,7 @@ def test_bad_data_is_named(rows: list[dict[str, str]], message: str, tmp_path: P
 
 def test_a_model_for_another_task_is_refused(models: Models, data: Path, tmp_path: Path) -> None:
     editor = (f"editor={models('instruct-pix2pix')}",)
-    with pytest.raises(ValueError, match=f"the model editor is for the task 'edit', which {data} is not for: "):
+    with pytest.raises(ValueError, match=f"the model editor is for the task 'edit', and {data} is for another: "):
         run(Args(editor, data, output_dir=tmp_path))
     write_rows(tmp_path / "plain", [{"file_name": f"{i}.png", "text": "a"} for i in range(2)])
     for i in range(2):

@@ -111,7 +111,7 @@ def test_one_process_agrees_with_itself_and_ends_itself():
 
 @pytest.mark.parametrize(("index", "other"), [(1, "process 0, which does not answer at"), (0, "the other 1 processes")])
 def test_whom_a_process_waits_for_is_said_and_the_wait_has_a_bound(index, other):
-    code = "from codi_jax import processes; processes.initialize()"
+    code = "from codi_jax.io import processes; processes.initialize()"
     began = time.monotonic()
     process = start(["-c", code], index, address := free_address(), CODI_JAX_JOIN_TIMEOUT="2")
     ((status, said),) = end_of([process])

@@ -294,10 +294,11 @@ def edits_of(emoji: Sequence[Emoji]) -> list[dict[str, Any]]:
     groups = defaultdict(list)
     for each in emoji:
         for name in EDITED:
-            groups[name, replace(each.look, **{name: None})].append(each)
+            unchanged = {field: value for field, value in vars(each.look).items() if field != name}
+            groups[name, *unchanged.values()].append(each)
     neighbors: dict[str, set[str]] = defaultdict(set)
     pairs = []
-    for (name, _), members in groups.items():
+    for (name, *_), members in groups.items():
         # A flag or a rocket has no gender: only where there are several pictures is there something to change.
         for source, target in itertools.permutations(members, 2):
             neighbors[source.stem].add(target.stem)
