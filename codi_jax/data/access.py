@@ -1,7 +1,7 @@
-"""What a table may make this machine open: addresses of the web by the downloader, and files in its own folder.
+"""What a table may make this machine open: web addresses through the downloader, and files in its folder.
 
-A table is someone else's word. Where it says http or https, the downloader with its limits is the only way there; where
-it names a file, that lies in the folder that the user named, unless the user trusts the table with more.
+A table is untrusted input. An http or https address is opened by the downloader with its limits, and a file must lie in
+the folder that the user named, unless the user allows the table more.
 """
 
 import os
@@ -19,7 +19,7 @@ from codi_jax.io.decoding import RejectedError
 from codi_jax.io.download import DownloadFlags, fetch
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)(::|://)", re.IGNORECASE)
-_BUILDERS = ("imagefolder",)  # of `datasets`: their paths are of files that they found or fetched, not of a table
+_BUILDERS = ("imagefolder",)  # of `datasets`, whose paths name files that they found or fetched, not cells of a table
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Access:
     """What the cells of a table may name.
 
     Attributes:
-      folder: what relative paths are relative to, a path or a URL; ``None`` for the working directory.
-      inside: the folder that files have to be in; ``None`` for `folder`.
-      anywhere: whether files may be elsewhere.
-      downloads: how addresses of the web are downloaded.
+      folder: the base of relative paths, a path or a URL; ``None`` for the working directory.
+      inside: the folder that must hold all files; ``None`` for `folder`.
+      anywhere: whether files may lie elsewhere.
+      downloads: how web addresses are downloaded.
     """
 
     folder: str | None = None
@@ -57,13 +57,13 @@ class Access:
         """The file that a cell of the table names.
 
         Raises:
-          RejectedError: if it is not allowed, or not there.
+          RejectedError: if the file is not allowed, or does not exist.
           OSError: if it cannot be read.
         """
         where = self.locate(name)
         if is_web(where):
-            own = self._is_below(where)  # the user named the server, which may be this machine
-            return fetch(where, replace(self.downloads, allow_private_addresses=True) if own else self.downloads)
+            is_chosen = self._is_below(where)  # the user named the server, which may be this machine
+            return fetch(where, replace(self.downloads, allow_private_addresses=True) if is_chosen else self.downloads)
         return read_file(where)
 
     def _local(self, name: str) -> str:
@@ -92,7 +92,7 @@ class Access:
 
 
 def is_web(address: str) -> bool:
-    """Whether it is an address of the web, which the downloader reads."""
+    """Whether it is a web address, which the downloader reads."""
     return _scheme(address) in ("http", "https")
 
 
@@ -100,7 +100,7 @@ def read_file(where: str) -> bytes:
     """A file of the user's: a path, or a URL that `fsspec` opens.
 
     Raises:
-      RejectedError: if there is none.
+      RejectedError: if the file does not exist.
       OSError: if it cannot be read.
     """
     try:
@@ -108,16 +108,16 @@ def read_file(where: str) -> bytes:
             with fsspec.open(where, "rb", expand=False) as file:
                 return file.read()  # type: ignore[union-attr]
         if Path(where).exists() and not Path(where).is_file():  # a device or a pipe would never end
-            raise RejectedError("no such file", f"{where} is no regular file")
+            raise RejectedError("no such file", f"{where} is not a regular file")
         return Path(where).read_bytes()
     except FileNotFoundError as error:
         raise RejectedError("no such file", str(error)) from None
-    except ValueError as error:  # of a name that can be none
+    except ValueError as error:  # for names that no file can have
         raise RejectedError("no such file", str(error)) from None
 
 
 def names_own_files(rows: Any) -> bool:
-    """Whether the paths in rows that `datasets` has just made are of files that it found itself, or fetched."""
+    """Whether the paths in rows that `datasets` has just made name files that it found or fetched itself."""
     info: datasets.DatasetInfo | None = getattr(rows, "info", None)
     return info is not None and info.builder_name in _BUILDERS
 
@@ -128,7 +128,7 @@ def _scheme(name: str) -> str:
 
 
 def _lies_in(path: Path, root: Path) -> bool:
-    """As they are written, or as symbolic links lead; links in the folder are the user's own."""
+    """Whether a path lies in a folder, with or without following symbolic links; links there are the user's."""
     return path.is_relative_to(os.path.normpath(root.absolute())) or path.resolve().is_relative_to(root.resolve())
 
 

@@ -22,7 +22,7 @@ class Columns:
     Attributes:
       image: pictures to generate; ``None`` if they are not read.
       caption: their texts, one or a list for each; ``None`` if they are not read.
-      condition: pictures that they are conditioned on, if the data has them.
+      condition: pictures to condition on, if the data have them.
     """
 
     image: str | None
@@ -30,7 +30,7 @@ class Columns:
     condition: str | None = None
 
     def names(self) -> list[str]:
-        """All of them."""
+        """The names of all columns that are read."""
         return [name for name in (self.image, self.caption, self.condition) if name is not None]
 
 
@@ -65,10 +65,10 @@ def _find_column(name: str, names: Sequence[str], where: str, flag: str) -> str:
 
 
 def captions_of(cell: Any) -> list[str]:
-    """The texts of a sample: those of a list, or the one; an empty one if there is none.
+    """The texts of a sample as a list: those of the cell, or the empty text if it has none.
 
     Raises:
-      ValueError: if it is neither text nor list of texts.
+      ValueError: if the cell is neither a text nor a list of texts.
     """
     texts = [cell] if isinstance(cell, str) else [] if cell is None else cell
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):

@@ -14,7 +14,7 @@ from codi_jax.io.json_files import parse_object
 
 
 def is_url(path: str) -> bool:
-    """Whether it is an address, and no path on this machine."""
+    """Whether a path is a URL, and not a path on this machine."""
     return "://" in path
 
 
@@ -28,13 +28,13 @@ def _open_filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder, which need not be there.
+    """A folder, which need not exist.
 
     Attributes:
-      path: on this machine, ~ being the user's home, or a URL.
+      path: on this machine, where ~ is the user's home, or a URL.
 
     Raises:
-      ValueError: on first use, if it is a URL of a kind that nothing is installed for.
+      ValueError: on first use, if no installed package opens URLs of this kind.
     """
 
     path: str
@@ -51,40 +51,40 @@ class Folder:
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
-        """Of `fsspec`."""
+        """The file system of `fsspec`."""
         return _open_filesystem(self.path)[0]
 
     @property
     def is_local(self) -> bool:
-        """Whether it is on this machine."""
+        """Whether the folder is on this machine."""
         return "file" in _protocols(self.fs)
 
     def locate(self, name: str = "") -> str:
-        """The path of a file in it, as its file system has it."""
+        """The path of a file in the folder, as its file system names it."""
         root = _open_filesystem(self.path)[1]
         return posixpath.join(root, name) if name else root
 
     def url(self, name: str) -> str:
-        """The path or the URL of a file in it, as anyone can open it."""
+        """The full path or URL of a file in the folder."""
         return posixpath.join(self.path, name)
 
     def is_dir(self) -> bool:
-        """Whether it is there."""
+        """Whether the folder exists."""
         return self.fs.isdir(self.locate())
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file in it."""
+        """Whether the folder holds a file of that name."""
         return self.fs.isfile(self.locate(name))
 
     def names(self) -> list[str]:
-        """What it holds; nothing if it is not there."""
+        """The names of its entries; none if the folder does not exist."""
         if not self.is_dir():
             return []
         self.fs.invalidate_cache(self.locate())
         return sorted(posixpath.basename(path.rstrip("/")) for path in self.fs.ls(self.locate(), detail=False))
 
     def open(self, name: str, mode: str = "rb") -> Any:
-        """Opens a file in it, as binary; writing makes the folder."""
+        """Opens a file in the folder, in binary; writing makes the folder."""
         if "w" in mode:
             self.fs.makedirs(posixpath.dirname(self.locate(name)), exist_ok=True)
         return self.fs.open(self.locate(name), mode)
@@ -125,13 +125,13 @@ class Folder:
             file.write(data)
 
     def write_all(self, files: Mapping[str, bytes]) -> None:
-        """Writes many files, on an object store at once."""
+        """Writes many files, concurrently on an object store."""
         for parent in sorted({posixpath.dirname(self.locate(name)) for name in files}):
             self.fs.makedirs(parent, exist_ok=True)
         self.fs.pipe({self.locate(name): data for name, data in files.items()})
 
     def take(self, names: Iterable[str], source: "Folder") -> None:
-        """Puts files of another folder of the same file system here; those that were moved already stay."""
+        """Moves files of another folder of the same file system here; files that were moved already stay."""
         names = list(names)
         for parent in sorted({posixpath.dirname(self.locate(name)) for name in names}):
             self.fs.makedirs(parent, exist_ok=True)
@@ -146,7 +146,7 @@ class Folder:
                     raise
 
     def remove(self) -> None:
-        """Removes it with all that it holds, if it is there."""
+        """Removes the folder and its contents, if it exists."""
         if self.is_dir():
             self.fs.rm(self.locate(), recursive=True)
 

@@ -1,6 +1,6 @@
-"""Pictures of a data set to arrays: upright, RGB, resized, cropped and flipped, all pictures of a sample alike.
+"""Pictures of a data set to arrays: upright, RGB, resized and cropped, all pictures of a sample alike.
 
-Also the conditions that are made from a picture itself: edges, a low resolution, a hole to paint.
+Also the conditions that are made from a picture: its edges, its low resolution, a hole to inpaint.
 """
 
 from collections.abc import Callable
@@ -24,29 +24,29 @@ FORMER_CONDITION_NAMES = {"low_resolution": "super_resolution", "mask": "inpaint
 """Names that data tools had for conditions before they shared those of training; both still take them."""
 
 Condition = Callable[[UInt8[np.ndarray, "h w 3"], np.random.Generator], UInt8[np.ndarray, "h w 3"]]
-"""A condition made from the picture that is to be generated, and a generator for what is random about it."""
+"""Makes a condition from the picture that is to be generated, and a generator for its random choices."""
 
 Interpolation = Literal["lanczos", "bicubic", "bilinear", "hamming", "box", "nearest"]
-"""How a picture is resized; all but the last average over what shrinks."""
+"""How a picture is resized; all but the last antialias when shrinking."""
 
-GREY = 128
-"""What a hole is filled with."""
+GRAY = 128
+"""The value that fills a hole."""
 
-_LONG = 4  # so many squares are resized whole
+_LONG = 4  # pictures of up to this aspect ratio are resized whole
 
 _NOWHERE = Access()
 
 
 class UnreadableImageError(ValueError):
-    """One image of the data set is missing or broken: reason enough to skip it, not to stop."""
+    """One image of the data set is missing or damaged, which is skipped and does not stop training."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the crop of a sample lies; one for all its pictures.
+    """The place of a sample's crop, which all its pictures share.
 
     Attributes:
-      original: height and width before anything was done.
+      original: height and width of the picture in its file.
       resized: height and width that the whole picture is resized to.
       corner: top and left edge of the crop, in the resized picture.
       resolution: side of the crop.
@@ -59,26 +59,26 @@ class Placement:
 
     @property
     def is_random(self) -> bool:
-        """Whether the crop could lie elsewhere."""
+        """Whether another crop was possible."""
         return self.resized != (self.resolution, self.resolution)
 
     def time_ids(self) -> Float[np.ndarray, "6"]:
-        """What SDXL is told of sizes (Podell et al., 2023, section 2.2): original, corner of the crop, target."""
+        """SDXL's size conditioning (Podell et al., 2023, section 2.2): original size, crop corner, target size."""
         return np.array((*self.original, *self.corner, self.resolution, self.resolution), np.float32)
 
 
 def read_image(
     cell: Any, access: Access = _NOWHERE, max_megapixels: float | int = decoding.MAX_MEGAPIXELS
 ) -> Image.Image:
-    """Opens what a data set holds in place of a picture: upright, RGB, what is transparent on white.
+    """Opens the picture of a data set's cell: upright, RGB, with transparent pixels on white.
 
     Args:
       cell: a PIL image, the bytes of a file, a path or an address, or a dict of "bytes" and "path" as in `datasets`.
-      access: what paths and addresses may be.
+      access: which paths and addresses are allowed.
       max_megapixels: larger pictures are not read.
 
     Raises:
-      UnreadableImageError: if there is no such file, it must not be opened, or it is no image.
+      UnreadableImageError: if the file does not exist, must not be opened, or is not an image.
     """
     try:
         if isinstance(cell, Image.Image):  # one in memory stays open
@@ -89,31 +89,31 @@ def read_image(
 
 
 def file_of(cell: Any) -> Any:
-    """The bytes of a cell, or the path where there are none: bytes are bytes even where they are empty."""
+    """The bytes of a cell, even if they are empty, or its path if it has no bytes."""
     if not isinstance(cell, dict):
         return cell
     return cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
 
 
 def describe_cell(cell: Any) -> str:
-    """The name of a picture, for messages."""
+    """A name for the picture of a cell, for messages."""
     if isinstance(cell, dict):
         cell = cell.get("path") or cell.get("bytes")
     if isinstance(cell, bytes):
         return f"an image of {len(cell)} bytes"
-    return str(cell) if isinstance(cell, str | Path) else f"a {type(cell).__name__} in place of an image"
+    return str(cell) if isinstance(cell, str | Path) else f"a {type(cell).__name__} instead of an image"
 
 
 def place(
     size: tuple[int, int], resolution: int, center_crop: bool, where: tuple[float, float] = (0.0, 0.0)
 ) -> Placement:
-    """Chooses the crop: the shorter side becomes the resolution, and a square is cut from the longer one.
+    """Chooses the crop: the shorter side is resized to the resolution, and the longer one cropped to a square.
 
     Args:
       size: height and width of the picture.
       resolution: side of the square.
-      center_crop: cut it from the middle.
-      where: else, vertical and horizontal position in [0, 1).
+      center_crop: whether to crop the center.
+      where: vertical and horizontal position of another crop, in [0, 1).
     """
     shorter = min(size)
     height, width = (resolution if side == shorter else round(side * resolution / shorter) for side in size)
@@ -130,12 +130,12 @@ def crop(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Resizes and crops one picture of a sample.
 
-    The result is the crop of the resized picture. Of one that is longer than four squares only the crop is resized: its
-    place is rounded by Pillow to single precision, and the order of the two passes may be another, so that it may
-    differ by a few levels at sharp edges, and by one pixel with "nearest" and "box".
+    The result is the crop of the resized picture. If the picture is more than four times as long as wide, only the crop
+    is resized. Pillow rounds its place to single precision and may swap the two passes, so that this may differ by a
+    few levels at sharp edges, and by one pixel with "nearest" and "box".
 
     Raises:
-      ValueError: if it has not the shape of the picture that the placement was made for.
+      ValueError: if its aspect ratio is not that of the picture that the placement was made for.
     """
     height, width = placement.original
     # Sizes are whole pixels: a picture of half the size may be off by one of its own.
@@ -180,7 +180,7 @@ def condition_for(name: str) -> Condition:
 
 
 def is_random(condition: Condition) -> bool:
-    """Whether a condition differs from epoch to epoch; of one that is not known here, yes."""
+    """Whether a condition differs between epochs, which is assumed of functions that are not defined here."""
     return condition not in (canny, low_resolution)
 
 
@@ -192,17 +192,17 @@ def canny(pixels: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator) -> UInt8
 def low_resolution(
     pixels: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, factor: int = 4
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """The picture made smaller by a factor and large again, both bicubic with antialiasing."""
+    """The picture scaled down by a factor and up again, both bicubic with antialiasing."""
     image = Image.fromarray(np.ascontiguousarray(pixels))
     small = image.resize([max(1, side // factor) for side in image.size], Image.Resampling.BICUBIC)
     return np.asarray(small.resize(image.size, Image.Resampling.BICUBIC))
 
 
 def masked(pixels: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
-    """The picture with a gray hole to paint: a box, or strokes of a thick brush (Yu et al., 2019, algorithm 1)."""
+    """The picture with a gray hole to inpaint: a box, or strokes of a thick brush (Yu et al., 2019, algorithm 1)."""
     size = (pixels.shape[0], pixels.shape[1])
     hole = _box(size, rng) if rng.random() < 0.5 else _strokes(size, rng)
-    return np.where(hole[:, :, None], np.uint8(GREY), pixels)
+    return np.where(hole[:, :, None], np.uint8(GRAY), pixels)
 
 
 def _box(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

@@ -1,18 +1,19 @@
 """Latents and text features of a whole data set, computed once and kept on disk as memory-mapped arrays.
 
-A cache is a folder named after a fingerprint of all that it depends on, so one that no longer fits is never used, and
-stays. It is built in a folder beside, which is renamed when all is there: an interrupted build goes on where it was.
-Several machines build one in parts, each of consecutive rows and texts, which the last of them joins: the same files.
+A cache is a folder named after a fingerprint of all that it depends on, so that one that no longer fits is never used;
+it is not deleted. It is built in a folder beside it, which is renamed when it is complete: an interrupted build is
+resumed. Several machines can build a cache in parts of consecutive rows and texts, and the last of them joins the parts
+to the same files.
 
     moments.npy        float16 [rows, flips, h, w, 2c]  mean and log-variance of the VAE's posterior
-    conditioning.npy   uint8 [rows, H, W, 3]            or pixels.npy, if conditions are random and made when wanted
+    conditioning.npy   uint8 [rows, H, W, 3]            or pixels.npy, if conditions are random and made on demand
     conditioning_moments.npy  as moments.npy            instead, if conditions are encoded too
     time_ids.npy       float32 [rows, 6]                SDXL's sizes
     context.npy        float16 [texts, S, D]            the empty text, then every different caption
     pooled.npy         float16 [texts, P]               of SDXL
     text.npy           int64 [captions]                 the text of each caption
     first_caption.npy  int64 [rows + 1]                 where the captions of a row start
-    *.crc32.npy        uint32                           checksums of what is read at once
+    *.crc32.npy        uint32                           checksums of the rows
     manifest.json
 """
 
@@ -42,14 +43,14 @@ from codi_jax.io.json_files import JsonError, read_object
 
 _VERSION = 1
 _MANIFEST = "manifest.json"
-_OF_ALL = ("text", "first_caption")  # and not of one part
+_SHARED = ("text", "first_caption")  # arrays that every part has in full
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class CachedReader:
-    """Reads batches from a cache: the choices of `codi_jax.data.samples.Reader`, without its work.
+    """Reads batches from a cache, with the random choices of `codi_jax.data.samples.Reader`.
 
     Attributes:
       arrays: of the cache, by file name.
@@ -126,21 +127,21 @@ def open_cache(
     workers: int = 0,
     max_unreadable_share: float | int = 0.01,
 ) -> CachedReader:
-    """Opens the cache of a data set, and builds it first if there is none that fits.
+    """Opens the cache of a data set, which is built first unless one exists that fits.
 
-    Several processes may do so at once: one builds in a folder, the others wait.
+    Several processes may call it at once: one builds the cache, and the others wait.
 
     Args:
-      root: where caches are.
+      root: folder of all caches.
       reader: of the samples.
       tokenize: for captions.
-      encoders: what to compute.
-      workers: processes that read images.
-      max_unreadable_share: give up above it.
+      encoders: the networks whose results are cached.
+      workers: number of processes that read images.
+      max_unreadable_share: abort if a larger share of the images cannot be read.
 
     Raises:
       ValueError: if an image is not square and crops are random, if too many images cannot be read, or if the encoders
-        give numbers that are not finite.
+        produce numbers that are not finite.
     """
     description = _describe(reader, encoders)
     folder = _folder(root, description)
@@ -163,22 +164,22 @@ def cache_part(
     workers: int = 0,
     max_unreadable_share: float | int = 0.01,
 ) -> Path | None:
-    """Computes one part of the cache of a data set; the process that finishes the last one joins them.
+    """Computes one part of the cache of a data set; the process that finishes the last part joins them.
 
     Args:
-      root: where caches are, one folder for all processes.
-      reader: as of `open_cache`, and so on.
+      root: folder of all caches, which all processes share.
+      reader: of the samples.
       tokenize: for captions.
-      encoders: what to compute.
+      encoders: the networks whose results are cached.
       part: which part.
-      workers: processes that read images.
-      max_unreadable_share: give up above it.
+      workers: number of processes that read images.
+      max_unreadable_share: abort if a larger share of the images cannot be read.
 
     Returns:
-      The folder of the cache, ``None`` as long as other parts are missing.
+      The folder of the cache; ``None`` as long as other parts are missing.
 
     Raises:
-      ValueError: as `open_cache`.
+      ValueError: under the conditions of `open_cache`.
     """
     description = _describe(reader, encoders)
     folder = _folder(root, description)
@@ -216,7 +217,7 @@ def _build(folder: Path, description: Mapping[str, Any], encoder: LatentEncoder)
 
 
 def _open_whole(folder: Path, reader: Reader) -> CachedReader | None:
-    """Opens a cache that is there; a damaged one is removed, as if it had never been."""
+    """Opens the cache if it exists; a damaged one is removed."""
     if not folder.is_dir():
         return None
     try:
@@ -255,7 +256,7 @@ def _folder(root: Path, description: Mapping[str, Any]) -> Path:
 
 
 def _join(parts: list[Path], folder: Path, description: Mapping[str, Any]) -> None:
-    """Puts the arrays of the parts one behind the other; those of all captions are in every part."""
+    """Joins the parts to a cache, which appears once it is complete."""
     with staged_folder(folder) as joined:
         _join_arrays(parts, joined)
         manifests = [_read_manifest(part) for part in parts]
@@ -264,8 +265,9 @@ def _join(parts: list[Path], folder: Path, description: Mapping[str, Any]) -> No
 
 
 def _join_arrays(parts: list[Path], joined: Path) -> None:
+    """Concatenates the arrays of the parts; those of all captions are the same in every part."""
     for name in sorted({file.name for part in parts for file in part.glob("*.npy")}):
-        if name.partition(".")[0] in _OF_ALL:
+        if name.partition(".")[0] in _SHARED:
             shutil.copyfile(parts[0] / name, joined / name)
             continue
         arrays = [np.load(part / name, mmap_mode="r") for part in parts if (part / name).is_file()]
@@ -278,9 +280,9 @@ def _join_arrays(parts: list[Path], joined: Path) -> None:
 
 
 def _describe(reader: Reader, encoders: Encoders) -> dict[str, Any]:
-    """All that the contents of a cache depend on."""
+    """Everything that the contents of a cache depend on."""
     condition = reader.condition and ("made when wanted" if is_random(reader.condition) else reader.condition.__name__)
-    # What is as ever is left out, so that caches from before there was a choice still fit.
+    # Default values are omitted, so that caches from before these options existed still fit.
     special = {
         "conditions": "encoded" if encoders.conditions_too else None,
         "interpolation": reader.transform.interpolation if reader.transform.interpolation != "lanczos" else None,
@@ -303,7 +305,7 @@ def _describe(reader: Reader, encoders: Encoders) -> dict[str, Any]:
 
 
 def _report_stale(root: Path, folder: Path, description: dict[str, Any]) -> None:
-    """Says what differs from other caches of this data set."""
+    """Warns of other caches of this data set, and says what differs."""
     for manifest in sorted(root.glob(f"*/{_MANIFEST}")):
         try:
             other = _read_manifest(manifest.parent)["description"]
@@ -312,8 +314,8 @@ def _report_stale(root: Path, folder: Path, description: dict[str, Any]) -> None
         if other.get("data set") == description["data set"]:
             differing = ", ".join(key for key in description if other.get(key) != description[key])
             _log.warning(
-                "The latents in %s are of the same data set but do not fit (other %s): they are left alone, and new "
-                "ones go to %s.",
+                "The latents in %s are of the same data set but do not fit (they differ in %s). They are kept, and "
+                "new ones are written to %s.",
                 manifest.parent,
                 differing,
                 folder,
@@ -321,9 +323,9 @@ def _report_stale(root: Path, folder: Path, description: dict[str, Any]) -> None
 
 
 def prefetch(batches: Any) -> grain.IterDataset:
-    """Gathers batches in threads, which is all that cached ones need.
+    """Gathers batches in threads, which suffices for cached ones.
 
     Args:
-      batches: a sequence of them.
+      batches: a sequence of batches.
     """
     return grain.MapDataset.source(batches).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))

@@ -18,26 +18,28 @@ from codi_jax.data.row_files import RowWriter, save_rows
 from codi_jax.data.samples import Batch, Choices, Reader
 from codi_jax.data.sources import describe_row
 
-TOKEN_IDS = "input_ids."  # and the name of the text encoder: the file name of its token ids
+TOKEN_IDS = "input_ids."
+"""Followed by the name of a text encoder, the name of the array of its token ids."""
 
 
-VIEWS = ("moments", "conditioning_moments")  # as the picture is, and mirrored
+VIEWS = ("moments", "conditioning_moments")
+"""Arrays whose second axis holds the picture and, if half of the samples are flipped, its mirror image."""
 
 
-_BATCHES_TO_KEEP = 16  # after so many, what was computed is safe from an interruption
+_BATCHES_TO_KEEP = 16  # batches after which results are flushed, so that an interruption cannot lose them
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """The frozen networks whose results are kept. Jitted by the caller; every call has the same batch size.
+    """The frozen networks whose results are cached. Jitted by the caller; every call has the same batch size.
 
     Attributes:
       images: pictures to moments of the posterior, unscaled, [n, h, w, 2c].
-      text: token ids, by encoder, to "context" [n, S, D] and for SDXL "pooled" [n, P]; ``None`` keeps the token ids,
-        for when the text encoder is trained.
+      text: token ids, by encoder, to "context" [n, S, D] and for SDXL "pooled" [n, P]; ``None`` caches the token ids
+        instead, for training of the text encoder.
       fingerprint: changes when the networks or the tokenizers do.
       batch_size: of the calls.
-      conditions_too: whether condition images are encoded as well, for models that take their latents.
+      conditions_too: whether condition images are also encoded, for models that take their latents.
     """
 
     images: Callable[[UInt8[np.ndarray, "n h w 3"]], Any]
@@ -59,8 +61,8 @@ class Part:
     index: int = 0
     count: int = 1
 
-    def of(self, length: int) -> range:
-        """What of so many rows lies in it."""
+    def rows(self, length: int) -> range:
+        """The rows of this part, of ``length`` rows in all."""
         return range(length * self.index // self.count, length * (self.index + 1) // self.count)
 
 
@@ -71,9 +73,9 @@ class LatentEncoder:
     Attributes:
       reader: of the samples.
       tokenize: for captions.
-      encoders: what to compute.
-      workers: processes that read images.
-      max_unreadable_share: give up above it.
+      encoders: the networks whose results are cached.
+      workers: number of processes that read images.
+      max_unreadable_share: abort if a larger share of the images cannot be read.
       part: which rows and texts.
     """
 
@@ -85,14 +87,14 @@ class LatentEncoder:
     part: Part = Part()
 
     def encode(self, folder: Path) -> dict[str, str]:
-        """Computes what the folder lacks of the arrays; an interrupted call goes on where it was.
+        """Computes the arrays that the folder lacks; after an interruption, the next call resumes.
 
         Returns:
           Why images are missing, by row.
 
         Raises:
           ValueError: if an image is not square and crops are random, if too many images cannot be read, or if the
-            encoders give numbers that are not finite.
+            encoders produce numbers that are not finite.
         """
         self._texts(folder)
         return self._images(folder)
@@ -107,7 +109,7 @@ class LatentEncoder:
         number = {text: index for index, text in enumerate(texts)}
         save_rows(folder / "text.npy", np.array([number[text] for each in captions for text in each]))
         save_rows(folder / "first_caption.npy", np.cumsum([0, *map(len, captions)]))
-        part = self.part.of(len(texts))
+        part = self.part.rows(len(texts))
         texts = texts[part.start : part.stop]
         table = RowWriter(folder, "texts", len(texts))
         size = self.encoders.batch_size
@@ -124,7 +126,7 @@ class LatentEncoder:
         table.keep()
 
     def _images(self, folder: Path) -> dict[str, str]:
-        part = self.part.of(len(self.reader.source))
+        part = self.part.rows(len(self.reader.source))
         table = RowWriter(folder, "images", len(part), VIEWS)
         rows = _Pictures(self.reader, part[table.rows :], self.encoders.batch_size)
         for step, (arrays, reasons) in enumerate(_progress(rows, self.workers)):
@@ -147,7 +149,7 @@ class LatentEncoder:
         return {**kept, **{moments: self._moments(arrays[name]) for name, moments in encoded.items()}}
 
     def _moments(self, pixels: UInt8[np.ndarray, "n h w 3"]) -> np.ndarray:
-        """Of the pictures and, if half of them are mirrored, of their mirror images: [n, flips, h, w, 2c]."""
+        """Moments of the pictures and, if half of them are flipped, of their mirror images: [n, flips, h, w, 2c]."""
         count = len(pixels)
         views = [pixels, pixels[:, :, ::-1]] if self.reader.transform.random_flip else [pixels]
         padding = [(0, self.encoders.batch_size - count), (0, 0), (0, 0), (0, 0)]
@@ -160,7 +162,7 @@ class LatentEncoder:
 
 @dataclass(frozen=True)
 class _Pictures:
-    """Consecutive pictures of a data set in its own order, in batches, with the reasons why some are missing."""
+    """Consecutive pictures of a data set, in batches, and the reasons why some are missing."""
 
     reader: Reader
     numbers: range
@@ -197,13 +199,13 @@ class _Pictures:
         if placement.is_random and not self.reader.transform.center_crop:
             raise ValueError(
                 f"--cache_latents keeps one crop of each image, and {describe_row(self.reader.source, row, number)} is "
-                "not square: add --center_crop, or leave --cache_latents out."
+                "not square: add --center_crop, or remove --cache_latents."
             )
         return {**arrays, "time_ids": self.reader.transform.time_ids(placement)}
 
 
 def _progress(rows: _Pictures, workers: int) -> Iterator[tuple[Batch, dict[str, str]]]:
-    """Reads ahead, and shows how far it is."""
+    """Reads ahead, with a progress bar."""
     if rows.reader.condition is not None and is_random(rows.reader.condition):
         rows = replace(rows, reader=replace(rows.reader, condition=None))
     if not len(rows):
@@ -221,6 +223,6 @@ def _as_float16(arrays: Mapping[str, Any], count: int, network: str) -> dict[str
     for name, array in kept.items():
         if not np.isfinite(array).all():
             raise ValueError(
-                f"{network} gave {name} that float16 cannot hold: check its weights, or leave --cache_latents out."
+                f"{network} produced {name} that float16 cannot hold: check its weights, or remove --cache_latents."
             )
     return kept

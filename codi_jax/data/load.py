@@ -51,85 +51,85 @@ class DataFlags(Flags):
     """Which data, and how it becomes batches."""
 
     dataset_name: Adjustable[str | None] = None
-    """Data set to train on: its id on the Hugging Face Hub (a private one needs `hf auth login`), or a folder."""
+    """Data set to train on: its id on the Hugging Face Hub (private ones require `hf auth login`), or a folder."""
 
     dataset_config_name: str | None = None
-    """Configuration of the data set, if it has several."""
+    """Configuration of a data set that has several."""
 
     train_data_dir: Adjustable[str | None] = None
-    """Folder with images and a meta.jsonl (or metadata.jsonl), which for each holds an object of image, text and, if
-    the task has conditions, conditioning_image, with paths absolute or relative to the folder; or images with captions
-    beside them, in .txt files of the same names; or a folder of parquet files, or anything else that
-    `datasets` loads: for training without text, a folder of nothing but images."""
+    """Folder with images and a meta.jsonl (or metadata.jsonl) that has one object per image, with image, text and, if
+    the task has conditions, conditioning_image; paths are absolute or relative to the folder. Or images with captions
+    in .txt files of the same names, or parquet files, or anything else that `datasets` loads; for training without
+    text, also a folder of images alone."""
 
     train_shards_path_or_url: Adjustable[str | None] = None
-    """Shards of a WebDataset to stream: paths or URLs of tar files, such as data/{00000..00099}.tar. Columns are the
-    endings of the files in them: jpg, txt, edited_image.jpg."""
+    """Shards of a WebDataset to stream: paths or URLs of tar files, such as data/{00000..00099}.tar. The columns are
+    the extensions of the files in them: jpg, txt, edited_image.jpg."""
 
     load_from_disk: bool = False
-    """The folder was made by save_to_disk of `datasets`. Found out without it, too; ignored for other data."""
+    """The folder was written by save_to_disk of `datasets`. Such folders are also recognized without this flag."""
 
     streaming: bool = False
-    """Read sample after sample instead of downloading first; shuffled within 1000 samples."""
+    """Read the data as a stream instead of downloading it first; shuffled within 1000 samples."""
 
     image_column: str = "image"
-    """Column of the images to generate. Where there is no "image", "file_name" is tried."""
+    """Column of the images to generate. If there is no "image", "file_name" is tried."""
 
     caption_column: str = "text"
-    """Column of the captions, a text or a list to choose from. Where there is no "text", "caption" is tried."""
+    """Column of the captions: a text, or a list to choose from. If there is no "text", "caption" is tried."""
 
     conditioning_image_column: Annotated[str, tyro.conf.arg(aliases=["--conditioning_image"])] = "conditioning_image"
     """Column of the images that the generated ones are conditioned on."""
 
     max_train_samples: int | None = None
-    """Train on the first so many samples only."""
+    """Train on this many samples only, the first ones."""
 
     allow_outside_paths: bool = False
-    """Also read images that a table names outside of its folder, on this machine or on other storage. Without it a
-    table from elsewhere cannot reach your own files."""
+    """Also read images that a table names outside of its folder, on this machine or on other storage. By default a
+    table from elsewhere cannot reach your files."""
 
     allow_private_addresses: bool = False
-    """Also download images that a table names from this machine and its own network."""
+    """Also download images that a table names on this machine and its local network."""
 
     max_megapixels: float | int = MAX_MEGAPIXELS
-    """Larger images are not read: a small file can hold one that fills the memory."""
+    """Size limit of images: a small file can hold an image that fills the memory."""
 
     proportion_empty_prompts: float | int = 0.0
     """Probability of replacing a caption by an empty one."""
 
     resolution: int = 512
-    """Side of the square images to train on: the shorter side is resized to it, the longer one cropped."""
+    """Side of the square training images: the shorter side is resized to it, and the longer one cropped."""
 
     interpolation_type: Interpolation = "lanczos"
     """How images are resized."""
 
     use_fix_crop_and_size: bool = False
-    """Tell SDXL that every image is whole and of --resolution, whatever its size and crop."""
+    """Condition SDXL as if every image were uncropped and of --resolution, whatever its size and crop."""
 
     center_crop: bool = False
-    """Crop from the middle instead of at random."""
+    """Crop the center instead of a random place."""
 
     random_flip: bool = False
-    """Mirror half of the samples, an image and its condition alike."""
+    """Mirror half of the samples, each image together with its condition."""
 
     dataloader_num_workers: Local[int] = 0
-    """Processes that read images; 0 reads in threads of this process."""
+    """Number of processes that read images; 0 reads in threads of this process."""
 
     cache_dir: Local[str | None] = None
-    """Where downloaded data sets and cached latents are kept."""
+    """Folder for downloaded data sets and cached latents."""
 
     cache_latents: bool = False
     """Encode all images and captions once, before training, and keep the results on disk."""
 
     cache_latents_dir: Local[str | None] = None
-    """Where, instead of the folder latents in --cache_dir."""
+    """Folder for cached latents. Default: latents in --cache_dir."""
 
     max_unreadable_share: Adjustable[float | int] = 0.01
-    """Give up when more than this share of the images, and more than 10, are missing or broken; others take the place
-    of such images. 0 gives up at the first."""
+    """Abort when more than this share of the images, and more than 10, are missing or damaged; until then other images
+    replace them. 0 aborts at the first."""
 
     def check(self) -> None:
-        """The same, and refuses a folder that is not there."""
+        """Also rejects a folder that does not exist."""
         super().check()
         given = [f"--{name}" for name in self.sources if getattr(self, name)]
         if len(given) > 1:
@@ -147,26 +147,28 @@ class DataFlags(Flags):
         self.require("max_megapixels", possible, f"above 0 and at most {LARGEST_MEGAPIXELS}")
         streams = "--streaming" if self.streaming else "--train_shards_path_or_url"
         if self.cache_latents and (self.streaming or self.train_shards_path_or_url):
-            raise ValueError(f"--cache_latents needs the whole data set, which {streams} does not read: drop one.")
+            raise ValueError(
+                f"--cache_latents needs the whole data set, which {streams} does not read: remove one of them."
+            )
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The flags that say where the data is, one of which must be given."""
+        """The flags that name the data, one of which must be given."""
         return ("dataset_name", "train_data_dir", "train_shards_path_or_url")
 
     def check_resolution(self, multiple: int, model: str) -> None:
-        """Refuses a resolution that is no multiple of what ``model``, a noun, scales images down by."""
+        """Rejects a resolution that is not a multiple of the factor by which ``model``, a noun, scales images down."""
         if self.resolution % multiple:
             raise ValueError(f"--resolution {self.resolution} is not possible: {model} takes multiples of {multiple}.")
 
 
 @dataclass(frozen=True)
 class PromptFlags(DataFlags):
-    """Which data, for training that needs no images."""
+    """Which data, for training that may not need images."""
 
     train_prompt_path: Adjustable[str | None] = None
-    """File of prompts to train on: one a line, or parquet with --caption_column. Or give any of the data sets above,
-    of which the captions alone are read, unless images are needed."""
+    """File of prompts to train on: one per line, or parquet with --caption_column. Any of the data sets above may be
+    given instead; only their captions are read, unless images are needed."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -181,21 +183,21 @@ def open_data(
     has_text: bool = True,
     has_images: bool = True,
 ) -> Source:
-    """Opens the data and says what is wrong with it, before anything else is loaded.
+    """Opens the data and checks it, before anything else is loaded.
 
     Args:
       flags: the user's.
-      batch_size: samples of one optimizer step, of all processes together.
-      condition: where "conditioning" comes from.
+      batch_size: samples per optimizer step, over all processes.
+      condition: the origin of "conditioning".
       has_text: whether captions are read.
-      has_images: whether images are read; without, there are no conditions either.
+      has_images: whether images, and with them conditions, are read.
 
     Raises:
-      ValueError: for flags that make no sense, data that is not there, or too little of it.
+      ValueError: for flags that make no sense, and data that do not exist or are too few.
     """
     flags.check()
     if flags.cache_latents and not has_images:
-        raise ValueError("--cache_latents is for images, and this training reads none: leave it out.")
+        raise ValueError("--cache_latents is for images, and this training reads none: remove the flag.")
     source = _open(flags, condition, has_text, has_images)
     if not source.is_streaming and len(source) < batch_size:
         raise ValueError(
@@ -224,23 +226,23 @@ def load_data(
       flags: the user's.
       tokenize: for captions; called in this process, with as many texts as a batch has samples. ``None`` reads no
         captions, and the data need not have any.
-      batch_size: samples of one optimizer step, of all processes together.
+      batch_size: samples per optimizer step, over all processes.
       seed: of order, crops, flips, captions and conditions.
-      condition: where "conditioning" comes from.
-      source: of `open_data`, if it has been called.
-      time_ids: give SDXL's sizes, "time_ids".
-      encoders: for --cache_latents. It builds the cache in this call.
-      process_index: of this process, which gets the part of each batch that lies on its devices. Of a stream it gets a
-        part of its own.
-      process_count: how many there are.
+      condition: the origin of "conditioning".
+      source: the result of `open_data`. Default: the data are opened here.
+      time_ids: whether to add SDXL's sizes, "time_ids".
+      encoders: for --cache_latents, whose cache is built in this call.
+      process_index: index of this process, which reads the part of each batch that lies on its devices, or a separate
+        part of a stream.
+      process_count: number of processes.
 
     Returns:
-      Batches with "pixels" unless the source has none, "conditioning" if there is a condition, "input_ids" if there is
-      a tokenizer, and "time_ids" if asked for. With cached latents, "moments" in place of "pixels", and "context" (and
+      Batches with "pixels" if the source has images, "conditioning" if there is a condition, "input_ids" if there is a
+      tokenizer, and "time_ids" if requested. Cached latents give "moments" in place of "pixels", and "context" (and
       "pooled") in place of "input_ids".
 
     Raises:
-      ValueError: as `open_data`, and for images that cannot be read.
+      ValueError: under the conditions of `open_data`, and for images that cannot be read.
     """
     source = source or open_data(flags, batch_size=batch_size, condition=condition, has_text=tokenize is not None)
     shard = ProcessShard(batch_size, process_index, process_count)
@@ -271,22 +273,22 @@ def cache_data(
     time_ids: bool = False,
     part: Part,
 ) -> Path | None:
-    """Computes a part of what --cache_latents of a training with these flags reads, before that training.
+    """Computes a part of the cache that a training with these flags and --cache_latents reads.
 
     Args:
       flags: the user's.
       tokenize: for captions.
-      source: of `open_data`.
-      encoders: what to compute.
-      condition: where "conditioning" comes from.
+      source: the result of `open_data`.
+      encoders: the networks whose results are cached.
+      condition: the origin of "conditioning".
       time_ids: whether the model takes SDXL's sizes.
       part: which part.
 
     Returns:
-      The folder of the cache, ``None`` as long as other parts are missing.
+      The folder of the cache; ``None`` as long as other parts are missing.
 
     Raises:
-      ValueError: as `load_data`.
+      ValueError: under the conditions of `load_data`.
     """
     reader = _reader(flags, source, condition, 0, time_ids)  # what depends on the seed is not cached
     workers, share = flags.dataloader_num_workers, flags.max_unreadable_share
@@ -314,7 +316,7 @@ def _cache_root(flags: DataFlags) -> Path:
 
 def _open_cache(flags: DataFlags, reader: Reader, tokenize: Tokenize | None, encoders: Encoders | None) -> CachedReader:
     if encoders is None or tokenize is None:
-        raise ValueError("--cache_latents is of no use here: this training works on pixels; leave it out.")
+        raise ValueError("--cache_latents has no use here, since this training works on pixels: remove the flag.")
     workers, share = flags.dataloader_num_workers, flags.max_unreadable_share
     return open_cache(_cache_root(flags), reader, tokenize, encoders, workers=workers, max_unreadable_share=share)
 
@@ -336,7 +338,7 @@ def _open(flags: DataFlags, condition: ConditionOf, has_text: bool, has_images: 
     prompts = flags.train_prompt_path if isinstance(flags, PromptFlags) else None
     if prompts is not None and has_images:
         raise ValueError(
-            "--train_prompt_path has no images, and with these flags training needs some: give --train_data_dir or "
+            "--train_prompt_path has no images, which training with these flags needs: give --train_data_dir or "
             "--dataset_name instead."
         )
     return open_source(

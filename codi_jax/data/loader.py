@@ -1,7 +1,7 @@
 """The iterator that training draws batches from, and what reads ahead for it.
 
-A batch of a data set with random access is a function of its number, which is all the state there is: neither workers
-nor the number of processes nor a resumed run change it. grain reads ahead.
+A batch of a data set with random access is a function of its number, which is the whole state: it depends neither on
+workers nor on the number of processes nor on interruptions. grain reads ahead.
 """
 
 import json
@@ -22,7 +22,7 @@ from codi_jax.data.samples import Batch, Read
 Tokenize = Callable[[list[str]], Mapping[str, Int[np.ndarray, "n s"]]]
 """Texts to token ids, for each text encoder."""
 
-_MIN_UNREADABLE = 10  # so many are forgiven, however small their share makes the limit
+_MIN_UNREADABLE = 10  # unreadable images that are always tolerated, unless the share is 0
 _MAX_BATCHES = 2**40  # grain wants a length
 _THREADS = 4
 
@@ -30,10 +30,10 @@ _log = logging.getLogger(__name__)
 
 
 class Loader:
-    """Batches without end: epoch after epoch, each in an order of its own.
+    """Endless batches: epoch after epoch, each in a different order.
 
     Attributes:
-      samples_per_epoch: of all processes together; ``None`` for a stream.
+      samples_per_epoch: over all processes; ``None`` for a stream.
     """
 
     def __init__(
@@ -46,11 +46,12 @@ class Loader:
         """Made by `codi_jax.data.load_data`.
 
         Args:
-          open_at: an iterator of batches from a cursor on, ``None`` for the start. Beside its arrays each holds JSON of
-            where the next one starts, "cursor", and pairs of a key and a reason for what was replaced, "unreadable".
-          identity: what a state must agree in to be set.
+          open_at: opens an iterator of batches at a cursor, ``None`` for the start. Beside its arrays each batch holds
+            "cursor", JSON of where the next one starts, and "unreadable", pairs of a key and a reason for each image
+            that was replaced.
+          identity: the values that a state must share to be restored.
           samples_per_epoch: the attribute.
-          max_unreadable_share: give up above this, and above 10 images; at 0, at the first.
+          max_unreadable_share: abort above this share and above 10 images; 0 aborts at the first.
         """
         self.samples_per_epoch = samples_per_epoch
         self._open_at = open_at
@@ -63,7 +64,7 @@ class Loader:
 
     @property
     def unreadable(self) -> int:
-        """How many different images could not be read so far."""
+        """The number of different images that could not be read so far."""
         return len(self._unreadable)
 
     def __iter__(self) -> "Loader":
@@ -89,7 +90,7 @@ class Loader:
     def get_state(self) -> dict[str, Any]:
         """The state after the batches handed out so far, as JSON.
 
-        For a stream each process has its own; else that of any process serves all, in any number.
+        Of a stream, each process has a separate state; otherwise that of one process serves any number of them.
         """
         return {
             **self._identity,
@@ -99,16 +100,16 @@ class Loader:
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on where a loader of the same data was when `get_state` was called.
+        """Continues where a loader of the same data was when `get_state` was called.
 
         Raises:
-          ValueError: if it was other data, or another seed.
+          ValueError: if the state belongs to other data or another seed.
         """
         for name, value in self._identity.items():
             if state.get(name, value) != value:  # older checkpoints say less
                 raise ValueError(
                     f"the data is not that of the checkpoint: its {name.replace('_', ' ')} is {value}, "
-                    f"and was {state.get(name)}; restore the flags, or start anew without --resume_from_checkpoint."
+                    f"and was {state.get(name)}; restore the flags, or start over without --resume_from_checkpoint."
                 )
         self.close()
         self._cursor = state["cursor"]
@@ -131,16 +132,16 @@ class Loader:
 
 
 def refuse_too_many(count: int, tried: int, share: float | int, last: str) -> None:
-    """Stops when so many images are unreadable that it is no accident.
+    """Checks that the number of unreadable images is plausible.
 
     Args:
-      count: of them.
-      tried: images in all.
-      share: that is forgiven, as 10 images always are; at 0 none is.
+      count: number of unreadable images.
+      tried: number of all images so far.
+      share: share that is tolerated, as are 10 images; 0 tolerates none.
       last: what was wrong with the last one.
 
     Raises:
-      ValueError: if there are too many.
+      ValueError: if too many images are unreadable.
     """
     if count > (max(_MIN_UNREADABLE, share * tried) if share else 0):
         raise ValueError(
@@ -154,9 +155,9 @@ class ProcessShard:
     """The part of every batch that one process reads.
 
     Attributes:
-      batch_size: of all processes together.
+      batch_size: over all processes.
       index: of the process.
-      count: of processes.
+      count: number of processes.
 
     Raises:
       ValueError: if the batch cannot be divided.
@@ -176,20 +177,20 @@ class ProcessShard:
         return self.batch_size // self.count
 
     def positions(self, first: int) -> Int[np.ndarray, "b"]:
-        """Where its samples are, in the batch that starts at position ``first``.
+        """The positions of its samples, in the batch that starts at position ``first``.
 
-        One after the other, as on the devices: so the batch of all processes is that of one, and noise, which belongs
-        to places in the batch, meets the same samples.
+        They are consecutive, as on the devices. So several processes together read the batch of a single one, and the
+        noise, which belongs to places in the batch, meets the same samples.
         """
         return first + self.index * self.size + np.arange(self.size)
 
 
 @dataclass(frozen=True)
 class Order:
-    """Which sample is at a position of the endless sequence of epochs; each epoch has all samples, shuffled anew.
+    """The sample at each position of the endless sequence of epochs, every one of which is shuffled differently.
 
-    An epoch takes eight bytes for each sample. grain's shuffle takes none, but is slow on small data: its cipher of 16
-    bits is repeated until the result lies within the data.
+    An epoch takes eight bytes per sample. grain's shuffle takes none, but is slow on small data: its cipher of 16 bits
+    is repeated until the result lies within the data.
 
     Attributes:
       length: of an epoch.
@@ -216,7 +217,7 @@ def _permutation(length: int, seed: int, epoch: int) -> Int[np.ndarray, "n"]:
 
 @dataclass(frozen=True)
 class Batches:
-    """All batches of a run by number, as grain wants them: read in any order, by threads or processes.
+    """All batches of a run by number, a sequence that grain reads in any order, in threads or processes.
 
     Attributes:
       order: of samples.
@@ -240,11 +241,11 @@ class Batches:
 
 
 def read_ahead(batches: Any, workers: int) -> grain.IterDataset:
-    """Reads batches in their order, in worker processes or, without any, in threads.
+    """Reads batches ahead, in order.
 
     Args:
-      batches: a sequence of them.
-      workers: number of processes.
+      batches: a sequence of batches.
+      workers: number of processes; 0 reads in threads.
     """
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     if not workers:
@@ -256,11 +257,11 @@ def read_ahead(batches: Any, workers: int) -> grain.IterDataset:
 
 
 def tokenized(batches: grain.IterDataset, tokenize: Tokenize | None) -> grain.IterDataset:
-    """Puts token ids in place of captions, in a thread of this process: a tokenizer need not travel to others.
+    """Replaces captions by token ids, in a thread of this process: the tokenizer need not be sent to others.
 
     Args:
       batches: with "captions", unless there is no tokenizer.
-      tokenize: texts to ids; ``None`` where there are no texts.
+      tokenize: texts to ids; ``None`` for data without texts.
     """
 
     def replace(batch: Batch) -> Batch:

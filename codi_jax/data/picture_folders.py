@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 from codi_jax.data.files import Folder
 
 TABLES = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".arrow", ".tar")
-"""Endings of files that list samples: a folder with one is no folder of pictures alone."""
+"""Extensions of files that list samples: a folder with such a file is read by that list."""
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -20,26 +20,26 @@ def images_in(folder: Folder) -> Iterator[str]:
 
 
 def captions_in(folder: Folder) -> dict[str, str | None]:
-    """The path of each picture, sorted, and its caption; ``None`` for those that have none.
+    """The path of each picture, sorted, and its caption, or ``None`` if it has none.
 
-    Nothing if the folder is not there, holds a table or has no caption at all.
+    The result is empty if the folder does not exist, holds a table, or has no captions.
     """
     if not folder.is_dir() or any(PurePosixPath(name).suffix in TABLES for name in folder.names()):
         return {}
     paths = sorted(images_in(folder))
     root = folder.locate().rstrip("/")
     texts = {path[len(root) + 1 :] for path in folder.fs.find(root) if path.endswith(".txt")}
-    captions = {path: beside(path) for path in paths}
+    captions = {path: caption_path(path) for path in paths}
     if not texts & set(captions.values()):
         return {}
-    return {path: text_of(folder.read(name)) if name in texts else None for path, name in captions.items()}
+    return {path: caption_text(folder.read(name)) if name in texts else None for path, name in captions.items()}
 
 
-def beside(path: str) -> str:
+def caption_path(path: str) -> str:
     """The path of a picture's caption."""
     return str(PurePosixPath(path).with_suffix(".txt"))
 
 
-def text_of(content: bytes) -> str:
-    """The text of a file, on one line; what is no UTF-8 becomes U+FFFD."""
+def caption_text(content: bytes) -> str:
+    """The text of a caption's file, on one line; invalid UTF-8 becomes U+FFFD."""
     return " ".join(content.decode("utf-8-sig", "replace").replace("\0", " ").split())

@@ -1,4 +1,4 @@
-"""Arrays on disk that are written row by row and read in any order, with a checksum for what is read at once.
+"""Arrays on disk that are written row by row and read in any order, with a checksum for each row.
 
 An array lies in ``<name>.npy``, and beside it in ``<name>.crc32.npy`` the CRC-32 of each of its rows, or of each view
 of a row for arrays that hold several.
@@ -24,7 +24,7 @@ _CHECKSUMS = ".crc32"
 
 
 class DamagedRowsError(ValueError):
-    """Files that are not what was written."""
+    """Files that differ from what was written."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class RowFile:
     """An array that is read row by row.
 
     Attributes:
-      file: of it.
+      file: the path.
       array: memory-mapped.
-      checksums: with its leading axes, ``None`` if it was written without.
+      checksums: with the leading axes of the array; ``None`` if it was written without.
     """
 
     file: Path
@@ -48,12 +48,12 @@ class RowFile:
         """Copies some rows, or one view of each.
 
         Raises:
-          DamagedRowsError: naming the first that is not what was written.
+          DamagedRowsError: naming the first row that differs from what was written.
         """
         index = (rows,) if views is None else (rows, views)
         taken = np.asarray(self.array[index])
         if self.checksums is not None:
-            wrong = np.flatnonzero(_checksums_of(taken, 1) != self.checksums[index])
+            wrong = np.flatnonzero(_crc32(taken, 1) != self.checksums[index])
             if len(wrong):
                 raise DamagedRowsError(
                     f"{self.file} is damaged at row {rows[wrong[0]]}: remove the folder {self.file.parent} to compute "
@@ -66,7 +66,7 @@ def open_rows(folder: Path) -> dict[str, RowFile]:
     """The arrays in a folder by name.
 
     Raises:
-      DamagedRowsError: if a file is cut off, or its checksums are not those of its rows.
+      DamagedRowsError: if a file is truncated, or its checksums are not those of its rows.
     """
     arrays = {file.name.removesuffix(".npy"): _map(file) for file in sorted(folder.glob("*.npy"))}
     found = {}
@@ -83,16 +83,16 @@ def open_rows(folder: Path) -> dict[str, RowFile]:
 def save_rows(file: Path, array: Shaped[np.ndarray, "rows ..."]) -> None:
     """Writes a whole array as `RowWriter` does."""
     np.save(file, array)
-    np.save(file.with_suffix(f"{_CHECKSUMS}.npy"), _checksums_of(array, 1))
+    np.save(file.with_suffix(f"{_CHECKSUMS}.npy"), _crc32(array, 1))
 
 
 def create(file: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
-    """A new array of zeros whose place on the disk is taken at once.
+    """A new array of zeros whose space on the disk is allocated at once.
 
-    A memory-mapped file without a place of its own ends the process with SIGBUS where the disk is full.
+    Otherwise a full disk would end the process with SIGBUS when the memory-mapped file is written.
 
     Raises:
-      OSError: if there is no room.
+      OSError: if the disk is full.
     """
     try:
         array = open_memmap(file, "w+", dtype, shape)
@@ -104,20 +104,20 @@ def create(file: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
             raise
         size = math.prod(shape) * np.dtype(dtype).itemsize
         raise OSError(
-            f"there is no room for the {size / 1e9:.3g} GB of {file}: make room, or choose another disk with "
+            f"the disk has no space for the {size / 1e9:.3g} GB of {file}: free some, or choose another disk with "
             "--cache_latents_dir."
         ) from error
     return array
 
 
 class RowWriter:
-    """Writes arrays of a known number of rows in order; knows after an interruption how many are there.
+    """Writes arrays of a known number of rows in order; after an interruption it knows how many are written.
 
     Args:
       folder: of the files.
       name: of the group of arrays that are written together.
-      length: rows of each.
-      views: of which arrays the second axis is one of views that are read one at a time.
+      length: number of rows of each.
+      views: names of the arrays whose second axis holds views, which are read one at a time.
     """
 
     def __init__(self, folder: Path, name: str, length: int, views: tuple[str, ...] = ()) -> None:
@@ -137,7 +137,7 @@ class RowWriter:
         self.rows += len(next(iter(arrays.values())))
 
     def keep(self) -> None:
-        """Makes sure that what was written outlives an interruption."""
+        """Flushes the rows, so that an interruption cannot lose them."""
         for array in self._arrays.values():
             array.flush()
         write_json(self._progress, {"rows": self.rows, "notes": self.notes, "checksums": True}, indent=None)
@@ -145,14 +145,14 @@ class RowWriter:
     def _with_checksums(self, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
         for name, rows in arrays.items():
             yield name, rows
-            yield name + _CHECKSUMS, _checksums_of(rows, 2 if name in self._views else 1)
+            yield name + _CHECKSUMS, _crc32(rows, 2 if name in self._views else 1)
 
     def _open(self, file: Path, rows: np.ndarray) -> np.memmap:
         shape = (self._length, *rows.shape[1:])
         return open_memmap(file, "r+") if self.rows else create(file, rows.dtype, shape)
 
 
-def _checksums_of(array: Shaped[np.ndarray, "rows ..."], axes: int) -> UInt32[np.ndarray, "rows ..."]:
+def _crc32(array: Shaped[np.ndarray, "rows ..."], axes: int) -> UInt32[np.ndarray, "rows ..."]:
     """The CRC-32 of what lies behind the leading axes."""
     shape = array.shape[:axes]
     items = np.ascontiguousarray(array).reshape(math.prod(shape), -1).view(np.uint8)

@@ -1,6 +1,6 @@
 """One sample of a data set: its pictures cropped and flipped alike, one of its captions, and a condition.
 
-Whatever is random about it is a function of (seed, sample, epoch).
+All its random choices are functions of (seed, sample, epoch).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,24 +21,24 @@ Batch = dict[str, Any]
 """Arrays of one size along their first axis, by name; "input_ids" is a dict of them."""
 
 Read = Callable[[Int[np.ndarray, "b"], Int[np.ndarray, "b"]], Batch]
-"""Makes a batch of rows, and of the epochs that they are wanted in; it lists in "unreadable" what it replaced."""
+"""Makes a batch of row numbers and their epochs, and lists in "unreadable" the rows that it replaced."""
 
 MAX_IN_A_ROW = 20
-"""So many unreadable images, one after the other, are no accident."""
+"""The number of consecutive unreadable images that ends the training."""
 
 
 @dataclass(frozen=True)
 class Transform:
-    """What happens to every sample.
+    """The preprocessing of every sample.
 
     Attributes:
       resolution: side of the crop that is taken from the resized picture.
-      center_crop: take it from the middle, instead of at random.
-      random_flip: mirror half of the samples.
+      center_crop: whether the crop is taken from the center, instead of a random place.
+      random_flip: whether half of the samples are mirrored.
       proportion_empty_prompts: probability of replacing a caption by an empty one.
       interpolation: of the resizing.
-      fixed_sizes: tell SDXL that every picture is whole and as large as the crop.
-      max_megapixels: of a picture that is read.
+      fixed_sizes: whether SDXL is conditioned as if every picture were uncropped and of the crop's size.
+      max_megapixels: size limit of a picture.
     """
 
     resolution: int
@@ -50,14 +50,14 @@ class Transform:
     max_megapixels: float | int = MAX_MEGAPIXELS
 
     def time_ids(self, placement: Placement | None) -> Float[np.ndarray, "6"]:
-        """What SDXL is told of the sizes of a sample; of one without a picture, that it is whole, and of this size."""
+        """SDXL's size conditioning of a sample; one without a picture counts as uncropped and of this resolution."""
         size = (self.resolution, self.resolution)
         whole = Placement(size, size, (0, 0), self.resolution)
         return (whole if self.fixed_sizes or placement is None else placement).time_ids()
 
 
 class Choices:
-    """What is random about one sample in one epoch, of a run with some seed.
+    """The random choices of one sample in one epoch.
 
     Attributes:
       position: of the crop, vertical and horizontal, in [0, 1).
@@ -74,12 +74,12 @@ class Choices:
         return transform.random_flip and self._flip < 0.5
 
     def caption(self, count: int, transform: Transform) -> int | None:
-        """Which of ``count`` captions to take, ``None`` for an empty one."""
+        """The index of the caption to take, of ``count``; ``None`` for an empty one."""
         return None if self._empty < transform.proportion_empty_prompts else int(self._caption * count)
 
 
 def substitute(seed: int, row: int, epoch: int, attempt: int, length: int) -> int:
-    """The row that takes the place of one that cannot be read; the attempts count from 1."""
+    """The row that replaces one that cannot be read; attempts count from 1."""
     return int(np.random.default_rng((seed, row, epoch, attempt)).integers(length))
 
 
@@ -92,7 +92,7 @@ class Reader:
       transform: of each.
       condition: makes conditions from images, if no column holds them.
       seed: of all random choices.
-      time_ids: whether to give SDXL's sizes.
+      time_ids: whether to add SDXL's sizes.
     """
 
     source: Source
@@ -114,10 +114,10 @@ class Reader:
         Args:
           row: of the source.
           number: of the row.
-          epoch: in which it is wanted.
+          epoch: which its random choices depend on.
 
         Raises:
-          UnreadableImageError: if one of its images is missing or broken.
+          UnreadableImageError: if one of its images is missing or damaged.
           ValueError: if the images do not fit each other.
         """
         choices = Choices(self.seed, number, epoch)
@@ -130,7 +130,7 @@ class Reader:
     def pictures(
         self, row: Mapping[str, Any], number: int, choices: Choices
     ) -> tuple[dict[str, UInt8[np.ndarray, "r r 3"]], Placement | None]:
-        """The pictures of a sample, cropped alike and not flipped, and where the crop lies; raises as `sample`."""
+        """The pictures of a sample, cropped alike and not flipped, and the place of the crop; raises like `sample`."""
         columns = self.source.columns
         if row.get(PROBLEM) is not None:
             raise UnreadableImageError(row[PROBLEM])
@@ -167,7 +167,7 @@ class Reader:
             raise ValueError(f"the condition of {name} does not fit: {error}.") from None
 
     def _sample_or_another(self, number: int, epoch: int, unreadable: list[tuple[str, str]]) -> Batch:
-        """One sample; in place of an unreadable one a random other, so that batches keep their size and number."""
+        """One sample, or a random other one if it is unreadable, so that batches keep their size and number."""
         wanted, reason = number, ""
         for attempt in range(MAX_IN_A_ROW):
             if attempt:

@@ -1,7 +1,7 @@
-"""Where samples come from: the hub, folders of images with a meta.jsonl, parquet, data saved by `datasets`, tar files.
+"""The sources of samples: the hub, folders of images with a meta.jsonl, parquet, data saved by `datasets`, tar files.
 
-A folder may lie on an object store: wherever a path is meant, a URL that `fsspec` opens will do.
-Images stay encoded here, and are opened by whoever wants the sample: see `codi_jax.data.images`.
+A folder may lie on an object store: every path may also be a URL that `fsspec` opens.
+Images stay encoded here, and are decoded when a sample is read: see `codi_jax.data.images`.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from codi_jax.io.decoding import RejectedError
 from codi_jax.io.download import DownloadFlags
 from codi_jax.io.json_files import parse_lines
 
-_PROBED = 64  # rows that tell one data set from another
+_PROBED = 64  # rows whose contents identify a data set
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Source:
     Attributes:
       rows: of the columns below; images as bytes or paths.
       columns: their names.
-      access: what paths and addresses in them may be.
+      access: which paths and addresses in the rows are allowed.
       name: of the data set, for messages.
       fingerprint: changes when the data does.
     """
@@ -60,12 +60,12 @@ class Source:
         return len(self.rows) if isinstance(self.rows, Dataset) else 0
 
     def row(self, number: int) -> dict[str, Any]:
-        """One of the rows, of a source that is not a stream."""
+        """The row of this number, of a source that is not a stream."""
         assert isinstance(self.rows, Dataset)
         return self.rows[number]
 
     def content_digest(self) -> str:
-        """SHA-256 of some rows and their number, the same wherever the data lies; of a stream, of its columns alone."""
+        """SHA-256 of the number of rows and some of them, wherever the data lie; for a stream, of its columns alone."""
         digest = hashlib.sha256(json.dumps(self.columns.names()).encode())
         if isinstance(self.rows, Dataset):
             digest.update(f"{len(self)}".encode())
@@ -76,12 +76,12 @@ class Source:
 
     @property
     def is_streaming(self) -> bool:
-        """Whether rows come one after the other only, and their number is not known."""
+        """Whether rows can only be read in order, and their number is not known."""
         return isinstance(self.rows, IterableDataset)
 
 
 def _essence(cell: Any) -> Any:
-    """What stays of a cell when the data moves to another folder: of an image file its contents, or else its name."""
+    """What identifies a cell independent of the data's folder: the contents of an image file, or its name."""
     if isinstance(cell, dict):
         cell = cell.get("bytes") or Path(cell.get("path") or "").name
     return hashlib.sha256(cell).hexdigest() if isinstance(cell, bytes) else cell
@@ -112,20 +112,20 @@ def open_source(
       dataset_config_name: its configuration.
       train_data_dir: a folder.
       train_shards: tar files of a WebDataset.
-      train_prompts: a file of nothing but texts, one a line, or of parquet.
-      load_from_disk: the folder was made by `datasets`' save_to_disk; which is found out without it, too.
-      streaming: read row after row.
+      train_prompts: a file of texts alone, one per line, or of parquet.
+      load_from_disk: whether the folder was written by `datasets`' save_to_disk, which is also recognized without it.
+      streaming: whether rows are read in order, without downloading all first.
       cache_dir: of `datasets`.
       image_column: name of a column; ``None`` for training on texts alone.
       caption_column: name of a column; ``None`` for training without text.
       condition_column: name of a column; ``None`` for a task without conditions.
-      condition_is_optional: do without the condition column where it is missing.
-      max_train_samples: take the first ones only.
-      allow_outside_paths: paths in tables may lead out of the folder.
-      allow_private_addresses: addresses in tables may be of this machine and its own network.
+      condition_is_optional: whether the condition column may be missing.
+      max_train_samples: number of the first samples to take. Default: all.
+      allow_outside_paths: whether paths in tables may lead out of the folder.
+      allow_private_addresses: whether addresses in tables may be of this machine and its local network.
 
     Raises:
-      ValueError: if there is no such data set, a column is missing, or it has no rows.
+      ValueError: if the data set does not exist, lacks a column, or has no rows.
     """
     where = train_prompts or train_data_dir or train_shards or dataset_name
     if where is None:
@@ -184,21 +184,21 @@ def _limited(source: Source, where: str, max_train_samples: int | None) -> Sourc
 
 
 def require_folder(path: str) -> None:
-    """Raises `ValueError` if the folder of ``--train_data_dir`` is not there."""
+    """Raises `ValueError` if the folder of ``--train_data_dir`` does not exist."""
     if not Folder(path).is_dir():
         raise ValueError(f"there is no folder {path}: check --train_data_dir.")
 
 
 def files_fingerprint(source: Source) -> str:
-    """The data set's fingerprint, and the sizes and dates of the image files that it names.
+    """A digest of the data set's fingerprint, and of the sizes and dates of the image files that it names.
 
     Args:
-      source: not a stream.
+      source: a source that is not a stream.
     """
     digest = hashlib.sha256(source.fingerprint.encode())
     assert isinstance(source.rows, Dataset)
     folder = Folder(source.access.folder or "")
-    if not folder.is_local:  # one request for all: what it tells of a file differs between object stores
+    if not folder.is_local:  # one request for all files, whose answer differs between object stores
         listed_files = folder.fs.find(folder.locate(), detail=True)
         digest.update(json.dumps([listed_files[path] for path in sorted(listed_files)], default=str).encode())
         return digest.hexdigest()
@@ -255,7 +255,7 @@ def _from_rows(rows: Rows, request: _Request) -> Source:
 
 
 def _from_shards(loaded: WebDatasetShards, request: _Request) -> Source:
-    """The columns have the names that they are asked for by, whatever the endings are that they are read from."""
+    """The columns have the names of the flags, whatever the extensions of the files that they are read from."""
     where = request.where
     try:
         endings = shards.endings_in(loaded.files)
@@ -333,7 +333,7 @@ def _check_value(file: str, number: int, name: str, value: Any, is_caption: bool
     if is_caption and isinstance(value, list) and all(isinstance(text, str) for text in value):
         return
     kind = "text or list of texts" if is_caption else "path of an image"
-    found = f"{value!r:.40} under {name!r}, which is no {kind}" if value is not None else f"no {name!r}"
+    found = f"{value!r:.40} under {name!r}, which is not a {kind}" if value is not None else f"no {name!r}"
     raise ValueError(f"{file}, line {number} has {found}: fix or delete it.")
 
 
@@ -345,6 +345,6 @@ def _check_path(file: str, number: int, path: str, access: Access) -> None:
 
 
 def describe_row(source: Source, row: Mapping[str, Any], number: int) -> str:
-    """The name of a sample, for messages."""
+    """A name for a sample, for messages."""
     image = source.columns.image
     return f"row {number} of {source.name}" + ("" if image is None else f" ({describe_cell(row[image])})")

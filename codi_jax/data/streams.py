@@ -1,8 +1,8 @@
-"""Batches of data that can only be read row after row.
+"""Batches of data that can only be read in order.
 
 The state is that of the rows, which `datasets` keeps, at the start of the window that is being shuffled; to resume, the
-window is read again. So batches after a resume are those that would have come, as long as the data is the same. Where a
-window lies in two epochs, so does the order.
+window is read again. So the batches after a resume are those of an uninterrupted run, as long as the data are the same.
+A window may lie in two epochs, whose rows are then shuffled together.
 """
 
 import copy
@@ -21,7 +21,7 @@ from codi_jax.data.loader import ProcessShard
 from codi_jax.data.samples import MAX_IN_A_ROW, Batch, Reader, stack
 
 WINDOW = 1000
-"""So many samples are shuffled at a time."""
+"""The number of samples that are shuffled at a time."""
 
 _MIN_THREADS = 4
 
@@ -30,14 +30,14 @@ StreamRow = tuple[int, int, dict[str, Any]]
 
 
 class StreamBatches(grain.IterDataset):
-    """Batches of one process, whose images are read in threads; those that cannot be read are left out.
+    """Batches of one process, whose images are read in threads; unreadable ones are skipped.
 
     Args:
       reader: of a source that is a stream.
-      shard: of this process. It reads whole files, if their number is a multiple of the processes', else some rows of
-        all of them.
-      threads: that read images; at least four.
-      window: number of samples that are shuffled at a time; `WINDOW` unless given.
+      shard: of this process. It reads whole files if their number is a multiple of the number of processes, otherwise
+        some rows of every file.
+      threads: number of threads that read images, at least four.
+      window: number of samples that are shuffled at a time. Default: `WINDOW`.
     """
 
     def __init__(self, reader: Reader, shard: ProcessShard, threads: int = 0, window: int | None = None) -> None:

@@ -25,12 +25,12 @@ METADATA_FILES = ("meta.jsonl", "metadata.jsonl")
 
 @dataclass(frozen=True)
 class WebDatasetShards:
-    """A WebDataset.
+    """The shards of a WebDataset.
 
     Attributes:
       files: the tar files, paths or URLs.
-      is_table: whether to read all of them first, for random access.
-      cache_dir: of `datasets`, for that.
+      is_table: whether all of them are read first, for random access.
+      cache_dir: of `datasets`, for such a table.
     """
 
     files: tuple[str, ...]
@@ -50,7 +50,11 @@ def was_saved(folder: Folder) -> bool:
 def load_table(
     where: str, folder: Folder, config: str | None, load_from_disk: bool, streaming: bool, cache_dir: str | None
 ) -> Rows | WebDatasetShards:
-    """Whatever `datasets` can load, its training split; of a WebDataset the shards, which we read ourselves."""
+    """The training split of anything that `datasets` can load; of a WebDataset the shards, which we read ourselves.
+
+    Raises:
+      ValueError: if it cannot be loaded.
+    """
     try:
         if was_saved(folder):
             loaded = datasets.load_from_disk(folder.path)
@@ -59,9 +63,9 @@ def load_table(
         if folder.is_local:
             name, files = (folder.path if folder.is_dir() else where), None
         else:
-            name, files = _files_of(folder)
+            name, files = _remote_files(folder)
         builder = datasets.load_dataset_builder(
-            name, config, data_files=files, cache_dir=cache_dir, **_options_of(folder)
+            name, config, data_files=files, cache_dir=cache_dir, **_text_table_options(folder)
         )
         if builder.name == "webdataset":
             files = _training_split(dict(builder.config.data_files or {}), where)
@@ -76,26 +80,30 @@ def load_table(
     return _training_split(loaded, where)
 
 
-def _options_of(folder: Folder) -> dict[str, Any]:
-    """How `datasets` reads the files of a folder, where they are tables that are texts, all of one kind."""
+def _text_table_options(folder: Folder) -> dict[str, Any]:
+    """Options of `datasets` for a folder whose files are all CSV, TSV or JSON tables of one kind."""
     paths = folder.fs.find(folder.locate()) if folder.is_dir() and folder.is_local else ()
     endings = {PurePosixPath(path).suffix for path in paths} - {".md", ""}
     return text_options(*endings) if len(endings) == 1 else {}
 
 
 def text_options(ending: str) -> dict[str, Any]:
-    """How `datasets` reads tables that are texts, by the ending of their files."""
+    """Options of `datasets` for CSV, TSV and JSON tables, by the extension of their files."""
     if ending not in (".csv", ".tsv", ".json", ".jsonl"):
         return {}
     options: dict[str, Any] = {"encoding": "utf-8-sig", "encoding_errors": "replace"}
-    if ending in (".csv", ".tsv"):  # "NA", "null" and "None" are captions, and only what is empty is none
+    if ending in (".csv", ".tsv"):  # "NA", "null" and "None" are captions; only an empty cell is missing
         options |= {"keep_default_na": False, "na_values": [""]}
-    # A TSV has no quotes: one that is in a caption would take the rows up to the next with it.
+    # A TSV has no quotes: one in a caption would swallow the rows up to the next.
     return options | ({"sep": "\t", "quoting": csv.QUOTE_NONE} if ending == ".tsv" else {})
 
 
 def load_prompts(file: Path, wanted: Columns) -> Dataset:
-    """The texts of a file: its lines, empty ones left out, or the columns of parquet."""
+    """The texts of a file: its lines without the empty ones, or the columns of parquet.
+
+    Raises:
+      ValueError: if the file does not exist, cannot be read, or is empty.
+    """
     if not file.is_file():
         raise ValueError(f"there is no file {file}: check --train_prompt_path.")
     if file.suffix == ".parquet":
@@ -108,16 +116,16 @@ def load_prompts(file: Path, wanted: Columns) -> Dataset:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError:
         raise ValueError(
-            f"--train_prompt_path {file} is no text: give a prompt a line, or a .parquet file (texts are UTF-8)."
+            f"--train_prompt_path {file} is not UTF-8 text: write one prompt per line, or give a .parquet file."
         ) from None
     prompts = [line for line in lines if line]
     if not prompts:
-        raise ValueError(f"--train_prompt_path {file} is empty: write a prompt a line.")
+        raise ValueError(f"--train_prompt_path {file} is empty: write one prompt per line.")
     return Dataset.from_dict({wanted.caption or "text": prompts})
 
 
-def _files_of(folder: Folder) -> tuple[str, dict[str, list[str]]]:
-    """What reads the files of a folder on an object store, and their URLs: `datasets` finds that out on disks only."""
+def _remote_files(folder: Folder) -> tuple[str, dict[str, list[str]]]:
+    """The builder and the URLs of the files of a folder on an object store, which `datasets` detects only on disks."""
     for ending, builder in _BUILDERS.items():
         if files := [folder.url(name) for name in folder.names() if name.endswith(ending)]:
             return builder, {"train": files}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from codi_jax.data.access import Access
 from codi_jax.data.images import (
-    GREY,
+    GRAY,
     UnreadableImageError,
     canny,
     condition_for,
@@ -172,7 +172,7 @@ def test_holes_vary_and_leave_the_rest_alone():
     shares = []
     for seed in range(200):
         condition = masked(pixels, np.random.default_rng(seed))
-        hole = (condition == GREY).all(-1)
+        hole = (condition == GRAY).all(-1)
         assert np.array_equal(condition[~hole], pixels[~hole])
         shares.append(hole.mean())
     assert min(shares) > 0.003

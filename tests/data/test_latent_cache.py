@@ -150,13 +150,13 @@ def test_without_flips_one_orientation_is_encoded(folder):
 
 
 CHANGES = {
-    "model": "other model)",
-    "image": "other data)",
-    "caption": "other data)",
-    "max_train_samples": "other data)",
-    "random_flip": "other random_flip)",
-    "resolution": "other resolution)",
-    "conditions": "other data, columns, condition)",
+    "model": "model",
+    "image": "data",
+    "caption": "data",
+    "max_train_samples": "data",
+    "random_flip": "random_flip",
+    "resolution": "resolution",
+    "conditions": "data, columns, condition",
 }
 
 
@@ -181,7 +181,8 @@ def test_a_stale_cache_is_never_used_and_left_alone(folder, change, caplog):
     assert len(caches(folder)) == 2
     assert before.read_bytes() == content
     (line,) = [record.getMessage() for record in caplog.records]
-    assert f"{before.parent} are of the same data set but do not fit ({CHANGES[change]}: they are left alone" in line
+    said = f"are of the same data set but do not fit (they differ in {CHANGES[change]}). They are kept"
+    assert f"{before.parent} {said}" in line
 
 
 def test_seed_and_empty_prompts_need_no_other_cache(folder):
@@ -248,7 +249,7 @@ def test_what_float16_cannot_hold_is_refused(folder):
     model = Model()
     huge = replace(model.encoders, images=lambda pixels: pixels[:, ::8, ::8] * np.float32(1e6))
     model.encoders = huge
-    with pytest.raises(ValueError, match="the VAE gave moments that float16 cannot hold"):
+    with pytest.raises(ValueError, match="the VAE produced moments that float16 cannot hold"):
         load(folder, model)
     assert not caches(folder)
 
@@ -400,7 +401,7 @@ def test_a_full_disk_is_an_error_and_not_a_signal(folder, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"no room for the .* GB of .*\.npy: make room, or .* --cache_latents_dir"):
+    with pytest.raises(OSError, match=r"no space for the .* GB of .*\.npy: free some, or .* --cache_latents_dir"):
         load(folder, Model())
     assert not list((folder.parent / "cache" / "latents").glob("*.building/*.npy.*"))
     monkeypatch.undo()

@@ -342,8 +342,8 @@ def test_no_readable_image_at_all_is_an_error(tmp_path):
             "--proportion_empty_prompts 1.5 is not possible: it must be between 0 and 1",
         ),
         ({"max_unreadable_share": -0.1}, "--max_unreadable_share -0.1 is not possible: it must be between 0 and 1"),
-        ({"streaming": True, "cache_latents": True}, "drop one"),
-        ({"cache_latents": True}, "--cache_latents is of no use here"),
+        ({"streaming": True, "cache_latents": True}, "remove one of them"),
+        ({"cache_latents": True}, "--cache_latents has no use here"),
         ({"max_train_samples": 3}, "has 3 samples, fewer than one batch of 4"),
         ({"train_data_dir": "/no/such/folder"}, "there is no folder /no/such/folder: check --train_data_dir"),
         (
@@ -400,12 +400,12 @@ def test_prompts_go_on_where_they_were(tmp_path):
 @pytest.mark.parametrize(
     ("content", "changes", "message"),
     [
-        ("\n  \n", {}, "prompts.txt is empty: write a prompt a line"),
+        ("\n  \n", {}, "prompts.txt is empty: write one prompt per line"),
         ("a\nb", {"train_data_dir": "."}, "--train_prompt_path and --train_data_dir exclude each other"),
         ("a\nb", {"cache_latents": True}, "--cache_latents is for images"),
         ("a", {}, "has 1 samples, fewer than one batch of 2"),
         (None, {}, "there is no file .*prompts.txt: check --train_prompt_path"),
-        (b"\xff\xfe\x00", {}, "is no text: give a prompt a line, or a .parquet file"),
+        (b"\xff\xfe\x00", {}, "is not UTF-8 text: write one prompt per line, or give a .parquet file"),
     ],
 )
 def test_prompts_that_cannot_be_used_are_refused_in_one_sentence(tmp_path, content, changes, message):
@@ -420,7 +420,7 @@ def test_prompts_that_cannot_be_used_are_refused_in_one_sentence(tmp_path, conte
 def test_images_where_there_are_none_are_refused(tmp_path):
     (tmp_path / "prompts.txt").write_text("a\nb")
     flags = PromptFlags(train_prompt_path=str(tmp_path / "prompts.txt"))
-    with pytest.raises(ValueError, match="--train_prompt_path has no images, and with these flags training needs some"):
+    with pytest.raises(ValueError, match="--train_prompt_path has no images, which training with these flags needs"):
         open_data(flags, batch_size=2)
     with pytest.raises(ValueError, match="give --train_prompt_path or --train_data_dir"):
         open_data(PromptFlags(), batch_size=2)

@@ -112,8 +112,8 @@ def test_rows_without_a_caption_and_blank_lines(tmp_path):
         ('{"image": "a.png", "text": ', r"meta.jsonl, line 2 is not valid JSON .*: fix or delete it"),
         ('["a.png"]', "line 2 holds a JSON list instead of an object: fix or delete it"),
         ('{"text": "a"}', "line 2 has no 'image'"),
-        ('{"image": 3, "text": "a"}', "line 2 has 3 under 'image', which is no path of an image"),
-        ('{"image": "a.png", "text": 7}', "line 2 has 7 under 'text', which is no text or list of texts"),
+        ('{"image": 3, "text": "a"}', "line 2 has 3 under 'image', which is not a path of an image"),
+        ('{"image": "a.png", "text": 7}', "line 2 has 7 under 'text', which is not a text or list of texts"),
         ('{"image": "a.png", "text": [1]}', "line 2 has"),
     ],
 )

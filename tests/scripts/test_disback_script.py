@@ -318,7 +318,7 @@ def empty(scratch: Path, tmp_path: Path) -> Path:
 
 
 def test_an_empty_prompt_file_is_refused(scratch: Path, tmp_path: Path, empty: Path):
-    with pytest.raises(ValueError, match=r"empty\.txt is empty: write a prompt a line"):
+    with pytest.raises(ValueError, match=r"empty\.txt is empty: write one prompt per line"):
         run(scratch, tmp_path / "run", train_prompt_path=str(empty))
 
 

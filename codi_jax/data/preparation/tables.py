@@ -22,7 +22,7 @@ from codi_jax.cli.messages import first_line, listed
 from codi_jax.data.access import Access, is_web, names_own_files
 from codi_jax.data.files import Folder
 from codi_jax.data.images import file_of
-from codi_jax.data.picture_folders import beside, images_in
+from codi_jax.data.picture_folders import caption_path, images_in
 from codi_jax.data.preparation.rows import Cell, File, InputRow, Skipped, Url, clean_text
 from codi_jax.data.table_files import METADATA_FILES, SAVED, text_options
 from codi_jax.io.decoding import RejectedError
@@ -380,7 +380,7 @@ def _is_folder_of_images(folder: Folder) -> bool:
 
 def _items_of_images(folder: Folder, paths: Sequence[str]) -> Iterator[InputRow]:
     for position, path in enumerate(paths):
-        text = beside(path)
+        text = caption_path(path)
         caption = clean_text(folder.read(text)) if folder.has(text) else ""
         yield InputRow(position, path, {"image": File(folder.url(path))}, {"text": caption, "id": path})
 
