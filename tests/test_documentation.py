@@ -1,0 +1,175 @@
+"""The documentation is true: links lead somewhere, commands parse, flags exist, the README's Python runs.
+
+Everything here reads files only, without the network.
+"""
+
+import ast
+import contextlib
+import functools
+import importlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from codi_jax.cli import command_line
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [
+    README,
+    ROOT / "BENCHMARKS.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "assets/README.md",
+    *DOCS,
+]
+MANUAL = [page for page in PAGES if page.name not in ("CHANGELOG.md", "CONTRIBUTING.md")]
+
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_CODE = re.compile(r"`([^`\n]+)`")
+_LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")
+_FLAG = re.compile(r"--[a-z][a-z0-9_]*")
+_SCRIPT_FOLDERS = ("training_scripts", "dataset_tools")
+_OTHERS = re.compile(r"python3 (benchmarks/|-m pip )")  # not parsed here; of benchmarks the flags are looked up
+# Flags of XLA and of pip, and the ones that all command lines have.
+_FOREIGN_FLAGS = {"--help", "--xla_force_host_platform_device_count"}
+
+
+def identify(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def each(pages: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("page", pages, ids=identify)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced code of a page in this language."""
+    return [code for kind, code in _FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced code."""
+    return _FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page; of equal ones the first."""
+    headings = re.findall(r"^#{1,6} +(.+?) *$", prose(page), re.MULTILINE)
+    plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings)
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain}
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of every ``python3`` command of a page, in fenced code and inline; not those that end in "…"."""
+    lines = [line for code in blocks(page, "bash") for line in code.replace("\\\n", " ").splitlines()]
+    lines += _CODE.findall(prose(page))
+    for line in lines:
+        if line.startswith("python3 ") and not _OTHERS.match(line) and not line.endswith("…"):
+            yield shlex.split(line, comments=True)
+
+
+def module_of(words: list[str]) -> tuple[str, list[str]]:
+    """The module that a command runs, and the command's arguments."""
+    if words[1] == "-m":
+        return words[2], words[3:]
+    path = Path(words[1])
+    assert path.parts[0] in _SCRIPT_FOLDERS, words
+    return ".".join(path.with_suffix("").parts), words[2:]
+
+
+@functools.cache
+def known_flags() -> frozenset[str]:
+    """All flags of all scripts, from their help; of benchmarks and the Makefile, from their source."""
+    scripts = [f"{folder}.{path.stem}" for folder in _SCRIPT_FOLDERS for path in (ROOT / folder).glob("[a-z]*.py")]
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        for name in (*scripts, "codi_jax.generate", "codi_jax.evaluate"):
+            with pytest.raises(SystemExit):
+                command_line.parse(importlib.import_module(name).Args, ["--help"])
+    fields = [
+        f"--{node.target.id}"
+        for path in (ROOT / "benchmarks").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    ]
+    return frozenset(_FLAG.findall(text.getvalue())) | frozenset(fields) | _FOREIGN_FLAGS
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 170
+
+
+@each(DOCS)
+def test_every_page_can_be_found(page: Path) -> None:
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    assert page.name == "README.md" or f"({page.relative_to(ROOT / 'docs')})" in index
+
+
+@each(PAGES)
+def test_links_resolve(page: Path) -> None:
+    for link in _LINK.findall(prose(page)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_relative_to(ROOT), link
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@each(MANUAL)
+def test_commands_parse(page: Path) -> None:
+    for words in commands(page):
+        module, arguments = module_of(words)
+        try:
+            command_line.parse(importlib.import_module(module).Args, arguments)
+        except SystemExit:
+            pytest.fail(f"{shlex.join(words)} is not understood")
+
+
+@each(MANUAL)
+def test_scripts_and_targets_exist(page: Path) -> None:
+    code = "\n".join([*blocks(page, "bash"), *_CODE.findall(prose(page))])
+    for path in re.findall(r"\b((?:training_scripts|dataset_tools|benchmarks|assets)/[\w/-]+\.(?:py|sh|yaml))\b", code):
+        assert (ROOT / path).exists(), path
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make ([a-z-]+)", code, re.MULTILINE):
+        assert f"\n{target}:" in makefile, target
+
+
+@each(MANUAL)
+def test_flags_exist(page: Path) -> None:
+    code = "\n".join([*blocks(page, "bash"), *_CODE.findall(prose(page))])
+    assert set(_FLAG.findall(code)) <= known_flags()
+
+
+@each(MANUAL)
+def test_python_compiles(page: Path) -> None:
+    for code in blocks(page, "python"):
+        tree = ast.parse(code)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("codi_jax"):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    for code in blocks(README, "python"):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "heart.png").exists()
+    assert (tmp_path / "my-model/model_index.json").exists()
