@@ -127,13 +127,17 @@ def test_links_resolve(page: Path) -> None:
 
 
 @each(MANUAL)
-def test_commands_parse(page: Path) -> None:
+def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
     for words in commands(page):
         module, arguments = module_of(words)
         try:
-            command_line.parse(importlib.import_module(module).Args, arguments)
+            args = command_line.parse(importlib.import_module(module).Args, arguments)
         except SystemExit:
             pytest.fail(f"{shlex.join(words)} is not understood")
+        Path(str(getattr(args, "train_data_dir", None) or ".")).mkdir(parents=True, exist_ok=True)
+        args.check()
 
 
 @each(MANUAL)
