@@ -37,6 +37,7 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`([^`\n]+)`")
 _LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")
 _FLAG = re.compile(r"--[a-z][a-z0-9_]*")
+_FOLDERS = ("codi_jax", "training_scripts", "dataset_tools", "benchmarks", "assets", "tests", "docs")
 _SCRIPT_FOLDERS = ("training_scripts", "dataset_tools")
 _OTHERS = re.compile(r"python3 (benchmarks/|-m pip )")  # not parsed here; of benchmarks the flags are looked up
 # Flags of XLA and of pip, and the ones that all command lines have.
@@ -84,6 +85,14 @@ def module_of(words: list[str]) -> tuple[str, list[str]]:
     path = Path(words[1])
     assert path.parts[0] in _SCRIPT_FOLDERS, words
     return ".".join(path.with_suffix("").parts), words[2:]
+
+
+def resolves(name: str) -> bool:
+    """Whether ``package.module`` or ``package.module.name`` can be imported."""
+    with contextlib.suppress(ImportError):
+        return bool(importlib.import_module(name))
+    module, _, attribute = name.rpartition(".")
+    return hasattr(importlib.import_module(module), attribute)
 
 
 @functools.cache
@@ -140,14 +149,16 @@ def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         args.check()
 
 
-@each(MANUAL)
-def test_scripts_and_targets_exist(page: Path) -> None:
+@each([*MANUAL, ROOT / "CONTRIBUTING.md"])
+def test_paths_targets_and_modules_exist(page: Path) -> None:
     code = "\n".join([*blocks(page, "bash"), *_CODE.findall(prose(page))])
-    for path in re.findall(r"\b((?:training_scripts|dataset_tools|benchmarks|assets)/[\w/-]+\.(?:py|sh|yaml))\b", code):
+    for path in re.findall(rf"(?<![\w/.])((?:{'|'.join(_FOLDERS)})/[\w/.-]*\w)(?![\w/.<])", code):
         assert (ROOT / path).exists(), path
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make ([a-z-]+)", code, re.MULTILINE):
         assert f"\n{target}:" in makefile, target
+    for name in re.findall(r"\bcodi_jax(?:\.\w+)+", code):
+        assert resolves(name), name
 
 
 @each(MANUAL)

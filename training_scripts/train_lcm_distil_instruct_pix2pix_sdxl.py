@@ -5,7 +5,7 @@ python3 training_scripts/train_lcm_distil_instruct_pix2pix_sdxl.py \
     --resolution 768 --train_batch_size 4 --gradient_accumulation_steps 4 --learning_rate 1e-4 --max_train_steps 10000 \
     --mixed_precision bf16 --output_dir runs/lcm-edit
 
-Which family the teacher is of follows from its folder.
+The folder says whether the teacher is SDXL, SD 1.x or SD 2.x.
 """
 
 from dataclasses import dataclass

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The comparison in the README, from the models in assets/: three PE-CoDi students of four steps and one of full CoDi, the
+# The comparison in BENCHMARKS.md, from the models in assets/: three PE-CoDi students of four steps and one of full CoDi, the
 # ControlNet trained on as many samples more, and the evaluation of all.
 # About an hour and a half on 2 cores; every run goes on where it was when the script is started again.
 #
