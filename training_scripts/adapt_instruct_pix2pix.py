@@ -1,4 +1,4 @@
-"""Speeds up an InstructPix2Pix model without training: adds the weight difference of its base model and a student of it.
+"""Speeds up an InstructPix2Pix model without training: adds the weight difference of its base model and a student.
 
 python3 training_scripts/adapt_instruct_pix2pix.py \
     --pretrained_model_name_or_path timbrooks/instruct-pix2pix --lora latent-consistency/lcm-lora-sdv1-5 --weight 1 \
