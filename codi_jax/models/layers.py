@@ -4,9 +4,6 @@ Attribute names are those of the diffusers state dict, and a list in ``setup`` b
 makes the parameter tree the diffusers tree (see `codi_jax.io.weights`).
 """
 
-import functools
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,11 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from codi_jax.models.kernels.attention import Implementation, dot_product_attention
-from codi_jax.models.kernels.devices import backend, gathered
+from codi_jax.models.kernels.convolution import convolve
+from codi_jax.models.kernels.devices import gathered
+from codi_jax.models.kernels.geglu import geglu
 from codi_jax.models.kernels.group_norm import GroupNorm
-
-# Output pixels of a batch up to which `convolve` gathers patches on a CPU.
-_FEW_PIXELS = 256
 
 
 def conv(
@@ -47,80 +43,6 @@ def conv(
 def zero_conv(features: int, kernel_size: int = 1, *, dtype: Any) -> nn.Conv:
     """A convolution initialized with zeros: ControlNet's output layers (Zhang et al., 2023, section 3.1)."""
     return conv(features, kernel_size, kernel_init=nn.initializers.zeros, dtype=dtype)
-
-
-def convolve(
-    x: Float[Array, "b h w c"],
-    kernel: Float[Array, "kh kw c_of_group d"],
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    *,
-    lhs_dilation: Sequence[int] = (1, 1),
-    rhs_dilation: Sequence[int] = (1, 1),
-    feature_group_count: int = 1,
-    **options: Any,
-) -> Float[Array, "b h2 w2 d"]:
-    """`jax.lax.conv_general_dilated`, or on a CPU the same in a form that is known to be faster.
-
-    XLA's convolution for CPUs splits the work by output pixels; the lowest levels of a UNet have few of them and many
-    channels, and there one matrix product over gathered patches is 1.5 to 3 times faster.
-    """
-    kernel = gathered(kernel)
-    is_plain = {*lhs_dilation, *rhs_dilation, feature_group_count} == {1}
-    if backend() != "cpu" or not is_plain:
-        return jax.lax.conv_general_dilated(
-            x, kernel, strides, padding, lhs_dilation, rhs_dilation, feature_group_count=feature_group_count, **options
-        )
-    b, h, w, _ = x.shape
-    kh, kw, channels, features = kernel.shape
-    keeps_size = tuple(strides) == (1, 1) and [sum(pads) for pads in padding] == [kh - 1, kw - 1]
-    if b * h * w > _FEW_PIXELS or not keeps_size or kh == kw == 1:
-        return _convolve_on_cpu(x, kernel, tuple(strides), tuple(padding))
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    patches = jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(kh) for j in range(kw)], axis=-1)
-    return patches @ kernel.reshape(kh * kw * channels, features)
-
-
-_Pair = tuple[int, int]
-_NHWC = ("NHWC", "HWIO", "NHWC")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolve_on_cpu(x: Array, kernel: Array, strides: _Pair, padding: tuple[_Pair, _Pair]) -> Array:
-    """A convolution of which the gradients, too, have the one order of axes that XLA has a kernel for on CPUs.
-
-    Those that JAX derives have others. XLA puts them in order, but not inside of loops and branches: there, a weight's
-    gradient would take 60 times as long.
-    """
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_NHWC)
-
-
-def _convolve_forward(
-    x: Array, kernel: Array, strides: _Pair, padding: tuple[_Pair, _Pair]
-) -> tuple[Array, tuple[Array, Array]]:
-    return _convolve_on_cpu(x, kernel, strides, padding), (x, kernel)
-
-
-def _convolve_backward(
-    strides: _Pair, padding: tuple[_Pair, _Pair], residuals: tuple[Array, Array], dy: Array
-) -> tuple[Array, Array]:
-    x, kernel = residuals
-    sizes, taps = x.shape[1:3], kernel.shape[:2]
-    spread = [(n - 1) * stride + 1 for n, stride in zip(dy.shape[1:3], strides, strict=True)]
-    before = [low for low, _ in padding]
-    # Each window of dy, over all samples, on x: channels are the batch, and samples the channels.
-    pads = [(p, k - 1 + m - n - p) for p, k, m, n in zip(before, taps, spread, sizes, strict=True)]
-    dkernel = jax.lax.conv_general_dilated(
-        x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), (1, 1), pads, rhs_dilation=strides, dimension_numbers=_NHWC
-    ).transpose(1, 2, 0, 3)
-    pads = [(k - 1 - p, n - m + p) for p, k, m, n in zip(before, taps, spread, sizes, strict=True)]
-    dx = jax.lax.conv_general_dilated(
-        dy, kernel[::-1, ::-1].swapaxes(2, 3), (1, 1), pads, lhs_dilation=strides, dimension_numbers=_NHWC
-    )
-    return dx, dkernel
-
-
-_convolve_on_cpu.defvjp(_convolve_forward, _convolve_backward)
 
 
 def dense(features: int, *, use_bias: bool = True, kernel_init: Any = nn.Dense.kernel_init, dtype: Any) -> nn.Dense:
@@ -250,31 +172,7 @@ class GEGLU(nn.Module):
         self.proj = dense(2 * self.features, dtype=self.dtype)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t d"]:
-        return _geglu(self.proj(x))
-
-
-@jax.custom_vjp
-def _geglu(x: Float[Array, "... e"]) -> Float[Array, "... d"]:
-    """Half of the features times the GELU of the others. JAX would derive a gradient that is twice as slow on a CPU."""
-    value, gate = jnp.split(x, 2, axis=-1)
-    return value * jax.nn.gelu(gate, approximate=False)
-
-
-def _geglu_forward(x: Array) -> tuple[Array, Array]:
-    return _geglu(x), x
-
-
-def _geglu_backward(x: Array, dy: Array) -> tuple[Array]:
-    """With Φ and φ the distribution and the density of N(0, 1): d/dg of g Φ(g) is Φ(g) + g φ(g)."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    value, gate = jnp.split(x.astype(wide), 2, axis=-1)
-    dy = dy.astype(wide)
-    Φ = 0.5 * (1 + jax.lax.erf(gate * math.sqrt(0.5)))
-    φ = jnp.exp(-0.5 * gate**2) / math.sqrt(2 * math.pi)
-    return (jnp.concatenate([dy * gate * Φ, dy * value * (Φ + gate * φ)], axis=-1).astype(x.dtype),)
-
-
-_geglu.defvjp(_geglu_forward, _geglu_backward)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from diffusers.models import activations
 
+from codi_jax.models.kernels.convolution import convolve
 from codi_jax.models.kernels.group_norm import GroupNorm
-from codi_jax.models.layers import GEGLU, convolve
+from codi_jax.models.layers import GEGLU
 
 RNG = np.random.default_rng(0)
 NHWC = jax.lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))

@@ -208,7 +208,7 @@ def test_scanned_layers_are_compiled_once() -> None:
     batch = inputs(TINY_SDXL)
 
     def blocks(module: UNet2DCondition) -> int:
-        return str(jax.make_jaxpr(functools.partial(loss, module))(params, batch)).count("name=_geglu")
+        return str(jax.make_jaxpr(functools.partial(loss, module))(params, batch)).count("name=geglu")
 
     assert blocks(module) == 5 * 2 + 6 * 3  # stacks of the second and of the third resolution
     assert blocks(module.clone(scan_layers=True)) == 5 + 6

@@ -5,14 +5,16 @@ Every attention layer of the package calls `dot_product_attention`; no other fil
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import zero_from_primal
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from codi_jax.models.kernels import devices
+from codi_jax.models.kernels.linear_map import linear_map
 
 Implementation = Literal["auto", "xla", "chunked", "cudnn", "pallas"]
 
@@ -54,12 +56,10 @@ def dot_product_attention(
     if implementation == "auto":
         implementation = choose_implementation(devices.backend(), query.dtype, query.shape, key.shape)
     match implementation:
-        case "pallas":
-            return _on_each_device(functools.partial(_pallas_attention, is_causal=is_causal), query, key, value)
+        case "pallas" | "cudnn":
+            return _flash(query, key, value, implementation, is_causal)
         case "chunked":
             return _chunked_attention(query, key, value, is_causal)
-        case "cudnn":
-            return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation="cudnn")
         case _ if devices.backend() == "cpu" and not is_causal:
             return _keys_first_attention(query, key, value)
         case _ if devices.backend() == "cpu" and query.dtype == jnp.float16:
@@ -83,7 +83,7 @@ def choose_implementation(
     Returns:
       ``"xla"``, ``"chunked"``, ``"cudnn"`` or ``"pallas"``.
     """
-    (b, t, n, head_dim), s = query_shape, key_shape[1]
+    (_, t, _, head_dim), s = query_shape, key_shape[1]
     if s < _MIN_FLASH_KEYS:
         return "xla"
     # cuDNN takes heads of up to 128 features everywhere, of up to 256 only on Hopper and later. SD 1.x has 160 where
@@ -94,7 +94,12 @@ def choose_implementation(
     if platform == "tpu" and _pallas_block(t) and _pallas_block(s):
         return "pallas"
     # On a CPU the plain formula writes all scores to memory and reads them three times: 3 x slower at 4096 tokens.
-    return "chunked" if platform == "cpu" or b * n * t * s > _MAX_SCORES else "xla"
+    return "chunked" if platform == "cpu" or _num_scores(query_shape, key_shape) > _MAX_SCORES else "xla"
+
+
+def _num_scores(query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> int:
+    b, t, n, _ = query_shape
+    return b * n * t * key_shape[1]
 
 
 def _keys_first_attention(
@@ -137,6 +142,62 @@ def _chunked_attention(
 
     out = jax.lax.map(head, (queries, keys, values))  # [n, t // chunk, b, chunk, h]
     return out.transpose(2, 1, 3, 0, 4).reshape(b, t, n, h)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _flash(query: Array, key: Array, value: Array, kernel: Implementation, is_causal: bool) -> Array:
+    """A flash kernel, with its own backward pass in reverse mode, and in forward mode with the tangents of the formula.
+
+    The kernels have no forward mode. Of them and of the formula, each mode's program keeps what it uses.
+    """
+    return _flash_kernel(query, key, value, kernel, is_causal)
+
+
+@_flash.defjvp
+def _flash_derivative(kernel: Implementation, is_causal: bool, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (out, *_), (dout, *_) = jax.jvp(lambda *x: _flash_and_saved(*x, kernel, is_causal), primals, tangents)
+    return out, dout
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _flash_and_saved(
+    query: Array, key: Array, value: Array, kernel: Implementation, is_causal: bool
+) -> tuple[Array, ...]:
+    """The attended values, and what the kernel saves for its backward pass."""
+    out, backward = jax.vjp(lambda *x: _flash_kernel(*x, kernel, is_causal), query, key, value)
+    return out, *jax.tree.leaves(backward)
+
+
+@_flash_and_saved.defjvp
+def _flash_and_saved_derivative(kernel: Implementation, is_causal: bool, primals: Any, tangents: Any) -> Any:
+    """What is saved counts as constant: derivatives of derivatives are those of the formula, which does not use it."""
+    out, *saved = _flash_and_saved(*primals, kernel, is_causal)
+    (dout,) = linear_map(_formula_tangent, _flash_backward, (*primals, *saved), tangents, kernel, is_causal)
+    return (out, *saved), (dout, *map(zero_from_primal, saved))
+
+
+def _formula_tangent(
+    residuals: tuple[Array, ...], tangents: tuple[Array, ...], _: Implementation, is_causal: bool
+) -> tuple[Array]:
+    query, key, value, *_saved = residuals
+    plain = "chunked" if _num_scores(query.shape, key.shape) > _MAX_SCORES else "xla"
+    attend = functools.partial(dot_product_attention, implementation=plain, is_causal=is_causal)
+    return (jax.jvp(attend, (query, key, value), tangents)[1],)
+
+
+def _flash_backward(
+    residuals: tuple[Array, ...], dout: tuple[Array], kernel: Implementation, is_causal: bool
+) -> tuple[Array, ...]:
+    *arrays, saved = *residuals[:3], residuals[3:]
+    # Traced once more for the structure of the backward pass alone, which cannot be passed along with its arrays.
+    backward = jax.eval_shape(lambda *x: jax.vjp(lambda *y: _flash_kernel(*y, kernel, is_causal), *x)[1], *arrays)
+    return jax.tree.unflatten(jax.tree.structure(backward), saved)(*dout)
+
+
+def _flash_kernel(query: Array, key: Array, value: Array, kernel: Implementation, is_causal: bool) -> Array:
+    if kernel == "pallas":
+        return _on_each_device(functools.partial(_pallas_attention, is_causal=is_causal), query, key, value)
+    return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation="cudnn")
 
 
 def _on_each_device(

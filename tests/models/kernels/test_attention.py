@@ -1,6 +1,7 @@
 """Attention kernels against PyTorch's scaled_dot_product_attention."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -132,3 +133,42 @@ def test_convolution_by_patches_equals_pytorch(size: int, stride: int, kernel: i
         torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(weight), stride=stride, padding=kernel // 2
     )
     assert_close(module.apply({"params": params}, jnp.asarray(x)), wanted.permute(0, 2, 3, 1), 1e-5)
+
+
+def of_tangents(attend, *arrays: jax.Array) -> jax.Array:
+    """A loss that contains a derivative."""
+    out, tangent = jax.jvp(attend, arrays, tuple(map(jnp.ones_like, arrays)))
+    return jnp.sum(jnp.sin(out) * tangent)
+
+
+def test_pallas_kernel_is_differentiable_forward_and_backward() -> None:
+    """In forward mode by the formula, in reverse mode by the kernel's own backward pass, in any order."""
+    arrays = qkv(512, 512, 1, 16)
+    ours, plain = (
+        functools.partial(attention.dot_product_attention, implementation=kernel) for kernel in ("pallas", "xla")
+    )
+    losses = [functools.partial(lambda f, *x: jnp.sum(jnp.sin(f(*x))), f) for f in (ours, plain)]
+    gradients = [lambda *x, f=f: jax.grad(f, argnums=(0, 1, 2))(*x) for f in losses]
+    nested = [jax.grad(functools.partial(of_tangents, f)) for f in (ours, plain)]
+    # Not compiled: an interpreted kernel has effects, which only a kernel that is called directly may have.
+    with pltpu.force_tpu_interpret_mode():
+        found = jax.jvp(ours, arrays, arrays), gradients[0](*arrays), nested[0](*arrays)
+    wanted = jax.jvp(plain, arrays, arrays), gradients[1](*arrays), nested[1](*arrays)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert_close(a, b, 1e-5)
+
+
+def test_cudnn_kernel_is_differentiable_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as a machine without a GPU can tell: the program in which each kernel is called once."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91900)
+    arrays = tuple(x.astype(jnp.bfloat16) for x in qkv(512, 512, 2, 64))
+    attend = functools.partial(attention.dot_product_attention, implementation="cudnn")
+
+    def kernels(function) -> list[str]:
+        lowered = jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",))
+        return re.findall(r"@__cudnn\$(\w+)", lowered.as_text())
+
+    assert kernels(attend) == ["fmhaSoftmax"]
+    assert kernels(lambda *x: jax.jvp(attend, x, x)) == ["fmhaSoftmax"]
+    assert kernels(jax.grad(lambda *x: attend(*x).sum())) == ["fmhaSoftmax", "fmhaSoftmaxBackward"]
+    assert kernels(jax.grad(functools.partial(of_tangents, attend))) == ["fmhaSoftmax", "fmhaSoftmaxBackward"]
