@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from codi_jax.cli import command_line
 from codi_jax.cli.flags import LARGEST_SEED, LARGEST_SIDE, Flags
-from codi_jax.diffusion.sampling import Sampler
+from codi_jax.diffusion.scheduler_config import SamplerName
 from codi_jax.io.compiled_programs import keep_compiled_programs
 from codi_jax.io.images import check_output, open_image, save_images
 from codi_jax.models.kernels.attention import Implementation
-from codi_jax.pipeline.model import DiffusionPipeline, DType, open_pipeline, resolve_dtype
+from codi_jax.pipeline.loading import DType, resolve_dtype
+from codi_jax.pipeline.model import Model
 
 _LONG_RUN = 10  # steps from which a progress bar is worth its line
 
@@ -59,7 +60,7 @@ class Args(Flags):
     1 for a one-step or few-step generator."""
     controlnet_conditioning_scale: float = 1.0
     """Strength of the ControlNet."""
-    sampler: Sampler | None = None
+    sampler: SamplerName | None = None
     """Sampler. Default: that of the model's folder."""
     timesteps: tuple[int, ...] = ()
     """Descending training timesteps to sample at, in place of --steps, such as 399 for a one-step generator."""
@@ -110,7 +111,7 @@ def run(args: Args) -> list[Path]:
     args.check()
     given = {"image": args.image, "mask_image": args.mask_image, "control_image": args.control_image}
     pictures = {name: open_image(source) for name, source in given.items() if source is not None}
-    model = open_pipeline(args.model, args.controlnet, revision=args.revision)
+    model = Model.open(args.model, args.controlnet, revision=args.revision)
     model.check(
         **pictures,
         steps=args.steps,
@@ -132,8 +133,8 @@ def run(args: Args) -> list[Path]:
     return files
 
 
-def _load(args: Args) -> DiffusionPipeline:
-    return DiffusionPipeline.from_pretrained(
+def _load(args: Args) -> Model:
+    return Model.from_pretrained(
         args.model,
         args.controlnet,
         args.lora,
@@ -146,7 +147,7 @@ def _load(args: Args) -> DiffusionPipeline:
 
 
 def _generate(
-    pipeline: DiffusionPipeline, args: Args, pictures: dict[str, Any]
+    pipeline: Model, args: Args, pictures: dict[str, Any]
 ) -> tuple[UInt8[np.ndarray, "n h w 3"], float, float]:
     """The images, and the seconds of compilation and of generation. The last batch may have surplus images."""
     timesteps = args.timesteps or None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from codi_jax.cli.flags import LARGEST_SEED, Flags
 from codi_jax.models.kernels.attention import Implementation
-from codi_jax.pipeline.model import DType
+from codi_jax.pipeline.loading import DType
 
 SEED_STRIDE = 1_000_000
 """The distance between the noise seeds of two ``--seeds``, so that their pictures share no noise."""

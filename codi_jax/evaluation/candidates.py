@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from codi_jax.diffusion.sampling import Sampler
+from codi_jax.diffusion.scheduler_config import SamplerName
 from codi_jax.evaluation.arguments import Args
 
 
@@ -33,7 +33,7 @@ class Candidate:
 
     name: str
     checkpoints: tuple[Checkpoint, ...]
-    sampler: Sampler | None = None
+    sampler: SamplerName | None = None
     guidance_scale: float | int = 7.5
     image_guidance_scale: float | int = 1.5
     steps: tuple[int, ...] = (1, 2, 4, 8, 50)
@@ -138,9 +138,9 @@ def _overrides(flag: str, texts: Sequence[str], names: Mapping[str, Any]) -> dic
     return for_family | for_entry
 
 
-def _sampler(value: str | None) -> Sampler | None:
-    if value is not None and value not in get_args(Sampler):
-        raise ValueError(f"--samplers: there is no sampler {value}; there are {', '.join(get_args(Sampler))}.")
+def _sampler(value: str | None) -> SamplerName | None:
+    if value is not None and value not in get_args(SamplerName):
+        raise ValueError(f"--samplers: there is no sampler {value}; there are {', '.join(get_args(SamplerName))}.")
     return value  # pyright: ignore[reportReturnType]
 
 

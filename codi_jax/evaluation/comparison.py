@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
 
-from codi_jax.diffusion.sampling import default_sampler
+from codi_jax.diffusion.timesteps import default_sampler
 from codi_jax.evaluation.arguments import SEED_STRIDE, Args
 from codi_jax.evaluation.candidates import Candidate, Checkpoint, read_candidates
 from codi_jax.evaluation.features import Features, load_features
@@ -22,7 +22,8 @@ from codi_jax.evaluation.report import Example, Report, Result, check_plots, wri
 from codi_jax.evaluation.samples import Samples, read_samples
 from codi_jax.io.compiled_programs import keep_compiled_programs
 from codi_jax.io.images import canny
-from codi_jax.pipeline.model import DiffusionPipeline, open_pipeline, resolve_dtype
+from codi_jax.pipeline.loading import resolve_dtype
+from codi_jax.pipeline.model import Model
 
 _MOST_PSNR = 100.0  # dB, of pictures that are equal
 
@@ -45,7 +46,7 @@ class Benchmark:
 
 
 def make_pictures(
-    pipeline: DiffusionPipeline, model: Candidate, samples: Samples, steps: int, seed: int, args: Args
+    pipeline: Model, model: Candidate, samples: Samples, steps: int, seed: int, args: Args
 ) -> tuple[UInt8[np.ndarray, "n h w 3"], float]:
     """One picture for each sample, and the seconds per picture without compilation.
 
@@ -142,8 +143,8 @@ def _benchmark(samples: Samples, num_shown: int) -> Benchmark:
     return Benchmark(samples, features, features(samples.truth), shown)
 
 
-def _load(checkpoint: Checkpoint, args: Args) -> DiffusionPipeline:
-    return DiffusionPipeline.from_pretrained(*checkpoint, dtype=resolve_dtype(args.dtype), attention=args.attention)
+def _load(checkpoint: Checkpoint, args: Args) -> Model:
+    return Model.from_pretrained(*checkpoint, dtype=resolve_dtype(args.dtype), attention=args.attention)
 
 
 def _with_possible_steps(model: Candidate, samples: Samples, args: Args) -> Candidate:
@@ -156,10 +157,10 @@ def _with_possible_steps(model: Candidate, samples: Samples, args: Args) -> Cand
     """
     steps, (height, width) = model.steps, samples.truth.shape[1:3]
     for checkpoint in model.checkpoints:
-        pipeline = open_pipeline(*checkpoint)
+        pipeline = Model.open(*checkpoint)
         _check_task(pipeline, model, samples, args.data)
         steps = _possible_steps(pipeline, model, steps)
-        conditions = samples.conditions if "controlnet" in pipeline.modules else None
+        conditions = samples.conditions if pipeline.networks.controlnet is not None else None
         try:
             pipeline.check(
                 samples.inputs,
@@ -174,7 +175,7 @@ def _with_possible_steps(model: Candidate, samples: Samples, args: Args) -> Cand
     return replace(model, steps=steps)
 
 
-def _possible_steps(pipeline: DiffusionPipeline, model: Candidate, steps: Sequence[int]) -> tuple[int, ...]:
+def _possible_steps(pipeline: Model, model: Candidate, steps: Sequence[int]) -> tuple[int, ...]:
     """The numbers of steps that the sampler supports; a warning names the others."""
     possible = []
     for number in steps:
@@ -186,13 +187,13 @@ def _possible_steps(pipeline: DiffusionPipeline, model: Candidate, steps: Sequen
     return tuple(possible)
 
 
-def _check_task(pipeline: DiffusionPipeline, model: Candidate, samples: Samples, data: Path) -> None:
+def _check_task(pipeline: Model, model: Candidate, samples: Samples, data: Path) -> None:
     if (pipeline.task == "edit") != (samples.inputs is not None) or pipeline.task == "inpaint":
         raise ValueError(
             f"the model {model.name} is for the task {pipeline.task!r}, and {data} is for another: text-to-image "
             "models need rows with file_name and text, editors rows with input_image, edited_image and edit_prompt."
         )
-    if "controlnet" in pipeline.modules and samples.conditions is None:
+    if pipeline.networks.controlnet is not None and samples.conditions is None:
         raise ValueError(f"the model {model.name} has a ControlNet, but {data} names no conditioning_image.")
 
 
@@ -203,7 +204,9 @@ def _evaluate(model: Candidate, benchmark: Benchmark, args: Args) -> list[Result
     sampler = model.sampler
     for checkpoint, seeds in _seeds_of(model, args.seeds):
         pipeline = _load(checkpoint, args)
-        samples = benchmark.samples if "controlnet" in pipeline.modules else _without_conditions(benchmark.samples)
+        samples = benchmark.samples
+        if pipeline.networks.controlnet is None:
+            samples = _without_conditions(samples)
         sampler = model.sampler or default_sampler(pipeline.schedule)
         for steps in model.steps:
             for seed in _progress(seeds, f"{model.name}, {steps} steps"):

@@ -86,9 +86,8 @@ def load_model(
     """
     folder = ModelFolder(str(Path(source).expanduser()), subfolder, revision, cache_dir, local_files_only)
     folder = folder.pinned(folder.require("config.json"))
-    if compute_dtype is None:
-        compute_dtype = jnp.float32 if dtype is None else dtype
-    module = build_module(folder, compute_dtype, attention=attention, remat=remat)
+    of_module = dtype if compute_dtype is None else compute_dtype
+    module = build_module(folder, jnp.float32 if of_module is None else of_module, attention=attention, remat=remat)
     weights = open_weights(_choose_file(folder, module.config, variant))
     params = from_state_dict(
         module.abstract_params(),

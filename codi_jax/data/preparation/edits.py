@@ -23,9 +23,8 @@ from codi_jax.data.preparation.pictures import Picture, PictureFlags, encode, re
 from codi_jax.data.preparation.rows import File, InputRow
 from codi_jax.data.preparation.samples import Sample
 from codi_jax.data.preparation.similarity import Encoder, Scores, clip_encoder, compare, lite_encoder
-from codi_jax.diffusion.sampling import Sampler
 from codi_jax.io.decoding import RejectedError
-from codi_jax.pipeline.model import DiffusionPipeline
+from codi_jax.pipeline.model import Model
 
 BEFORE, AFTER, INSTRUCTION = "input_image", "edited_image", "edit_prompt"
 
@@ -218,8 +217,8 @@ def passes(scores: Scores, flags: GenerateFlags) -> Bool[np.ndarray, "n"]:
 
 
 @functools.lru_cache(maxsize=1)
-def _load_teacher(source: str, variant: str | None, dtype: str) -> DiffusionPipeline:
-    return DiffusionPipeline.from_pretrained(source, dtype=jnp.dtype(dtype), variant=variant)
+def _load_teacher(source: str, variant: str | None, dtype: str) -> Model:
+    return Model.from_pretrained(source, dtype=jnp.dtype(dtype), variant=variant)
 
 
 @functools.lru_cache(maxsize=1)

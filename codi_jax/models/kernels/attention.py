@@ -164,14 +164,15 @@ def _flash_and_saved(
     query: Array, key: Array, value: Array, kernel: Implementation, is_causal: bool
 ) -> tuple[Array, ...]:
     """The attended values, and what the kernel saves for its backward pass."""
-    out, backward = jax.vjp(lambda *x: _flash_kernel(*x, kernel, is_causal), query, key, value)
+    out, backward = jax.vjp(lambda q, k, v: _flash_kernel(q, k, v, kernel, is_causal), query, key, value)
     return out, *jax.tree.leaves(backward)
 
 
 @_flash_and_saved.defjvp
 def _flash_and_saved_derivative(kernel: Implementation, is_causal: bool, primals: Any, tangents: Any) -> Any:
     """What is saved counts as constant: derivatives of derivatives are those of the formula, which does not use it."""
-    out, *saved = _flash_and_saved(*primals, kernel, is_causal)
+    query, key, value = primals
+    out, *saved = _flash_and_saved(query, key, value, kernel, is_causal)
     (dout,) = linear_map(_formula_tangent, _flash_backward, (*primals, *saved), tangents, kernel, is_causal)
     return (out, *saved), (dout, *map(zero_from_primal, saved))
 
@@ -190,7 +191,9 @@ def _flash_backward(
 ) -> tuple[Array, ...]:
     *arrays, saved = *residuals[:3], residuals[3:]
     # Traced once more for the structure of the backward pass alone, which cannot be passed along with its arrays.
-    backward = jax.eval_shape(lambda *x: jax.vjp(lambda *y: _flash_kernel(*y, kernel, is_causal), *x)[1], *arrays)
+    backward = jax.eval_shape(
+        lambda *x: jax.vjp(lambda q, k, v: _flash_kernel(q, k, v, kernel, is_causal), *x)[1], *arrays
+    )
     return jax.tree.unflatten(jax.tree.structure(backward), saved)(*dout)
 
 
