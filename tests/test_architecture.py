@@ -28,7 +28,7 @@ LAYERS = (
     "codi_jax.pipeline",
     "codi_jax.training",
     "codi_jax.methods",
-    "codi_jax.training.runs",  # what some runs do in another way than most
+    "codi_jax.training.jobs",  # what some runs do in another way than most
     "codi_jax.evaluation",
     "codi_jax.data.preparation",
     "codi_jax.cli.command_line",
@@ -46,7 +46,7 @@ IO_MODULES = {
     "tempfile", "tensorboardX", "tqdm", "transformers", "tyro", "urllib", "wandb",
 }  # fmt: skip
 # A schedule is a file of diffusers, and a group of flags checks that its folder can be written.
-MAY_KNOW_FILES = ("codi_jax.diffusion.schedule", "codi_jax.cli")
+MAY_KNOW_FILES = ("codi_jax.diffusion.schedule", "codi_jax.diffusion.scheduler_config", "codi_jax.cli")
 SLOW_TO_IMPORT = ("huggingface_hub", "transformers", "datasets", "orbax", "diffusers", "grain", "tensorboardX", "tyro")
 
 
@@ -162,7 +162,7 @@ def test_no_file_is_too_long_to_read(path: Path):
     assert len(path.read_text().splitlines()) <= 500, "ask what it is for, and make two of it"
 
 
-@pytest.mark.parametrize("name", ["codi_jax.methods.codi", "codi_jax.diffusion.sampling", "codi_jax.models.unet"])
+@pytest.mark.parametrize("name", ["codi_jax.methods.codi", "codi_jax.diffusion.samplers", "codi_jax.models.unet"])
 def test_mathematics_is_imported_alone(name: str):
     program = f"import sys, {name}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
@@ -195,7 +195,7 @@ def test_a_wrong_import_is_found(module: str, source: str):
         ("codi_jax.models.unet", "import flax.linen as nn\nfrom codi_jax.models import layers"),
         ("codi_jax.models.lora", "import flax"),
         ("codi_jax.diffusion.schedule", "import json\nfrom pathlib import Path"),
-        ("codi_jax.methods.codi", "import optax\nfrom codi_jax.diffusion import losses, sampling, schedule"),
+        ("codi_jax.methods.codi", "import optax\nfrom codi_jax.diffusion import losses, samplers, schedule"),
         ("codi_jax.io.weights", "import json\nfrom codi_jax.models.unet import UNet2DCondition"),
         ("codi_jax.data.preparation.edits", "from codi_jax.pipeline.model import DiffusionPipeline"),
     ],

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from codi_jax.cli import command_line
 from codi_jax.methods import autoencoder
+from codi_jax.training.jobs.autoencoder import HOOKS, VaeFlags
 from codi_jax.training.run import run
-from codi_jax.training.runs.autoencoder import HOOKS, VaeFlags
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from codi_jax.cli import command_line
-from codi_jax.training.runs.disback import DisbackRunFlags, distill
+from codi_jax.training.jobs.disback import DisbackRunFlags, distill
 from codi_jax.training.tracking import say
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from codi_jax.cli import command_line
 from codi_jax.methods import lcm
 from codi_jax.training.flags import EditDataFlags
-from codi_jax.training.runs.lcm import LcmRunFlags
+from codi_jax.training.jobs.lcm import LcmRunFlags
 from codi_jax.training.run import run
 
 

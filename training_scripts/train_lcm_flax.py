@@ -14,7 +14,7 @@ from codi_jax.cli import command_line
 from codi_jax.data import ConditionOf
 from codi_jax.methods import lcm
 from codi_jax.training.flags import ConditionFlags
-from codi_jax.training.runs.lcm import LcmRunFlags
+from codi_jax.training.jobs.lcm import LcmRunFlags
 from codi_jax.training.run import run
 
 

@@ -7,18 +7,15 @@ and knows of the state that it is a tree with a ``step``, and of the metrics tha
 import contextlib
 import dataclasses
 import math
-import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
@@ -27,6 +24,7 @@ from codi_jax.io import processes
 from codi_jax.io.compiled_programs import keep_compiled_programs
 from codi_jax.models import sharding
 from codi_jax.training import publish, run_folder
+from codi_jax.training.buffers import forget, own_buffers
 from codi_jax.training.checkpoint import (
     CheckpointFlags,
     Checkpoints,
@@ -38,6 +36,7 @@ from codi_jax.training.checkpoint import (
 )
 from codi_jax.training.monitor import Metrics, Monitor
 from codi_jax.training.publish import HubFlags
+from codi_jax.training.signals import stop_signals
 from codi_jax.training.tracking import Profiler, Tracker, TrackingFlags, say
 
 State = TypeVar("State")
@@ -282,10 +281,10 @@ def train(
     first = 0 if checkpoint is None else step_of(checkpoint)
     frozen = frozen if isinstance(frozen, Moving) else _Constant(sharding.put(mesh, frozen))
     with contextlib.closing(loader), contextlib.closing(frozen), contextlib.ExitStack() as stack:
-        state = _own(sharding.put(mesh, state), frozen.at(first))
+        state = own_buffers(sharding.put(mesh, state), frozen.at(first))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(output_dir, flags.checkpoints_total_limit)))
         if checkpoint is not None:
-            state, position = checkpoints.restore(checkpoint, _forgotten(state))
+            state, position = checkpoints.restore(checkpoint, forget(state))
             loader.set_state(position)
             say(f"going on from {checkpoint}")
         tracker = Tracker(flags, output_dir, flags.values_within(Scope.PROCESS), first)
@@ -356,7 +355,7 @@ def _loop(train_step: TrainStep[State], state: State, frozen: Moving, loader: Lo
         profiler.memory("initial")
         if run.validate is not None and run.flags.validate_at_start and run.first == 0:
             _validate(state, 0, run, monitor, profiler)
-        stopped_by = stack.enter_context(_stop_signals())
+        stopped_by = stack.enter_context(stop_signals())
         for step in range(run.first + 1, run.total + 1):
             profiler.before(step)
             state, metrics = program(state, frozen.at(step - 1), batch)
@@ -461,36 +460,6 @@ def _leave(step: int, number: int, run: _Run) -> None:
     raise SystemExit(128 + number)
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[int], int]]:
-    """Turns SIGTERM and SIGINT into a question to ask after each step: by which signal the run shall end, or 0.
-
-    All processes of a run get the same answer after the same step. A second SIGINT ends the process at once.
-    """
-    received: list[int] = []
-    several = jax.process_count() > 1
-
-    def note(number: int, _: Any) -> None:
-        received.append(number)
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
-        if several:
-            # JAX has a handler of its own for SIGTERM, and makes the processes agree on a step.
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def answer(step: int) -> int:
-        if several:
-            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
-        return received[0] if received else 0
-
-    numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield answer
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _check_finite(values: Mapping[str, float], step: int) -> None:
     if values.get("skipped_in_a_row", 0) >= _MAX_SKIPPED_IN_A_ROW:
         raise FloatingPointError(
@@ -498,35 +467,6 @@ def _check_finite(values: Mapping[str, float], step: int) -> None:
             "finite, and changed nothing. Go on from an earlier checkpoint with a lower --learning_rate or "
             "--max_grad_norm, or with --mixed_precision bf16 or no; --debug says where the first NaN comes from."
         )
-
-
-def _own(state: State, frozen: Any) -> State:
-    """The state with arrays that nothing else holds, since the step overwrites them.
-
-    A student starts as its teacher and an average as its student, often as the same arrays.
-    """
-    taken = {_address(leaf) for leaf in jax.tree.leaves(frozen)}
-
-    def own(leaf: jax.Array) -> jax.Array:
-        if (address := _address(leaf)) in taken:
-            return jnp.copy(leaf)
-        taken.add(address)
-        return leaf
-
-    return jax.tree.map(own, state)
-
-
-def _address(leaf: jax.Array) -> int:
-    data = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-    return data.addressable_data(0).unsafe_buffer_pointer()
-
-
-def _forgotten(state: State) -> State:
-    """What the arrays of a state were, to restore others in their place: there may be no room for both."""
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    for leaf in jax.tree.leaves(state):
-        leaf.delete()
-    return like
 
 
 def _configure_jax(flags: LoopFlags) -> None:

@@ -1,0 +1,261 @@
+"""The two stages of DisBack as runs: recording the degradation path, and walking it back."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from codi_jax.cli.flags import Adjustable, Operational
+from codi_jax.cli.outputs import file_in_place_of
+from codi_jax.data import ConditionOf, PromptFlags
+from codi_jax.methods import disback
+from codi_jax.pipeline.conditions import Frozen
+from codi_jax.training import optim, teacher
+from codi_jax.training.degradation_path import (
+    PATH_NAME,
+    DegradationPath,
+    MovingTarget,
+    check_identity,
+    digest,
+    finish_path,
+    open_path,
+    write_node,
+)
+from codi_jax.training.flags import ConditionFlags, Shown, TrainingFlags
+from codi_jax.training.loop import Record
+from codi_jax.training.run import Hooks, Run, run, write_export
+
+NO_PATH = "none"
+"""What ``--path`` is for plain distribution matching."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DisbackRunFlags(ConditionFlags, PromptFlags, disback.DisbackFlags, TrainingFlags):
+    """The flags of a run of DisBack."""
+
+    pretrained_model_name_or_path: Annotated[str, tyro.conf.arg(aliases=["--model_id"])]
+    """The teacher: a folder in diffusers' layout, or an id on the Hugging Face Hub."""
+    stage: Adjustable[Literal["degradation", "backtracking", "both"]] = "both"
+    """degradation records the path, backtracking trains the generator along it."""
+    path: Adjustable[Annotated[str | None, tyro.conf.arg(aliases=["--trajectory_dir"])]] = None
+    """Folder of the path. Default: path in --output_dir. none, with --stage backtracking, has the teacher as the target
+    throughout: plain distribution matching."""
+    controlnet_model_name_or_path: str | None = None
+    """ControlNet that the teacher is distilled with, and that the generator keeps as it is."""
+    train_data_dir: str | None = None
+    """Folder of a data set. Its captions are the prompts; its images are read where they are needed: for the GAN loss,
+    for --denoising without --backward_simulation, and for conditions."""
+    real_image_path: Adjustable[str | None] = None
+    """The same, but put aside where no images are needed; where they are, --train_prompt_path is put aside."""
+    max_train_steps: Annotated[int | None, tyro.conf.arg(aliases=["--train_iters"])] = None
+    """Steps of backtracking in all, those before a resume included: each is one of the fake score, and every
+    --dfake_gen_update_ratio-th one of the generator, too."""
+    train_batch_size: Annotated[int, tyro.conf.arg(aliases=["--batch_size"])] = 1
+    """Examples per device and pass."""
+    learning_rate: float = 5e-7
+    """The learning rate, after warm-up: of full-size models."""
+    lr_warmup_steps: Annotated[int, tyro.conf.arg(aliases=["--warmup_step"])] = 500
+    """Updates of each network over which its learning rate rises from 0; constant has no warm-up."""
+    max_grad_norm: float = 10.0
+    """Gradients of each network are scaled down to this norm; inf for no limit."""
+    checkpointing_steps: int = 500
+    """Steps between two checkpoints, in both stages; 0 for none."""
+    export_steps: Operational[int] = 0
+    """Steps between two exports of the generator into folders step-N, besides the one at the end; 0 for none."""
+    teacher_guidance_scale: Operational[float] = 7.5
+    """Guidance scale of the teacher in validation pictures."""
+    lora_dropout: float = 0.0
+    """Must be 0: a LoRA is trained without dropout here."""
+    denoising_loss_weight: Operational[float] = 1.0
+    """Has no effect: nor does the reference code multiply anything by it."""
+    sdxl: Operational[bool] = False
+    """Has no effect: what family a model is of, its folder says."""
+
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(0, "export_steps", "teacher_guidance_scale", "denoising_loss_weight")
+        self.require("lora_dropout", self.lora_dropout == 0, "0")
+        if self.path not in (None, NO_PATH) and (file := file_in_place_of(Path(self.path or ""))):
+            raise ValueError(f"--path {self.path} is not possible: {file} is a file, where a folder is needed.")
+        if self.path == NO_PATH and self.stage != "backtracking":
+            raise ValueError("--path none needs no stage but the second: give --stage backtracking with it.")
+
+    @property
+    def controlnet(self) -> str | None:
+        return self.controlnet_model_name_or_path
+
+    @property
+    def condition(self) -> ConditionOf:
+        return super().condition if self.controlnet_model_name_or_path or self.task == "edit" else None
+
+    @property
+    def reads_images(self) -> bool:
+        return self.needs_images or self.condition is not None
+
+    @property
+    def shown(self) -> Shown:
+        return Shown(teacher_scales={"guidance_scale": self.teacher_guidance_scale})
+
+
+def distill(args: DisbackRunFlags) -> None:
+    """Runs the stages that the flags ask for.
+
+    Args:
+      args: of the script.
+
+    Raises:
+      ValueError: if flags, model, data and path do not fit each other.
+    """
+    args.check()
+    is_resumed = args.stage == "both" and args.resume_from_checkpoint is not None
+    is_recorded = is_resumed and (_path_folder(args) / PATH_NAME).is_file()
+    if args.stage != "backtracking" and not is_recorded:
+        args = record_path(args)
+    if args.stage != "degradation":
+        backtrack(args)
+
+
+def record_path(args: DisbackRunFlags) -> DisbackRunFlags:
+    """Stage 1: a run in ``degradation`` of the output folder, which writes the path.
+
+    Args:
+      args: as in `distill`.
+
+    Returns:
+      The arguments, with the output folder filled in.
+
+    Raises:
+      ValueError: as `distill`.
+    """
+    # Where both stages are run, the name of a checkpoint is that of one of the second.
+    resume = args.resume_from_checkpoint and "latest" if args.stage == "both" else args.resume_from_checkpoint
+    stage = replace(
+        args,
+        output_dir=str(Path(args.output_dir) / "degradation"),
+        max_train_steps=args.num_nodes * args.degradation_interval,
+        resume_from_checkpoint=resume,
+        push_to_hub=False,
+    )
+    stage = run(disback.degradation(args.resolution), stage, hooks=_recording(), identity={"stage": "degradation"})
+    return replace(args, output_dir=str(Path(stage.output_dir).parent))
+
+
+def backtrack(args: DisbackRunFlags) -> None:
+    """Stage 2: trains the generator along a recorded path, or without one, and writes it.
+
+    Args:
+      args: as in `distill`.
+
+    Raises:
+      ValueError: as `distill`.
+    """
+    record = functools.partial(_export_record, args.export_steps)
+    if args.path == NO_PATH:
+        method, hooks, identity = (
+            disback.backtracking(args.resolution, False),
+            Hooks(check=_check_teacher, record=record),
+            {"path": NO_PATH},
+        )
+    else:
+        path = open_path(_path_folder(args))
+        method, hooks = disback.backtracking(args.resolution, True), _walking(path, args, record)
+        identity = {"path": path.fingerprint}
+    run(method, args, hooks=hooks, identity=identity)
+
+
+def _identity(args: DisbackRunFlags, teacher_digest: str) -> dict[str, Any]:
+    """What a path is of: the teacher, of which the digest of the float32 UNet is given, and the generator."""
+    return {
+        "model": args.pretrained_model_name_or_path,
+        "teacher": teacher_digest,
+        "controlnet": args.controlnet_model_name_or_path,
+        "timesteps": list(args.timesteps),
+    }
+
+
+def _path_folder(args: DisbackRunFlags) -> Path:
+    return Path(args.output_dir, "path") if args.path is None else Path(args.path).expanduser()
+
+
+def _export_record(every: int, this: Run) -> Record | None:
+    """Exports the generator every so many steps into folders of their own."""
+
+    def write(state: Any, step: int) -> None:
+        write_export(this, state, Path(this.args.output_dir) / f"step-{step}")
+
+    return Record(write, every) if every else None
+
+
+def _check_teacher(this: Run) -> None:
+    if this.model.task == "edit" and this.args.condition is None:
+        raise ValueError(
+            "the teacher is an InstructPix2Pix model: give --task edit, and name the columns of the data with "
+            "--conditioning_image_column, --caption_column and --image_column."
+        )
+
+
+def _check_arrival(num_steps: int, args: DisbackRunFlags, num_nodes: int) -> None:
+    if disback.target_index(num_steps - 1, args, num_nodes) < num_nodes:
+        needed = ((num_nodes - 1) * args.interval - 1) * args.dfake_gen_update_ratio + 1
+        raise ValueError(
+            f"--max_train_steps {num_steps} ends before the target is the teacher, which it is after {needed} steps: "
+            f"train for longer, or lower --interval {args.interval}."
+        )
+
+
+def _recording() -> Hooks:
+    """A run whose state is a node of the path every so many steps, and which leaves the path."""
+    teachers: dict[str, str] = {}
+
+    def folder(this: Run) -> Path:
+        return _path_folder(replace(this.args, output_dir=str(Path(this.args.output_dir).parent)))
+
+    def check(this: Run) -> None:
+        _check_teacher(this)
+        # Now, since the teacher's float32 parameters are not kept.
+        teachers["teacher"] = digest(this.load("unet"))
+
+    def record(this: Run) -> Record:
+        interval = this.args.degradation_interval
+
+        def write(state: Any, step: int) -> None:
+            unet = this.model.networks.unet
+            write_node(folder(this), step // interval - 1, unet, state.params["unet"], this.args.save_dtype)
+
+        return Record(write, interval)
+
+    def finish(this: Run, state: Any, output_dir: Path) -> None:
+        del state, output_dir
+        identity = _identity(this.args, teachers["teacher"]) | {"interval": this.args.degradation_interval}
+        finish_path(folder(this), this.args.num_nodes, identity)
+
+    return Hooks(check=check, record=record, show=None, write=finish)
+
+
+def _walking(path: DegradationPath, args: DisbackRunFlags, record: Callable[[Run], Record | None]) -> Hooks:
+    """A run whose target goes from node to node of a path, and at last to the teacher."""
+
+    def check(this: Run) -> None:
+        _check_teacher(this)
+        check_identity(path, _identity(args, digest(this.load("unet"))))
+        _check_arrival(this.num_steps, args, len(path.nodes))
+
+    def frozen(this: Run, constant: Frozen) -> MovingTarget:
+        dtype = optim.compute_dtype(args.mixed_precision)
+        nodes = [functools.partial(path.load, number, dtype) for number in reversed(range(len(path.nodes)))]
+        # A LoRA needs the teacher at every step; else it is read again, since until then it would only take memory.
+        last = functools.partial(teacher.load_on_host, this.model, "unet", dtype)
+        if args.generator_lora:
+            last = functools.partial(constant.params.__getitem__, "unet")
+
+        def index_at(step: int) -> int:
+            return disback.target_index(step, args, len(nodes))
+
+        return MovingTarget(constant, [*nodes, last], index_at, this.mesh)
+
+    end = functools.partial(path.load, -1, np.float32)
+    return Hooks(load={"path_end": end}, check=check, frozen=frozen, record=record)

@@ -1,0 +1,70 @@
+"""The flags that the scripts of LCM share, besides those of the method."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from codi_jax.cli.flags import Adjustable, Operational
+from codi_jax.methods.lcm import LcmFlags
+from codi_jax.training.flags import Replacement, Shown, TrainingFlags
+
+_PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LcmRunFlags(LcmFlags, TrainingFlags):
+    """The flags of a run of LCM, but for data and conditions."""
+
+    pretrained_model_name_or_path: Annotated[str, tyro.conf.arg(aliases=["--pretrained_teacher_model"])]
+    """The teacher: a folder in diffusers' layout, or an id on the Hugging Face Hub."""
+    revision: Annotated[str | None, tyro.conf.arg(aliases=["--teacher_revision"])] = None
+    """Branch, tag or commit of it on the hub."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Autoencoder instead of the teacher's: a folder with its config.json, or an id on the hub."""
+    vae_precision: Literal["fp32", "fp16", "bf16"] | None = None
+    """Precision of the autoencoder. Default: that of --mixed_precision, but fp32 for one that says that it needs it
+    (force_upcast) instead of fp16."""
+    vae_encode_batch_size: Adjustable[int | None] = None
+    """Images of a device that the autoencoder takes at a time; fewer need less memory. Default: all."""
+    cast_teacher_unet: Operational[bool] = False
+    """Has no effect: what is not trained is kept in the precision of the computation always."""
+    checkpointing_steps: int = 500
+    """Steps between two checkpoints; 0 for none."""
+    validation_sampling_steps: Operational[tuple[int, ...]] = (1, 2, 4)
+    """Numbers of steps at which validation pictures show the student."""
+    guidance_scale: Operational[float] = 7.5
+    """Guidance scale in validation pictures, of the teacher and of the student."""
+    image_guidance_scale: Operational[float] = 1.5
+    """Guidance scale of the source image in validation pictures, likewise."""
+
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(0, "guidance_scale", "image_guidance_scale")
+        possible = all(1 <= steps <= self.num_ddim_timesteps for steps in self.validation_sampling_steps)
+        self.require("validation_sampling_steps", possible, f"1 to --num_ddim_timesteps {self.num_ddim_timesteps}")
+        self.require_at_least(1, "vae_encode_batch_size")
+        divides = self.train_batch_size % (self.vae_encode_batch_size or 1) == 0
+        what = f"a divisor of --train_batch_size {self.train_batch_size}, or larger"
+        larger = (self.vae_encode_batch_size or 0) > self.train_batch_size
+        self.require("vae_encode_batch_size", divides or larger, what)
+
+    @property
+    def vae_parts(self) -> int:
+        return max(self.train_batch_size // (self.vae_encode_batch_size or self.train_batch_size), 1)
+
+    @property
+    def replacements(self) -> Mapping[str, Replacement]:
+        path, precision = self.pretrained_vae_model_name_or_path, self.vae_precision
+        if path is None and precision is None:
+            return {}
+        dtype = None if precision is None else _PRECISIONS[precision]
+        return {"vae": Replacement(f"--pretrained_vae_model_name_or_path {path}", source=path, dtype=dtype)}
+
+    @property
+    def shown(self) -> Shown:
+        scales = {"guidance_scale": self.guidance_scale, "image_guidance_scale": self.image_guidance_scale}
+        # A LoRA takes no guidance weights.
+        student = scales if self.lora is None else dict.fromkeys(scales, 1.0)
+        return Shown(self.validation_sampling_steps, student, scales)
