@@ -62,6 +62,8 @@ class Args(Flags):
     """Strength of the ControlNet."""
     sampler: SamplerName | None = None
     """Sampler. Default: that of the model's folder."""
+    gamma: float = 0.3
+    """Randomness of the sampler tcd, from 0 (none) to 1 (that of lcm)."""
     timesteps: tuple[int, ...] = ()
     """Descending training timesteps to sample at, in place of --steps, such as 399 for a one-step generator."""
     seed: int = 0
@@ -93,6 +95,7 @@ class Args(Flags):
         fits = self.seed <= LARGEST_SEED - 2 * self.num_images
         self.require("seed", fits, "smaller: the other images have the seeds that follow, up to 2^63 - 1")
         self.require_at_least(0, "guidance_scale", "image_guidance_scale", "timesteps")
+        self.require_in(0, 1, "gamma")
         self.require_in(1, LARGEST_SIDE, "height", "width")
         check_output(self.output, self.num_images)
 
@@ -170,6 +173,7 @@ def _generate(
                 image_guidance_scale=args.image_guidance_scale,
                 controlnet_conditioning_scale=args.controlnet_conditioning_scale,
                 sampler=args.sampler,
+                gamma=args.gamma,
                 timesteps=timesteps,
                 height=args.height,
                 width=args.width,

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Num, Shaped
 
 from codi_jax.diffusion.schedule import Latents, NoiseSchedule, x0_eps
@@ -42,6 +43,7 @@ def sample(
     timesteps: Times,
     noise: Noise | None = None,
     *,
+    gamma: Float[ArrayLike, ""] = 0.3,
     num_steps: Count = None,
     on_step: OnStep = None,
 ) -> Latents:
@@ -54,6 +56,7 @@ def sample(
       z: noise, N(0, I).
       timesteps: from `codi_jax.diffusion.timesteps.timesteps_for`.
       noise: N(0, I), one less than there are times: what stochastic samplers add. The others ignore it.
+      gamma: of `tcd`.
       num_steps: how many of the times to visit, for counted samplers; ``None`` is all.
       on_step: called with the index of every step that is done.
 
@@ -71,6 +74,8 @@ def sample(
         options["noise"] = noise
     if entry.is_counted:
         options["num_steps"] = num_steps
+    if sampler == "tcd":
+        options["gamma"] = gamma
     return entry.function(denoise, schedule.read_by(sampler), z, timesteps, **options)
 
 
@@ -226,6 +231,37 @@ def lcm(
     return x0
 
 
+def tcd(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    z: Latents,
+    timesteps: Times,
+    noise: Noise | None = None,
+    *,
+    gamma: Float[ArrayLike, ""] = 0.3,
+    num_steps: Count = None,
+    on_step: OnStep = None,
+) -> Latents:
+    """Strategic stochastic sampling of TCD (Zheng et al., 2024, algorithm 4).
+
+    From t the trajectory function leads past the next time t' to s = ⌊(1 − γ) t'⌋, and fresh noise back up to t':
+    z' = (α'/α_s) f^{→s}(z_t, t) + √(1 − (α'/α_s)²) ε. After the last time comes t' = 0. γ, diffusers' ``eta``, is 0 for
+    deterministic sampling and 1 for that of consistency models.
+    """
+    timesteps = jnp.asarray(timesteps)
+    last = (len(timesteps) if num_steps is None else num_steps) - 1
+    following = jnp.where(jnp.arange(len(timesteps)) == last, 0, _following(timesteps))
+
+    def step(z: Latents, t: Array, t_next: Array, noise: Latents) -> Latents:
+        x0, eps = schedule.to_x0_eps(denoise(z, t), z, t)
+        s = jnp.floor((1 - gamma) * t_next).astype(jnp.int32)
+        ratio = schedule.alpha_sigma(t_next)[0] / schedule.alpha_sigma(s)[0]
+        return ratio * schedule.ddim_step(x0, eps, s) + jnp.sqrt(jnp.maximum(1 - ratio**2, 0)) * noise
+
+    noise = _for_every_step(noise, z, timesteps)
+    return _scan(step, z.astype(jnp.float32), (timesteps, following, noise), on_step, num_steps)
+
+
 def codi(
     denoise: Denoise,
     schedule: NoiseSchedule,
@@ -335,6 +371,7 @@ SAMPLERS: dict[SamplerName, Sampler] = {
     "pndm": Sampler(pndm),
     "dpm-solver++": Sampler(dpm_solver_pp_2m),
     "lcm": Sampler(lcm, is_stochastic=True, is_counted=True),
+    "tcd": Sampler(tcd, is_stochastic=True, is_counted=True),
     "codi": Sampler(codi, is_counted=True),
 }
 """The samplers by the names that users know them by."""

@@ -110,6 +110,15 @@ class SamplingSpec:
         )
 
     @classmethod
+    def tcd(cls, num_steps: int = 50) -> "SamplingSpec":
+        """The spec of a TCD student; the default is that of published ones.
+
+        Args:
+          num_steps: N of `codi_jax.diffusion.schedule.distillation_grid`.
+        """
+        return cls(scheduler="TCDScheduler", sampler="tcd", grid_steps=num_steps)
+
+    @classmethod
     def generator(cls, timesteps: Sequence[int]) -> "SamplingSpec":
         """The spec of a generator that is sampled at these descending times, by the LCM sampler.
 

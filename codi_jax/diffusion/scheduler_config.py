@@ -18,7 +18,7 @@ PredictionType = Literal["epsilon", "v_prediction", "sample"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
 DistillationGrid = Literal["trailing", "leading"]
 
-SamplerName = Literal["ddim", "euler", "euler-ancestral", "pndm", "dpm-solver++", "lcm", "codi"]
+SamplerName = Literal["ddim", "euler", "euler-ancestral", "pndm", "dpm-solver++", "lcm", "tcd", "codi"]
 
 SCHEDULER_OF: dict[SamplerName, str] = {
     "ddim": "DDIMScheduler",
@@ -27,6 +27,7 @@ SCHEDULER_OF: dict[SamplerName, str] = {
     "pndm": "PNDMScheduler",
     "dpm-solver++": "DPMSolverMultistepScheduler",
     "lcm": "LCMScheduler",
+    "tcd": "TCDScheduler",
     "codi": "DDIMScheduler",  # after "ddim", which a file that names this class and has no grid asks for
 }
 """The class of diffusers that samples alike, and whose defaults hold where a file leaves keys out."""

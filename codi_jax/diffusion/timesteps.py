@@ -96,6 +96,10 @@ def _lcm_times(schedule: NoiseSchedule, steps: int) -> Int[np.ndarray, " n"]:
     return _grid_times(schedule, steps, "original_inference_steps")
 
 
+def _tcd_times(schedule: NoiseSchedule, steps: int) -> Int[np.ndarray, " n"]:
+    return _grid_times(schedule, steps, "original_inference_steps")
+
+
 def _codi_times(schedule: NoiseSchedule, steps: int) -> Int[np.ndarray, " n"]:
     if schedule.sampling.grid_steps is None:
         raise ValueError(
@@ -134,6 +138,7 @@ _TIMES: dict[SamplerName, Callable[[NoiseSchedule, int], np.ndarray]] = {
     "pndm": _pndm_times,
     "dpm-solver++": _dpm_solver_times,
     "lcm": _lcm_times,
+    "tcd": _tcd_times,
     "codi": _codi_times,
 }
 

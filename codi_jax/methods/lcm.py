@@ -22,12 +22,12 @@ Beyond CoDi, its neighbor: guidance is distilled, and no condition is learned.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from codi_jax.cli.flags import Adjustable, Flags
 from codi_jax.diffusion import losses
@@ -38,7 +38,7 @@ from codi_jax.methods.baking import bake_guidance
 from codi_jax.methods.denoising import DropoutFlags
 from codi_jax.models.config import Params
 from codi_jax.models.lora import LARGEST_RANK, init_lora, merge_lora
-from codi_jax.pipeline.conditions import Batch, Frozen, drop_conditions, prepare
+from codi_jax.pipeline.conditions import Batch, Conditions, Frozen, drop_conditions, prepare
 from codi_jax.pipeline.networks import Networks, refuse_guidance_input, require_instruct_pix2pix
 from codi_jax.pipeline.prediction import predict
 from codi_jax.training import optim
@@ -258,6 +258,59 @@ def init(
     return optim.init_state(params, optimizer, key, ema=lora is None, mixed_precision=mixed_precision)
 
 
+class TeacherStep(NamedTuple):
+    """One DDIM step of the guided teacher, from t = t_n to s, the time before it on the grid.
+
+    Attributes:
+      z_t: noisy latents of the data.
+      t: their times.
+      z_s: ẑ_s.
+      s: its times.
+      n: their number on the grid, from 0.
+      conditions: of the samples.
+      guidance: of the student.
+    """
+
+    z_t: Latents
+    t: Int[Array, " b"]
+    z_s: Latents
+    s: Int[Array, " b"]
+    n: Int[Array, " b"]
+    conditions: Conditions
+    guidance: Guidance
+
+
+def teacher_step(frozen: Frozen, batch: Batch, key: Key[Array, ""], setup: LcmSetup) -> TeacherStep:
+    """Draws latents, times, noise and guidance weights, and takes the teacher's step: ẑ_s = α_s x̂ + σ_s ε̂.
+
+    Args:
+      frozen: the teacher with the null text.
+      batch: see `codi_jax.pipeline.conditions.prepare`.
+      key: for all that is random.
+      setup: of the method.
+    """
+    flags, schedule = setup.flags, frozen.schedule
+    z0_key, drop_key, n_key, noise_key, w_key, w_image_key = jax.random.split(key, 6)
+    inputs = prepare(setup.networks, frozen.params, batch, z0_key, frozen.null_text)
+    if flags.dropout:
+        inputs = drop_conditions(inputs, drop_key, flags.dropout)
+    z0, c, B = inputs.z0, inputs.conditions, len(inputs.z0)
+    n = jax.random.randint(n_key, (B,), 0, flags.num_ddim_timesteps)
+    t, s = (
+        jnp.asarray(times)[n] for times in distillation_grid(schedule.num_train_timesteps, flags.num_ddim_timesteps)
+    )
+    z_t = schedule.add_noise(z0, jax.random.normal(noise_key, z0.shape), t)
+    w = jax.random.uniform(w_key, (B,), minval=flags.w_min, maxval=flags.w_max)
+    w_image = None
+    if flags.w_image_min is not None and flags.w_image_max is not None:
+        w_image = jax.random.uniform(w_image_key, (B,), minval=flags.w_image_min, maxval=flags.w_image_max)
+    # w is the guidance scale minus one.
+    of_teacher = Guidance.classifier_free(w + 1) if w_image is None else Guidance.edit(w + 1, w_image + 1)
+    of_student = Guidance.none() if flags.lora is not None else Guidance.embedded(w, w_image)
+    x0, eps = schedule.to_x0_eps(predict(setup.networks, frozen.params, z_t, t, c, of_teacher), z_t, t)
+    return TeacherStep(z_t, t, schedule.ddim_step(x0, eps, s), s, n, c, of_student)
+
+
 def loss(
     params: Params, state: TrainState, frozen: Frozen, batch: Batch, key: Key[Array, ""], setup: LcmSetup
 ) -> tuple[Float[Array, ""], Metrics]:
@@ -271,37 +324,20 @@ def loss(
       key: for all that is random.
       setup: of the method.
     """
-    flags, schedule = setup.flags, frozen.schedule
-    z0_key, drop_key, n_key, noise_key, w_key, w_image_key = jax.random.split(key, 6)
-    inputs = prepare(setup.networks, frozen.params, batch, z0_key, frozen.null_text)
-    if flags.dropout:
-        inputs = drop_conditions(inputs, drop_key, flags.dropout)
-    z0, c, B = inputs.z0, inputs.conditions, len(inputs.z0)
-
-    times = distillation_grid(schedule.num_train_timesteps, flags.num_ddim_timesteps)
-    n = jax.random.randint(n_key, (B,), 0, flags.num_ddim_timesteps)
-    t, s = (jnp.asarray(grid)[n] for grid in times)
-    z_t = schedule.add_noise(z0, jax.random.normal(noise_key, z0.shape), t)
-    w = jax.random.uniform(w_key, (B,), minval=flags.w_min, maxval=flags.w_max)
-    w_image = None
-    if flags.w_image_min is not None and flags.w_image_max is not None:
-        w_image = jax.random.uniform(w_image_key, (B,), minval=flags.w_image_min, maxval=flags.w_image_max)
-    # w is the guidance scale minus one.
-    of_teacher = Guidance.classifier_free(w + 1) if w_image is None else Guidance.edit(w + 1, w_image + 1)
-    of_student = Guidance.none() if flags.lora is not None else Guidance.embedded(w, w_image)
+    step, schedule = teacher_step(frozen, batch, key, setup), frozen.schedule
 
     def f(theta: Mapping[str, Any], z: Latents, t: Array) -> Latents:
-        prediction = predict(setup.student, {**frozen.params, **theta}, z, t, c, of_student)
+        prediction = predict(setup.student, {**frozen.params, **theta}, z, t, step.conditions, step.guidance)
         return schedule.consistency(z, schedule.to_x0_eps(prediction, z, t)[0], t)
 
-    # One DDIM step of the teacher: ẑ_s = α_s x̂ + σ_s ε̂.
-    x0, eps = schedule.to_x0_eps(predict(setup.networks, frozen.params, z_t, t, c, of_teacher), z_t, t)
-    z_s = schedule.ddim_step(x0, eps, s)
     # d(f_θ(z_t, t, w), sg f_θ⁻(ẑ_s, s, w)).
-    target = jax.lax.stop_gradient(f(params if state.ema is None else state.ema, z_s, s))
-    online = f(params, z_t, t)
-    distance = losses.huber(online, target, flags.huber_c) if flags.loss_type == "huber" else losses.mse(online, target)
-    return jnp.mean(distance), {}
+    target = jax.lax.stop_gradient(f(params if state.ema is None else state.ema, step.z_s, step.s))
+    return jnp.mean(distance(f(params, step.z_t, step.t), target, setup.flags)), {}
+
+
+def distance(x: Latents, y: Latents, flags: LcmFlags) -> Float[Array, " b"]:
+    """D of each sample: squared, or pseudo-Huber."""
+    return losses.huber(x, y, flags.huber_c) if flags.loss_type == "huber" else losses.mse(x, y)
 
 
 def result(state: TrainState, setup: LcmSetup, load: Load) -> dict[str, Params]:

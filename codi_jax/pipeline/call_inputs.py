@@ -27,6 +27,7 @@ def make_inputs(
     mask_image: Any = None,
     control_image: Any = None,
     control_scale: float | int = 1.0,
+    gamma: float | int = 0.3,
     seed: int = 0,
     latents: Any = None,
     noise: Any = None,
@@ -44,6 +45,7 @@ def make_inputs(
       mask_image: the mask of an inpainting model.
       control_image: the ControlNet's condition.
       control_scale: a factor on the ControlNet's outputs.
+      gamma: of the sampler tcd.
       seed: of the first image.
       latents: noise to start from.
       noise: what a stochastic sampler adds.
@@ -63,6 +65,8 @@ def make_inputs(
     }
     if control_image is not None:
         inputs["control_scale"] = np.float32(control_scale)
+    if sampler == "tcd":
+        inputs["gamma"] = np.float32(gamma)
     if shared_attention is not None and latents is None:
         inputs["z"] = _of_sources(inputs["z"], axis=0)
         inputs["noise"] = None if inputs["noise"] is None else _of_sources(inputs["noise"], axis=1)

@@ -60,7 +60,7 @@ def generate(
         ``timesteps`` [n], ``num_steps`` (how many of them to visit, or ``None``) and ``noise`` ([n-1, b, h, w, c] or
         ``None``). By the kind of model: ``image`` [b, H, W, 3] in [-1, 1]; ``mask`` [b, H, W, 1] with it for
         inpainting; ``control`` [b, H, W, 3] in [0, 1] and ``control_scale`` (scalar); ``time_ids`` [b, 6]. For
-        prompt-to-prompt: ``shared_until`` [b/2], see `codi_jax.pipeline.conditions.Conditions`.
+        the sampler tcd: ``gamma`` (scalar). For prompt-to-prompt: ``shared_until`` [b/2], see `codi_jax.pipeline.conditions.Conditions`.
       program: what to compute.
 
     Returns:
@@ -81,6 +81,7 @@ def generate(
         inputs["noise"],
         num_steps=inputs["num_steps"],
         on_step=program.on_step,
+        **({"gamma": inputs["gamma"]} if "gamma" in inputs else {}),
     )
     vae = networks.vae
     pixels = vae.apply({"params": params["vae"]}, z / vae.config.scaling_factor, method="decode").astype(jnp.float32)

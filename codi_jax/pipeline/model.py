@@ -257,6 +257,7 @@ class Model:
         image_guidance_scale: float | int | None = None,
         controlnet_conditioning_scale: float | int = 1.0,
         sampler: SamplerName | None = None,
+        gamma: float | int = 0.3,
         timesteps: Sequence[int] | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -283,6 +284,7 @@ class Model:
             is no guidance, neither of image nor of text. ``None`` is 1.5, and none for a generator.
           controlnet_conditioning_scale: a factor on the ControlNet's outputs.
           sampler: ``None`` is what the folder's scheduler says.
+          gamma: of the sampler tcd: 0 is deterministic, and more steps want more (diffusers' ``eta``).
           timesteps: times of one's own instead of ``steps``, see `times`.
           height: in pixels; ``None`` is the given image's, or the model's own.
           width: likewise.
@@ -316,6 +318,7 @@ class Model:
             mask_image=mask_image,
             control_image=control_image,
             control_scale=controlnet_conditioning_scale,
+            gamma=gamma,
             seed=seed,
             latents=latents,
             noise=noise,

@@ -1,0 +1,29 @@
+"""TCD: distills a text-to-image model into a student that is sampled in 2 to 8 steps, with as much noise as one likes.
+
+python3 training_scripts/train_tcd_flax.py \
+    --pretrained_teacher_model stable-diffusion-v1-5/stable-diffusion-v1-5 --train_data_dir data/mine \
+    --resolution 512 --train_batch_size 12 --learning_rate 4e-6 --mixed_precision bf16 --max_train_steps 10000 \
+    --output_dir runs/tcd
+
+The flags are those of train_lcm_flax.py. Sample it with `python3 -m codi_jax.generate --model runs/tcd --gamma 0.3`.
+"""
+
+from dataclasses import dataclass
+
+from codi_jax.cli import command_line
+from codi_jax.methods import tcd
+from codi_jax.training.run import run
+from training_scripts.train_lcm_flax import Args as LcmArgs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(LcmArgs):
+    """Distills a text-to-image model into a student of few steps that leads to any time of the trajectory."""
+
+
+def main(args: Args) -> None:
+    run(tcd.METHOD, args)
+
+
+if __name__ == "__main__":
+    command_line.run(Args, main)
