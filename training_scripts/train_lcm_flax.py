@@ -11,27 +11,14 @@ and, for a LoRA, --use_lora --lora_rank 64 --learning_rate 1e-4.
 from dataclasses import dataclass
 
 from codi_jax.cli import command_line
-from codi_jax.data import ConditionOf
 from codi_jax.methods import lcm
-from codi_jax.training.flags import ConditionFlags
-from codi_jax.training.jobs.lcm import LcmRunFlags
+from codi_jax.training.jobs.lcm import LcmTextRunFlags
 from codi_jax.training.run import run
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(ConditionFlags, lcm.LcmTextFlags, LcmRunFlags):
+class Args(LcmTextRunFlags):
     """Distills a text-to-image model into a student of few steps."""
-
-    controlnet_model_name_or_path: str | None = None
-    """ControlNet that the teacher is distilled with, and that the student keeps as it is."""
-
-    @property
-    def controlnet(self) -> str | None:
-        return self.controlnet_model_name_or_path
-
-    @property
-    def condition(self) -> ConditionOf:
-        return super().condition if self.controlnet_model_name_or_path is not None else None
 
 
 def main(args: Args) -> None:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from codi_jax.cli import command_line
 from codi_jax.methods import tcd
+from codi_jax.training.jobs.lcm import LcmTextRunFlags
 from codi_jax.training.run import run
-from training_scripts.train_lcm_flax import Args as LcmArgs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(LcmArgs):
-    """Distills a text-to-image model into a student of few steps that leads to any time of the trajectory."""
+class Args(LcmTextRunFlags):
+    """Distills a text-to-image model into a student that leads to any time of its trajectory."""
 
 
 def main(args: Args) -> None:

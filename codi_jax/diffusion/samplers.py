@@ -255,8 +255,9 @@ def tcd(
     def step(z: Latents, t: Array, t_next: Array, noise: Latents) -> Latents:
         x0, eps = schedule.to_x0_eps(denoise(z, t), z, t)
         s = jnp.floor((1 - gamma) * t_next).astype(jnp.int32)
-        ratio = schedule.alpha_sigma(t_next)[0] / schedule.alpha_sigma(s)[0]
-        return ratio * schedule.ddim_step(x0, eps, s) + jnp.sqrt(jnp.maximum(1 - ratio**2, 0)) * noise
+        alpha_s, alpha = schedule.alpha_sigma(s)[0], schedule.alpha_sigma(t_next)[0]
+        added = jnp.sqrt(jnp.maximum(alpha_s**2 - alpha**2, 0))  # exactly 0 where s = t', unlike 1 - (α'/α_s)²
+        return (alpha * schedule.ddim_step(x0, eps, s) + added * noise) / alpha_s
 
     noise = _for_every_step(noise, z, timesteps)
     return _scan(step, z.astype(jnp.float32), (timesteps, following, noise), on_step, num_steps)

@@ -296,9 +296,8 @@ def teacher_step(frozen: Frozen, batch: Batch, key: Key[Array, ""], setup: LcmSe
         inputs = drop_conditions(inputs, drop_key, flags.dropout)
     z0, c, B = inputs.z0, inputs.conditions, len(inputs.z0)
     n = jax.random.randint(n_key, (B,), 0, flags.num_ddim_timesteps)
-    t, s = (
-        jnp.asarray(times)[n] for times in distillation_grid(schedule.num_train_timesteps, flags.num_ddim_timesteps)
-    )
+    grid = distillation_grid(schedule.num_train_timesteps, flags.num_ddim_timesteps)
+    t, s = (jnp.asarray(times)[n] for times in grid)
     z_t = schedule.add_noise(z0, jax.random.normal(noise_key, z0.shape), t)
     w = jax.random.uniform(w_key, (B,), minval=flags.w_min, maxval=flags.w_max)
     w_image = None

@@ -60,7 +60,8 @@ def generate(
         ``timesteps`` [n], ``num_steps`` (how many of them to visit, or ``None``) and ``noise`` ([n-1, b, h, w, c] or
         ``None``). By the kind of model: ``image`` [b, H, W, 3] in [-1, 1]; ``mask`` [b, H, W, 1] with it for
         inpainting; ``control`` [b, H, W, 3] in [0, 1] and ``control_scale`` (scalar); ``time_ids`` [b, 6]. For
-        the sampler tcd: ``gamma`` (scalar). For prompt-to-prompt: ``shared_until`` [b/2], see `codi_jax.pipeline.conditions.Conditions`.
+        the sampler tcd: ``gamma`` (scalar). For prompt-to-prompt: ``shared_until`` [b/2], see
+        `codi_jax.pipeline.conditions.Conditions`.
       program: what to compute.
 
     Returns:

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 import tyro
 
 from codi_jax.cli.flags import Adjustable, Operational
-from codi_jax.methods.lcm import LcmFlags
-from codi_jax.training.flags import Replacement, Shown, TrainingFlags
+from codi_jax.data import ConditionOf
+from codi_jax.methods.lcm import LcmFlags, LcmTextFlags
+from codi_jax.training.flags import ConditionFlags, Replacement, Shown, TrainingFlags
 
 _PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -68,3 +69,19 @@ class LcmRunFlags(LcmFlags, TrainingFlags):
         # A LoRA takes no guidance weights.
         student = scales if self.lora is None else dict.fromkeys(scales, 1.0)
         return Shown(self.validation_sampling_steps, student, scales)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LcmTextRunFlags(ConditionFlags, LcmTextFlags, LcmRunFlags):
+    """The flags of a run for a text-to-image model."""
+
+    controlnet_model_name_or_path: str | None = None
+    """ControlNet that the teacher is distilled with, and that the student keeps as it is."""
+
+    @property
+    def controlnet(self) -> str | None:
+        return self.controlnet_model_name_or_path
+
+    @property
+    def condition(self) -> ConditionOf:
+        return super().condition if self.controlnet_model_name_or_path is not None else None
