@@ -255,9 +255,10 @@ def tcd(
     def step(z: Latents, t: Array, t_next: Array, noise: Latents) -> Latents:
         x0, eps = schedule.to_x0_eps(denoise(z, t), z, t)
         s = jnp.floor((1 - gamma) * t_next).astype(jnp.int32)
-        alpha_s, alpha = schedule.alpha_sigma(s)[0], schedule.alpha_sigma(t_next)[0]
-        added = jnp.sqrt(jnp.maximum(alpha_s**2 - alpha**2, 0))  # exactly 0 where s = t', unlike 1 - (α'/α_s)²
-        return (alpha * schedule.ddim_step(x0, eps, s) + added * noise) / alpha_s
+        a_s, a = schedule.alphas_cumprod_at(s), schedule.alphas_cumprod_at(t_next)  # α²
+        # Exactly no noise where s = t', which 1 - (α'/α_s)² would not be.
+        z_s, added = schedule.ddim_step(x0, eps, s), jnp.maximum(a_s - a, 0)
+        return (jnp.sqrt(a) * z_s + jnp.sqrt(added) * noise) / jnp.sqrt(a_s)
 
     noise = _for_every_step(noise, z, timesteps)
     return _scan(step, z.astype(jnp.float32), (timesteps, following, noise), on_step, num_steps)

@@ -189,12 +189,12 @@ class NoiseSchedule:
 
         A negative t is the end of a sampler's last step, see `SamplingSpec.set_alpha_to_one`. A t ≥ T gives NaN.
         """
-        alphas_cumprod = self._alphas_cumprod_at(t)
+        alphas_cumprod = self.alphas_cumprod_at(t)
         return _latent_rank(jnp.sqrt(alphas_cumprod)), _latent_rank(jnp.sqrt(1 - alphas_cumprod))
 
     def snr(self, t: Timesteps) -> Float[Array, "*b"]:
         """The signal-to-noise ratio α_t²/σ_t² (Kingma et al., 2021, equation 2), in the shape of ``t``."""
-        alphas_cumprod = self._alphas_cumprod_at(t)
+        alphas_cumprod = self.alphas_cumprod_at(t)
         return alphas_cumprod / (1 - alphas_cumprod)
 
     def add_noise(self, z0: Latents, noise: Latents, t: Timesteps) -> Latents:
@@ -231,7 +231,8 @@ class NoiseSchedule:
         c_skip, c_out = boundary_scalings(t, timestep_scaling=self.sampling.timestep_scaling)
         return c_skip * z_t + c_out * x0
 
-    def _alphas_cumprod_at(self, t: Timesteps) -> Float[Array, "*b"]:
+    def alphas_cumprod_at(self, t: Timesteps) -> Float[Array, "*b"]:
+        """ᾱ_t, in the shape of ``t``; see `alpha_sigma` for times outside of 0 … T−1."""
         t = jnp.asarray(t)
         last = 1.0 if self.sampling.set_alpha_to_one else self.alphas_cumprod[0]
         # Past the end an array's own indexing would repeat ᾱ_{T−1}, and nobody would notice.
