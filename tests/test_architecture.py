@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import codi_jax
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "codi_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -219,3 +221,25 @@ def test_the_makefile_installs_the_torch_of_the_test_extra():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     torch = next(r for r in project["optional-dependencies"]["test"] if r.startswith("torch"))
     assert f"TORCH  ?= {torch}\n" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize("name", codi_jax.__all__)
+def test_the_interface_is_documented_by_example(name: str):
+    assert "Example:\n" in (getattr(codi_jax, name).__doc__ or "")
+
+
+def test_the_interface_is_imported_when_it_is_used():
+    program = "import sys, codi_jax; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert not {module.split(".")[0] for module in loaded} & {"jax", "flax", *SLOW_TO_IMPORT}
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = codi_jax.nothing
+    assert set(codi_jax.__all__) <= set(dir(codi_jax))
+
+
+def test_imports_of_earlier_versions_work():
+    program = (
+        "from codi_jax.weights import load_model, save_model; from codi_jax.pipeline import DiffusionPipeline;"
+        "import codi_jax; assert load_model is codi_jax.load_model and DiffusionPipeline is codi_jax.Model"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

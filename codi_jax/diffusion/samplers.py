@@ -49,6 +49,9 @@ def sample(
 ) -> Latents:
     """Runs the sampler of that name.
 
+    Example:
+      >>> z0 = sample("ddim", denoise, schedule, z, timesteps_for("ddim", schedule, 50))
+
     Args:
       sampler: its name.
       denoise: the network, see the top of this file.

@@ -53,6 +53,10 @@ class NoiseSchedule:
 
     Made by `from_pretrained` or `from_config`, changed by `with_config` and `sampled`.
 
+    Example:
+      >>> schedule = NoiseSchedule.from_pretrained("assets/emoji")
+      >>> z_t = schedule.add_noise(z0, noise, t=999)
+
     Attributes:
       alphas_cumprod: ᾱ_0 … ᾱ_{T−1}, float32.
       prediction_type: what the network's output is.
@@ -296,6 +300,9 @@ def distillation_grid(
     - ``"trailing"``: t_n = nk − 1, the grid of LCM (Luo et al., 2023, section 4.3);
     - ``"leading"``: t_n = (n − 1)k, the grid of CoDi's reference code. It never trains t = T − 1, and its first entry
       t = s = 0 teaches no consistency.
+
+    Example:
+      >>> t, s = distillation_grid(1000, 4)
 
     Args:
       num_train_timesteps: T.

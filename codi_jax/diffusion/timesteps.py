@@ -26,6 +26,9 @@ def default_sampler(schedule: NoiseSchedule) -> SamplerName:
 def timesteps_for(sampler: SamplerName, schedule: NoiseSchedule, steps: int) -> np.ndarray:
     """The descending times of a sampler, as diffusers' ``set_timesteps`` gives them.
 
+    Example:
+      >>> timesteps_for("lcm", schedule, steps=4)
+
     Args:
       sampler: its name.
       schedule: the model's.

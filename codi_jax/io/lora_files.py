@@ -96,6 +96,9 @@ def load_lora(
 ) -> dict[str, Params]:
     """Reads a LoRA and matches it to models.
 
+    Example:
+      >>> loras = load_lora("latent-consistency/lcm-lora-sdv1-5", {"unet": params})
+
     Args:
       source: a file, a folder, or a repository on the Hugging Face Hub.
       models: ``unet``, ``text_encoder`` and ``text_encoder_2`` -> parameters, or ``module.abstract_params()``; ``None``
@@ -145,6 +148,9 @@ def save_lora(
 
     The file is written beside its target and then moved. In a run of several processes all must call it, and the first
     one writes.
+
+    Example:
+      >>> save_lora("runs/mine", {"unet": lora})
 
     Args:
       path: a file ``*.safetensors``, or a folder, which gets ``pytorch_lora_weights.safetensors``.

@@ -21,6 +21,9 @@ def bake_guidance(
     Exactly the same function: the projection is linear and enters before ``linear_1``, so for a fixed w it raises that
     layer's bias by W₁ · cond_proj(embedding of w).
 
+    Example:
+      >>> unet, params = bake_guidance(unet, params, guidance_scale=7.5)
+
     Args:
       unet: the student's module.
       params: of the student.

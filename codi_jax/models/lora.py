@@ -56,6 +56,9 @@ def init_lora(
 ) -> Params:
     """A LoRA that changes nothing yet: A is Kaiming-uniform as in PEFT, B is zero (Hu et al., 2021, section 4.1).
 
+    Example:
+      >>> lora = init_lora(jax.random.key(0), params, rank=64)
+
     Args:
       key: for A.
       params: of the model, or ``module.abstract_params()``.
@@ -147,6 +150,9 @@ def adapted(lora: Params | None) -> AbstractContextManager[Any]:
 
 def merge_lora(params: Params, lora: Params, scale: float | Float[Array, ""] = 1.0) -> Params:
     """The parameters with W + scale · α/r · B A (or what DoRA makes of it) in place of W, stored in W's dtype.
+
+    Example:
+      >>> params = merge_lora(params, lora, scale=0.7)
 
     Args:
       params: of the model; left as they are.

@@ -41,6 +41,9 @@ class NullText:
 class Frozen:
     """What a training step reads and does not change: the teacher, whatever the method.
 
+    Example:
+      >>> Frozen({"unet": teacher_params, "vae": vae_params}, model.schedule)
+
     Attributes:
       params: parameters by the name of the network. The teacher's UNet is ``unet``; networks that are trained from
         their own parameters, and not beside the teacher's, are not here.
@@ -80,6 +83,9 @@ class Condition:
 @dataclass(frozen=True)
 class Conditions:
     """The condition of each sample, and what guidance leads away from.
+
+    Example:
+      >>> Conditions(full=Condition(text_features), null=Condition(null_features))
 
     Attributes:
       full: the condition.

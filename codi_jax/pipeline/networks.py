@@ -18,6 +18,9 @@ _EMBEDDING_CHANNELS = (16, 32, 96, 256)  # of a ControlNet's condition embedding
 class Networks:
     """The networks of a model, without their parameters: hashable, and static in a compiled program.
 
+    Example:
+      >>> Model.from_pretrained("assets/emoji").networks.task
+
     Attributes:
       unet: the denoising network; ``None`` for an autoencoder alone.
       vae: the autoencoder; its configuration has the scaling factor of the latents.

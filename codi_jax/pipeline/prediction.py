@@ -33,6 +33,9 @@ def predict(
 
     To guide x̂ or ε̂ would be the same: they are linear in the output, and the weights add up to one.
 
+    Example:
+      >>> eps = predict(networks, params, z, t, conditions, Guidance.classifier_free(7.5))
+
     Args:
       networks: of the model.
       params: ``unet``, and ``controlnet`` where the ControlNet shall take part; ``unet_lora`` adapts the UNet alone.

@@ -41,6 +41,9 @@ class Setup:
 
     A method's own has more attributes.
 
+    Example:
+      >>> Setup(networks=networks, student=networks, trained=("unet",), frozen=("vae", "text_encoder"))
+
     Attributes:
       networks: of the teacher, as the loss computes with them.
       student: the networks of the student, to compute with, to show and to save.
@@ -63,6 +66,9 @@ class Setup:
 @dataclass(frozen=True)
 class Export:
     """What a run leaves of a state.
+
+    Example:
+      >>> Export({"unet": (setup.student.unet, state.ema["unet"])})
 
     Attributes:
       networks: (network, parameters) by name, in place of the teacher's.

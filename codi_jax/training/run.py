@@ -115,6 +115,9 @@ def _write_whole(run: Run, export: Export, folder: Path) -> None:
 class Hooks:
     """What a run does in another way than most; each default is what most do.
 
+    Example:
+      >>> run(method, args, hooks=Hooks(show=None))
+
     Attributes:
       open_model: from the flags, the model without its weights.
       load_model: from that, the flags and the mesh, the model with them.
@@ -144,6 +147,9 @@ def run(
     method: Method[Any, Any], args: Args, *, hooks: Hooks | None = None, identity: Mapping[str, Any] | None = None
 ) -> Args:
     """Trains by a method, from the start or from a checkpoint, and writes what it exports.
+
+    Example:
+      >>> run(lcm.TEXT, args)
 
     Args:
       method: one of `codi_jax.methods`.
