@@ -23,6 +23,7 @@ from codi_jax.data.preparation.pictures import Picture, PictureFlags, encode, re
 from codi_jax.data.preparation.rows import File, InputRow
 from codi_jax.data.preparation.samples import Sample
 from codi_jax.data.preparation.similarity import Encoder, Scores, clip_encoder, compare, lite_encoder
+from codi_jax.diffusion.scheduler_config import SamplerName
 from codi_jax.io.decoding import RejectedError
 from codi_jax.pipeline.model import Model
 
@@ -114,7 +115,7 @@ class GenerateFlags(Flags):
     """Variant of its weight files, such as fp16."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of its computation."""
-    sampler: Sampler = "euler-ancestral"
+    sampler: SamplerName = "euler-ancestral"
     """How it is sampled."""
     steps: int = 100
     """Steps of the sampler."""
