@@ -7,7 +7,7 @@ order of the fields below; see *Adding a method* in CONTRIBUTING.md.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import optax
 from jaxtyping import Array, Float, Key
@@ -27,6 +27,7 @@ Load = Callable[[str], Params]
 """Reads the float32 parameters of one of the teacher's networks, by its name."""
 
 
+@runtime_checkable
 class MakeOptimizer(Protocol):
     """Makes an optimizer from the flags of the run."""
 
@@ -85,6 +86,7 @@ class Export:
     has_schedule: bool = True
 
 
+@runtime_checkable
 class Configure(Protocol[F, S]):
     """Makes the setup of a method."""
 
@@ -102,6 +104,7 @@ class Configure(Protocol[F, S]):
         ...
 
 
+@runtime_checkable
 class Init(Protocol[S]):
     """Makes the state before the first step."""
 
@@ -120,6 +123,7 @@ class Init(Protocol[S]):
         ...
 
 
+@runtime_checkable
 class Loss(Protocol[S]):
     """The loss of a method that trains one set of parameters."""
 
@@ -130,6 +134,7 @@ class Loss(Protocol[S]):
         ...
 
 
+@runtime_checkable
 class TrainStep(Protocol[S]):
     """One update of everything that is trained."""
 
