@@ -247,7 +247,7 @@ def _match(
     if unmatched or not file:
         raise WeightsError(
             f"{file.path}: {len(unmatched)} of {len(file)} keys belong to no layer of {listed(list(models))}: "
-            f"{listed(unmatched)}. The file is a LoRA for another model, or not a LoRA: use it with the model it was "
+            f"{listed(unmatched)}. It is a LoRA for another model, or not a LoRA: use it with the model that it was "
             "trained on, and pass every part that it adapts."
         )
     found: dict[tuple[str, ModulePath], dict[str, StoredTensor]] = {}

@@ -20,6 +20,7 @@ from codi_jax.io.lora_files import save_lora
 from codi_jax.models.lora import init_lora
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.unet_config import UNetConfig
+from codi_jax.pipeline import model as pipeline
 
 Models = Callable[[str], Path]
 

@@ -14,7 +14,7 @@ import pytest
 from picture_folders import count_tokens, write_folder
 from test_load import take
 
-from codi_jax.data import DataFlags, latent_cache, load_data
+from codi_jax.data import DataFlags, latent_encoding, load_data
 from codi_jax.data.latent_encoding import Encoders, Part
 from codi_jax.data.load import cache_data, open_data
 from codi_jax.data.loader import Loader
@@ -194,7 +194,7 @@ def test_seed_and_empty_prompts_need_no_other_cache(folder):
 
 @pytest.mark.parametrize("calls", [0, 5])
 def test_an_interrupted_build_is_not_taken_for_a_finished_one_and_goes_on(folder, monkeypatch, calls):
-    monkeypatch.setattr(latent_cache, "_BATCHES_TO_KEEP", 1)
+    monkeypatch.setattr(latent_encoding, "_BATCHES_TO_KEEP", 1)
     with pytest.raises(KeyboardInterrupt):
         load(folder, Model(fail_after=calls))
     assert {path.suffix for path in (folder.parent / "cache" / "latents").iterdir()} == {".building", ".lock"}

@@ -26,6 +26,7 @@ from codi_jax.evaluation.metrics import edge_f1, fid, kid, psnr
 from codi_jax.evaluation.report import Example, Report, Result, markdown, page
 from codi_jax.evaluation.samples import read_samples
 from codi_jax.io.images import canny
+from codi_jax.pipeline import model as pipeline
 from codi_jax.pipeline.model import DiffusionPipeline
 
 Models = Callable[[str], Path]

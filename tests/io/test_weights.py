@@ -496,7 +496,7 @@ def test_hub_cache(oracles: dict, cache: Path, part: str, local_files_only: bool
 @pytest.mark.parametrize("local_files_only", [True, False])
 def test_hub_out_of_reach(cache: Path, local_files_only: bool):
     with pytest.raises(
-        WeightsError, match=r"no config\.json in artist/style/controlnet: it is no folder .* the local cache"
+        WeightsError, match=r"no config\.json in artist/style/controlnet: it is not a folder .* the local cache"
     ):
         load_model("artist/style", "controlnet", cache_dir=cache, local_files_only=local_files_only)
     for path in cache.rglob("diffusion_pytorch_model.safetensors"):

@@ -572,7 +572,7 @@ def test_dora_of_kohyas_and_onetrainers_names(of_inputs, module, models, tmp_pat
     named = {f"{key}.{name}": np.asarray(x, np.float32) for name, x in tensors.items()}
     embeddings = {"bundle_emb.<cat>.clip_l": np.ones((2, 24), np.float32)}  # OneTrainer's
     path = write(tmp_path / "dora.safetensors", {**named, **embeddings})
-    with pytest.warns(UserWarning, match=r"dora\.safetensors also has embeddings of <cat>, which are not read"):
+    with pytest.warns(UserWarning, match=r"dora\.safetensors also has embeddings of <cat>, which are ignored"):
         lora = load_lora(path, models["sd-1.x"])
     changed = weight + 0.5 * np.einsum("or,ri->oi", up.reshape(outputs, 2), down.reshape(2, -1)).reshape(weight.shape)
     axes = tuple(axis for axis in range(weight.ndim) if axis != int(of_inputs))

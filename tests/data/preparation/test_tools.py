@@ -10,7 +10,7 @@ from folders import SIZE, saved_pipeline
 from picture_folders import write_folder
 from test_coyo import contents, images, rows_of, summary
 
-from codi_jax.data import latent_cache
+from codi_jax.data import latent_encoding
 from codi_jax.models import sharding
 from codi_jax.training.pretrained import load_batches, load_pretrained, open_training_data
 from dataset_tools import cache_latents, laion_subset
@@ -66,7 +66,7 @@ def test_training_finds_the_latents(tmp_path: Path, tmp_path_factory, monkeypatc
     def refuse(*_: object) -> None:
         raise AssertionError("the cache was not found")
 
-    monkeypatch.setattr(latent_cache._Builder, "build", refuse)
+    monkeypatch.setattr(latent_encoding.LatentEncoder, "encode", refuse)
     args = script.Args(**shared, cache_latents=True, train_batch_size=2, output_dir=str(tmp_path / "run"))
     condition = "column" if task == "column" else None
     pipeline = load_pretrained(args, sharding.make_mesh(1))
