@@ -7,7 +7,24 @@ convention, and may change.
 import importlib
 import sys
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from codi_jax.diffusion.guidance import Guidance
+    from codi_jax.diffusion.samplers import sample
+    from codi_jax.diffusion.sampling_spec import SamplingSpec
+    from codi_jax.diffusion.schedule import NoiseSchedule, distillation_grid
+    from codi_jax.diffusion.timesteps import timesteps_for
+    from codi_jax.io.lora_files import load_lora, save_lora
+    from codi_jax.io.weights import load_model, save_model
+    from codi_jax.methods.baking import bake_guidance
+    from codi_jax.models.lora import init_lora, merge_lora
+    from codi_jax.pipeline.conditions import Conditions, Frozen
+    from codi_jax.pipeline.model import Model
+    from codi_jax.pipeline.networks import Networks
+    from codi_jax.pipeline.prediction import predict
+    from codi_jax.training.method import Export, Method, Setup
+    from codi_jax.training.run import Hooks, run
 
 __version__ = "0.1.0"
 

@@ -21,7 +21,6 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up: a module may import what is in its own layer and below. A name stands for all modules in it, but
 # for those that are named themselves.
 LAYERS = (
-    "codi_jax",
     "codi_jax.cli",  # groups of flags: declarations, and checks of single values
     "codi_jax.models",
     "codi_jax.diffusion",
@@ -35,6 +34,7 @@ LAYERS = (
     "codi_jax.data.preparation",
     "codi_jax.cli.command_line",
     "codi_jax.generate codi_jax.evaluate",
+    "codi_jax",  # the interface, imported when it is used
 )
 # Mathematics: functions of arrays, which reach nothing that reads, writes or drives a run, by any path of imports.
 PURE = (

@@ -1,1 +1,1 @@
-"""Data sets made from what is found: URLs and captions, folders, pairs. Start at `codi_jax.data.preparation.job`."""
+"""Data sets made of URLs and captions, of folders, or of pairs. Start reading at `codi_jax.data.preparation.job`."""

@@ -46,10 +46,10 @@ class PairFlags(PictureFlags):
 
 
 def make_condition(flags: PairFlags) -> Condition | None:
-    """The condition of the flags; ``None`` for none, and for one that is read from files.
+    """The condition of the flags; ``None`` for "none", and for conditions that are read from files.
 
     Raises:
-      ValueError: if there is no such condition.
+      ValueError: if the condition does not exist.
     """
     conditions: dict[str, Condition | None] = {
         "canny": functools.partial(random_canny, low=flags.canny_low, high=flags.canny_high),
@@ -78,14 +78,14 @@ class Pair:
 
     Attributes:
       flags: the user's.
-      seed: of what is random, together with the row's id.
+      seed: of all random choices, together with the row's id.
     """
 
     flags: PairFlags
     seed: int
 
     def __call__(self, row: InputRow, files: Mapping[str, bytes]) -> list[Sample]:
-        """Makes it of the files of the row's pictures, by column.
+        """Makes the sample of the files of the row's pictures, by column.
 
         Raises:
           RejectedError: if they cannot be used.
@@ -112,7 +112,7 @@ def random_canny(
 def soft_edges(pixels: Picture, rng: np.random.Generator) -> UInt8[np.ndarray, "h w"]:
     """Broad edges, brighter where they are stronger: the mean over three scales of the gradient's magnitude.
 
-    It looks as holistically nested edges do (Xie and Tu, 2015), but is none of a network's: textures stay in it.
+    It resembles holistically nested edges (Xie and Tu, 2015), but without a network, so that textures remain visible.
     """
     luminance = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY).astype(np.float32)
     total = np.zeros_like(luminance)
@@ -129,6 +129,6 @@ def grayscale(pixels: Picture, rng: np.random.Generator) -> UInt8[np.ndarray, "h
 
 
 def one_channel(pixels: Picture) -> UInt8[np.ndarray, "h w *c"]:
-    """The picture without its other channels if all three are the same, as those of depth maps are."""
+    """The picture with a single channel if all three are equal, as in depth maps."""
     red = pixels[:, :, 0]
     return red if np.array_equal(red, pixels[:, :, 1]) and np.array_equal(red, pixels[:, :, 2]) else pixels

@@ -1,8 +1,8 @@
-"""InstructPix2Pix triples: a picture, an instruction and the picture after it, of pairs that exist or are generated.
+"""InstructPix2Pix triples of a picture, an instruction and the edited picture, from existing or generated pairs.
 
-Pairs are generated as Brooks et al. (2023, section 3.1.2) did: a text-to-image model draws the captions before and
-after the edit with shared attention (`codi_jax.models.prompt_to_prompt`), many times with other noise, another part of
-the steps in which attention is shared, and another guidance; of all those the filter leaves a few.
+Pairs are generated as by Brooks et al. (2023, section 3.1.2): a text-to-image model draws the captions before and after
+the edit with shared attention (`codi_jax.models.prompt_to_prompt`), many times with different noise, fractions of the
+steps in which attention is shared, and guidance scales; a filter keeps the best few.
 """
 
 import functools
@@ -72,24 +72,23 @@ def fields_of(template: str) -> list[str]:
 
 
 def pairs_of_folders(before: Folder, after: Folder, instructions: Mapping[str, str]) -> Iterator[InputRow]:
-    """Rows of all pictures that lie in two folders under the same name, whatever their endings.
+    """Rows of all pictures that lie in two folders under the same name, whatever their extensions.
 
     Args:
-      before: the folder of the pictures before the edit.
-      after: that of those after it.
-      instructions: by the name, with its ending or without; the others have an empty one.
+      before: folder of the pictures before the edit.
+      after: folder of the pictures after the edit.
+      instructions: by name, with its extension or without; missing ones are empty.
 
     Raises:
-      ValueError: if two pictures of a folder have one name.
+      ValueError: if two pictures of a folder have the same name.
     """
     others = _by_name(after)
     for position, (name, path) in enumerate(sorted(_by_name(before).items())):
         if name in others:
-            of_pair = instructions.get(path, instructions.get(name, ""))
             texts = {
                 "name": PurePosixPath(name).name,
                 "folder": str(PurePosixPath(name).parent),
-                "instruction": of_pair,
+                "instruction": instructions.get(path, instructions.get(name, "")),
             }
             pictures = {BEFORE: File(before.url(path)), AFTER: File(after.url(others[name]))}
             yield InputRow(position, name, pictures, texts)
@@ -100,48 +99,48 @@ def _by_name(folder: Folder) -> dict[str, str]:
     for path in images_in(folder):
         name = str(PurePosixPath(path).with_suffix(""))
         if name in found:
-            raise ValueError(f"{folder} has both {found[name]} and {path}: which of them is meant? Remove one.")
+            raise ValueError(f"{folder} has both {found[name]} and {path}: remove one of them.")
         found[name] = path
     return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateFlags(Flags):
-    """How pairs are generated and filtered. The defaults are those of InstructPix2Pix."""
+    """How pairs are generated and filtered, by default as for InstructPix2Pix."""
 
     teacher: str | None = None
     """Text-to-image model: a folder in diffusers' layout, or an id on the hub."""
     variant: str | None = None
-    """Variant of its weight files, such as fp16."""
+    """Variant of the teacher's weight files, such as fp16."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of its computation."""
+    """Precision of the teacher's computation."""
     sampler: SamplerName = "euler-ancestral"
-    """How it is sampled."""
+    """Sampler of the teacher."""
     steps: int = 100
     """Steps of the sampler."""
     samples_per_prompt: int = 100
-    """Pairs that are generated for each pair of captions."""
+    """Pairs generated for each pair of captions."""
     pairs_at_a_time: int = 4
-    """Of these, in one batch."""
+    """Pairs generated in one batch."""
     max_pairs_per_prompt: int = 4
-    """Pairs that are kept, those that differ most in the direction of their captions."""
+    """Pairs kept for each pair of captions: those that differ most in the direction of the captions."""
     min_shared: float = 0.1
-    """Least part of the steps in which attention is shared; drawn for each pair."""
+    """Smallest fraction of the steps in which attention is shared; drawn for each pair."""
     max_shared: float = 0.9
-    """Largest part."""
+    """Largest fraction of the steps in which attention is shared."""
     min_guidance_scale: float = 7.5
-    """Least guidance scale; drawn for each batch."""
+    """Smallest guidance scale; drawn for each batch."""
     max_guidance_scale: float = 15.0
-    """Largest one."""
+    """Largest guidance scale."""
     clip_model: str | None = None
-    """CLIP of transformers, such as openai/clip-vit-large-patch14, for the filter (needs PyTorch). If left out, those
-    of FID-lite, which know no texts: then only the similarity of the pictures counts."""
+    """CLIP model of transformers for the filter, such as openai/clip-vit-large-patch14 (needs PyTorch). Default: the
+    features of FID-lite, which have no texts, so that only the similarity of the pictures counts."""
     min_image_similarity: float = 0.7
-    """Least similarity of the two pictures."""
+    """Smallest similarity of the two pictures."""
     min_direction_similarity: float = 0.2
-    """Least similarity of the change of the pictures and that of the captions."""
+    """Smallest similarity of the change between the pictures and the change between the captions."""
     min_caption_similarity: float = 0.2
-    """Least similarity of each picture and its caption."""
+    """Smallest similarity of each picture and its caption."""
 
     def check(self) -> None:
         super().check()
@@ -163,7 +162,7 @@ class Generate:
     Attributes:
       flags: the user's.
       pictures: of the files.
-      seed: of all that is random, together with the row's id.
+      seed: of all random choices, together with the row's id.
     """
 
     flags: GenerateFlags
@@ -194,7 +193,7 @@ class Generate:
         return [_triple(row, f"{row.key}_{i}", a, b, prompt, self.pictures) for i, (_, a, b) in enumerate(best)]
 
     def _draw(self, captions: tuple[str, str], rng: np.random.Generator, drawn: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures before and after; a batch is always as large, so that one program serves all."""
+        """Pictures before and after the edit; batches have one size, so that one program serves all."""
         flags, size = self.flags, self.flags.pairs_at_a_time
         pipeline = _load_teacher(flags.teacher or "", flags.variant, flags.dtype)
         images = pipeline(

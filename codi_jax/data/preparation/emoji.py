@@ -40,8 +40,8 @@ _PEOPLE = {
     0x1FAC3: (0x1FAC4, "man"), 0x1F930: (0x1FAC4, "woman"), 0x1FAC4: (0x1FAC4, "person"),
 }  # fmt: skip
 _FACING_RIGHT = 0x27A1
-# Couples have a code point of their own or are spelt out, and Santa Claus has three: (code points, genders).
-_SPELT_OUT: dict[tuple[int, ...], tuple[tuple[int, ...], str]] = {
+# Couples have a separate code point or are spelled out, and Santa Claus has three: (code points, genders).
+_SPELLED_OUT: dict[tuple[int, ...], tuple[tuple[int, ...], str]] = {
     (0x1F491,): ((_PERSON, 0x2764, _PERSON), "person"),
     (0x1F48F,): ((_PERSON, 0x2764, 0x1F48B, _PERSON), "person"),
     (0x1F46B,): ((_PERSON, 0x1F91D, _PERSON), "woman man"),
@@ -208,8 +208,8 @@ def _look_of(points: tuple[int, ...], name: str) -> Look:
 
 def _neutral(points: tuple[int, ...]) -> tuple[tuple[int, ...], list[str]]:
     """The code points with persons of no gender, and the genders that they had."""
-    if points in _SPELT_OUT:
-        points, genders = _SPELT_OUT[points]
+    if points in _SPELLED_OUT:
+        points, genders = _SPELLED_OUT[points]
         return points, genders.split()
     people = [_PEOPLE.get(point) for point in points]
     genders = [gender for _, gender in filter(None, people)]

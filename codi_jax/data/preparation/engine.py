@@ -1,6 +1,6 @@
-"""Where the work is done: in processes of this machine by `datasets`, or on a cluster by Ray Data.
+"""The engines of the work: processes of this machine by `datasets`, or a cluster by Ray Data.
 
-Both are given the same tasks and the same function, and neither knows what it does.
+Both are given the same tasks and the same function.
 """
 
 import gc
@@ -19,21 +19,21 @@ from codi_jax.cli.flags import Flags
 from codi_jax.cli.messages import first_line
 
 Function = Callable[[Any], Any]
-"""Of a task; what it gives is small. Both travel to other processes, and a task may be done twice."""
+"""Maps a task to a small result. Both are sent between processes, and a task may be computed twice."""
 
-_OUT_OF_MEMORY = "one of the processes was killed, perhaps for want of memory: run the same command again to go on"
+_OUT_OF_MEMORY = "one of the processes was killed, perhaps for lack of memory: run the same command again to resume"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFlags(Flags):
-    """Where the work is done."""
+    """Which machines do the work."""
 
     engine: Literal["datasets", "ray"] = "datasets"
-    """datasets: in processes of this machine. ray: on a cluster of Ray, or a local one that is started for it."""
+    """datasets: processes of this machine. ray: a Ray cluster, or a local one that is started for the work."""
     num_proc: int | None = None
-    """Processes; if left out, one for each core. With --ray_address, tasks at a time; if left out, all that fit."""
+    """Number of processes, by default one per core; with --ray_address concurrent tasks, by default all that fit."""
     ray_address: str | None = None
-    """Address of a Ray cluster that runs, or auto. Its machines must see the same input and output folders."""
+    """Address of a running Ray cluster, or auto. Its machines must see the same input and output folders."""
 
     def check(self) -> None:
         super().check()
@@ -42,7 +42,7 @@ class EngineFlags(Flags):
 
     @property
     def processes(self) -> int:
-        """How many there are on this machine."""
+        """The number of processes on this machine."""
         return self.num_proc or len(os.sched_getaffinity(0))
 
 
@@ -51,15 +51,15 @@ def run(function: Function, tasks: Sequence[Any], flags: EngineFlags) -> list[An
 
     Args:
       function: see `Function`.
-      tasks: what travels to the processes.
+      tasks: its arguments, which are pickled.
       flags: the user's.
 
     Returns:
-      What it gave, in any order.
+      The results, in any order.
 
     Raises:
-      ChildProcessError: if a process was killed, and its work is not done elsewhere.
-      ConnectionError: if no Ray cluster is reached.
+      ChildProcessError: if a process was killed and its work is not done elsewhere.
+      ConnectionError: if no Ray cluster can be reached.
       ValueError: if Ray is not installed.
     """
     packed = [pickle.dumps(task) for task in tasks]
@@ -83,7 +83,7 @@ def _with_datasets(function: _Packed, tasks: Sequence[bytes], processes: int) ->
     processes = min(processes, len(tasks))
     shown = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    # What the processes share with this one is copied when it is touched, which their garbage collectors would do.
+    # Memory that the processes share with this one is copied when it is touched, as their garbage collectors would.
     gc.collect()
     gc.freeze()
     try:
@@ -93,7 +93,7 @@ def _with_datasets(function: _Packed, tasks: Sequence[bytes], processes: int) ->
             num_proc=processes if processes > 1 else None,  # one is this process
             keep_in_memory=True,
             load_from_cache_file=False,
-            # Else `datasets` would hash the function and all that hangs on it.
+            # Otherwise `datasets` would hash the function with everything that it refers to.
             new_fingerprint=secrets.token_hex(8),
         )
     except RuntimeError as error:
@@ -108,7 +108,7 @@ def _with_datasets(function: _Packed, tasks: Sequence[bytes], processes: int) ->
 
 
 def _with_ray(function: _Packed, tasks: Sequence[bytes], flags: EngineFlags) -> Iterator[Any]:
-    """A task that is lost with its process or its machine is given to another by Ray."""
+    """Ray gives a task that is lost with its process or its machine to another one."""
     ray = _start_ray(flags)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -1,7 +1,7 @@
 """The formats of a data set: a folder of images, what save_to_disk writes, parquet files, WebDataset tars.
 
-Each writes a shard to a folder of its own first, where it may be begun and left unfinished, and makes a data set of
-accepted shards afterward. The same samples give the same bytes.
+Each first stages a shard in a separate folder, where an interruption does no harm, and later makes the data set of the
+accepted shards. The same samples give the same bytes.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ from codi_jax.data.preparation.samples import Sample
 FormatName = Literal["folder", "save_to_disk", "parquet", "webdataset"]
 
 META = "meta.jsonl"
-# The seed's names, and those that go with them; another column is a folder of its own name.
+# Names of the original preprocessing, and matching ones; any other column is a folder of its name.
 _FOLDERS = {
     "image": "images", "conditioning_image": "processed_images", "input_image": "input_images",
     "edited_image": "edited_images",
 }  # fmt: skip
-_PLAIN: dict[str, list[str]] = {"image": [], "text": []}  # columns whose files in a tar have nothing but an ending
+_PLAIN: dict[str, list[str]] = {"image": [], "text": []}  # columns whose files in a tar have only an extension
 _FILES, _PARQUET, _TAR = "files.json", "samples.parquet", "samples.tar"  # of a staged shard
 
 
@@ -57,7 +57,7 @@ class Format(Protocol):
         ...
 
     def publish(self, shards: Sequence[StagedShard], target: Folder) -> None:
-        """Makes the data set of them; may be interrupted and called again with the same shards."""
+        """Makes the data set of the shards; may be interrupted and called again with the same shards."""
         ...
 
 
@@ -93,7 +93,7 @@ class ImageFolder:
             for shard in shards:
                 meta.writelines(shard.folder.read(META).splitlines(keepends=True)[: shard.count])
                 paths = json.loads(shard.folder.read(_FILES))[: shard.count]
-                target.take([path for of_sample in paths for path in of_sample], shard.folder)
+                target.take([path for sample_paths in paths for path in sample_paths], shard.folder)
 
 
 class Parquet:
@@ -125,7 +125,7 @@ class SaveToDisk(Parquet):
         with tempfile.TemporaryDirectory(dir=shards[0].folder.locate() if target.is_local else None) as cache:
             rows = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=cache)
             assert isinstance(rows, Dataset)
-            # Its own fingerprint has times in it.
+            # The fingerprint that `datasets` computes depends on times.
             rows = Dataset(rows.data, info=rows.info, fingerprint=f"{digest.hexdigest()[:16]}-{count}")
             rows.take(count).save_to_disk(target.path)
 
@@ -186,11 +186,11 @@ def _write_parquet(rows: Dataset, folder: Folder, name: str) -> None:
 
 
 def _take_as(target: Folder, name: str, source: Folder, staged: str) -> None:
-    """Like `Folder.take`, of one file that gets another name."""
+    """Like `Folder.take`, for one file, which is renamed."""
     if source.has(staged):
         (target.fs.mv if target.is_local else target.fs.copy)(source.locate(staged), target.locate(name))
     elif not target.has(name):
-        raise FileNotFoundError(f"{source.url(staged)} is gone: start anew with another --train_data_dir.")
+        raise FileNotFoundError(f"{source.url(staged)} is gone: start over with another --train_data_dir.")
 
 
 def _members(sample: Sample) -> Iterator[tuple[str, bytes]]:

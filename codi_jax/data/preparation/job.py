@@ -1,13 +1,13 @@
-"""A data set that is made shard by shard, and goes on where it was killed.
+"""A data set that is made shard by shard, and can be resumed after a kill.
 
-Rows of the input, in its order, make shards of equal size. Each shard is the work of one task, wherever that runs: it
-writes its samples to a folder of its own, and what it counted to a record, last and at once, so that a shard has a
-record or is done anew. The data set is made of the shards in their order, up to the number of samples that is wanted:
-whatever was killed, and however many processes there were, it is the same.
+Rows of the input, in order, make shards of equal size. Each shard is the work of one task, wherever that runs. It
+writes its samples to a separate folder and then, atomically, its counts to a record, so that a shard without a record
+is made again. The data set consists of the shards in order, up to the requested number of samples: it is the same
+regardless of interruptions and of the number of processes.
 
     .unfinished/job.json          the flags that it is made with
     .unfinished/00000012/         a staged shard: samples, and record.json
-    summary.json                  written last: what there is, and why the rest was rejected
+    summary.json                  written last: the number of samples, and why other rows were rejected
 """
 
 import json
@@ -34,8 +34,8 @@ from codi_jax.io.download import DownloadFlags
 
 SUMMARY = "summary.json"
 _STAGING, _JOB, _RECORD = ".unfinished", "job.json", "record.json"
-_TASKS = 16  # of each process between two looks at how many samples there are
-_BYTES = 2**28  # of pictures that wait for a process
+_TASKS = 16  # tasks of each process between two counts of the samples
+_BYTES = 2**28  # limit of the pictures in memory that wait for a process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +43,14 @@ class OutputFlags(Flags):
     """The data set that is written."""
 
     train_data_dir: str
-    """Folder to write: new, empty, or one that the same command began. A path, or a URL such as gs://bucket/folder."""
+    """Folder to write, a path or a URL such as gs://bucket/folder: new, empty, or begun by the same command."""
     output_format: FormatName = "folder"
-    """folder: images and a meta.jsonl. save_to_disk: what `datasets` loads with load_from_disk. parquet: files with the
-    images inside. webdataset: tar files. Training reads them all."""
+    """folder: images and a meta.jsonl. save_to_disk: for load_from_disk of `datasets`. parquet: files with the images
+    inside. webdataset: tar files. Training reads all of them."""
     max_train_samples: int | None = None
-    """Stop after so many good images; if left out, at the end of the input."""
+    """Number of accepted images after which to stop. Default: all of the input."""
     shard_size: int = 1000
-    """Rows of the input that one task works through, and samples of one parquet or tar file at most."""
+    """Rows of the input per task, which is also the largest number of samples in a parquet or tar file."""
 
     def check(self) -> None:
         super().check()
@@ -59,7 +59,7 @@ class OutputFlags(Flags):
 
 @dataclass(frozen=True, kw_only=True)
 class JobFlags(OutputFlags, EngineFlags, DownloadFlags):
-    """The flags that this file reads; a tool's own have more."""
+    """The flags that this module reads; those of a tool include more."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class ShardTask:
 
     Attributes:
       shard: its number.
-      rows: to make samples of.
+      rows: the rows to make samples of.
       skipped: rows before, between and after them that were rejected already.
     """
 
@@ -79,18 +79,18 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What is known of a shard that is done.
+    """The counts of a finished shard.
 
     Attributes:
-      size: samples.
-      rejected: for each reason, pairs of how many of the samples came before and how many rows were rejected there.
+      size: number of samples.
+      rejected: for each reason, pairs of a number of samples and the number of rows that were rejected after them.
     """
 
     size: int
     rejected: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
 
     def rejections(self, count: int | None) -> Counter[str]:
-        """Rows by reason: all, or those before the sample of this number, counted from 1."""
+        """Rejected rows by reason: all, or those before the sample of this number, counted from 1."""
         chosen: Counter[str] = Counter()
         for reason, runs in self.rejected.items():
             chosen[reason] += sum(number for before, number in runs if count is None or before < count)
@@ -99,12 +99,12 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class ShardWork:
-    """What is done for a shard, in any process.
+    """The work on a shard, in any process.
 
     Attributes:
-      staging: where shards are staged.
+      staging: folder of the staged shards.
       output_format: of the data set.
-      prepare: makes one sample.
+      prepare: makes the samples of a row.
       downloads: how to download.
     """
 
@@ -117,11 +117,11 @@ class ShardWork:
         """Stages the shard.
 
         Returns:
-          Its number, and its record or, of an error that is not a sample's, the message.
+          Its number, and its record, or the message of an error that does not belong to a sample.
         """
         try:
             return task.shard, self._stage(task)
-        except OSError as error:  # not raised here: engines wrap errors, each in its own way
+        except OSError as error:  # not raised here: every engine wraps errors differently
             return task.shard, str(error)
 
     def _stage(self, task: ShardTask) -> ShardRecord:
@@ -143,16 +143,16 @@ class ShardWork:
 def make_data_set(
     flags: Any, items: Callable[[], Iterable[InputRow | Skipped]], prepare: Prepare, description: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Makes the data set, or goes on with it.
+    """Makes the data set, or resumes the work on it.
 
     Args:
       flags: `JobFlags`.
-      items: opens the rows of the input; the same ones whenever it is called.
-      prepare: makes a sample of a row.
-      description: all that the samples depend on, as JSON; a data set that was begun with another is refused.
+      items: opens the rows of the input, which are the same at every call.
+      prepare: makes the samples of a row.
+      description: everything that the samples depend on, as JSON; a data set begun with other values is refused.
 
     Returns:
-      The summary: the number of "samples", and "rejected", that of rows for each reason.
+      The summary: the number of "samples", and "rejected", the number of rows by reason.
 
     Raises:
       ValueError: if the folder holds something else, or no row gives a sample.
@@ -165,13 +165,13 @@ def make_data_set(
     if begin(target, description):
         output_format = format_of(flags.output_format)
         work = ShardWork(staging, output_format, prepare, DownloadFlags.of(flags))
-        # A process that is forked waits for ever when it ends threads that OpenCV has begun in its parent.
+        # A forked process would wait forever for threads that OpenCV has started in its parent.
         cv2.setNumThreads(1)
         records = list(_records(flags, _tasks(items(), flags.shard_size), work))
         shards, rejected = _accepted(records, staging, flags.max_train_samples)
         samples = sum(shard.count for shard in shards)
         if not samples:
-            staging.remove()  # other flags will be needed, and then it is of no use
+            staging.remove()  # other flags will be needed, which makes the shards useless
             raise ValueError(f"none of the {rejected.total()} rows gives a sample: {reasons(rejected) or 'no rows'}.")
         output_format.publish(shards, target)
         summary = {"samples": samples, "rejected": {reason: rejected[reason] for reason in sorted(rejected)}}
@@ -181,11 +181,11 @@ def make_data_set(
 
 
 def begin(target: Folder, description: Mapping[str, Any]) -> bool:
-    """Claims the folder; whether there is something left to do.
+    """Claims the folder, and returns whether work is left to do.
 
     Args:
       target: of the data set.
-      description: what it is made with.
+      description: everything that the samples depend on.
 
     Raises:
       ValueError: if it holds something else, or cannot be written.
@@ -214,7 +214,7 @@ def reasons(rejected: Mapping[str, int]) -> str:
 
 
 def describe(summary: Mapping[str, Any], flags: Any) -> str:
-    """What a tool says at its end.
+    """The text that a tool prints at its end.
 
     Args:
       summary: of `make_data_set`.
@@ -225,12 +225,12 @@ def describe(summary: Mapping[str, Any], flags: Any) -> str:
     if summary["rejected"]:
         lines.append(f"rejected: {reasons(summary['rejected'])}")
     if wanted is not None and samples < wanted:
-        lines.append(f"--max_train_samples asks for {wanted}, but the input has no more than {samples} good ones")
+        lines.append(f"--max_train_samples asks for {wanted}, but the input has only {samples} that can be used")
     return "\n".join(lines)
 
 
 def _state(folder: Folder, name: str) -> dict[str, Any]:
-    """What an earlier start has written down."""
+    """The JSON object that an earlier start has written."""
     return folder.read_json(name, "name another --train_data_dir, or remove that folder to start over")
 
 
@@ -247,7 +247,7 @@ def _refuse_another(target: Folder, other: Any, description: Mapping[str, Any], 
 
 
 def _tasks(items: Iterable[InputRow | Skipped], size: int) -> Iterator[ShardTask]:
-    """Shards of so many rows that were not rejected yet; what was rejected after the last row makes one without."""
+    """Shards of ``size`` rows that were not rejected yet; rejections after the last row make a shard without rows."""
     shard, rows, skipped = 0, [], []
     for item in items:
         if isinstance(item, Skipped):
@@ -283,7 +283,7 @@ def _records(flags: JobFlags, tasks: Iterator[ShardTask], work: ShardWork) -> It
 
 
 def _wave(tasks: Iterator[ShardTask], most: int) -> Iterator[ShardTask]:
-    """The next tasks, as far as their pictures fit in memory."""
+    """The next tasks, as far as their pictures fit into memory."""
     waiting = 0
     for task in islice(tasks, most):
         yield task
@@ -297,7 +297,7 @@ def _run_wave(wave: Sequence[ShardTask], work: ShardWork, flags: JobFlags) -> di
     missing = [task for task in wave if task.shard not in records]
     for shard, record in run(work, missing, flags) if missing else ():
         if isinstance(record, str):
-            raise OSError(f"{record}. Mend that, and run the same command again to go on.")
+            raise OSError(f"{record}. Fix this, and run the same command again to resume.")
         records[shard] = record
     return records
 
@@ -313,7 +313,7 @@ def _kept(staging: Folder, shard: int) -> ShardRecord | None:
 def _accepted(
     records: Sequence[ShardRecord], staging: Folder, wanted: int | None
 ) -> tuple[list[StagedShard], Counter[str]]:
-    """The shards that are not empty, the last one up to where there are enough samples; what was rejected before."""
+    """The shards that are not empty, up to the wanted number of samples, and the rejections before that."""
     shards: list[StagedShard] = []
     rejected: Counter[str] = Counter()
     samples = 0
@@ -329,7 +329,7 @@ def _accepted(
 
 
 def _runs(kept: Sequence[int], rejected: Iterable[tuple[int, str]]) -> dict[str, list[list[int]]]:
-    """Rejections by reason and by how many samples came before."""
+    """Rejections by reason, and by the number of samples before them."""
     counts = Counter((reason, bisect(kept, position)) for position, reason in rejected)
     runs: dict[str, list[list[int]]] = {}
     for (reason, before), number in sorted(counts.items()):

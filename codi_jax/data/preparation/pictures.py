@@ -1,7 +1,7 @@
 """Encoded pictures of unknown origin to pictures of one size, and back to files.
 
-Made for throughput. A JPEG is decoded at a half, a quarter or an eighth of its size where that is still enough, which
-its transform gives for less than the whole picture; what is left of the scaling averages over pixels.
+Made for throughput. If it suffices, a JPEG is decoded at a half, a quarter or an eighth of its size, which is faster
+than decoding the whole picture; the rest of the scaling averages over pixels.
 """
 
 import warnings
@@ -22,25 +22,25 @@ Picture = UInt8[np.ndarray, "h w 3"]
 
 _ENDINGS = {"jpeg": "jpg", "webp": "webp"}  # and png
 _FAST_PNG = 1  # zlib's level
-_ASPECT = 0.02  # by so much the shapes of two pictures may differ, which rounding of sizes does
+_ASPECT = 0.02  # relative difference of two aspect ratios that rounding of sizes can cause
 
 
 @dataclass(frozen=True, kw_only=True)
 class PictureFlags(Flags):
-    """Which pictures are taken, and how they are written."""
+    """Which pictures are accepted, and how they are written."""
 
     resolution: int = 512
-    """The shorter side of the pictures that are written. Smaller ones are not enlarged."""
+    """Shorter side of the written pictures. Smaller ones are not enlarged."""
     center_crop: bool = False
-    """Cut a square from the middle, instead of leaving that to training."""
+    """Crop the center square, instead of leaving the crop to training."""
     min_side: int = 0
-    """Leave out pictures whose shorter side is smaller."""
+    """Reject pictures whose shorter side is smaller."""
     max_megapixels: float | int = MAX_MEGAPIXELS
-    """Leave out pictures with more: a small file can hold one that fills the memory."""
+    """Reject larger pictures: a small file can hold a picture that fills the memory."""
     image_format: Literal["jpeg", "png", "webp"] = "jpeg"
     """Format of the pictures. Conditions are always png, which keeps them exactly."""
     image_quality: int = 95
-    """Quality of jpeg and webp, up to 100."""
+    """Quality of jpeg and webp, at most 100."""
 
     def check(self) -> None:
         super().check()
@@ -72,10 +72,10 @@ def read_picture(data: bytes, flags: PictureFlags) -> tuple[Picture, Placement]:
       flags: the user's.
 
     Returns:
-      The picture, upright, and where it lies in the one in the file.
+      The picture, upright, and its place in the picture of the file.
 
     Raises:
-      RejectedError: if it is no picture, broken, too large or too small.
+      RejectedError: if the file is not a picture, or is damaged, too large or too small.
     """
     image = decode(data, flags)
     placement = place((image.height, image.width), min(flags.resolution, *image.size), center_crop=True)
@@ -91,7 +91,7 @@ def read_beside(data: bytes, placement: Placement, flags: PictureFlags) -> Pictu
       flags: the user's.
 
     Raises:
-      RejectedError: as `read_picture`, and if it has another shape.
+      RejectedError: under the conditions of `read_picture`, and if the aspect ratio differs.
     """
     image = decode(data, flags)
     height, width = placement.original
@@ -101,7 +101,7 @@ def read_beside(data: bytes, placement: Placement, flags: PictureFlags) -> Pictu
 
 
 def decode(data: bytes, flags: PictureFlags) -> Image.Image:
-    """The picture, upright and RGB, at least as large as it is wanted; raises as `read_picture`."""
+    """The picture, upright and RGB, at least as large as needed; raises like `read_picture`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
         limits = {"max_megapixels": flags.max_megapixels, "min_side": flags.min_side}
@@ -109,7 +109,7 @@ def decode(data: bytes, flags: PictureFlags) -> Image.Image:
 
 
 def fit(image: Image.Image, placement: Placement, center_crop: bool) -> Picture:
-    """The picture scaled, and cropped if asked to, as `place` says."""
+    """The picture scaled and, if requested, cropped to a placement of `codi_jax.data.images.place`."""
     height, width = placement.resized
     pixels = np.asarray(image)
     if pixels.shape[:2] != (height, width):
@@ -121,7 +121,7 @@ def fit(image: Image.Image, placement: Placement, center_crop: bool) -> Picture:
 
 
 def encode(pixels: UInt8[np.ndarray, "h w *c"], flags: PictureFlags) -> Encoded:
-    """The file of a picture in the format that the flags say."""
+    """The file of a picture in the format of the flags."""
     if flags.image_format == "png":
         return encode_exactly(pixels)
     quality = {"jpeg": cv2.IMWRITE_JPEG_QUALITY, "webp": cv2.IMWRITE_WEBP_QUALITY}[flags.image_format]
@@ -129,7 +129,7 @@ def encode(pixels: UInt8[np.ndarray, "h w *c"], flags: PictureFlags) -> Encoded:
 
 
 def encode_exactly(pixels: UInt8[np.ndarray, "h w *c"]) -> Encoded:
-    """The file of a picture as png, with one channel if it has no others."""
+    """The file of a picture as png, grayscale if it has one channel."""
     return _encode(pixels, "png", [cv2.IMWRITE_PNG_COMPRESSION, _FAST_PNG])
 
 

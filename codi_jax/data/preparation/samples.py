@@ -1,4 +1,4 @@
-"""What comes out: one sample of a data set, ready to be written, and the rows of a shard made into samples."""
+"""The samples of the data set, ready to be written, and how the rows of a shard become samples."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Sample:
 
     Attributes:
       position: of the row that it was made from.
-      key: the name of its files, without an ending.
+      key: the name of its files, without extension.
       pictures: by column.
       texts: other columns.
     """
@@ -31,7 +31,7 @@ class Sample:
 
 
 Prepare = Callable[[InputRow, Mapping[str, bytes]], Sequence[Sample]]
-"""Makes the samples of a row, one mostly, of its pictures' files, or raises `RejectedError`: what all engines run."""
+"""Makes the samples of a row, usually one, of its pictures' files, or raises `RejectedError`."""
 
 
 def prepare_rows(
@@ -45,10 +45,10 @@ def prepare_rows(
       flags: of downloads.
 
     Returns:
-      For each row its samples, or why there are none.
+      For each row its samples, or the reason why it was rejected.
 
     Raises:
-      OSError: if a file of the user's cannot be read for another reason than that it is not there.
+      OSError: if a file of the user exists and cannot be read.
     """
     cv2.setNumThreads(1)  # the processes are what shares the cores
     done: dict[int, Sequence[Sample] | RejectedError] = {}

@@ -23,7 +23,7 @@ class Encoder:
 
     Attributes:
       images: pictures to features [n, d].
-      texts: captions to features of the same space; ``None`` if it has none.
+      texts: captions to features of the same space; ``None`` if the space has no texts.
     """
 
     images: Callable[[Pictures], Float[np.ndarray, "n d"]]
@@ -32,12 +32,12 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of n pairs; ``None`` where the space has no texts.
+    """Cosine similarities of n pairs; ``None`` if the space has no texts.
 
     Attributes:
-      image: cosine similarity of the two pictures.
-      direction: that of their difference and the difference of the captions.
-      caption: that of each picture and its own caption, the lower of the two.
+      image: of the two pictures.
+      direction: of the difference of the pictures and the difference of the captions.
+      caption: of each picture and its caption, the lower of the two.
     """
 
     image: Float[np.ndarray, "n"]
@@ -57,7 +57,7 @@ def compare(encoder: Encoder, before: Pictures, after: Pictures, captions: tuple
 
 
 def clip_encoder(source: str) -> Encoder:
-    """A CLIP model of `transformers`, whose networks are PyTorch's: that must be installed.
+    """A CLIP model of `transformers`, which requires PyTorch.
 
     Args:
       source: folder or id on the hub, such as openai/clip-vit-large-patch14.
@@ -72,7 +72,7 @@ def clip_encoder(source: str) -> Encoder:
         processor: Any = CLIPProcessor.from_pretrained(source)
     except (OSError, ImportError, ValueError) as error:
         raise ValueError(
-            f"--clip_model {source} could not be loaded ({first_line(error)}): it needs PyTorch, too."
+            f"--clip_model {source} could not be loaded ({first_line(error)}); note that it needs PyTorch."
         ) from error
     model.requires_grad_(False)
 
@@ -88,7 +88,7 @@ def clip_encoder(source: str) -> Encoder:
 
 
 def lite_encoder() -> Encoder:
-    """The features of FID-lite, which know no texts; raises as `codi_jax.evaluation.features.load_features`."""
+    """The features of FID-lite, which have no texts; raises like `codi_jax.evaluation.features.load_features`."""
     return Encoder(load_features(batch_size=8))
 
 

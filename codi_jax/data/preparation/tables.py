@@ -1,7 +1,7 @@
 """Rows of the input: tables of URLs or images with captions, on the hub or in files, and folders of images.
 
-Tables are read as Arrow batches, one after the other: columns are filtered as a whole, memory does not depend on how
-many rows there are, and nothing is copied to a cache.
+Tables are read as Arrow batches, one after the other: columns are filtered as a whole, memory does not depend on the
+number of rows, and nothing is copied to a cache.
 """
 
 import functools
@@ -29,7 +29,7 @@ from codi_jax.io.decoding import RejectedError
 
 _BATCH = 1000
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".arrow": "arrow"}
-# Names of a column that mean the same, tried where the flag is left out.
+# Usual names of a column, tried in this order if the flag is not given.
 _URLS = ("url", "URL", "image_url", "IMAGE_URL")
 _IMAGES = ("image", "jpg", "png", "file_name", "original_image")
 _CAPTIONS = ("text", "TEXT", "caption", "generated_caption", "top_caption", "prompt", "txt")
@@ -49,20 +49,20 @@ class TableFlags(Flags):
     split: str = "train"
     """Split of a data set on the hub."""
     cache_dir: str | None = None
-    """Where downloaded tables are kept."""
+    """Folder for downloaded tables."""
     url_column: str | None = None
-    """Column of the addresses of images; if left out, url or what else is usual."""
+    """Column of the addresses of images. Default: url, or another usual name."""
     image_column: str | None = None
-    """Column of the images themselves, or of paths to them, where there are no addresses."""
+    """Column of the images themselves or of paths to them, for tables without addresses."""
     caption_column: str | None = None
-    """Column of the captions; if left out, text or what else is usual. Of a list the first is taken."""
+    """Column of the captions, of which the first is taken if it holds lists. Default: text, or another usual name."""
     id_column: str | None = None
-    """Column of the ids, which random choices depend on; if left out, id or what else is usual, or the row's number."""
+    """Column of the ids, which random choices depend on. Default: id, or another usual name, or the row's number."""
     seed: int = 0
-    """Of all random choices, together with the id of a sample."""
+    """Seed of all random choices, together with the id of a sample."""
     allow_outside_paths: bool = False
-    """Also read images that the table names outside of the folder that it lies in, on this machine or on other storage.
-    Without it a table from elsewhere cannot copy your own files into the data set."""
+    """Also read images that the table names outside of its folder, on this machine or on other storage. By default a
+    table from elsewhere cannot copy your files into the data set."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class Filter:
     """Keeps rows by the number in one of their columns.
 
     Attributes:
-      name: what it is, for the summary.
+      name: of the score, for the summary.
       columns: names of the column in different data sets.
       limit: of the numbers that are kept.
-      at_least: whether it is the lower or the upper limit.
+      at_least: whether the limit is a lower one, or an upper one.
     """
 
     name: str
@@ -82,23 +82,23 @@ class Filter:
     at_least: bool = True
 
     def column(self, names: Sequence[str]) -> str | None:
-        """The column that it reads, if there is one."""
+        """The column that the filter reads, if the table has one."""
         return next((column for column in self.columns if column in names), None)
 
     def rejects(self, table: pa.Table, column: str) -> np.ndarray:
-        """Whether each row is rejected; those without a number are."""
+        """Whether each row is rejected, as rows without a number are."""
         values = _numbers(table[column])
         return ~(values >= self.limit if self.at_least else values <= self.limit)
 
     @property
     def reason(self) -> str:
-        """Of the rows that it rejects."""
+        """The reason that is recorded for the rows that it rejects."""
         return f"{self.name} {'below' if self.at_least else 'above'} {self.limit:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreFlags(Flags):
-    """Which rows are taken, by scores that data sets of the web have columns of; where there is no column, all."""
+    """Which rows are taken, by scores that web data sets have columns of; a missing column rejects nothing."""
 
     min_clip_similarity: float | None = None
     """Least similarity of image and caption in CLIP's space."""
@@ -114,7 +114,7 @@ class ScoreFlags(Flags):
 
     @property
     def filters(self) -> tuple[Filter, ...]:
-        """Those that are asked for, by the columns of COYO and of LAION."""
+        """The filters that are requested, with the names of the columns in COYO and LAION."""
         similarity = ("clip_similarity_vitb32", "clip_similarity_vitl14", "similarity", "SIMILARITY")
         aesthetic = ("aesthetic_score_laion_v2", "aesthetic_score", "AESTHETIC_SCORE", "aesthetic")
         watermark = ("watermark_score", "pwatermark")
@@ -133,8 +133,8 @@ class TableColumns:
     """Which columns of a table are read.
 
     Attributes:
-      pictures: the column that is written, and the one that is read.
-      texts: likewise.
+      pictures: pairs of the column that is written and the one that is read.
+      texts: pairs of the column that is written and the one that is read.
       id: column of the ids, if there is one.
       are_urls: whether pictures are addresses to download from.
     """
@@ -150,10 +150,10 @@ class Table:
     """A table of samples.
 
     Attributes:
-      rows: of `datasets`.
-      columns: which of them are read.
-      filters: by the columns that they read.
-      access: what paths in the table may be.
+      rows: a table of `datasets`.
+      columns: the columns that are read.
+      filters: pairs of a filter and the column that it reads.
+      access: which paths in the table are allowed.
     """
 
     rows: Dataset | IterableDataset
@@ -166,10 +166,10 @@ class Table:
         position = 0
         for table in self.rows.with_format("arrow").iter(batch_size=_BATCH):
             assert isinstance(table, pa.Table)
-            yield from self._of_batch(table, position)
+            yield from self._batch_items(table, position)
             position += len(table)
 
-    def _of_batch(self, table: pa.Table, first: int) -> Iterator[InputRow | Skipped]:
+    def _batch_items(self, table: pa.Table, first: int) -> Iterator[InputRow | Skipped]:
         reasons: list[str | None] = [None] * len(table)
         for each, column in self.filters:
             for index in np.flatnonzero(each.rejects(table, column)):
@@ -191,10 +191,10 @@ class Table:
             if rejected is not None:
                 yield Skipped(position, rejected.reason)
                 continue
-            of_row = {name: _text(values[number]) for name, values in texts.items()}
-            own = ids[number]
-            name = str(position) if own is None else clean_text(own if isinstance(own, bytes) else str(own))
-            yield InputRow(position, name, cells, {**of_row, "id": name})  # type: ignore[arg-type]
+            row_texts = {name: _text(values[number]) for name, values in texts.items()}
+            given = ids[number]
+            row_id = str(position) if given is None else clean_text(given if isinstance(given, bytes) else str(given))
+            yield InputRow(position, row_id, cells, {**row_texts, "id": row_id})  # type: ignore[arg-type]
 
     def _cell(self, value: Any) -> Cell | RejectedError:
         value = file_of(value)
@@ -223,20 +223,20 @@ def open_table(
 
     Args:
       flags: the user's.
-      columns: which columns are read, of their names and the name of the input; see `image_columns`.
-      default: a data set on the hub, where no input is given.
-      filters: those whose columns there are take part.
-      shuffle: bring the rows into an order that depends on the seed alone.
+      columns: called with the names of the columns and of the input, returns those to read; see `image_columns`.
+      default: a data set on the hub. Default of ``--input``.
+      filters: applied as far as the table has their columns.
+      shuffle: whether to read the rows in an order that depends only on the seed.
 
     Returns:
-      A function that gives its rows from the first on, and one line about what is read.
+      A function that iterates over the rows from the first on, and one line about what is read.
 
     Raises:
-      ValueError: if there is no such input, or a column is missing.
+      ValueError: if the input does not exist, or a column is missing.
     """
     where = flags.input or default
     if where is None:
-        raise ValueError("there is nothing to read: give --input.")
+        raise ValueError("no input: give --input.")
     folder = Folder(where)
     if _is_folder_of_images(folder):
         paths = sorted(images_in(folder))
@@ -254,29 +254,29 @@ def open_table(
     rows = undecoded(rows.select_columns(list(dict.fromkeys(chosen))))
     left_out = [each.name for each in filters if not each.column(names)]
     line = f"{where}, columns {', '.join(dict.fromkeys(chosen))}"
-    line += f"; not filtered by {' and '.join(left_out)}, which it has no column of" if left_out else ""
+    line += f"; not filtered by {' and '.join(left_out)}, for which it has no column" if left_out else ""
     return Table(rows, read, applied, _access(where, folder, rows, flags)).items, line
 
 
 def _access(where: str, folder: Folder, rows: Dataset | IterableDataset, flags: TableFlags) -> Access:
-    """What the table may name: files in its folder, and those that `datasets` itself has found or fetched."""
+    """Which files the table may name: those in its folder, and those that `datasets` itself has found or fetched."""
     if folder.is_dir():
-        own = not any(folder.has(name) for name in SAVED) and names_own_files(rows)
-        return Access(folder.path, anywhere=flags.allow_outside_paths or own)
+        are_found = not any(folder.has(name) for name in SAVED) and names_own_files(rows)
+        return Access(folder.path, anywhere=flags.allow_outside_paths or are_found)
     if _files(where, folder)[0]:  # paths are relative to the working directory
         return Access(None, Folder(where.rpartition("/")[0] or ".").path, flags.allow_outside_paths)
     return Access(anywhere=flags.allow_outside_paths or names_own_files(rows))
 
 
 def image_columns(flags: TableFlags, condition: str | None, names: Sequence[str], where: str) -> TableColumns:
-    """The columns of an image or its address, of a caption and, where one is named, of a condition image.
+    """The columns of the image or its address, the caption and, if ``condition`` names it, the condition image.
 
     Raises:
       ValueError: if one of them is missing.
     """
-    own = flags.image_column
-    url = None if own else find_column(flags.url_column, _URLS, names, where, "--url_column", optional=True)
-    image = url or find_column(own, _IMAGES, names, where, "--image_column or --url_column")
+    given = flags.image_column
+    url = None if given else find_column(flags.url_column, _URLS, names, where, "--url_column", optional=True)
+    image = url or find_column(given, _IMAGES, names, where, "--image_column or --url_column")
     pictures = [("image", image)]
     if condition is not None:
         flag = "--conditioning_image_column"
@@ -286,20 +286,20 @@ def image_columns(flags: TableFlags, condition: str | None, names: Sequence[str]
 
 
 def id_column(flags: TableFlags, names: Sequence[str], where: str) -> str | None:
-    """The column of the ids, if there is one; raises `ValueError` if that of the flag is missing."""
+    """The column of the ids, if the table has one; raises `ValueError` if it lacks the one that the flag names."""
     return find_column(flags.id_column, _IDS, names, where, "--id_column", optional=True) or None
 
 
 def find_column(
     name: str | None, usual: Sequence[str], names: Sequence[str], where: str, flag: str, optional: bool = False
 ) -> str:
-    """The column that a flag names, or else the first usual one that there is.
+    """The column that a flag names or, without the flag, the first usual one that exists.
 
     Returns:
-      Its name; the empty text if there is none and it is optional.
+      Its name; the empty text if an optional column does not exist.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: if the column does not exist.
     """
     if name is not None and name not in names:
         raise ValueError(f"{where} has no column {name!r}: set {flag} to one of {listed(list(names))}.")
@@ -335,7 +335,7 @@ def undecoded(rows: Any) -> Any:
 
 
 def _load(where: str, folder: Folder, flags: TableFlags, in_memory_order: bool) -> Dataset | IterableDataset:
-    """Any table: streamed, unless its order has to be changed."""
+    """Any table, streamed unless it has to be shuffled."""
     options: dict[str, Any] = {"split": flags.split, "streaming": not in_memory_order, "cache_dir": flags.cache_dir}
     try:
         if any(folder.has(name) for name in SAVED):
@@ -351,7 +351,7 @@ def _load(where: str, folder: Folder, flags: TableFlags, in_memory_order: bool) 
 
 
 def _files(where: str, folder: Folder) -> tuple[list[str], str]:
-    """The files of a table: what the pattern matches, or all in the folder; none for a data set on the hub."""
+    """The files of a table: those that match the pattern or lie in the folder; none for a data set on the hub."""
     parent, name = Folder(where.rpartition("/")[0] or "."), PurePosixPath(where).name
     if folder.is_dir():
         listed_in = [name for name in METADATA_FILES if folder.has(name)]
@@ -386,7 +386,7 @@ def _items_of_images(folder: Folder, paths: Sequence[str]) -> Iterator[InputRow]
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of numbers, NaN where there is none. One that says "NA" somewhere is a column of texts."""
+    """A column as numbers, with NaN for missing ones; a column that holds "NA" somewhere is one of texts."""
     try:
         return pc.fill_null(column.cast(pa.float64()), np.nan).to_numpy()
     except pa.ArrowInvalid:
@@ -401,14 +401,14 @@ def _number(value: Any) -> float:
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
-    """Python objects of a column; texts as bytes, since nobody has checked that they are UTF-8."""
+    """Python objects of a column; texts as bytes, because they may not be valid UTF-8."""
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         column = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
     return column.to_pylist()
 
 
 def _cells(column: pa.ChunkedArray) -> list[Any]:
-    """What stands in place of pictures: texts as such, and bytes as the files that they are."""
+    """The cells of a column of pictures: texts as `str`, and files as `bytes`."""
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return [value and value.decode("utf-8", "surrogateescape") for value in _values(column)]
     return column.to_pylist()

@@ -193,7 +193,7 @@ def test_it_stops_at_exactly_so_many_good_images(tmp_path: Path):
 
 def test_fewer_than_wanted(tmp_path: Path, capsys):
     make(images(tmp_path / "in", 5), tmp_path / "out", max_train_samples=10)
-    assert "--max_train_samples asks for 10, but the input has no more than 5 good ones" in capsys.readouterr().out
+    assert "--max_train_samples asks for 10, but the input has only 5 that can be used" in capsys.readouterr().out
     assert len(rows_of(tmp_path / "out")) == 5
 
 
@@ -319,7 +319,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch):
         write(folder, files)
 
     monkeypatch.setattr(Folder, "write_all", full)
-    with pytest.raises(OSError, match=r"No space left on device\. Mend that, and run the same"):
+    with pytest.raises(OSError, match=r"No space left on device\. Fix this, and run the same"):
         make(source, tmp_path / "out")
     assert not (tmp_path / "out/meta.jsonl").exists()
     monkeypatch.undo()

@@ -96,7 +96,7 @@ def test_a_ray_worker_killed_in_the_middle_loses_nothing(tmp_path: Path, cluster
 
 def test_a_killed_process_is_said(tmp_path: Path):
     flags = EngineFlags(num_proc=2)
-    with pytest.raises(ChildProcessError, match="one of the processes was killed, perhaps for want of memory: run the"):
+    with pytest.raises(ChildProcessError, match="one of the processes was killed, perhaps for lack of memory: run the"):
         run(KilledOnce(tmp_path, (3,)), range(8), flags)
 
 
