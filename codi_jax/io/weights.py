@@ -32,10 +32,11 @@ from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.unet_config import UNetConfig
 from codi_jax.models.vae import AutoencoderKL, VAEConfig
 
-Model = UNet2DCondition | ControlNet | AutoencoderKL | CLIPTextModel
+Network = UNet2DCondition | ControlNet | AutoencoderKL | CLIPTextModel
+"""The Flax module of one part of a model."""
 
 
-_MODELS: tuple[tuple[type[ModelConfig], Callable[..., Model]], ...] = (
+_NETWORKS: tuple[tuple[type[ModelConfig], Callable[..., Network]], ...] = (
     (UNetConfig, UNet2DCondition),
     (ControlNetConfig, ControlNet),
     (VAEConfig, AutoencoderKL),
@@ -58,7 +59,7 @@ def load_model(
     attention: Implementation = "auto",
     remat: bool = False,
     place: PlaceFn | None = None,
-) -> tuple[Model, Params]:
+) -> tuple[Network, Params]:
     """Loads one network of a diffusers folder, tensor by tensor.
 
     Example:
@@ -110,7 +111,7 @@ def open_model(
     revision: str | None = None,
     variant: str | None = None,
     cache_dir: str | Path | None = None,
-) -> tuple[Model, dict[str, StoredTensor]]:
+) -> tuple[Network, dict[str, StoredTensor]]:
     """One network of a diffusers folder, whose tensors are read when NumPy asks for them.
 
     Args:
@@ -141,7 +142,7 @@ def open_model(
 
 def build_module(
     folder: ModelFolder, dtype: DTypeLike = jnp.float32, *, attention: Implementation = "auto", remat: bool = False
-) -> Model:
+) -> Network:
     """The network that a folder's ``config.json`` describes, without its weights.
 
     Args:
@@ -155,14 +156,14 @@ def build_module(
       ConfigError: for a value in it that codi_jax cannot build.
     """
     where, mapping = f"{folder}/config.json", folder.read_json("config.json")
-    config_class, module_class = _model_class(mapping, where)
+    config_class, module_class = _network_class(mapping, where)
     return module_class(config_class.from_dict(mapping, where=where), dtype=dtype, attention=attention, remat=remat)
 
 
 def save_model(
     folder: str | Path,
     subfolder: str | None,
-    module: Model,
+    module: Network,
     params: Params,
     *,
     dtype: DTypeLike | None = None,
@@ -199,7 +200,7 @@ def save_model(
 def write_model(
     folder: str | Path,
     subfolder: str | None,
-    module: Model,
+    module: Network,
     header: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
     arrays: Iterator[Shaped[np.ndarray, "..."]],
     *,
@@ -235,14 +236,14 @@ def write_model(
         raise WeightsError(f"Could not save {target}: {error.strerror or error}. Nothing was left behind.") from error
 
 
-def _model_class(mapping: Mapping[str, Any], where: str) -> tuple[type[ModelConfig], Callable[..., Model]]:
+def _network_class(mapping: Mapping[str, Any], where: str) -> tuple[type[ModelConfig], Callable[..., Network]]:
     name = mapping.get("_class_name") or next(iter(mapping.get("architectures") or ()), None)
     if name is None and mapping.get("model_type") == "clip_text_model":
         name = CLIPTextConfig.class_names[0]
-    for config_class, module_class in _MODELS:
+    for config_class, module_class in _NETWORKS:
         if name in config_class.class_names:
             return config_class, module_class
-    known = ", ".join(config_class.class_names[0] for config_class, _ in _MODELS)
+    known = ", ".join(config_class.class_names[0] for config_class, _ in _NETWORKS)
     raise WeightsError(
         f"{where} describes {name or mapping.get('model_type') or 'no known model'}: a config from another model "
         f"family. codi_jax supports {known}."

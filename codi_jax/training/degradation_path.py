@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from codi_jax.io import processes
-from codi_jax.io.weights import Model, load_model, save_model
+from codi_jax.io.weights import Network, load_model, save_model
 from codi_jax.models import sharding
 from codi_jax.models.config import Params
 from codi_jax.pipeline.conditions import Frozen
@@ -68,7 +68,7 @@ def node_name(number: int) -> str:
     return f"node_{number:02d}"
 
 
-def write_node(folder: Path, number: int, module: Model, params: Params, dtype: DTypeLike) -> None:
+def write_node(folder: Path, number: int, module: Network, params: Params, dtype: DTypeLike) -> None:
     """Writes a node, whole or not at all, and makes what is in the folder no path until it is finished again.
 
     All processes must call it.

@@ -16,7 +16,7 @@ from codi_jax.io.hub import ModelFolder
 from codi_jax.io.lora_files import load_lora
 from codi_jax.io.state_dict import to_flax_layout, to_torch_layout
 from codi_jax.io.weight_files import StoredTensor
-from codi_jax.io.weights import Model, open_model, write_model
+from codi_jax.io.weights import Network, open_model, write_model
 from codi_jax.methods import weight_delta
 from codi_jax.methods.weight_delta import ConvIn, Plan
 from codi_jax.models.config import Params, WeightsError
@@ -37,7 +37,7 @@ class Editor:
       tensors: by their name in the PyTorch state dict.
     """
 
-    module: Model
+    module: Network
     tensors: Tensors
 
 
