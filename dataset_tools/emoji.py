@@ -69,8 +69,8 @@ class Args(Flags):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--output_dir {folder} is a file: name a folder.")
         marker = folder / MARKER
-        own = marker.is_file() and marker.read_text(encoding="utf-8", errors="replace").startswith(TITLE)
-        if folder.is_dir() and any(folder.iterdir()) and not own:
+        is_build = marker.is_file() and marker.read_text(encoding="utf-8", errors="replace").startswith(TITLE)
+        if folder.is_dir() and any(folder.iterdir()) and not is_build:
             raise ValueError(f"--output_dir {folder} holds something else: name a new or an empty folder.")
         super().check()
 

@@ -16,6 +16,7 @@ from codi_jax.cli import command_line
 from codi_jax.cli.flags import Flags
 from codi_jax.data.columns import captions_of
 from codi_jax.data.sources import open_source
+from codi_jax.io.atomic import staged_folder, write_json, write_text
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 # That of CLIP: contractions, words, single digits, and runs of anything else.
@@ -86,15 +87,15 @@ def train(args: Args) -> CLIPTokenizer:
 
 def write(args: Args, tokens: list[str], merges: list[tuple[str, ...]]) -> None:
     """Writes the files of a CLIP tokenizer."""
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     vocabulary = {token: i for i, token in enumerate(tokens)}
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
     special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": args.model_max_length, **special}
-    (args.output_dir / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (args.output_dir / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (args.output_dir / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (args.output_dir / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
+    with staged_folder(args.output_dir) as stage:
+        write_text(stage / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
+        write_text(stage / "merges.txt", "\n".join(lines) + "\n")
+        write_json(stage / "tokenizer_config.json", config)
+        write_json(stage / "special_tokens_map.json", special)
 
 
 def tell(args: Args) -> None:

@@ -239,16 +239,16 @@ def _plot(results: Sequence[Result], across: str, key: str) -> str:
         figure = Figure(figsize=(5.2, 3.4), layout="constrained")
         axes = figure.add_subplot()
         drawn_as: dict[str, Any] = {}
-        for i, (name, own) in enumerate(_lines(results, across, key).items()):
+        for i, (name, line) in enumerate(_lines(results, across, key).items()):
             color = _COLORS[i % len(_COLORS)]
-            is_level = across == "training_steps" and any(result.training_steps is None for result in own)
+            is_level = across == "training_steps" and any(result.training_steps is None for result in line)
             if is_level:  # what is not in training, as a level to reach
-                drawn_as[name] = axes.axhline(own[0].mean(key), color=color, linestyle="--", linewidth=1.5)
+                drawn_as[name] = axes.axhline(line[0].mean(key), color=color, linestyle="--", linewidth=1.5)
                 continue
             drawn_as[name] = axes.errorbar(
-                [1000 * result.mean("seconds") if across == "seconds" else getattr(result, across) for result in own],
-                [result.mean(key) for result in own],
-                [result.sd(key) or 0 for result in own],
+                [1000 * result.mean("seconds") if across == "seconds" else getattr(result, across) for result in line],
+                [result.mean(key) for result in line],
+                [result.sd(key) or 0 for result in line],
                 color=color, marker="o", markersize=5, linewidth=2, capsize=3,
             )  # fmt: skip
         if across != "training_steps":
@@ -283,9 +283,9 @@ def _lines(results: Sequence[Result], across: str, key: str) -> dict[str, list[R
             if result.model in in_training and result.training_steps is None:
                 continue  # the last of its exports
             name = f"{result.model}, {result.steps} step{'s' * (result.steps > 1)}"
-        own = lines.setdefault(name, [])  # empty if it was not measured, so that colors are those of other plots
+        line = lines.setdefault(name, [])  # empty if it was not measured, so that colors are those of other plots
         if key in result.values:
-            own.append(result)
+            line.append(result)
     return lines
 
 
@@ -355,13 +355,13 @@ def _gallery(report: Report) -> str:
     has_condition = any(example.condition is not None for example in report.examples)
     ends = (["Given"] if has_condition else []), ["Real"]
     groups = "".join(
-        f'<th scope="colgroup" class="edge" colspan="{len(own)}">{html.escape(name)}</th>'
-        for name, own in models.items()
+        f'<th scope="colgroup" class="edge" colspan="{len(columns)}">{html.escape(name)}</th>'
+        for name, columns in models.items()
     )
     steps = "".join(
         f'<th scope="col"{" class=edge" if j == 0 else ""}>{report.results[i].steps}<span> steps</span></th>'
-        for own in models.values()
-        for j, i in enumerate(own)
+        for columns in models.values()
+        for j, i in enumerate(columns)
     )
     before, after = ("".join(f'<th rowspan="2" scope="col" class="edge">{text}</th>' for text in side) for side in ends)
     body = "".join(_pictures(report, models, r, has_condition) for r in range(len(report.examples)))
@@ -376,8 +376,8 @@ def _pictures(report: Report, models: Mapping[str, Sequence[int]], r: int, has_c
     cells = []
     if has_condition:
         cells.append(_picture(example.condition, f"what the models are given for {example.prompt}", True))
-    for own in models.values():
-        for j, i in enumerate(own):
+    for columns in models.values():
+        for j, i in enumerate(columns):
             result = report.results[i]
             cells.append(_picture(result.pictures[r], f"{example.prompt}, {result.name}, {result.steps} steps", j == 0))
     cells.append(_picture(example.truth, f"{example.prompt}, the real picture", True))

@@ -51,6 +51,7 @@ def staged_folder(target: Path, *, last: str | None = None, keep_others: bool = 
       last: the name of the file that is moved last into a folder that exists, for readers that look for it first.
       keep_others: whether a folder that exists keeps its files of other names, or is replaced as a whole.
     """
+    target = target.resolve()
     created = [parent for parent in target.parents if not parent.exists()]
     stage = _partial_path(target)
     try:

@@ -78,9 +78,9 @@ def agree(what: str, values: Mapping[str, Any], remedy: str) -> None:
     """
     if not _watch.is_running:
         return
-    own = json.dumps(dict(values), sort_keys=True, default=str)
-    for index, text in sorted(_exchange(own, what).items()):
-        other, first = json.loads(text), json.loads(own)
+    given = json.dumps(dict(values), sort_keys=True, default=str)
+    for index, text in sorted(_exchange(given, what).items()):
+        other, first = json.loads(text), json.loads(given)
         for name in sorted(other.keys() | first.keys()):
             if other.get(name) != first.get(name):
                 raise ValueError(

@@ -35,7 +35,6 @@ from codi_jax.models.vae import AutoencoderKL, VAEConfig
 Network = UNet2DCondition | ControlNet | AutoencoderKL | CLIPTextModel
 """The Flax module of one part of a model."""
 
-
 _NETWORKS: tuple[tuple[type[ModelConfig], Callable[..., Network]], ...] = (
     (UNetConfig, UNet2DCondition),
     (ControlNetConfig, ControlNet),
@@ -62,9 +61,6 @@ def load_model(
 ) -> tuple[Network, Params]:
     """Loads one network of a diffusers folder, tensor by tensor.
 
-    Example:
-      >>> unet, params = load_model("assets/emoji", "unet")
-
     Args:
       source: a local folder, or a repository on the Hugging Face Hub (``HF_HUB_OFFLINE`` and the cache are respected).
       subfolder: ``unet``, ``controlnet``, ``vae``, ``text_encoder`` or ``text_encoder_2``; ``None`` if ``source``
@@ -90,8 +86,9 @@ def load_model(
     """
     folder = ModelFolder(str(Path(source).expanduser()), subfolder, revision, cache_dir, local_files_only)
     folder = folder.pinned(folder.require("config.json"))
-    of_module = dtype if compute_dtype is None else compute_dtype
-    module = build_module(folder, jnp.float32 if of_module is None else of_module, attention=attention, remat=remat)
+    storage_dtype = jnp.float32 if dtype is None else dtype
+    computation_dtype = storage_dtype if compute_dtype is None else compute_dtype
+    module = build_module(folder, computation_dtype, attention=attention, remat=remat)
     weights = open_weights(_choose_file(folder, module.config, variant))
     params = from_state_dict(
         module.abstract_params(),
@@ -174,9 +171,6 @@ def save_model(
     The files are written beside the target and then moved, so an error or an interrupt leaves nothing behind. In a
     folder that exists, files of the same names and older safetensors of the model are replaced, and all others are
     kept. In a run of several processes all must call it (tensors are gathered), and the first one writes.
-
-    Example:
-      >>> save_model("runs/mine", "unet", unet, params, dtype="float16")
 
     Args:
       folder: of the whole model.
