@@ -106,7 +106,11 @@ class SamplingSpec:
           timestep_scaling: the factor from t to τ in the boundary scalings.
         """
         return cls(
-            scheduler="LCMScheduler", sampler="lcm", grid_steps=num_steps, timestep_scaling=float(timestep_scaling)
+            scheduler="LCMScheduler",
+            sampler="lcm",
+            timestep_spacing="leading",  # the class's default, which its times do not depend on
+            grid_steps=num_steps,
+            timestep_scaling=float(timestep_scaling),
         )
 
     @classmethod
@@ -116,7 +120,7 @@ class SamplingSpec:
         Args:
           num_steps: N of `codi_jax.diffusion.schedule.distillation_grid`.
         """
-        return cls(scheduler="TCDScheduler", sampler="tcd", grid_steps=num_steps)
+        return cls(scheduler="TCDScheduler", sampler="tcd", timestep_spacing="leading", grid_steps=num_steps)
 
     @classmethod
     def generator(cls, timesteps: Sequence[int]) -> "SamplingSpec":
@@ -124,7 +128,7 @@ class SamplingSpec:
 
         diffusers samples it with its ``LCMScheduler``, when it is given the times: ``timesteps=[399]``.
         """
-        return cls(scheduler="LCMScheduler", sampler="lcm", timesteps=tuple(timesteps))
+        return cls(scheduler="LCMScheduler", sampler="lcm", timestep_spacing="leading", timesteps=tuple(timesteps))
 
     @classmethod
     def many_steps(cls) -> "SamplingSpec":
