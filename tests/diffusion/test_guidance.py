@@ -1,6 +1,7 @@
 """Guidance against diffusers' formulas, and against NumPy in float64."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import torch
 from diffusers import LatentConsistencyModelPipeline
 
 from codi_jax.diffusion import guidance
+from codi_jax.diffusion.guidance import Guidance, choose_guidance, stack_branches
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
@@ -86,3 +88,100 @@ def test_guidance_embedding_from_the_formula():
     angles = 1000 * w[:, None] * np.exp(-np.arange(128) * np.log(10_000) / 127)
     expected = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     np.testing.assert_allclose(guidance.guidance_embedding(jnp.asarray(w, jnp.float32)), expected, atol=1e-3)
+
+
+def test_guidance_embedding_of_text_and_image():
+    """Each in half of the width."""
+    w, w_image = jnp.array([1.0, 7.0]), jnp.array([0.5, 2.0])
+    both = guidance.guidance_embedding(w, 64, w_image)
+    halves = [guidance.guidance_embedding(each, 32) for each in (w, w_image)]
+    np.testing.assert_array_equal(both, np.concatenate(halves, axis=1))
+
+
+# ---- The guidance as a value
+
+EACH = jnp.array([2.0, 7.0])  # one scale for each of the two samples
+KINDS: dict[str, tuple[Callable[..., Guidance], tuple[str, ...]]] = {
+    "none": (lambda *_: Guidance.none(), ("full",)),
+    "embedded": (lambda s, _: Guidance.embedded(s), ("full",)),
+    "classifier-free": (lambda s, _: Guidance.classifier_free(s), ("null", "full")),
+    "edit, two passes": (lambda s, _: Guidance.edit(s), ("image_only", "full")),
+    "edit": (Guidance.edit, ("null", "image_only", "full")),
+}
+SCALES = {"numbers": (7.5, 1.5), "scalars": (jnp.float32(7.5), jnp.float32(1.5)), "each": (EACH, EACH[::-1] / 4)}
+
+
+@pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_guidance_combines_its_own_branches(kind: str, scales: tuple[Any, Any]):
+    """In the order in which it says that they are stacked, by the formulas in float64."""
+    make, branches = KINDS[kind]
+    value = make(*scales)
+    assert value.branches == branches
+    outputs = {"null": normal(0), "image_only": normal(1), "full": normal(2)}
+    stacked = stack_branches(*(jnp.asarray(outputs[branch]) for branch in value.branches))
+    u, i, t = (outputs[branch].astype(np.float64) for branch in ("null", "image_only", "full"))
+    s_T, s_I = (np.broadcast_to(np.asarray(s, np.float64), (2,)).reshape(2, 1, 1, 1) for s in scales)
+    expected = {
+        "none": t,
+        "embedded": t,  # the network has done it
+        "classifier-free": u + s_T * (t - u),
+        "edit, two passes": u + 1 * (i - u) + s_T * (t - i),
+        "edit": u + s_I * (i - u) + s_T * (t - i),
+    }[kind]
+    np.testing.assert_allclose(value.combine(stacked), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(Guidance.combine)(value, stacked), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "embedded"])
+def test_only_an_embedded_guidance_is_embedded(kind: str):
+    assert KINDS[kind][0](7.5, 1.5).embedding(2, 64, embeds_image=False) is None
+
+
+@pytest.mark.parametrize("w", [6.5, jnp.float32(6.5), np.float32(6.5), jnp.array([6.5, 6.5])])
+def test_an_embedded_guidance_is_that_of_diffusers_for_every_sample(w: Any):
+    embedding = partial(LatentConsistencyModelPipeline.get_guidance_scale_embedding, None)
+    theirs = embedding(torch.full((2,), 6.5), embedding_dim=64)
+    np.testing.assert_allclose(Guidance.embedded(w).embedding(2, 64, embeds_image=False), theirs, atol=1e-3)
+    both = Guidance.embedded(w, 0.5)
+    np.testing.assert_allclose(both.embedding(2, 64, embeds_image=False), theirs, atol=1e-3)  # takes no image's
+    halves = [embedding(torch.full((2,), each), embedding_dim=32) for each in (6.5, 0.5)]
+    np.testing.assert_allclose(both.embedding(2, 64, embeds_image=True), torch.cat(halves, dim=1), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scales", "model", "expected"),
+    [
+        ((7.5, 1.5), {}, Guidance.classifier_free(np.float32(7.5))),
+        ((1, 1.5), {}, Guidance.none()),
+        ((7.5, 1.5), {"is_edit": True}, Guidance.edit(np.float32(7.5), np.float32(1.5))),
+        ((0, 1.5), {}, Guidance.none()),
+        ((7.5, 0), {}, Guidance.classifier_free(np.float32(7.5))),
+        ((1, 1.5), {"is_edit": True}, Guidance.none()),
+        ((7.5, 1), {"is_edit": True}, Guidance.edit(np.float32(7.5))),
+        ((7.5, 0.9), {"is_edit": True}, Guidance.none()),
+        ((1, 1), {"is_edit": True}, Guidance.none()),
+        ((7.5, 1.5), {"embeds_guidance": True}, Guidance.embedded(np.float32(6.5), np.float32(0.5))),
+        ((1, 1), {"embeds_guidance": True}, Guidance.embedded(np.float32(0), np.float32(0))),
+        ((0, 0), {"embeds_guidance": True}, Guidance.embedded(np.float32(-1), np.float32(-1))),
+    ],
+)
+def test_guidance_takes_the_fewest_passes(scales: tuple[float, float], model: dict[str, bool], expected: Guidance):
+    assert choose_guidance(*scales, **{"is_edit": False, "embeds_guidance": False, **model}) == expected
+
+
+def test_one_program_serves_all_scales_of_a_kind():
+    """Branches are static, scales are not."""
+    traced = []
+
+    @jax.jit
+    def combine(value: Guidance, predictions: jax.Array) -> jax.Array:
+        traced.append(value.branches)
+        return value.combine(predictions)
+
+    two, three = jnp.asarray(normal(0, 4, 3, 4, 2)), jnp.asarray(normal(0, 6, 3, 4, 2))
+    for scale in (2.0, 3.0, 7.5):
+        combine(Guidance.classifier_free(scale), two)
+        combine(Guidance.edit(scale), two)
+        combine(Guidance.edit(scale, scale / 2), three)
+    assert traced == [("null", "full"), ("image_only", "full"), ("null", "image_only", "full")]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from schedulers import CLASSES, PREDICTION_TYPES, PUBLISHED, SD, SPACINGS, config_for, make
 
-from codi_jax.diffusion.samplers import SAMPLERS, sample
+from codi_jax.diffusion.samplers import SAMPLERS, sample, tcd
 from codi_jax.diffusion.sampling_spec import SamplingSpec
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.diffusion.scheduler_config import SamplerName
@@ -78,7 +78,7 @@ def our_sample(
 def replayed_noise(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """Noise for 50 steps, which diffusers draws one after the other."""
     noise = normal(4, max(STEPS), *SHAPE)
-    for module in ("scheduling_lcm", "scheduling_euler_ancestral_discrete"):
+    for module in ("scheduling_lcm", "scheduling_tcd", "scheduling_euler_ancestral_discrete"):
         draws = iter(noise)
         monkeypatch.setattr(
             f"diffusers.schedulers.{module}.randn_tensor", lambda *_, d=draws, **__: torch.tensor(next(d))
@@ -172,6 +172,39 @@ def test_lcm_with_times_of_ones_own(times: list[int], replayed_noise: np.ndarray
     _, expected = diffusers_sample(config, z, timesteps=times)
     ours = our_sample("lcm", NoiseSchedule.from_config(config), z, np.array(times), noise if len(times) > 1 else None)
     assert relative_error(ours, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_tcd(steps: int, gamma: float, prediction_type: str, replayed_noise: np.ndarray):
+    schedule = make(prediction_type=prediction_type).sampled(SamplingSpec.tcd(50))
+    scheduler = diffusers.TCDScheduler.from_config(schedule.to_config())
+    scheduler.set_timesteps(steps)
+    times = timesteps_for("tcd", schedule, steps)
+    np.testing.assert_array_equal(times, scheduler.timesteps)
+    x, model = torch.tensor(normal(0)), denoise(torch)
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t), t, x, eta=gamma, return_dict=False)[0]
+    # Padded to a program for more steps, as pipelines do; those beyond the count would change the result.
+    room = 8
+    noise = jnp.pad(jnp.asarray(replayed_noise[: steps - 1]), [(0, room - steps), *[(0, 0)] * len(SHAPE)])
+    padded = np.pad(times, (0, room - steps), mode="edge")
+    z, num_steps = jnp.asarray(normal(0)), jnp.int32(steps)
+    ours = sample("tcd", denoise(jnp), schedule, z, padded, noise, gamma=gamma, num_steps=num_steps)
+    assert relative_error(ours, x.numpy()) <= TOLERANCE
+
+
+def test_gamma_is_that_of_tcd():
+    """At γ = 1 each step ends at s = 0, so what follows depends on the noise; at γ = 0 not at all."""
+    schedule = make().sampled(SamplingSpec.tcd(10))
+    times, z = timesteps_for("tcd", schedule, 3), jnp.ones(SHAPE)
+
+    def run(gamma: float, scale: float) -> jax.Array:
+        return tcd(denoise(jnp), schedule, z, times, jnp.full((2, *SHAPE), scale), gamma=gamma)
+
+    np.testing.assert_array_equal(run(0.0, 1.0), run(0.0, 5.0))
+    assert np.abs(np.asarray(run(1.0, 1.0) - run(1.0, 5.0))).max() > 0.1
 
 
 # ---- CoDi against NumPy
@@ -338,7 +371,7 @@ def switched(file: dict[str, Any], sampler: str) -> Any:
     """As users do it: ``pipeline.scheduler = SomeScheduler.from_config(pipeline.scheduler.config)``."""
     loaded = getattr(diffusers, file["_class_name"]).from_config(file)
     # diffusers' pipelines turn clip_sample off; and none of them wants the Runge-Kutta steps.
-    more: dict[str, Any] = {"clip_sample": False} if sampler in ("ddim", "lcm") else {}
+    more: dict[str, Any] = {"clip_sample": False} if sampler in ("ddim", "lcm", "tcd") else {}
     more |= {"skip_prk_steps": True} if sampler == "pndm" else {}
     return getattr(diffusers, CLASSES[sampler]).from_config(loaded.config, **more)
 

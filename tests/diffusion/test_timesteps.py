@@ -129,7 +129,7 @@ def test_pndm_without_the_key_has_runge_kutta_steps():
 @pytest.mark.parametrize("steps", [0, 1001])
 def test_impossible_numbers_of_steps(sampler: SamplerName, steps: int):
     schedule = make().sampled(SamplingSpec.codi(50))
-    most = 50 if sampler in ("lcm", "codi") else 1000
+    most = 50 if sampler in ("lcm", "tcd", "codi") else 1000
     with pytest.raises(ValueError, match=rf"^steps = {steps}: choose 1 to {most} \("):
         timesteps_for(sampler, schedule, steps)
 
