@@ -112,7 +112,7 @@ def widen_params(params: Params) -> Params:
     return {**params, "conv_in": {**params["conv_in"], "kernel": widened}}
 
 
-def refuse_guidance_input(unet: UNet2DCondition, remedy: str) -> None:
+def refuse_guidance_input(unet: Any, remedy: str) -> None:
     """Refuses a UNet that takes its guidance as an input, for training that does not give it one.
 
     Args:
