@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from standins import float64
 
+from codi_jax.pipeline.conditions import Frozen
+
 COLUMN = (slice(None), None, None, None)
 """Makes a number for each sample one for each of its pixels."""
 
@@ -16,23 +18,30 @@ class Problem:
     """All that a loss depends on.
 
     Attributes:
-      method: the module with ``loss(params, state, frozen, batch, key, config)``.
+      loss_function: ``loss(params, state, frozen, batch, key, setup)`` of the method.
     """
 
-    method: Any
-    config: Any
+    loss_function: Any
+    setup: Any
     state: Any
-    frozen: dict[str, Any]
+    frozen: Frozen
     batch: dict[str, jax.Array]
     key: jax.Array
 
     def loss(self, params: Any = None) -> tuple[jax.Array, dict[str, jax.Array]]:
         params = self.state.params if params is None else params
-        return self.method.loss(params, self.state, self.frozen, self.batch, self.key, self.config)
+        return self.loss_function(params, self.state, self.frozen, self.batch, self.key, self.setup)
 
     def float64(self) -> tuple[Any, Any]:
-        """The batch, and what is frozen but for the schedule."""
-        return float64(self.batch), float64({k: v for k, v in self.frozen.items() if k != "schedule"})
+        """The batch, and the frozen parameters."""
+        return float64(self.batch), float64(self.frozen.params)
+
+    def null_text(self) -> tuple[np.ndarray, np.ndarray]:
+        """Its features and its pooled output, for each sample of the batch."""
+        null, count = self.frozen.null_text, len(self.batch["context"])
+        assert null is not None
+        context, pooled = (np.repeat(float64(features), count, 0) for features in (null.context, null.pooled))
+        return context, pooled
 
 
 def assert_equals(problem: Problem, wanted: Any) -> None:

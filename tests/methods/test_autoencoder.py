@@ -8,11 +8,15 @@ import pytest
 from published import TINY_VAE
 
 from codi_jax.methods import autoencoder
-from codi_jax.methods.autoencoder import Config
+from codi_jax.methods.autoencoder import AutoencoderFlags
 from codi_jax.models.vae import AutoencoderKL, VAEConfig
+from codi_jax.pipeline.conditions import Frozen
+from codi_jax.pipeline.networks import Networks
 from codi_jax.training import optim
 
 VAE = AutoencoderKL(VAEConfig.from_dict(TINY_VAE))
+NETWORKS = Networks(unet=None, vae=VAE)
+FROZEN = Frozen({}, None)
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +31,9 @@ def batch():
 
 @pytest.mark.parametrize("rec_loss", ["l1", "l2"])
 def test_loss_is_that_of_the_paper(params, batch, rec_loss):
-    key = jax.random.key(1)
-    value, metrics = autoencoder.loss(params, batch, key, Config(VAE, rec_loss, kl_scale=1e-3))
+    key, setup = jax.random.key(1), autoencoder.configure(NETWORKS, AutoencoderFlags(rec_loss=rec_loss, kl_scale=1e-3))
+    state = optim.init_state(params, optax.identity(), key)
+    value, metrics = autoencoder.loss(params, state, FROZEN, batch, key, setup)
     x = np.asarray(batch["pixels"], np.float64) / 255 * 2 - 1
     q = VAE.apply({"params": params}, jnp.asarray(x, jnp.float32), method="encode")
     mean, logvar = (np.asarray(each, np.float64) for each in (q.mean, q.logvar))
@@ -44,16 +49,28 @@ def test_loss_is_that_of_the_paper(params, batch, rec_loss):
 
 
 def test_training_reconstructs_and_gives_the_latents_a_scale(params, batch):
-    optimizer, config = optax.adam(3e-3), Config(VAE, "l2", ema_decay=0.5)
-    state = optim.init_state(params, optimizer, jax.random.key(0), ema=True)
-    step = jax.jit(autoencoder.train_step, static_argnames=("config", "optimizer"))
+    optimizer = optax.adam(3e-3)
+    setup = autoencoder.configure(NETWORKS, AutoencoderFlags(rec_loss="l2", use_ema=True, ema_decay=0.5))
+    state = autoencoder.init(setup, {"vae": params}.__getitem__, optimizer, jax.random.key(0))
+    step = jax.jit(autoencoder.METHOD.step(setup, optimizer))
     # Smooth pictures: noise does not compress.
     ramp = np.linspace(0, 255, 16)[None, :, None, None] * np.array([1, 0.5, 0])
     batch = {"pixels": jnp.asarray(np.broadcast_to(ramp, (4, 16, 16, 3)).astype(np.uint8))}
     for _ in range(60):
-        state, metrics = step(state, {}, batch, config=config, optimizer=optimizer)
+        state, metrics = step(state, FROZEN, batch)
     assert metrics["psnr"] > 20
-    images, z = autoencoder.reconstruct(state.ema, batch["pixels"], config)
+    result = autoencoder.METHOD.result(state, setup, {}.__getitem__)
+    assert result == {"vae": state.ema}
+    images, z = autoencoder.reconstruct(VAE, result["vae"], batch["pixels"])
     assert images.dtype == jnp.uint8
     assert np.abs(np.asarray(images, int) - np.asarray(batch["pixels"], int)).mean() < 20
-    np.testing.assert_allclose(np.std(np.asarray(z) * autoencoder.scaling_factor(z)), 1, rtol=1e-5)
+    scaled = autoencoder.with_scaling_factor(VAE, z)
+    assert scaled.config.scaling_factor != VAE.config.scaling_factor
+    np.testing.assert_allclose(np.std(np.asarray(z) * scaled.config.scaling_factor), 1, rtol=1e-5)
+
+
+def test_the_vae_alone_is_trained_and_recomputes_if_it_is_asked_to():
+    for remat in (False, True):
+        setup = autoencoder.configure(NETWORKS, AutoencoderFlags(), remat=remat)
+        assert (setup.trained, setup.frozen, setup.student.vae.remat) == (("vae",), (), remat)
+        assert setup.ema_decay is None

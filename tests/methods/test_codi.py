@@ -18,17 +18,28 @@ import pytest
 import standins
 from numerics import COLUMN, Problem, alpha_sigma, assert_equals, boundary_scalings, draw_latents, x_and_eps
 from published import TINY_VAE
-from standins import MODULES, SCHEDULER, SMALL_SD, float64, make_batch, null_text, numpy_predict, small_unet
+from standins import (
+    CONTROLNET,
+    DISTILLED,
+    SCHEDULER,
+    SMALL_SD,
+    TEXT_TO_IMAGE,
+    float64,
+    make_batch,
+    null_text,
+    numpy_predict,
+    small_unet,
+)
 
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.methods import codi
 from codi_jax.methods.codi import CodiFlags
 from codi_jax.models.vae import AutoencoderKL, VAEConfig
-from codi_jax.pipeline.conditions import Condition, Modules
+from codi_jax.pipeline.conditions import Condition, Conditions, Frozen, NullText, prepare
+from codi_jax.pipeline.networks import Networks
 from codi_jax.pipeline.prediction import predict
 
 SGD = optax.sgd(0.1)
-train_step = jax.jit(codi.train_step, static_argnames=("config", "optimizer", "accumulation"))
 B = standins.CHANNELS
 # Every flag that changes the loss, with all of its values. What a network combination ignores is left out of it.
 NETWORKS = {
@@ -80,27 +91,24 @@ def make_problem(combination: dict[str, Any], **more: Any) -> Problem:
     )  # fmt: skip
     # A timestep scaling so small that c_skip and c_out are far from 0 and 1.
     teacher = NoiseSchedule.from_config({**SCHEDULER, "prediction_type": chosen["prediction_type"]})
-    config = codi.configure(MODULES, flags)
-    frozen = {"unet": standins.unet_params(1), "schedule": codi.student_schedule(teacher, flags), **null_text()}
-    if flags.needs_initial_controlnet:
+    setup = codi.configure(CONTROLNET, flags)
+    frozen = {"unet": standins.unet_params(1)}
+    if flags.teacher_steps_with_initial:
         frozen["controlnet"] = standins.controlnet_params(6)
+    assert frozen.keys() == {*setup.frozen} - {"vae"}
     params = {"unet": standins.unet_params(2), "controlnet": standins.controlnet_params(3)}
     ema = {"unet": standins.unet_params(4), "controlnet": standins.controlnet_params(5)}
-    trained = codi.init_state(
-        config, frozen["unet"], optax.identity(), jax.random.key(0), controlnet_params=params["controlnet"]
-    )
-    state = dataclasses.replace(
-        trained,
-        params={name: params[name] for name in trained.params},
-        ema={name: ema[name] for name in trained.params},
-    )
+    state = codi.init(setup, params.__getitem__, optax.identity(), jax.random.key(0))
+    assert state.params.keys() == {*setup.trained}
+    state = dataclasses.replace(state, ema={name: ema[name] for name in setup.trained})
+    frozen = Frozen(frozen, codi.sampling(teacher, flags), null_text=null_text())
     # By this key a step of the teacher ends at s = 0 for one of the samples.
-    return Problem(codi, config, state, frozen, make_batch(B), jax.random.key(3))
+    return Problem(codi.loss, setup, state, frozen, make_batch(B), jax.random.key(3))
 
 
 def numpy_loss(problem: Problem) -> Any:
     """The method's equations as a function of θ."""
-    flags, schedule = problem.config.flags, problem.frozen["schedule"]
+    flags, schedule = problem.setup.flags, problem.frozen.schedule
     batch, frozen = problem.float64()
     alpha, sigma = alpha_sigma(schedule)
     control = batch["conditioning"] / 255 if flags.distill_type == "conditional" else None
@@ -119,8 +127,7 @@ def numpy_loss(problem: Problem) -> Any:
     def x_eps(networks, z, t, guided, control):
         out = numpy_predict(networks, z, t, batch["context"], batch["pooled"], batch["time_ids"], control)
         if guided:
-            context, pooled = (np.repeat(frozen[name], B, 0) for name in ("null_context", "null_pooled"))
-            uncond = numpy_predict(networks, z, t, context, pooled, batch["time_ids"], control)
+            uncond = numpy_predict(networks, z, t, *problem.null_text(), batch["time_ids"], control)
             out = uncond + w[COLUMN] * (out - uncond)
         return x_and_eps(schedule.prediction_type, out, z, alpha[t][COLUMN], sigma[t][COLUMN])
 
@@ -163,16 +170,17 @@ def numpy_loss(problem: Problem) -> Any:
 def test_a_perfect_network_has_no_loss(distill_grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of ε: the reference compares ε̂ with the clean latent where the teacher's step ends at s = 0."""
     problem = make_problem({**FIRST, "distill_loss": "consistency_epsilon", "distill_grid": distill_grid})
-    size, schedule = 64, problem.frozen["schedule"]
-    problem.batch = make_batch(size)
+    schedule, problem.batch = problem.frozen.schedule, make_batch(64)
+    z0 = prepare(problem.setup.networks, {}, problem.batch, jax.random.split(problem.key, 4)[0]).z0
 
-    def perfect(modules: Any, networks: Any, z: Any, t: Any, inputs: Any, *_: Any) -> Any:
+    def perfect(networks: Any, params: Any, z: Any, t: Any, *_: Any) -> Any:
         alpha, sigma = schedule.alpha_sigma(t)
-        return (z - alpha * inputs.z0) / sigma
+        return (z - alpha * z0) / sigma
 
-    monkeypatch.setattr(codi, "guided", perfect)
-    scalings = dataclasses.replace(schedule, timestep_scaling=10.0)  # as in training: c_skip is 0 but at s = 0
-    problem.frozen["schedule"] = scalings
+    monkeypatch.setattr(codi, "predict", perfect)
+    as_in_training = dataclasses.replace(schedule.sampling, timestep_scaling=10.0)  # c_skip is 0 but at s = 0
+    schedule = dataclasses.replace(schedule, sampling=as_in_training)
+    problem.frozen = dataclasses.replace(problem.frozen, schedule=schedule)
     value, metrics = problem.loss()
     np.testing.assert_allclose(metrics["consistency"], 0, atol=1e-6)
     # f(z, 0) = z, with its noise: of variance 8.5e-4 at t = 0, which the leading grid has.
@@ -198,26 +206,25 @@ def test_loss_and_gradient_equal_the_equations_for_every_combination() -> None:
 
 
 @functools.cache
-def real_model() -> tuple[Modules, dict[str, Any], NoiseSchedule]:
+def real_model() -> tuple[Networks, dict[str, Any], NullText, NoiseSchedule]:
     unet, unet_params = small_unet(SMALL_SD)
     vae = AutoencoderKL(VAEConfig.from_dict(TINY_VAE))
-    rng = np.random.default_rng(3)
-    null = {"null_context": jnp.asarray(rng.standard_normal((1, 5, 24)), jnp.float32)}
-    return Modules(unet, vae), {"unet": unet_params, **null}, NoiseSchedule.from_config(SCHEDULER)
+    null = NullText(jnp.asarray(np.random.default_rng(3).standard_normal((1, 5, 24)), jnp.float32))
+    return Networks(unet, vae), {"unet": unet_params}, null, NoiseSchedule.from_config(SCHEDULER)
 
 
-def real_problem(flags: CodiFlags, size: int = 4, **init: Any) -> Problem:
-    modules, frozen, teacher = real_model()
-    config = codi.configure(modules, flags)
-    frozen = {**frozen, "schedule": codi.student_schedule(teacher, flags)}
+def real_problem(flags: CodiFlags, size: int = 4) -> Problem:
+    networks, params, null, teacher = real_model()
+    setup = codi.configure(networks, flags)
+    frozen = Frozen(params, codi.sampling(teacher, flags), null_text=null)
     rng = np.random.default_rng(0)
     batch = {
         "moments": rng.standard_normal((size, 8, 8, 8)).astype("f2"),
         "context": rng.standard_normal((size, 5, 24)).astype("f2"),
         "conditioning": rng.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8),
     }
-    state = codi.init_state(config, frozen["unet"], SGD, jax.random.key(0), **init)
-    return Problem(codi, config, state, frozen, jax.tree.map(jnp.asarray, batch), jax.random.key(7))
+    state = codi.init(setup, params.__getitem__, SGD, jax.random.key(0))
+    return Problem(codi.loss, setup, state, frozen, jax.tree.map(jnp.asarray, batch), jax.random.key(7))
 
 
 def perturbed(tree: Any, seed: int) -> Any:
@@ -234,13 +241,6 @@ def with_trained(problem: Problem) -> Problem:
     return dataclasses.replace(problem, state=state)
 
 
-def value_and_grad(problem: Problem) -> Any:
-    def loss(params: Any, problem_state: Any) -> Any:
-        return codi.loss(params, problem_state, problem.frozen, problem.batch, problem.key, problem.config)
-
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(problem.state.params, problem.state)
-
-
 @pytest.mark.parametrize("onestepode", ["uncontrol", "control"])
 def test_the_student_starts_as_the_teacher(onestepode: str) -> None:
     """To the bit: a new ControlNet adds zeros."""
@@ -248,12 +248,11 @@ def test_the_student_starts_as_the_teacher(onestepode: str) -> None:
     frozen, batch = problem.frozen, problem.batch
     context, control = batch["context"], batch["conditioning"] / 255.0
     z, t = batch["moments"][..., :4].astype(jnp.float32), jnp.array([19, 259, 519, 999])
-    networks = {"unet": frozen["unet"]}
+    conditions = Conditions(Condition(context, None, control))
 
     @jax.jit
     def outputs(params: Any) -> Any:
-        condition = Condition(context, None, control)
-        return tuple(predict(problem.config.modules, {**networks, **p}, z, t, condition) for p in ({}, params))
+        return tuple(predict(problem.setup.networks, {**frozen.params, **p}, z, t, conditions) for p in ({}, params))
 
     teacher, student = outputs(problem.state.params)
     assert np.abs(np.asarray(teacher)).max() > 0.01
@@ -270,37 +269,14 @@ def test_a_teacher_that_stays_as_it_started_needs_a_trained_controlnet() -> None
         codi.configure(real_model()[0], dataclasses.replace(flags, **harmless))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags",
-    [
-        CodiFlags(onestepode="uncontrol", cfg_aware_distill=True),
-        CodiFlags(onestepode="control", onestepode_cfg=True),
-    ],
-    ids=["guided student", "guided teacher"],
-)
-def test_sharing_the_encoder_changes_nothing(flags: CodiFlags, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = with_trained(real_problem(flags))
-    (shared, _), gradient = value_and_grad(problem)
-    calls = []
-    monkeypatch.setattr(codi, "_shared_features", lambda *_: calls.append(1))
-    (alone, _), wanted = value_and_grad(problem)
-    assert calls, "the encoder was not shared"
-    np.testing.assert_allclose(shared, alone, rtol=1e-5)
-    largest = max(np.abs(g).max() for g in jax.tree.leaves(wanted))
-    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * largest)
-
-
 def test_a_given_controlnet_is_where_training_starts_and_is_trained() -> None:
     problem = make_problem(FIRST)
     given, optimizer = standins.controlnet_params(21), optax.adam(0.1)
-    state = codi.init_state(
-        problem.config, problem.frozen["unet"], optimizer, jax.random.key(0), controlnet_params=given
-    )
+    load = {"unet": standins.unet_params(1), "controlnet": given}.__getitem__
+    state = codi.init(problem.setup, load, optimizer, jax.random.key(0))
     for tree in (state.params, state.ema):
         assert jax.tree.all(jax.tree.map(np.array_equal, tree, {"controlnet": given}))
-    after, metrics = train_step(state, problem.frozen, problem.batch, config=problem.config, optimizer=optimizer)
+    after, metrics = jax.jit(codi.METHOD.step(problem.setup, optimizer))(state, problem.frozen, problem.batch)
     assert metrics.keys() >= {"loss", "grad_norm", "consistency", "reconstruction", "skipped"}
     for name, start in given.items():
         moved = np.asarray(after.params["controlnet"][name] - start)
@@ -313,7 +289,7 @@ def test_the_teachers_step_takes_the_controlnet_of_now() -> None:
     """One program for all steps: with other parameters it gives what the equations say of those."""
     for networks, trees in (("control-target", ("ema",)), ("control-online", ("params",))):
         problem = make_problem({**FIRST, "networks": networks})
-        loss = jax.jit(lambda state, p=problem: codi.loss(state.params, state, p.frozen, p.batch, p.key, p.config)[0])
+        loss = jax.jit(lambda state, p=problem: codi.loss(state.params, state, p.frozen, p.batch, p.key, p.setup)[0])
         for seed in (11, 12):
             later = {tree: {"controlnet": standins.controlnet_params(seed)} for tree in trees}
             problem = dataclasses.replace(problem, state=dataclasses.replace(problem.state, **later))
@@ -324,24 +300,35 @@ def test_the_teachers_step_takes_the_controlnet_of_now() -> None:
 
 def test_all_that_is_random_is_drawn_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latents, noise, time and guidance: no two of them agree, nor do those of two steps."""
-    size, calls = 1000, []
-    real = codi.guided
+    size, calls, latents = 1000, [], []
+    real_predict, real_prepare = codi.predict, codi.prepare
 
-    def record(modules: Any, networks: Any, z: Any, t: Any, inputs: Any, w: Any = None, *rest: Any) -> Any:
-        calls.append((np.asarray(inputs.z0), np.asarray(z), np.asarray(t), None if w is None else np.asarray(w)))
-        return real(modules, networks, z, t, inputs, w, *rest)
+    def record(networks: Any, params: Any, z: Any, t: Any, conditions: Any, guidance: Any = None) -> Any:
+        calls.append((np.asarray(z), np.asarray(t), None if guidance is None else np.asarray(guidance.scale)))
+        return real_predict(networks, params, z, t, conditions, guidance)
 
-    monkeypatch.setattr(codi, "guided", record)
+    def record_latents(*arguments: Any) -> Any:
+        inputs = real_prepare(*arguments)
+        latents.append(np.asarray(inputs.z0))
+        return inputs
+
+    monkeypatch.setattr(codi, "predict", record)
+    monkeypatch.setattr(codi, "prepare", record_latents)
     problem = make_problem({**FIRST, "cfg_aware_distill": True}, distill_guidance_min=3.0, distill_guidance_max=5.0)
     batch = make_batch(size)
     problem.batch = {**batch, "moments": jnp.zeros_like(batch["moments"])}
-    alpha = np.sqrt(np.asarray(problem.frozen["schedule"].alphas_cumprod, np.float64))
+    alpha = np.sqrt(np.asarray(problem.frozen.schedule.alphas_cumprod, np.float64))
     draws = []
     for seed in (0, 1):
         calls.clear()
+        latents.clear()
         problem.key = jax.random.key(seed)
         problem.loss()
-        (_, _, _, _), (z0, z_t, t, w), (_, _, s, w_target) = calls
+        (z_teacher, t_teacher, w_teacher), (z_t, t, w), (_, s, w_target) = calls
+        (z0,) = latents
+        assert w_teacher is None
+        np.testing.assert_array_equal(z_teacher, z_t)
+        np.testing.assert_array_equal(t_teacher, t)
         np.testing.assert_array_equal(w, w_target)
         np.testing.assert_array_equal(s, np.maximum(t - 125, 0))
         a = alpha[t][:, None, None, None]
@@ -362,9 +349,8 @@ def test_microbatches_draw_apart_too() -> None:
     """A batch of one sample four times over: alike draws would make the microbatches alike."""
     problem = make_problem(FIRST)
     batch = jax.tree.map(lambda x: jnp.repeat(x[:1], 4, axis=0), problem.batch)
-    _, metrics = train_step(
-        problem.state, problem.frozen, batch, config=problem.config, optimizer=optax.identity(), accumulation=4
-    )
+    step = jax.jit(codi.METHOD.step(problem.setup, optax.identity(), accumulation=4))
+    _, metrics = step(problem.state, problem.frozen, batch)
     seen = []
     key = jax.random.fold_in(problem.state.key, 0)
     one = jax.tree.map(lambda x: x[:1], batch)
@@ -380,14 +366,14 @@ def test_microbatches_draw_apart_too() -> None:
 
 def test_the_schedule_of_the_student_has_the_grid() -> None:
     flags = CodiFlags(distill_learning_steps=20, distill_grid="leading", distill_timestep_scaling=3.0)
-    schedule = codi.student_schedule(NoiseSchedule.from_config(SCHEDULER), flags)
+    schedule = codi.sampling(NoiseSchedule.from_config(SCHEDULER), flags)
     t, s = codi.grid(schedule)
     np.testing.assert_array_equal(t, np.arange(20) * 50)
     np.testing.assert_array_equal(s, np.maximum(t - 50, 0))
-    assert schedule.timestep_scaling == 3
-    t, s = codi.grid(codi.student_schedule(NoiseSchedule.from_config(SCHEDULER), CodiFlags()))
+    assert schedule.sampling.timestep_scaling == 3
+    t, s = codi.grid(codi.sampling(NoiseSchedule.from_config(SCHEDULER), CodiFlags()))
     assert (len(t), t[0], t[-1], s[0], s[-1]) == (50, 19, 999, 0, 979)
-    with pytest.raises(ValueError, match="student_schedule"):
+    with pytest.raises(ValueError, match=r"take that of codi\.sampling"):
         codi.grid(NoiseSchedule.from_config(SCHEDULER))
 
 
@@ -395,19 +381,68 @@ def test_the_teachers_prediction_type_is_not_overridden() -> None:
     teacher = NoiseSchedule.from_config(SCHEDULER)
     for name in ("v_prediction", "vprediction", "x_prediction", "xprediction"):
         with pytest.warns(UserWarning, match=f"--onestepode_sample_eps {name} has no effect.*epsilon"):
-            schedule = codi.student_schedule(teacher, CodiFlags(onestepode_sample_eps=name))
+            schedule = codi.sampling(teacher, CodiFlags(onestepode_sample_eps=name))
         assert schedule.prediction_type == "epsilon"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in (None, "epsilon", "nprediction"):
-            codi.student_schedule(teacher, CodiFlags(onestepode_sample_eps=name))
+            codi.sampling(teacher, CodiFlags(onestepode_sample_eps=name))
         of_v = NoiseSchedule.from_config({**SCHEDULER, "prediction_type": "v_prediction"})
-        codi.student_schedule(of_v, CodiFlags(onestepode_sample_eps="vprediction"))
+        codi.sampling(of_v, CodiFlags(onestepode_sample_eps="vprediction"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "trained", "frozen"),
+    [
+        ({}, {"controlnet"}, {"unet", "vae"}),
+        ({"train": "unet"}, {"controlnet", "unet"}, {"unet", "vae"}),
+        ({"onestepode_control_params": "initial"}, {"controlnet"}, {"unet", "vae", "controlnet"}),
+        ({"onestepode_control_params": "initial", "onestepode": "uncontrol"}, {"controlnet"}, {"unet", "vae"}),
+        ({"distill_type": "unconditional"}, {"unet"}, {"unet", "vae"}),
+    ],
+)
+@pytest.mark.parametrize("given", [CONTROLNET, TEXT_TO_IMAGE], ids=["controlnet", "new controlnet"])
+def test_what_is_trained_and_what_is_frozen(
+    flags: dict[str, Any], trained: set[str], frozen: set[str], given: Networks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        codi, "add_controlnet", lambda networks: dataclasses.replace(networks, controlnet=CONTROLNET.controlnet)
+    )
+    if given.controlnet is None and "controlnet" in frozen:
+        return  # refused, see above
+    setup = codi.configure(given, CodiFlags(ema_decay=0.9, **flags), remat=True)
+    assert ({*setup.trained}, {*setup.frozen}) == (trained, frozen)
+    assert setup.student == setup.networks
+    assert all(network.remat for name, network in setup.student.by_name().items() if name != "vae")
+    assert (setup.student.controlnet is None) == ("controlnet" not in trained)
+    assert setup.starts_from_controlnet == (given.controlnet is not None)
+    assert (setup.ema_decay, setup.needs_null_text) == (0.9, False)
+    for guided in ("cfg_aware_distill", "onestepode_cfg"):
+        assert codi.configure(CONTROLNET, CodiFlags(**flags, **{guided: True})).needs_null_text
+
+
+def test_a_teacher_that_takes_its_guidance_as_an_input_is_refused() -> None:
+    message = r"takes its guidance as an input \(time_cond_proj_dim\), which CoDi does not give it: start from"
+    with pytest.raises(ValueError, match=message):
+        codi.configure(DISTILLED, CodiFlags())
+
+
+def test_the_average_is_shown_and_exported() -> None:
+    for networks in ("control-target", "full-uncontrol"):
+        problem = make_problem({**FIRST, "networks": networks})
+        result = codi.METHOD.result(problem.state, problem.setup, {}.__getitem__)
+        assert result is problem.state.ema
+        export = codi.METHOD.export(problem.state, problem.setup, {}.__getitem__)
+        assert export.networks.keys() == {*problem.setup.trained}
+        for name, (network, params) in export.networks.items():
+            assert network == problem.setup.student.by_name()[name]
+            assert params is problem.state.ema[name]
+        assert (export.beside, export.lora, export.is_whole) == ({}, {}, True)
 
 
 def test_without_condition_the_unet_is_trained_alone() -> None:
     problem = real_problem(CodiFlags(distill_type="unconditional", cfg_aware_distill=True))
-    assert problem.config.modules.controlnet is None
+    assert problem.setup.networks.controlnet is None
     assert set(problem.state.params) == {"unet"}
     del problem.batch["conditioning"]
     value, _ = jax.eval_shape(problem.loss)
@@ -447,8 +482,7 @@ import test_codi as tests
 assert jax.device_count() == 8
 problem = tests.guided_problem(sys.argv[1], size=16)
 
-def step(state, frozen, batch):
-    return tests.train_step(state, frozen, batch, config=problem.config, optimizer=tests.SGD, accumulation=2)
+step = jax.jit(tests.codi.METHOD.step(problem.setup, tests.SGD, accumulation=2))
 
 mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ("data", "fsdp"))
 everywhere = NamedSharding(mesh, PartitionSpec())
