@@ -16,11 +16,14 @@ from diffusers import UNet2DConditionModel
 from flax import traverse_util
 from numerics import COLUMN, Problem, alpha_sigma, assert_equals, boundary_scalings, draw_latents, x_and_eps
 from standins import (
+    CONTROLNET,
+    DISTILLED,
     EDITING,
-    MODULES,
+    INPAINTING,
     SCHEDULER,
     SMALL_SD,
     SMALL_XL,
+    TEXT_TO_IMAGE,
     float64,
     make_batch,
     null_text,
@@ -28,14 +31,16 @@ from standins import (
     small_unet,
 )
 
+from codi_jax.diffusion.guidance import Guidance
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.methods import lcm
 from codi_jax.methods.baking import bake_guidance
-from codi_jax.methods.lcm import LcmFlags
+from codi_jax.methods.lcm import LcmEditFlags, LcmFlags, LcmTextFlags
 from codi_jax.models.lora import lora_layers
 from codi_jax.models.unet import UNet2DCondition
-from codi_jax.pipeline.conditions import Condition, Modules, drop_conditions, prepare
-from codi_jax.pipeline.prediction import guided, predict
+from codi_jax.pipeline.conditions import Condition, Conditions, Frozen, NullText, drop_conditions, prepare
+from codi_jax.pipeline.networks import Networks
+from codi_jax.pipeline.prediction import predict
 from codi_jax.training import optim
 
 B, N, DIM = standins.CHANNELS, 8, 12
@@ -63,24 +68,26 @@ def guided_params(seed: int, width: int, *, edits: bool) -> dict[str, Any]:
 def make_problem(task: str, prediction_type: str, loss_type: str, dropout: float) -> Problem:
     edits, weighs_image = task.startswith("edit"), task.endswith("two guidances")
     # A timestep scaling so small that c_skip and c_out are far from 0 and 1, and a huber_c amid the differences.
-    flags = LcmFlags(
+    more = {"w_image_min": 0.2, "w_image_max": 2.0} if weighs_image else {}
+    more |= {"conditioning_dropout_prob": dropout} if edits else {}
+    method = lcm.EDIT if edits else lcm.TEXT
+    flags = method.flags(
         loss_type=loss_type, huber_c=0.5, num_ddim_timesteps=N, timestep_scaling_factor=0.01, w_min=1.0, w_max=4.0,
-        unet_time_cond_proj_dim=DIM, **({"w_image_min": 0.2, "w_image_max": 2.0} if weighs_image else {}),
+        unet_time_cond_proj_dim=DIM, **more,
     )  # fmt: skip
-    modules = EDITING if edits else dataclasses.replace(MODULES, controlnet=None)
-    modules = MODULES if task == "controlnet" else modules
-    config = lcm.configure(modules, flags, dropout=dropout)
+    networks = EDITING if edits else CONTROLNET if task == "controlnet" else TEXT_TO_IMAGE
+    setup = method.configure(networks, flags)
     teacher = NoiseSchedule.from_config({**SCHEDULER, "prediction_type": prediction_type})
-    frozen = {"unet": standins.unet_params(1, edits=edits), "schedule": lcm.student_schedule(teacher, flags)}
+    frozen = {"unet": standins.unet_params(1, edits=edits)}
     if task == "controlnet":
         frozen["controlnet"] = standins.controlnet_params(6)
-    width = config.student.config.time_cond_proj_dim
+    assert {*setup.frozen} == {*frozen, "vae"}
+    width = setup.student.unet.config.time_cond_proj_dim
     params, ema = ({"unet": guided_params(seed, width, edits=edits)} for seed in (2, 4))
-    state = dataclasses.replace(
-        optim.init_state(params, optax.identity(), jax.random.key(0), ema=True),
-        ema=ema,
-    )
-    return Problem(lcm, config, state, {**frozen, **null_text()}, make_batch(B), jax.random.key(8))
+    state = optim.init_state(params, optax.identity(), jax.random.key(0), ema=True)
+    state = dataclasses.replace(state, ema=ema)
+    frozen = Frozen(frozen, method.sampling(teacher, flags), null_text=null_text())
+    return Problem(method.loss, setup, state, frozen, make_batch(B), jax.random.key(8))
 
 
 def numpy_embedding(w: np.ndarray, dim: int) -> np.ndarray:
@@ -92,11 +99,11 @@ def numpy_embedding(w: np.ndarray, dim: int) -> np.ndarray:
 
 def numpy_loss(problem: Problem) -> Any:
     """The method's equations as a function of θ."""
-    config, schedule = problem.config, problem.frozen["schedule"]
+    networks, flags, schedule = problem.setup.networks, problem.setup.flags, problem.frozen.schedule
     batch, frozen = problem.float64()
     alpha, sigma = alpha_sigma(schedule)
-    edits = config.modules.edits
-    control = batch["conditioning"] / 255 if config.modules.controlnet is not None else None
+    edits = networks.unet.config.in_channels == 2 * B
+    control = batch["conditioning"] / 255 if networks.controlnet is not None else None
 
     # What is drawn.
     keys = jax.random.split(problem.key, 6)
@@ -115,8 +122,8 @@ def numpy_loss(problem: Problem) -> Any:
     c_I = np.split(batch["conditioning_moments"], 2, axis=-1)[0] if edits else None
     no_I = np.zeros_like(c_I) if edits else None
     c_T = batch["context"], batch["pooled"]
-    no_T = tuple(np.repeat(frozen[name], B, 0) for name in ("null_context", "null_pooled"))
-    if config.dropout:
+    no_T = problem.null_text()
+    if flags.dropout:
         # From here on a sample's c_T and c_I are what is left to it: teacher, student and target see nothing else.
         r = float64(jax.random.uniform(keys[1], (B,)))
         c_T = tuple(np.where((r < 0.6).reshape(-1, *(1,) * (c.ndim - 1)), no, c) for c, no in zip(c_T, no_T))
@@ -128,7 +135,7 @@ def numpy_loss(problem: Problem) -> Any:
 
     # The teacher's guided step, on x̂ and ε̂ apart.
     of_both, of_none = e(frozen, z_t, t, c_I, c_T), e(frozen, z_t, t, no_I, no_T)
-    if config.flags.weighs_image:  # Brooks et al., 2023, equation 3
+    if flags.weighs_image:  # Brooks et al., 2023, equation 3
         s_I, s_T = (w_image + 1)[COLUMN], (w + 1)[COLUMN]
         of_image = e(frozen, z_t, t, c_I, no_T)
         guided = of_none + s_I * (of_image - of_none) + s_T * (of_both - of_image)
@@ -146,7 +153,7 @@ def numpy_loss(problem: Problem) -> Any:
 
     def loss(theta):
         difference = f(theta, z_t, t) - target
-        if config.flags.loss_type == "huber":
+        if flags.loss_type == "huber":
             return np.mean(np.sqrt(difference**2 + 0.5**2) - 0.5)
         return np.mean(difference**2)
 
@@ -162,14 +169,14 @@ def test_loss_and_gradient_equal_the_equations(combination: dict[str, Any]) -> N
 # ---- With the real networks, small
 
 
-def real_modules(*, is_xl: bool = False, edits: bool = True) -> tuple[Modules, dict[str, Any]]:
+def real_networks(*, is_xl: bool = False, edits: bool = True) -> tuple[Networks, dict[str, Any]]:
     config = {**(SMALL_XL if is_xl else SMALL_SD), "in_channels": 8 if edits else 4}
     unet, params = small_unet(config)
     vae = standins.StandInVAE(standins.StandInVAE.Config(0.18, 4))
-    return Modules(unet, vae), params
+    return Networks(unet, vae), params
 
 
-def conditions(is_xl: bool, size: int = 2) -> Condition:
+def condition_of(is_xl: bool, size: int = 2) -> Condition:
     rng = np.random.default_rng(5)
     width = 44 if is_xl else 24
     added = {"text_embeds": rng.standard_normal((size, 20)), "time_ids": rng.uniform(0, 64, (size, 6))}
@@ -181,54 +188,33 @@ def conditions(is_xl: bool, size: int = 2) -> Condition:
 @pytest.mark.parametrize("is_xl", [False, True], ids=["sd", "sdxl"])
 def test_the_student_starts_as_the_teacher(is_xl: bool) -> None:
     """The reference leaves the projection of the guidance weights random."""
-    modules, params = real_modules(is_xl=is_xl)
-    config = lcm.configure(modules, LcmFlags())
-    state = lcm.init_state(config, params, optax.identity(), jax.random.key(0))
+    networks, params = real_networks(is_xl=is_xl)
+    setup = lcm.configure(networks, LcmFlags())
+    state = lcm.init(setup, {"unet": params}.__getitem__, optax.identity(), jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, state.ema, state.params)
     z, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 4)), jnp.array([19, 999])
-    condition = conditions(is_xl)
-    teacher = predict(modules, {"unet": params}, z, t, condition)
-    embedded = dataclasses.replace(condition, guidance=jnp.ones((2, 256)))
-    student = predict(dataclasses.replace(modules, unet=config.student), state.params, z, t, embedded)
+    conditions = Conditions(condition_of(is_xl))
+    teacher = predict(networks, {"unet": params}, z, t, conditions)
+    student = predict(setup.student, state.params, z, t, conditions, Guidance.embedded(jnp.array([2.0, 9.0])))
     assert np.abs(np.asarray(teacher)).max() > 0.01
     np.testing.assert_array_equal(student, teacher)
-
-
-@pytest.mark.parametrize("two", [False, True], ids=["one guidance", "two guidances"])
-@pytest.mark.parametrize("is_xl", [False, True], ids=["sd", "sdxl"])
-def test_a_baked_student_is_the_student(is_xl: bool, two: bool) -> None:
-    modules, params = real_modules(is_xl=is_xl)
-    weights = {"w_image_min": 0.0, "w_image_max": 2.0} if two else {}
-    student = lcm.configure(modules, LcmFlags(unet_time_cond_proj_dim=16, **weights)).student
-    params = standins.random_params(student, 3)
-    scales = (4.5, 1.7) if two else (4.5, None)
-    baked, baked_params = bake_guidance(student, params, *scales)
-    assert baked.config == modules.unet.config
-    z, t, condition = jax.random.normal(jax.random.key(1), (2, 8, 8, 4)), jnp.array([19, 999]), conditions(is_xl)
-    embedding = np.concatenate([numpy_embedding(np.full(2, s - 1), 16) for s in scales if s is not None], 1)
-    guided = dataclasses.replace(condition, guidance=jnp.asarray(embedding, jnp.float32))
-    wanted = predict(dataclasses.replace(modules, unet=student), {"unet": params}, z, t, guided)
-    unguided = dataclasses.replace(guided, guidance=jnp.zeros_like(embedding))
-    without = predict(dataclasses.replace(modules, unet=student), {"unet": params}, z, t, unguided)
-    ours = predict(dataclasses.replace(modules, unet=baked), {"unet": baked_params}, z, t, condition)
-    largest = np.abs(np.asarray(wanted)).max()
-    assert np.abs(np.asarray(wanted - without)).max() > 0.01 * largest, "the guidance changes nothing"
-    np.testing.assert_allclose(ours, wanted, atol=1e-5 * largest)
 
 
 def test_the_guided_step_is_that_of_diffusers() -> None:
     """Their DDIM scheduler steps from the guided prediction to the time before, on the same grid of 50."""
     problem = make_problem("text", "epsilon", "l2", 0.0)
-    schedule = lcm.student_schedule(NoiseSchedule.from_config(SCHEDULER), LcmFlags())
+    schedule = lcm.sampling(NoiseSchedule.from_config(SCHEDULER), LcmFlags())
     options = {key: value for key, value in SCHEDULER.items() if key[0] != "_"}
     scheduler = diffusers.DDIMScheduler(**options, timestep_spacing="trailing")
     scheduler.set_timesteps(50)
-    inputs = prepare(problem.config.modules, problem.frozen, problem.batch, jax.random.key(0))
-    z, w = inputs.z0, jnp.array([3.0, 7.5, 11.0])
+    networks, params = problem.setup.networks, problem.frozen.params
+    inputs = prepare(networks, params, problem.batch, jax.random.key(0), problem.frozen.null_text)
+    z, w, c = inputs.z0, jnp.array([3.0, 7.5, 11.0]), inputs.conditions
     for t in (999, 519, 39):
         times = jnp.full((B,), t)
-        prediction = guided(problem.config.modules, problem.frozen, z, times, inputs, w + 1)
+        prediction = predict(networks, params, z, times, c, Guidance.classifier_free(w + 1))
         ours = schedule.ddim_step(*schedule.to_x0_eps(prediction, z, times), times - 20)
-        halves = [predict(problem.config.modules, problem.frozen, z, times, c) for c in (inputs.null, inputs.cond)]
+        halves = [predict(networks, params, z, times, Conditions(one)) for one in (c.of("null"), c.full)]
         uncond, cond = (torch.from_numpy(np.asarray(half).copy()) for half in halves)
         # Theirs, with w = scale - 1: noise_pred = cond + w (cond - uncond).
         noise_pred = cond + torch.from_numpy(np.array(w))[:, None, None, None] * (cond - uncond)
@@ -237,44 +223,53 @@ def test_the_guided_step_is_that_of_diffusers() -> None:
 
 
 def test_a_lora_student_is_the_teacher_at_first_and_the_teacher_stays() -> None:
-    modules, params = real_modules(edits=False)
-    config = lcm.configure(modules, LcmFlags(num_ddim_timesteps=10), lora=True)
-    optimizer = optax.sgd(1.0)
-    state = lcm.init_state(config, params, optimizer, jax.random.key(0), rank=2)
+    networks, params = real_networks(edits=False)
+    setup = lcm.TEXT.configure(networks, LcmTextFlags(num_ddim_timesteps=10, use_lora=True, lora_rank=2))
+    optimizer, load = optax.sgd(1.0), {"unet": params}.__getitem__
+    state = lcm.init(setup, load, optimizer, jax.random.key(0))
     assert state.ema is None
     rng = np.random.default_rng(0)
     batch = {
         "moments": jnp.asarray(rng.standard_normal((2, 8, 8, 8)), jnp.float32),
-        "context": conditions(False).context,
+        "context": condition_of(False).context,
     }
-    null = {"null_context": jnp.asarray(rng.standard_normal((1, 5, 24)), jnp.float32)}
-    schedule = lcm.student_schedule(NoiseSchedule.from_config(SCHEDULER), config.flags)
-    frozen = {"unet": params, "schedule": schedule, **null}
-    step = jax.jit(lcm.train_step, static_argnames=("config", "optimizer"))
-    after, _ = step(state, frozen, batch, config=config, optimizer=optimizer)
-    z, t, cond = jax.random.normal(jax.random.key(1), (2, 8, 8, 4)), jnp.array([19, 999]), conditions(False)
-    cond = dataclasses.replace(cond, image=None)
-    teacher = predict(modules, frozen, z, t, cond)
-    np.testing.assert_array_equal(predict(modules, {**frozen, **state.params}, z, t, cond), teacher)
-    assert np.abs(np.asarray(predict(modules, {**frozen, **after.params}, z, t, cond) - teacher)).max() > 1e-4
+    null = NullText(jnp.asarray(rng.standard_normal((1, 5, 24)), jnp.float32))
+    schedule = lcm.sampling(NoiseSchedule.from_config(SCHEDULER), setup.flags)
+    frozen = Frozen({"unet": params}, schedule, null_text=null)
+    after, _ = jax.jit(lcm.TEXT.step(setup, optimizer))(state, frozen, batch)
+    z, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 4)), jnp.array([19, 999])
+    conditions = Conditions(dataclasses.replace(condition_of(False), image=None))
+    teacher, first, then, shown = (
+        predict(networks, {**frozen.params, **p}, z, t, conditions)
+        for p in ({}, state.params, after.params, lcm.result(after, setup, load))
+    )
+    np.testing.assert_array_equal(first, teacher)
+    assert np.abs(np.asarray(then - teacher)).max() > 1e-4
+    # What is shown is the teacher with the LoRA merged into it; what is exported, the LoRA and no network.
+    np.testing.assert_allclose(shown, then, rtol=1e-3, atol=1e-4)
+    export = lcm.export(after, setup, load)
+    assert (export.networks, export.beside, export.is_whole) == ({}, {}, False)
+    assert export.lora == {"unet": after.params["unet_lora"]}
 
 
 def test_the_gradient_of_a_lora_is_alpha_by_rank_and_none_goes_through_its_target() -> None:
     """θ⁻ is θ, but a constant: the target is computed apart here, and given as numbers."""
-    modules, params = real_modules(edits=False)
-    flags = LcmFlags(num_ddim_timesteps=10, timestep_scaling_factor=0.01)
-    config = lcm.configure(modules, flags, lora=True)
-    state = lcm.init_state(config, params, optax.identity(), jax.random.key(0), rank=2, alpha=6.0)
+    networks, params = real_networks(edits=False)
+    of_lora = {"use_lora": True, "lora_rank": 2, "lora_alpha": 6.0}
+    flags = LcmTextFlags(num_ddim_timesteps=10, timestep_scaling_factor=0.01, **of_lora)
+    setup = lcm.TEXT.configure(networks, flags)
+    state = lcm.init(setup, {"unet": params}.__getitem__, optax.identity(), jax.random.key(0))
     rng, key = np.random.default_rng(0), jax.random.key(3)
     theta = jax.tree.map(lambda x: jnp.float32(rng.normal(0, 0.3, x.shape)) if x.ndim else x, state.params)
     batch = {"moments": rng.standard_normal((2, 8, 8, 8)), "context": rng.standard_normal((2, 5, 24))}
     batch = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), batch)
-    schedule = lcm.student_schedule(NoiseSchedule.from_config(SCHEDULER), flags)
-    null = {"null_context": jnp.asarray(rng.standard_normal((1, 5, 24)), jnp.float32)}
-    frozen = {"unet": params, "schedule": schedule, **null}
+    schedule = lcm.sampling(NoiseSchedule.from_config(SCHEDULER), flags)
+    null = NullText(jnp.asarray(rng.standard_normal((1, 5, 24)), jnp.float32))
+    frozen = Frozen({"unet": params}, schedule, null_text=null)
 
     keys = jax.random.split(key, 6)
-    inputs = prepare(modules, frozen, batch, keys[0])
+    inputs = prepare(networks, frozen.params, batch, keys[0], null)
+    conditions = inputs.conditions
     t = 100 * jax.random.randint(keys[2], (2,), 0, 10) + 99
     s = jnp.maximum(t - 100, 0)
     z_t = schedule.add_noise(inputs.z0, jax.random.normal(keys[3], inputs.z0.shape), t)
@@ -290,17 +285,17 @@ def test_the_gradient_of_a_lora_is_alpha_by_rank_and_none_goes_through_its_targe
 
     def f(theta: Any, z: Any, t: Any) -> Any:
         c_skip, c_out = (jnp.asarray(c, jnp.float32) for c in boundary_scalings(np.asarray(t), 0.01))
-        return c_skip * z + c_out * schedule.to_x0_eps(predict(modules, merged(theta), z, t, inputs.cond), z, t)[0]
+        return c_skip * z + c_out * schedule.to_x0_eps(predict(networks, merged(theta), z, t, conditions), z, t)[0]
 
-    teacher = schedule.to_x0_eps(guided(modules, frozen, z_t, t, inputs, w + 1), z_t, t)
-    z_s = schedule.ddim_step(*teacher, s)
+    of_teacher = predict(networks, frozen.params, z_t, t, conditions, Guidance.classifier_free(w + 1))
+    z_s = schedule.ddim_step(*schedule.to_x0_eps(of_teacher, z_t, t), s)
     target = np.asarray(jax.jit(lambda theta: f(theta, z_s, s))(theta))
 
     def wanted(theta: Any, target: Any) -> Any:
         return jnp.mean((f(theta, z_t, t) - target) ** 2)
 
     def ours(theta: Any) -> Any:
-        return lcm.loss(theta, state, frozen, batch, key, config)[0]
+        return lcm.loss(theta, state, frozen, batch, key, setup)[0]
 
     value, gradient = jax.jit(jax.value_and_grad(ours))(theta)
     theirs, slope = jax.jit(jax.value_and_grad(wanted))(theta, target)
@@ -316,32 +311,33 @@ def test_the_gradient_of_a_lora_is_alpha_by_rank_and_none_goes_through_its_targe
 def test_conditions_are_dropped_together_and_in_these_shares() -> None:
     problem = make_problem("edit", "epsilon", "l2", 0.1)
     batch = jax.tree.map(lambda x: jnp.concatenate([x] * 1000), problem.batch)
-    inputs = prepare(problem.config.modules, problem.frozen, batch, jax.random.key(0))
-    assert inputs.null is not None
-    dropped = drop_conditions(inputs, jax.random.key(3), 0.1)
+    inputs = prepare(problem.setup.networks, {}, batch, jax.random.key(0), problem.frozen.null_text)
+    given, null = inputs.conditions, inputs.conditions.null
+    assert null is not None
+    dropped = drop_conditions(inputs, jax.random.key(3), 0.1).conditions
 
     def same(a, b):
         return np.all(np.asarray(a == b).reshape(len(a), -1), axis=1)
 
-    text = same(dropped.cond.context, inputs.null.context)
-    pooled = same(dropped.cond.added_cond["text_embeds"], inputs.null.added_cond["text_embeds"])
-    image = same(dropped.cond.image, inputs.null.image)
+    text = same(dropped.full.context, null.context)
+    pooled = same(dropped.full.added_cond["text_embeds"], null.added_cond["text_embeds"])
+    image = same(dropped.full.image, null.image)
     np.testing.assert_array_equal(text, pooled)
-    np.testing.assert_array_equal(dropped.cond.added_cond["time_ids"], batch["time_ids"])
+    np.testing.assert_array_equal(dropped.full.added_cond["time_ids"], batch["time_ids"])
     for share in (text & ~image, text & image, ~text & image):
         assert abs(share.mean() - 0.1) < 0.02
     kept = ~text & ~image
-    np.testing.assert_array_equal(dropped.cond.context[kept], inputs.cond.context[kept])
-    np.testing.assert_array_equal(dropped.cond.image[~image], inputs.cond.image[~image])
+    np.testing.assert_array_equal(dropped.full.context[kept], given.full.context[kept])
+    np.testing.assert_array_equal(dropped.full.image[~image], given.full.image[~image])
     assert dropped.image_only is not None
-    np.testing.assert_array_equal(dropped.image_only.image, dropped.cond.image)
-    np.testing.assert_array_equal(dropped.image_only.context, inputs.null.context)
+    np.testing.assert_array_equal(dropped.image_only.image, dropped.full.image)
+    np.testing.assert_array_equal(dropped.image_only.context, null.context)
 
 
 def test_the_source_image_is_its_mode_and_not_scaled() -> None:
     problem = make_problem("edit", "epsilon", "l2", 0.0)
     first, second = (
-        prepare(problem.config.modules, problem.frozen, problem.batch, jax.random.key(i)).cond.image for i in (0, 1)
+        prepare(problem.setup.networks, {}, problem.batch, jax.random.key(i)).conditions.full.image for i in (0, 1)
     )
     np.testing.assert_array_equal(first, second)
     mean, _ = np.split(np.asarray(problem.batch["conditioning_moments"], "f4"), 2, axis=-1)
@@ -349,12 +345,12 @@ def test_the_source_image_is_its_mode_and_not_scaled() -> None:
 
 
 def test_diffusers_loads_a_student_of_two_guidances(tmp_path) -> None:
-    modules, _ = real_modules()
-    student = lcm.configure(modules, LcmFlags(w_image_min=0.0, w_image_max=1.0)).student
+    networks, _ = real_networks()
+    student = lcm.configure(networks, LcmFlags(w_image_min=0.0, w_image_max=1.0)).student.unet
     assert isinstance(student, UNet2DCondition)
     values = student.config.to_dict()
     assert values["embeds_image_guidance"] is True
-    assert "embeds_image_guidance" not in modules.unet.config.to_dict()
+    assert "embeds_image_guidance" not in networks.unet.config.to_dict()
     theirs = UNet2DConditionModel.from_config({k: v for k, v in values.items() if v is not None})
     assert theirs.time_embedding.cond_proj.weight.shape == (16, 512)
 
@@ -376,14 +372,81 @@ def test_impossible_flags_are_named(flags: dict[str, Any], message: str) -> None
 
 
 def test_models_that_cannot_be_distilled_are_named() -> None:
-    modules, _ = real_modules()
-    student = dataclasses.replace(modules, unet=lcm.configure(modules, LcmFlags()).student)
-    with pytest.raises(ValueError, match="has been distilled already"):
-        lcm.configure(student, LcmFlags())
-    text, _ = real_modules(edits=False)
-    with pytest.raises(ValueError, match="takes no image"):
-        lcm.configure(text, LcmFlags(w_image_min=0.0, w_image_max=1.0))
-    with pytest.raises(ValueError, match="there is no guidance to bake in"):
-        bake_guidance(modules.unet, {}, 4.0)
-    with pytest.raises(ValueError, match="takes no image guidance"):
-        bake_guidance(student.unet, {}, 4.0, 1.5)
+    edit_student = lcm.EDIT.configure(EDITING, LcmEditFlags()).student
+    for method, networks in ((lcm.TEXT, DISTILLED), (lcm.EDIT, edit_student)):
+        with pytest.raises(ValueError, match="so it has been distilled already: give the model that it was distilled"):
+            method.configure(networks, method.flags())
+    with pytest.raises(ValueError, match="--w_image_min is for InstructPix2Pix models, and the teacher takes no image"):
+        lcm.TEXT.configure(TEXT_TO_IMAGE, LcmTextFlags(w_image_min=0.0, w_image_max=1.0))
+    with pytest.raises(ValueError, match="--w_image_min is of no use to a LoRA, which takes no guidance weights"):
+        lcm.configure(EDITING, LcmTextFlags(w_image_min=0.0, w_image_max=1.0, use_lora=True))
+
+
+def test_each_script_takes_the_models_of_its_task() -> None:
+    with pytest.raises(ValueError, match="InstructPix2Pix model: distill it with train_lcm_distil_instruct_pix2pix"):
+        lcm.TEXT.configure(EDITING, LcmTextFlags())
+    with pytest.raises(ValueError, match="the teacher is for the task 'inpaint', which LCM is not implemented for"):
+        lcm.TEXT.configure(INPAINTING, LcmTextFlags())
+    for networks, channels in ((TEXT_TO_IMAGE, 3), (INPAINTING, 7)):
+        message = f"--pretrained_teacher_model: its UNet has {channels} input channels, and that of .* has 6: train one"
+        with pytest.raises(ValueError, match=message):
+            lcm.EDIT.configure(networks, LcmEditFlags())
+    for networks in (TEXT_TO_IMAGE, CONTROLNET):
+        setup = lcm.TEXT.configure(networks, LcmTextFlags(), remat=True)
+        assert setup.student.unet.remat
+        assert not setup.networks.unet.remat
+        assert setup.trained == ("unet",)
+        assert {*setup.frozen} == networks.by_name().keys()
+        assert setup.needs_null_text
+
+
+# ---- What is left of a run
+
+
+def test_the_student_is_exported_beside_its_average() -> None:
+    """θ as the UNet, θ⁻ as unet_target; what is shown is θ⁻."""
+    problem = make_problem("text", "epsilon", "l2", 0.0)
+    state, setup = problem.state, lcm.TEXT.configure(TEXT_TO_IMAGE, problem.setup.flags, remat=True)
+    assert lcm.TEXT.result(state, setup, {}.__getitem__) == {"unet": state.ema["unet"]}
+    export = lcm.TEXT.export(state, setup, {}.__getitem__)
+    assert (export.networks.keys(), export.beside.keys()) == ({"unet"}, {"unet_target"})
+    for (unet, params), wanted in ((export.networks["unet"], state.params), (export.beside["unet_target"], state.ema)):
+        assert unet == problem.setup.student.unet  # which does not recompute
+        assert params is wanted["unet"]
+    assert (export.lora, export.is_whole) == ({}, True)
+
+
+@pytest.mark.parametrize("scales", [(4.5, None), (4.5, 1.7)], ids=["one guidance", "two guidances"])
+def test_a_guidance_scale_is_baked_into_both_exports(scales: tuple[float, float | None]) -> None:
+    networks, params = real_networks()
+    weights = {"w_image_min": 0.0, "w_image_max": 2.0} if scales[1] is not None else {}
+    scale, image_scale = scales
+    of_export = {"bake_guidance_scale": scale, "bake_image_guidance_scale": image_scale}
+    flags = LcmEditFlags(unet_time_cond_proj_dim=16, **weights, **of_export)
+    flags.check()
+    setup = lcm.EDIT.configure(networks, flags)
+    state = lcm.EDIT.init(setup, {"unet": params}.__getitem__, optax.identity(), jax.random.key(0))
+    trees = [{"unet": standins.random_params(setup.student.unet, seed)} for seed in (3, 4)]
+    export = lcm.EDIT.export(dataclasses.replace(state, params=trees[0], ema=trees[1]), setup, {}.__getitem__)
+    for (unet, baked), tree in zip((export.networks["unet"], export.beside["unet_target"]), trees, strict=True):
+        wanted_unet, wanted = bake_guidance(setup.student.unet, tree["unet"], *scales)
+        assert unet == wanted_unet
+        assert unet.config == networks.unet.config
+        jax.tree.map(np.testing.assert_array_equal, baked, wanted)
+
+
+@pytest.mark.parametrize(
+    ("flags", "possible"),
+    [
+        ({"bake_guidance_scale": 4.0}, True),
+        ({"bake_guidance_scale": 4.0, "bake_image_guidance_scale": 1.5}, False),
+        ({"bake_guidance_scale": 4.0, "w_image_min": 0.0, "w_image_max": 1.0}, False),
+        ({"bake_guidance_scale": 4.0, "bake_image_guidance_scale": 1.5, "w_image_min": 0.0, "w_image_max": 1.0}, True),
+    ],
+)
+def test_an_image_scale_is_baked_in_if_the_student_takes_one(flags: dict[str, Any], possible: bool) -> None:
+    if possible:
+        LcmEditFlags(**flags).check()
+        return
+    with pytest.raises(ValueError, match="given if, and only if, --w_image_min and --bake_guidance_scale are"):
+        LcmEditFlags(**flags).check()
