@@ -11,12 +11,16 @@ import pytest
 import torch
 from numerics import COLUMN, alpha_sigma, draw_latents, x_and_eps
 from oracle import make_pair, nchw, nhwc, prune_sd
-from standins import CHANNELS, MODULES, SCHEDULER, SMALL_SD, float64, make_batch
+from standins import CHANNELS, CONTROLNET, EDITING, INPAINTING, SCHEDULER, SMALL_SD, TEXT_TO_IMAGE, float64, make_batch
 
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.methods import bk_sdm, denoising
-from codi_jax.models.pruning import LEVELS, Surgery, whole
-from codi_jax.training import optim
+from codi_jax.methods.bk_sdm import BkSdmFlags, BkSdmSetup
+from codi_jax.models.config import ConfigError
+from codi_jax.models.pruning import LEVELS, Surgery, prune, whole
+from codi_jax.pipeline.conditions import Frozen
+from codi_jax.pipeline.networks import Networks
+from codi_jax.training.optim import TrainState
 
 B = 2
 # bk_small for two resolutions.
@@ -40,29 +44,35 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class Problem:
     """All that the loss depends on, and the teacher in PyTorch."""
 
-    config: bk_sdm.Config
-    params: Any
-    frozen: dict[str, Any]
+    setup: BkSdmSetup
+    state: TrainState
+    frozen: Frozen
     torch_teacher: torch.nn.Module
 
     def loss(self, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return jax.jit(bk_sdm.loss, static_argnums=4)(self.params, self.frozen, batch(), key, self.config)
+        loss = jax.jit(bk_sdm.loss, static_argnums=5)
+        return loss(self.state.params, self.state, self.frozen, batch(), key, self.setup)
 
 
 def batch() -> dict[str, Any]:
     return {name: value for name, value in make_batch(B).items() if name in ("moments", "context")}
 
 
-def make(surgery: Surgery = SURGERY, student: str = "v_prediction", **options: Any) -> Problem:
+def networks_of(unet: Any) -> Networks:
+    return dataclasses.replace(TEXT_TO_IMAGE, unet=unet)
+
+
+def make(surgery: Surgery | None = SURGERY, student: str = "v_prediction", **options: Any) -> Problem:
     torch_teacher, unet, params = make_pair("unet", TEACHER)
-    module, student_params, features = bk_sdm.make_student(unet, params, surgery)
-    modules = dataclasses.replace(MODULES, unet=module, controlnet=None)
-    schedules = {
-        name: NoiseSchedule.from_config({**SCHEDULER, "prediction_type": prediction_type})
-        for name, prediction_type in (("schedule", student), ("teacher_schedule", "v_prediction"))
-    }
-    config = bk_sdm.Config(modules, teacher_unet=unet, features=features, **options)
-    return Problem(config, {"unet": student_params}, {"teacher": params, **schedules}, torch_teacher.double())
+    method = bk_sdm.method(surgery)
+    setup = method.configure(networks_of(unet), BkSdmFlags(**options))
+    assert {*setup.frozen} == {"unet", "vae"}
+    schedule, teacher = (
+        NoiseSchedule.from_config({**SCHEDULER, "prediction_type": prediction_type})
+        for prediction_type in (student, "v_prediction")
+    )
+    state = method.init(setup, {"unet": params}.__getitem__, optax.sgd(0.1), jax.random.key(0))
+    return Problem(setup, state, Frozen({"unet": params}, schedule, teacher), torch_teacher.double())
 
 
 def run_torch(model: torch.nn.Module, z: np.ndarray, t: np.ndarray, context: np.ndarray) -> tuple[np.ndarray, dict]:
@@ -82,18 +92,18 @@ def run_torch(model: torch.nn.Module, z: np.ndarray, t: np.ndarray, context: np.
 
 def numpy_terms(problem: Problem, key: jax.Array) -> dict[str, Any]:
     """The terms, drawn with the same keys."""
-    config, schedule, data = problem.config, problem.frozen["schedule"], float64(batch())
+    flags, schedule, data = problem.setup.flags, problem.frozen.schedule, float64(batch())
     keys = jax.random.split(key, 5)
     z0 = draw_latents(data, keys[0])
     t = np.asarray(jax.random.randint(keys[1], (B,), 0, 1000))
     noise = float64(jax.random.normal(keys[2], z0.shape))
-    noise = noise + config.noise_offset * float64(jax.random.normal(keys[3], (B, 1, 1, CHANNELS)))
-    perturbed = noise + config.input_perturbation * float64(jax.random.normal(keys[4], z0.shape))
+    noise = noise + flags.noise_offset * float64(jax.random.normal(keys[3], (B, 1, 1, CHANNELS)))
+    perturbed = noise + flags.input_perturbation * float64(jax.random.normal(keys[4], z0.shape))
     α, σ = (values[t][COLUMN] for values in alpha_sigma(schedule))
     z_t = α * z0 + σ * perturbed
     is_eps = schedule.prediction_type == "epsilon"
     snr = (α / σ).ravel() ** 2
-    weights = 1.0 if config.snr_gamma is None else np.minimum(snr, config.snr_gamma) / (snr if is_eps else snr + 1)
+    weights = 1.0 if flags.snr_gamma is None else np.minimum(snr, flags.snr_gamma) / (snr if is_eps else snr + 1)
     teacher, of_teacher = run_torch(problem.torch_teacher, z_t, t, data["context"])
     student, of_student = run_torch(prune_sd(problem.torch_teacher, "bk_small"), z_t, t, data["context"])
     if is_eps:
@@ -107,7 +117,7 @@ def numpy_terms(problem: Problem, key: jax.Array) -> dict[str, Any]:
         "output": np.mean(of_sample(student - teacher)),
     }
     for tap in TAPS:
-        scale = of_sample(of_teacher[tap]) if config.feature_normalize else 1.0
+        scale = of_sample(of_teacher[tap]) if flags.feature_normalize else 1.0
         terms[f"features/{tap}"] = np.mean(of_sample(of_student[tap] - of_teacher[tap]) / scale)
     return terms | {"features": sum(terms[f"features/{tap}"] for tap in TAPS)}
 
@@ -120,45 +130,63 @@ def test_terms_equal_the_equations(variant: str) -> None:
     assert terms.keys() == wanted.keys()
     for name in wanted:
         np.testing.assert_allclose(terms[name], wanted[name], rtol=1e-5, err_msg=name)
-    λ_out, λ_feat = problem.config.output_weight, problem.config.feature_weight
+    λ_out, λ_feat = problem.setup.flags.output_weight, problem.setup.flags.feature_weight
     total = wanted["task"] + λ_out * wanted["output"] + λ_feat * wanted["features"]
     np.testing.assert_allclose(value, total, rtol=1e-5)
 
 
 def test_a_student_that_lacks_nothing_starts_as_its_teacher() -> None:
     teacher = make_pair("unet", TEACHER)[1]
-    _, terms = make(whole(teacher.config)).loss(jax.random.key(0))
+    problem = make(whole(teacher.config))
+    assert problem.setup == make(None).setup
+    _, terms = problem.loss(jax.random.key(0))
     assert float(terms["output"]) == float(terms["features"]) == 0
     assert {f"features/{tap}" for tap in [*TAPS, "mid_block"]} <= terms.keys()
     assert terms["task"] > 0
 
 
 def test_without_its_weights_the_teacher_is_not_computed_and_it_is_plain_training() -> None:
-    problem, key = make(output_weight=0, feature_weight=0, snr_gamma=5), jax.random.key(1)
-    del problem.frozen["teacher"]
+    problem, key = make(output_weight=0.0, feature_weight=0.0, snr_gamma=5.0), jax.random.key(1)
+    problem.frozen = dataclasses.replace(problem.frozen, params={})
     value, terms = problem.loss(key)
-    plain = denoising.Config(problem.config.modules, snr_gamma=5)
-    wanted, _ = jax.jit(denoising.loss, static_argnums=4)(problem.params, problem.frozen, batch(), key, plain)
+    plain = denoising.configure(problem.setup.student, denoising.NoiseFlags(snr_gamma=5.0))
+    state = problem.state
+    wanted, _ = jax.jit(denoising.loss, static_argnums=5)(state.params, state, problem.frozen, batch(), key, plain)
     assert terms.keys() == {"task"}
     np.testing.assert_allclose(value, wanted, rtol=1e-6)
 
 
 def test_an_update_moves_student_and_average_and_nothing_else() -> None:
     """The average is one of the student, and not of the whole UNet."""
-    problem, optimizer = make(ema_decay=0.9), optax.sgd(0.1)
-    state = optim.init_state(problem.params, optimizer, jax.random.key(0), ema=True)
-    step = jax.jit(bk_sdm.train_step, static_argnames=("config", "optimizer"))
-    new, metrics = step(state, problem.frozen, batch(), config=problem.config, optimizer=optimizer)
-    assert jax.tree.structure(new.ema) == jax.tree.structure(problem.params)
+    problem, method = make(use_ema=True, ema_decay=0.9), bk_sdm.method(SURGERY)
+    state = problem.state
+    new, metrics = jax.jit(method.step(problem.setup, optax.sgd(0.1)))(state, problem.frozen, batch())
+    assert jax.tree.structure(new.ema) == jax.tree.structure(state.params)
     for before, after, average in zip(*map(jax.tree.leaves, (state.params, new.params, new.ema)), strict=True):
         assert np.abs(after - before).max() > 0
         np.testing.assert_allclose(average, 0.9 * before + 0.1 * after, rtol=1e-5, atol=1e-7)
     assert {"loss", "task", "output", "features"} <= metrics.keys()
+    export = method.export(new, problem.setup, {}.__getitem__)
+    assert export.networks == {"unet": (problem.setup.student.unet, new.ema["unet"])}
+    assert export.is_whole
 
 
-def distances(taps: dict[str, jax.Array], of_teacher: dict[str, jax.Array], **options: Any) -> dict[str, Any]:
-    config = dataclasses.replace(make(**options).config, features=(("a", "b"),))
-    return bk_sdm._feature_distances(config, taps, of_teacher)
+def test_the_student_is_what_stays_of_the_teacher() -> None:
+    """It alone is trained, has an average and recomputes."""
+    _, unet, params = make_pair("unet", TEACHER)
+    networks, method = networks_of(unet), bk_sdm.method(SURGERY)
+    setup = method.configure(networks, BkSdmFlags(), remat=True)
+    wanted_unet, wanted = prune(unet, params, SURGERY)
+    assert setup.student.unet == dataclasses.replace(wanted_unet, remat=True)
+    assert (setup.networks, setup.trained, setup.ema_decay) == (networks, ("unet",), None)
+    state = method.init(setup, {"unet": params}.__getitem__, optax.identity(), jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, state.params, {"unet": wanted})
+    assert state.ema is None
+
+
+def distances(features: dict[str, jax.Array], of_teacher: dict[str, jax.Array], **options: Any) -> dict[str, Any]:
+    setup = bk_sdm.configure(networks_of(make_pair("unet", TEACHER)[1]), BkSdmFlags(**options))
+    return bk_sdm._feature_distances(dataclasses.replace(setup, features=(("a", "b"),)), features, of_teacher)
 
 
 def test_large_features_in_half_precision_are_finite() -> None:
@@ -189,5 +217,20 @@ def test_features_of_two_shapes_are_refused_by_name() -> None:
 
 def test_a_teacher_that_takes_its_guidance_as_an_input_is_refused() -> None:
     unet = make_pair("unet", {**TEACHER, "time_cond_proj_dim": 16})[1]
-    with pytest.raises(ValueError, match="takes its guidance as an input"):
-        bk_sdm.make_student(unet, unet.abstract_params(), SURGERY)
+    message = r"takes its guidance as an input \(time_cond_proj_dim\), which plain training does not give it: take"
+    with pytest.raises(ValueError, match=message):
+        bk_sdm.method(SURGERY).configure(networks_of(unet), BkSdmFlags())
+
+
+@pytest.mark.parametrize("networks", [CONTROLNET, EDITING, INPAINTING], ids=["controlnet", "edit", "inpaint"])
+def test_a_teacher_with_other_conditions_than_text_is_refused(networks: Networks) -> None:
+    """It could be pruned, and what is left of it would not be the model that its folder says."""
+    with pytest.raises(ValueError, match=r"text-to-image model without a ControlNet.*--pretrained_model_name_or_path"):
+        bk_sdm.method(SURGERY).configure(networks, BkSdmFlags())
+
+
+def test_a_surgery_for_another_architecture_is_refused_before_weights_are_read() -> None:
+    unet = make_pair("unet", TEACHER)[1]
+    surgery = Surgery.from_dict("bk_base", LEVELS["bk_base"])
+    with pytest.raises(ConfigError, match="bk_base"):
+        bk_sdm.method(surgery).configure(networks_of(unet), BkSdmFlags())
