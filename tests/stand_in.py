@@ -138,6 +138,11 @@ def fingerprint(state: State) -> str:
     return "".join(np.asarray(leaf).tobytes().hex() for leaf in jax.tree.leaves(state))
 
 
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """What a run has logged."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def signal_at_batch(number: int, which: signal.Signals) -> Callable[[int], None]:
     return lambda given: os.kill(os.getpid(), which) if given == number else None
 

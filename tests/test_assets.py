@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from codi_jax.evaluation.metrics import edge_f1, psnr
 from codi_jax.io.images import canny
-from codi_jax.pipeline.model import DiffusionPipeline
+from codi_jax.pipeline.model import Model
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 MODEL, CONTROLNET, EDITOR = ASSETS / "emoji", ASSETS / "emoji-controlnet", ASSETS / "emoji-edit"
@@ -42,18 +42,18 @@ def shapes() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def model() -> DiffusionPipeline:
-    return DiffusionPipeline.from_pretrained(MODEL)
+def model() -> Model:
+    return Model.from_pretrained(MODEL)
 
 
 @pytest.fixture(scope="module")
-def with_controlnet() -> DiffusionPipeline:
-    return DiffusionPipeline.from_pretrained(MODEL, CONTROLNET)
+def with_controlnet() -> Model:
+    return Model.from_pretrained(MODEL, CONTROLNET)
 
 
 @pytest.fixture(scope="module")
-def editor() -> DiffusionPipeline:
-    return DiffusionPipeline.from_pretrained(EDITOR)
+def editor() -> Model:
+    return Model.from_pretrained(EDITOR)
 
 
 def test_they_are_small() -> None:
@@ -74,9 +74,9 @@ def test_the_recipe_has_the_vocabulary_that_is_here() -> None:
         assert (MODEL / "tokenizer" / file).read_text() == (RECIPE / "tokenizer" / file).read_text()
 
 
-def test_diffusers_makes_the_same_pictures(model: DiffusionPipeline) -> None:
+def test_diffusers_makes_the_same_pictures(model: Model) -> None:
     prompts, side = ["a red apple", "the flag of France"], SIZE // 8
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
+    theirs = diffusers.StableModel.from_pretrained(MODEL, torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     noise = np.random.default_rng(0).standard_normal((2, side, side, 8), np.float32)
     latents = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
@@ -85,9 +85,9 @@ def test_diffusers_makes_the_same_pictures(model: DiffusionPipeline) -> None:
     assert np.abs(ours.astype(float) - 255 * wanted).max() <= 2.5
 
 
-def test_the_autoencoder_keeps_what_is_drawn(model: DiffusionPipeline) -> None:
+def test_the_autoencoder_keeps_what_is_drawn(model: Model) -> None:
     pictures = shapes()
-    vae, params = model.modules["vae"], {"params": model.params["vae"]}
+    vae, params = model.networks.vae, {"params": model.params["vae"]}
     latents = vae.apply(params, jnp.asarray(pictures, jnp.float32) / 127.5 - 1, method="encode").mode()
     decoded = np.asarray(vae.apply(params, latents, method="decode"))
     again = np.clip(127.5 * decoded + 127.5, 0, 255).round().astype(np.uint8)
@@ -95,16 +95,14 @@ def test_the_autoencoder_keeps_what_is_drawn(model: DiffusionPipeline) -> None:
 
 
 @pytest.mark.parametrize("color", COLORS)
-def test_the_text_decides_the_color(model: DiffusionPipeline, color: str) -> None:
+def test_the_text_decides_the_color(model: Model, color: str) -> None:
     pictures = model([f"{color} heart"] * 4, steps=10, guidance_scale=3.0).astype(float)
     inner = pictures[:, 24:40, 24:40].mean(axis=(0, 1, 2))
     others = np.delete(inner, COLORS[color])
     assert inner[COLORS[color]] > others.max() + 30
 
 
-def test_the_controlnet_follows_edges_it_has_never_seen(
-    model: DiffusionPipeline, with_controlnet: DiffusionPipeline
-) -> None:
+def test_the_controlnet_follows_edges_it_has_never_seen(model: Model, with_controlnet: Model) -> None:
     edges = np.stack([canny(picture) for picture in shapes()]) > 0
     control = np.repeat(255 * edges[..., None].astype(np.uint8), 3, axis=-1)
     prompts = ["red circle", "blue square", "yellow triangle", "green ring"]
@@ -118,7 +116,7 @@ def test_the_controlnet_follows_edges_it_has_never_seen(
     assert followed > 2 * by_chance
 
 
-def test_diffusers_makes_the_same_edits(editor: DiffusionPipeline) -> None:
+def test_diffusers_makes_the_same_edits(editor: Model) -> None:
     theirs = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(EDITOR, torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     noise = np.random.default_rng(0).standard_normal((1, SIZE // 8, SIZE // 8, 8), np.float32)
@@ -135,7 +133,7 @@ def test_diffusers_makes_the_same_edits(editor: DiffusionPipeline) -> None:
     assert np.abs(ours.astype(float) - 255 * wanted).max() <= 2.5
 
 
-def test_the_instruction_decides_the_skin_tone_and_the_image_the_rest(editor: DiffusionPipeline) -> None:
+def test_the_instruction_decides_the_skin_tone_and_the_image_the_rest(editor: Model) -> None:
     picture = Image.new("RGB", (SIZE, SIZE), "white")
     ImageDraw.Draw(picture).ellipse((12, 12, 51, 51), fill="#ffdc5d")
     tones = ["light", "medium", "dark"]

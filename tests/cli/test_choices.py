@@ -2,7 +2,7 @@ import pytest
 
 from codi_jax.cli.command_line import parse
 from codi_jax.data.images import condition_for
-from codi_jax.training.pretrained import ConditionFlags
+from codi_jax.training.flags import ConditionFlags
 from dataset_tools import cache_latents
 
 

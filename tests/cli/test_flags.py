@@ -16,17 +16,26 @@ from codi_jax.data.preparation.conditions import PairFlags
 from codi_jax.data.preparation.edits import GenerateFlags
 from codi_jax.data.preparation.job import JobFlags
 from codi_jax.data.preparation.tables import ScoreFlags
+from codi_jax.methods.autoencoder import AutoencoderFlags
+from codi_jax.methods.bk_sdm import BkSdmFlags
 from codi_jax.methods.codi import CodiFlags
+from codi_jax.methods.denoising import EditFlags, TextToImageFlags
 from codi_jax.methods.disback import DisbackFlags
+from codi_jax.methods.lcm import LcmEditFlags, LcmTextFlags
 from codi_jax.training import loop, optim
-from codi_jax.training.denoising_training import DenoisingTrainingFlags
-from codi_jax.training.lcm_training import LcmTrainingFlags
-from codi_jax.training.pretrained import EditFlags
-from codi_jax.training.validation import ValidationFlags
+from codi_jax.training.flags import EditDataFlags, ManyStepsFlags, ValidationFlags
+from codi_jax.training.jobs.autoencoder import VaeFlags
+from codi_jax.training.jobs.disback import DisbackRunFlags
+from codi_jax.training.jobs.lcm import LcmRunFlags
 
-PLAIN = (DenoisingTrainingFlags, DataFlags)
+PLAIN = (TextToImageFlags, ManyStepsFlags)
+EDIT = (EditDataFlags, EditFlags, ManyStepsFlags)
+BK_SDM = (BkSdmFlags, ManyStepsFlags)
+AUTOENCODER = (AutoencoderFlags, VaeFlags)
 CODI = (loop.LoopFlags, optim.OptimizerFlags, CodiFlags, DataFlags, ValidationFlags)
-LCM = (LcmTrainingFlags, EditFlags)
+LCM = (LcmRunFlags, EditDataFlags, LcmEditFlags)
+LCM_TEXT = (LcmRunFlags, LcmTextFlags)
+DISBACK_RUN = (DisbackRunFlags,)
 DISBACK = (DisbackFlags, loop.LoopFlags, optim.OptimizerFlags, DataFlags, ValidationFlags)
 DATA_TOOL = (JobFlags, PairFlags, GenerateFlags, ScoreFlags)
 OF_ALL = {
@@ -38,7 +47,19 @@ OF_ALL = {
     "resolution": 0,
     "num_validation_images": 0,
 }
-BAD = [(groups, flag, value) for groups in (PLAIN, CODI) for flag, value in OF_ALL.items()]
+BAD = [(groups, flag, value) for groups in (PLAIN, CODI, AUTOENCODER) for flag, value in OF_ALL.items()]
+BAD += [
+    (groups, flag, value)
+    for groups, of_groups in {
+        PLAIN: {"noise_offset": -0.1, "snr_gamma": 0.0, "validation_sampling_steps": 0, "guidance_scale": -1.0},
+        EDIT: {**OF_ALL, "conditioning_dropout_prob": 0.5},
+        BK_SDM: {**OF_ALL, "output_weight": -1.0, "input_perturbation": -1.0},
+        AUTOENCODER: {"kl_scale": -1.0},
+        LCM_TEXT: {**OF_ALL, "lora_rank": 0, "lora_alpha": 0.0},
+        DISBACK_RUN: {**OF_ALL, "export_steps": -1, "lora_dropout": 0.1, "conditioning_timestep": -1},
+    }.items()
+    for flag, value in of_groups.items()
+]
 BAD += [
     (LCM, flag, value)
     for flag, value in {
@@ -101,7 +122,7 @@ def test_all_groups_of_a_script_are_checked(
     bases = groups[::-1] if backwards else groups
     script: Any = dataclasses.make_dataclass("Script", [], bases=bases, frozen=True, kw_only=True)
     needed = {"train_data_dir": str(tmp_path)}
-    if groups in (PLAIN, LCM):
+    if groups not in (AUTOENCODER, CODI, DISBACK, DATA_TOOL):
         needed["pretrained_model_name_or_path"] = "m"
     script(**needed).check()
     with pytest.raises(ValueError, match=f"--{flag} {value} is not possible"):
@@ -109,7 +130,7 @@ def test_all_groups_of_a_script_are_checked(
 
 
 def test_every_group_with_a_check_is_tried_above() -> None:
-    tried = {cls for group in (*PLAIN, *CODI, *LCM, *DISBACK, *DATA_TOOL) for cls in inspect.getmro(group)}
+    tried = {cls for groups, *_ in BAD for group in groups for cls in inspect.getmro(group)}
     missed, queue = [], [Flags]
     while queue:
         group = queue.pop()

@@ -131,7 +131,7 @@ def test_the_target_walks_back_and_ends_at_the_teacher(recorded: Path, dtype: An
     """Bit for bit the teacher as the run loaded it, from then on for ever; the reference never gets there."""
     flags = DisbackFlags(interval=2, dfake_gen_update_ratio=3)
     walk = targets(recorded, open_path(recorded / "path"), flags, dtype)
-    assert isinstance(walk, loop.Changing)
+    assert isinstance(walk, loop.Moving)
     _, teacher = load_model(recorded, "unet", dtype=dtype)
     wanted = [*(jax.tree.map(lambda x: jnp.asarray(x, dtype), random_unet(n)) for n in (1, 0)), teacher]
     for step in range(30):

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import stand_in
-from stand_in import EXAMPLES, Loader, fingerprint, frozen_trees, init_state, make_train_step, run
+from stand_in import EXAMPLES, Loader, fingerprint, frozen_trees, init_state, make_train_step, metrics_of, run
 
 from codi_jax.models import sharding
 from codi_jax.training import loop
+from codi_jax.training.buffers import own_buffers
 from codi_jax.training.checkpoint import CheckpointError, list_checkpoints
 from codi_jax.training.loop import LoopFlags, num_steps
 
@@ -48,10 +49,6 @@ np.savez(folder / "resumed.npz", *map(np.asarray, jax.tree.leaves(state.params))
 
 def flags_of(tmp_path: Path, **flags) -> LoopFlags:
     return LoopFlags(output_dir=str(tmp_path), **flags)
-
-
-def metrics_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def child(folder: Path, *, devices: int = 8, **flags) -> subprocess.CompletedProcess:
@@ -138,7 +135,7 @@ def test_frozen_trees_are_arguments(tmp_path, monkeypatch):
 
 
 def init_state_on_mesh():
-    return loop._own(sharding.put(sharding.make_mesh(), init_state()), {})
+    return own_buffers(sharding.put(sharding.make_mesh(), init_state()), {})
 
 
 class Moving:
@@ -248,77 +245,6 @@ def test_options_that_jax_does_not_know_are_left_out(monkeypatch, platform):
     np.testing.assert_allclose(program(jnp.ones((256, 256)), jnp.ones((256, 256))), jnp.ones((256, 256)))
 
 
-def slow_step(rounds: int):
-    """A step that keeps the device busy for a while."""
-
-    def train_step(state, frozen, batch):
-        x = jax.lax.fori_loop(0, rounds, lambda _, x: jnp.tanh(x @ x), jnp.eye(256) * state.params["second"]["bias"][0])
-        state, metrics = make_train_step()(state, frozen, batch)
-        return state, metrics | {"busy": x[0, 0]}
-
-    return train_step
-
-
-def test_the_host_runs_ahead_of_the_device_but_not_far(tmp_path, monkeypatch):
-    """The loop asks for the next batch while steps are under way; fetching a metric each step would drain them."""
-    in_flight, adding = [], loop.Monitor.add
-
-    def add(self, step, metrics):
-        adding(self, step, metrics)
-        in_flight.append(sum(not metrics["busy"].is_ready() for _, metrics in self._in_flight))
-
-    fetched, device_get = [], jax.device_get
-    monkeypatch.setattr(loop.Monitor, "add", add)
-    monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(len(tree)) or device_get(tree))
-    run(tmp_path, train_step=slow_step(40), max_train_steps=40, logging_steps=7, checkpointing_steps=0)
-    assert sorted(in_flight)[len(in_flight) // 4] >= 2
-    assert max(in_flight) <= 3
-    # All steps of a report at once.
-    assert fetched == [7, 7, 7, 7, 7, 5]
-
-
-# What it reports
-
-
-def test_metrics(tmp_path):
-    def train_step(state, frozen, batch):
-        step = state.step + 1
-        metrics = {
-            "loss": jnp.where(step == 2, jnp.nan, step.astype(float)),
-            "skipped": step,
-            "learning_rate": 1.0 / step,
-        }
-        return dataclasses.replace(state, step=step), metrics
-
-    run(tmp_path, train_step=train_step, logging_steps=4)
-    lines = metrics_of(tmp_path)
-    assert [line["step"] for line in lines] == [4, 8, 10]
-    assert [line["loss"] for line in lines] == pytest.approx([(1 + 3 + 4) / 3, 6.5, 9.5])
-    assert [line["skipped"] for line in lines] == [4, 8, 10]
-    assert [line["learning_rate"] for line in lines] == pytest.approx([1 / 4, 1 / 8, 1 / 10])
-    for line in lines:
-        assert line["samples_per_second"] == pytest.approx(8 / line["seconds_per_step"])
-        assert 0.01 < line["memory_gib"] < 100
-
-
-def test_time_without_data_is_told_from_time_with(tmp_path):
-    slow = Loader(8, lambda number: time.sleep(0.02))
-    run(tmp_path / "data", loader=slow, max_train_steps=20, logging_steps=20, checkpointing_steps=0)
-    run(tmp_path / "device", train_step=slow_step(40), max_train_steps=20, logging_steps=20, checkpointing_steps=0)
-    (data,), (device,) = metrics_of(tmp_path / "data"), metrics_of(tmp_path / "device")
-    assert data["data_wait"] > 0.5
-    assert data["seconds_per_step"] >= 0.019
-    assert device["data_wait"] < 0.25
-
-
-def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
-    run(tmp_path, logging_steps=5)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(":")[0] for line in lines if line.startswith("step")] == ["step 5/10", "step 10/10"]
-    assert "samples/s, 0:00:0" in lines[-1]
-    assert any(line.startswith("compiled the step in ") for line in lines)
-
-
 def test_validation(tmp_path):
     pictures = []
 
@@ -336,19 +262,6 @@ def test_validation(tmp_path):
     assert names == ["a house-0.png", "a house-10.png", "a house-5.png"]
     # Its time is not that of the steps.
     assert metrics_of(tmp_path)[0]["seconds_per_step"] < 0.02
-
-
-def test_profiles(tmp_path):
-    validate = lambda state, step: {}  # noqa: E731
-    run(tmp_path / "a", profile_steps=2, profile_memory=True, checkpointing_steps=0)
-    assert list((tmp_path / "a" / "logs").rglob("*.xplane.pb"))
-    assert (tmp_path / "a" / "memory_initial.prof").stat().st_size > 0
-    assert (tmp_path / "a" / "memory_final.prof").stat().st_size > 0
-    run(tmp_path / "b", profile_validation=True, validate=validate, checkpointing_steps=0)
-    assert list((tmp_path / "b" / "logs").rglob("*.xplane.pb"))
-    # More than there are steps.
-    run(tmp_path / "c", profile_steps=1000, checkpointing_steps=0)
-    assert list((tmp_path / "c" / "logs").rglob("*.xplane.pb"))
 
 
 def test_steps_that_are_not_finite_end_the_run(tmp_path):
@@ -488,54 +401,6 @@ def test_no_checkpoints_if_so_wanted(tmp_path):
     assert list_checkpoints(tmp_path) == []
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path, capsys, number, status):
-    def send(given: int) -> None:
-        if given == 6:
-            os.kill(os.getpid(), number)
-
-    whole = run(tmp_path / "whole")
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with pytest.raises(SystemExit) as ended:
-        run(tmp_path / "parts", loader=Loader(8, send))
-    assert ended.value.code == status
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-    assert list_checkpoints(tmp_path / "parts") == [4, 5]
-    message = f"stopped by {signal.Signals(number).name} after step 5 and saved checkpoint-5: go on with"
-    assert message in capsys.readouterr().err
-    resumed = run(tmp_path / "parts", resume_from_checkpoint="latest")
-    assert fingerprint(resumed) == fingerprint(whole)
-
-
-def test_a_second_sigint_ends_at_once(tmp_path):
-    def send(given: int) -> None:
-        if given == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    # A process that was started in the background ignores SIGINT.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, loader=Loader(8, send))
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_a_loader_that_goes_down_with_the_signal_does_not_matter(tmp_path):
-    """Ctrl-C reaches the loader's processes, too."""
-
-    def send(given: int) -> None:
-        if given == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-            raise RuntimeError("the worker has gone")
-
-    with pytest.raises(SystemExit):
-        run(tmp_path, loader=Loader(8, send))
-    assert list_checkpoints(tmp_path) == [4, 5]
-
-
 # Refused before long work
 
 
@@ -543,29 +408,6 @@ def test_settings_must_be_those_of_the_checkpoint(tmp_path):
     run(tmp_path, max_train_steps=5)
     with pytest.raises(CheckpointError, match=r"checkpoint-5 was made with learning_rate = 0.01, but this run has 0.1"):
         run(tmp_path, resume_from_checkpoint="latest", run_config={"learning_rate": 0.1})
-
-
-def test_an_occupied_folder_is_refused(tmp_path):
-    run(tmp_path)
-    arguments = (tmp_path / "args.json").read_text()
-    with pytest.raises(CheckpointError, match="holds checkpoint-10 of an earlier run"):
-        run(tmp_path, seed=1)
-    assert (tmp_path / "args.json").read_text() == arguments
-
-
-def test_a_folder_of_another_configuration_is_refused(tmp_path):
-    run(tmp_path, checkpointing_steps=0)
-    arguments = (tmp_path / "args.json").read_text()
-    with pytest.raises(ValueError, match="holds another run, with --train_batch_size 8 instead of 4: choose another"):
-        run(tmp_path, checkpointing_steps=0, train_batch_size=4, resume_from_checkpoint="latest")
-    assert (tmp_path / "args.json").read_text() == arguments
-    run(tmp_path, checkpointing_steps=0, logging_steps=3)  # the same once more
-
-
-def test_a_run_that_did_not_begin_leaves_its_folder_free(tmp_path):
-    loop.start(flags_of(tmp_path, train_batch_size=3))
-    loop.start(flags_of(tmp_path, train_batch_size=4))
-    assert json.loads((tmp_path / "args.json").read_text())["train_batch_size"] == 4
 
 
 def test_a_batch_that_cannot_be_shared_out(tmp_path, monkeypatch):
@@ -592,28 +434,6 @@ def test_a_number_that_makes_no_sense_is_refused(flag, value):
         LoopFlags(**{flag: value}).check()
 
 
-# The folder and its arguments
-
-
-def test_arguments_are_written_down_without_secrets(tmp_path):
-    @dataclasses.dataclass(frozen=True)
-    class Args(LoopFlags):
-        betas: tuple[float, float] = (0.9, 0.999)
-
-    args = loop.start(Args(output_dir=str(tmp_path / "{timestamp}"), hub_token="hf_secret", ccache=Path("~/x")))
-    (folder,) = tmp_path.iterdir()
-    assert args.output_dir == str(folder)
-    assert args.betas == (0.9, 0.999)
-    assert time.strptime(folder.name, "%Y-%m-%d_%H-%M-%S")
-    text = (folder / "args.json").read_text()
-    assert "hf_secret" not in text
-    assert "hub_token" not in text
-    written = json.loads(text)
-    assert written["betas"] == [0.9, 0.999]
-    assert written["output_dir"] == str(folder)
-    assert written["ccache"] == "~/x"
-
-
 def test_flags_that_jax_has_no_use_for(tmp_path, capsys):
     loop.start(flags_of(tmp_path, local_rank=0))
     assert "--local_rank has no effect" in capsys.readouterr().err
@@ -626,62 +446,6 @@ def test_tf32(tmp_path):
         assert jax.config.jax_default_matmul_precision == "tensorfloat32"
     finally:
         jax.config.update("jax_default_matmul_precision", before)
-
-
-def test_a_hub_that_refuses_is_noticed_before_training(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    loader = Loader(8)
-    with pytest.raises(ValueError, match=r"--push_to_hub cannot write to .*check --hub_model_id, and `hf auth"):
-        run(tmp_path, push_to_hub=True, loader=loader)
-    assert loader.given == 0
-
-
-def test_the_repository_is_made_before_training_and_filled_after_the_export(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(loop.publish, "create_repository", lambda flags, folder: calls.append(("create", folder)))
-    monkeypatch.setattr(loop.publish, "upload", lambda flags, folder: calls.append(("upload", folder)))
-    loader = Loader(8, lambda number: calls.append("batch") if number == 1 else None)
-    run(tmp_path, push_to_hub=True, loader=loader, export=lambda *_: calls.append("export"))
-    assert calls == [("create", tmp_path), "batch", "export", ("upload", tmp_path)]
-
-
-# The folder belongs to one run
-
-
-HOLDS_THE_FOLDER = """
-import sys, time
-from pathlib import Path
-from codi_jax.training import run_folder
-run_folder.lock(Path(sys.argv[1]))
-print("locked", flush=True)
-time.sleep(60)
-"""
-
-
-def test_a_folder_in_use_is_refused_until_its_run_has_ended(tmp_path):
-    held = subprocess.Popen([sys.executable, "-c", HOLDS_THE_FOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
-    assert held.stdout.readline() == "locked\n"
-    loader = Loader(8)
-    match = (
-        rf"{tmp_path} is in use by another run \(process {held.pid} on {socket.gethostname()}, since 20.*--output_dir"
-    )
-    with pytest.raises(ValueError, match=match):
-        run(tmp_path, loader=loader)
-    assert loader.given == 0
-    assert not (tmp_path / "args.json").exists()
-    held.kill()  # however it ends, the folder is free
-    held.wait()
-    run(tmp_path, loader=loader)
-    after = [sys.executable, "-c", HOLDS_THE_FOLDER.replace("60", "0"), tmp_path]
-    assert subprocess.run(after, check=True, capture_output=True, text=True).stdout == "locked\n"
-
-
-def test_damaged_arguments_are_named(tmp_path):
-    run(tmp_path, checkpointing_steps=0)
-    for damaged in ("", '{"seed": 0, "output_d', "[]"):
-        (tmp_path / "args.json").write_text(damaged)
-        with pytest.raises(ValueError, match=r"args.json, the arguments of an earlier run, is .*another --output_dir"):
-            run(tmp_path, checkpointing_steps=0)
 
 
 # Flags, and who shares them

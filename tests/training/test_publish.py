@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import hub_standin
 import huggingface_hub
 import pytest
-from stand_in import run
+from stand_in import Loader, run
 
+from codi_jax.training import loop
 from codi_jax.training.publish import HubFlags, create_repository, model_files, upload
 
 MODEL = [
@@ -128,3 +129,20 @@ def test_a_network_that_is_lost_at_the_end_leaves_the_model_and_says_how_to_uplo
     assert done.returncode == 0, done.stderr
     assert set(MODEL) <= set(uploaded(hub, "student"))
     assert not (set(LEFTOVERS) - {"unet/.config.json.swp"}) & set(uploaded(hub, "student"))
+
+
+def test_a_hub_that_refuses_is_noticed_before_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    loader = Loader(8)
+    with pytest.raises(ValueError, match=r"--push_to_hub cannot write to .*check --hub_model_id, and `hf auth"):
+        run(tmp_path, push_to_hub=True, loader=loader)
+    assert loader.given == 0
+
+
+def test_the_repository_is_made_before_training_and_filled_after_the_export(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(loop.publish, "create_repository", lambda flags, folder: calls.append(("create", folder)))
+    monkeypatch.setattr(loop.publish, "upload", lambda flags, folder: calls.append(("upload", folder)))
+    loader = Loader(8, lambda number: calls.append("batch") if number == 1 else None)
+    run(tmp_path, push_to_hub=True, loader=loader, export=lambda *_: calls.append("export"))
+    assert calls == [("create", tmp_path), "batch", "export", ("upload", tmp_path)]

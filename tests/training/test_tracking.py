@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from stand_in import run
 
 from codi_jax.training import tracking
 from codi_jax.training.tracking import Tracker, TrackingFlags
@@ -122,3 +123,16 @@ def test_wandb_that_is_not_there_is_said_at_once(monkeypatch):
 def test_a_number_that_makes_no_sense_is_refused(flag, value):
     with pytest.raises(ValueError, match=f"--{flag} {value}"):
         TrackingFlags(**{flag: value}).check()
+
+
+def test_profiles(tmp_path):
+    validate = lambda state, step: {}  # noqa: E731
+    run(tmp_path / "a", profile_steps=2, profile_memory=True, checkpointing_steps=0)
+    assert list((tmp_path / "a" / "logs").rglob("*.xplane.pb"))
+    assert (tmp_path / "a" / "memory_initial.prof").stat().st_size > 0
+    assert (tmp_path / "a" / "memory_final.prof").stat().st_size > 0
+    run(tmp_path / "b", profile_validation=True, validate=validate, checkpointing_steps=0)
+    assert list((tmp_path / "b" / "logs").rglob("*.xplane.pb"))
+    # More than there are steps.
+    run(tmp_path / "c", profile_steps=1000, checkpointing_steps=0)
+    assert list((tmp_path / "c" / "logs").rglob("*.xplane.pb"))
