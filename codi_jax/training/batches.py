@@ -51,9 +51,10 @@ def load_batches(flags: RunFlags, model: Model, source: Source) -> Loader:
     Raises:
       ValueError: as `codi_jax.data.load_data`.
     """
+    without_params = model.replace(params={})  # the loader lives as long as the run
     return load_data(
         flags,
-        model.tokenize if model.tokenizers else None,
+        without_params.tokenize if model.tokenizers else None,
         batch_size=global_batch_size(flags),
         seed=flags.seed,
         condition=flags.condition,

@@ -183,6 +183,7 @@ def run(
         args=args, method=method, flags=flags, setup=setup, model=model, student=student, samples=samples, mesh=mesh,
         num_steps=num_steps, load=teacher.loader_of(model, mesh, hooks.load),
     )  # fmt: skip
+    del model  # `_release` could not let go of its parameters
     hooks.check(this)
     optimizer = method.optimizer(flags, functools.partial(_make_optimizer, args), num_steps)
     state = method.init(setup, this.load, optimizer, jax.random.key(args.seed), mixed_precision=args.mixed_precision)

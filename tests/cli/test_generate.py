@@ -20,7 +20,7 @@ from codi_jax.io.lora_files import save_lora
 from codi_jax.models.lora import init_lora
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.unet_config import UNetConfig
-from codi_jax.pipeline import model as pipeline
+from codi_jax.pipeline import loading
 
 Models = Callable[[str], Path]
 
@@ -164,7 +164,7 @@ def test_more_bad_input(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
 ) -> None:
     """Found before weights are read: with large models that takes minutes."""
-    monkeypatch.setattr(pipeline, "load_model", refuse_to_load)
+    monkeypatch.setattr(loading, "load_model", refuse_to_load)
     lora = tmp_path.parent / "lora.safetensors"
     save_lora_of_another_model(lora)
     stand_for = {"CONTROLNET": models("controlnet") / "controlnet", "OTHER": lora}

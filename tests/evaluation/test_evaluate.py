@@ -26,6 +26,7 @@ from codi_jax.evaluation.metrics import edge_f1, fid, kid, psnr
 from codi_jax.evaluation.report import Example, Report, Result, markdown, page
 from codi_jax.evaluation.samples import read_samples
 from codi_jax.io.images import canny
+from codi_jax.pipeline import loading
 from codi_jax.pipeline.model import Model
 
 Models = Callable[[str], Path]
@@ -313,7 +314,7 @@ def test_every_model_is_checked_before_weights_are_read(
     models: Models, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second one would be found out after the hours that the first one takes."""
-    monkeypatch.setattr(pipeline, "load_model", refuse_to_load)
+    monkeypatch.setattr(loading, "load_model", refuse_to_load)
     good, editor = f"a={models('text-to-image')}", f"b={models('instruct-pix2pix')}"
     with pytest.raises(ValueError, match="the model b is for the task 'edit'"):
         run(Args((good, editor), data, output_dir=tmp_path / "out"))

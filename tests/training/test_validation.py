@@ -8,15 +8,22 @@ import numpy as np
 import pytest
 from picture_folders import numbered, write_folder
 
-from codi_jax.data import DataFlags
-from codi_jax.training.validation import Samples, ValidationFlags, generate_with, held_out, validation_samples
+from codi_jax.data import ConditionOf
+from codi_jax.pipeline.model import Model
+from codi_jax.pipeline.networks import Networks
+from codi_jax.training.flags import RunFlags
+from codi_jax.training.validation import Samples, generate_with, held_out, validation_samples
 
 COUNT = 6
 
 
-@dataclasses.dataclass(frozen=True)
-class Flags(DataFlags, ValidationFlags):
-    pass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags(RunFlags):
+    conditions: ConditionOf = None
+
+    @property
+    def condition(self) -> ConditionOf:
+        return self.conditions
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +43,8 @@ def numbers(samples: Samples) -> list[int]:
 
 
 def test_samples_are_the_same_in_every_run_and_not_augmented(data: Path):
-    flags = flags_of(data, random_flip=True, proportion_empty_prompts=1.0, num_validation_images=4)
-    shown = [validation_samples(flags, "column") for _ in range(3)]
+    flags = flags_of(data, random_flip=True, proportion_empty_prompts=1.0, num_validation_images=4, conditions="column")
+    shown = [validation_samples(flags) for _ in range(3)]
     assert len({tuple(numbers(samples)) for samples in shown}) == 1
     assert len(set(numbers(shown[0]))) == 4
     for number, pixels, condition in zip(numbers(shown[0]), shown[0].pictures, shown[0].conditions, strict=True):
@@ -86,8 +93,10 @@ def test_a_stream(data: Path):
 def test_prompts_of_ones_own(data: Path, tmp_path: Path):
     file = tmp_path / "condition.png"
     numbered(7, (64, 64)).save(file)
-    flags = flags_of(data, validation_prompt=("a", "b"), validation_image=(str(file),), num_validation_images=1)
-    samples = validation_samples(flags, "column")
+    flags = flags_of(
+        data, validation_prompt=("a", "b"), validation_image=(str(file),), num_validation_images=1, conditions="column"
+    )
+    samples = validation_samples(flags)
     assert samples.prompts == ["a", "b"]
     assert samples.pictures is None
     assert samples.conditions is not None
@@ -117,9 +126,11 @@ def test_prompts_and_images_make_the_pairs_of_diffusers(
     for number in map(int, images):
         numbered(number, (64, 64)).save(tmp_path / f"{number}.png")
     files = tuple(str(tmp_path / f"{number}.png") for number in images)
-    flags = flags_of(data, validation_prompt=tuple(prompts), validation_image=files, num_validation_images=count)
+    flags = flags_of(
+        data, validation_prompt=tuple(prompts), validation_image=files, num_validation_images=count, conditions="column"
+    )
     flags.check()
-    samples = validation_samples(flags, "column")
+    samples = validation_samples(flags)
     assert samples.conditions is not None
     shown = [*zip(samples.prompts, samples.conditions[:, 0, 0, 0].tolist(), strict=True)]
     assert shown == pairs_of_diffusers([*map(int, images)], [*prompts], count)
@@ -153,7 +164,7 @@ def test_flags_that_make_no_sense(data: Path, flags: dict[str, Any], message: st
 
 def test_prompts_need_the_condition_images_of_the_task(data: Path):
     with pytest.raises(ValueError, match="--validation_prompt needs --validation_image here"):
-        validation_samples(flags_of(data, validation_prompt=("a",)), "column")
+        validation_samples(flags_of(data, validation_prompt=("a",), conditions="column"))
 
 
 def test_images_are_not_put_aside_silently(data: Path):
@@ -174,56 +185,70 @@ def test_the_data_to_train_on_is_looked_for_even_where_other_samples_are_shown(d
             flags_of(Path("/nowhere"), **shown).check()
 
 
-class Pipeline:
+class Recorder(Model):
     """Notes what it is called with."""
 
     task = "text-to-image"
 
-    def __init__(self, *modules: str) -> None:
-        self.modules = dict.fromkeys(modules)
-        self.params: dict[str, Any] = {"unet": "old", "vae": "v"}
-        self.calls: list[tuple[Any, ...]] = []
-
     def __call__(self, prompts: list[str], **options: Any) -> np.ndarray:
-        self.calls.append((self.params, prompts, options))
+        CALLS.append((self.params, prompts, options))
         if prompts == ["nan"]:
             raise FloatingPointError
         return np.zeros((len(prompts), 4, 4, 3), np.uint8)
 
 
-def test_generating_puts_the_parameters_back() -> None:
-    pipeline, samples = Pipeline("unet"), Samples(["a"], 16, conditions=np.zeros((1, 16, 16, 3), np.uint8))
-    before = pipeline.params
-    generate_with.__wrapped__(pipeline, {"unet": "new"}, samples, steps=3)
+class Editor(Recorder):
+    task = "edit"
+
+
+CALLS: list[tuple[Any, ...]] = []
+OLD, NEW = {"kernel": "old"}, {"kernel": "new"}
+
+
+@pytest.fixture
+def calls() -> list[tuple[Any, ...]]:
+    CALLS.clear()
+    return CALLS
+
+
+def model_of(kind: type[Recorder], controlnet: Any = None) -> Recorder:
+    networks = Networks(None, controlnet=controlnet)
+    return kind(networks=networks, params={"unet": OLD, "vae": OLD}, schedule=None, tokenizers={})
+
+
+def test_generating_leaves_the_parameters_as_they_are(calls: list[tuple[Any, ...]]) -> None:
+    model, samples = model_of(Recorder), Samples(["a"], 16, conditions=np.zeros((1, 16, 16, 3), np.uint8))
+    before = model.params
+    generate_with.__wrapped__(model, {"unet": NEW}, samples, steps=3)
     with pytest.raises(FloatingPointError):
-        generate_with.__wrapped__(pipeline, {"unet": "new"}, Samples(["nan"], 16))
-    assert pipeline.params is before
-    params, prompts, options = pipeline.calls[0]
-    assert params == {"unet": "new", "vae": "v"}
+        generate_with.__wrapped__(model, {"unet": NEW}, Samples(["nan"], 16))
+    assert model.params is before
+    assert before == {"unet": OLD, "vae": OLD}
+    params, prompts, options = calls[0]
+    assert params == {"unet": NEW, "vae": OLD}
     assert prompts == ["a"]
-    # A pipeline without a ControlNet refuses conditions; the size is then that of nothing else.
+    # A model without a ControlNet refuses conditions; the size is then that of nothing else.
     assert options == {"steps": 3, "height": 16, "width": 16}
-    with_controlnet = Pipeline("unet", "controlnet")
-    generate_with.__wrapped__(with_controlnet, {}, samples)
-    assert with_controlnet.calls[0][2]["control_image"] is samples.conditions
-    editor = Pipeline("unet")
-    editor.task = "edit"
-    generate_with.__wrapped__(editor, {}, samples)
-    assert editor.calls[0][2]["image"] is samples.conditions
+    calls.clear()
+    generate_with.__wrapped__(model_of(Recorder, controlnet="one"), {}, samples)
+    assert calls[0][2]["control_image"] is samples.conditions
+    generate_with.__wrapped__(model_of(Editor), {}, samples)
+    assert calls[1][2]["image"] is samples.conditions
 
 
-def test_many_samples_are_made_in_batches_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_samples_are_made_in_batches_of_one_size(
+    calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the noise that they would have in one batch: image i of a call is that of seed + i."""
 
-    def made(self: Pipeline, prompts: list[str], *, seed: int = 0, **options: Any) -> np.ndarray:
-        self.calls.append((self.params, prompts, options))
+    def made(self: Recorder, prompts: list[str], *, seed: int = 0, **options: Any) -> np.ndarray:
+        calls.append((self.params, prompts, options))
         rows = zip(prompts, options["control_image"][:, 0, 0, 0], strict=True)
         return np.stack([np.full((4, 4, 3), (int(p), c, seed + i), np.uint8) for i, (p, c) in enumerate(rows)])
 
-    monkeypatch.setattr(Pipeline, "__call__", made)
-    pipeline = Pipeline("unet", "controlnet")
+    monkeypatch.setattr(Recorder, "__call__", made)
     conditions = np.repeat(np.arange(100, 119, dtype=np.uint8), 16 * 16 * 3).reshape(19, 16, 16, 3)
     samples = Samples([str(i) for i in range(19)], 16, conditions=conditions)
-    pictures = generate_with.__wrapped__(pipeline, {}, samples)
+    pictures = generate_with.__wrapped__(model_of(Recorder, controlnet="one"), {}, samples)
     assert pictures[:, 0, 0].tolist() == [[i, 100 + i, i] for i in range(19)]
-    assert [len(prompts) for _, prompts, _ in pipeline.calls] == [7, 7, 7]
+    assert [len(prompts) for _, prompts, _ in calls] == [7, 7, 7]

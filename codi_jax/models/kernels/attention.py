@@ -155,7 +155,7 @@ def _flash(query: Array, key: Array, value: Array, kernel: Implementation, is_ca
 
 @_flash.defjvp
 def _flash_derivative(kernel: Implementation, is_causal: bool, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    (out, *_), (dout, *_) = jax.jvp(lambda *x: _flash_and_saved(*x, kernel, is_causal), primals, tangents)
+    (out, *_), (dout, *_) = jax.jvp(lambda q, k, v: _flash_and_saved(q, k, v, kernel, is_causal), primals, tangents)
     return out, dout
 
 
@@ -164,7 +164,7 @@ def _flash_and_saved(
     query: Array, key: Array, value: Array, kernel: Implementation, is_causal: bool
 ) -> tuple[Array, ...]:
     """The attended values, and what the kernel saves for its backward pass."""
-    out, backward = jax.vjp(lambda q, k, v: _flash_kernel(q, k, v, kernel, is_causal), query, key, value)
+    out, backward = _flash_vjp(query, key, value, kernel, is_causal)
     return out, *jax.tree.leaves(backward)
 
 
@@ -189,12 +189,16 @@ def _formula_tangent(
 def _flash_backward(
     residuals: tuple[Array, ...], dout: tuple[Array], kernel: Implementation, is_causal: bool
 ) -> tuple[Array, ...]:
-    *arrays, saved = *residuals[:3], residuals[3:]
+    query, key, value, *saved = residuals
     # Traced once more for the structure of the backward pass alone, which cannot be passed along with its arrays.
-    backward = jax.eval_shape(
-        lambda *x: jax.vjp(lambda q, k, v: _flash_kernel(q, k, v, kernel, is_causal), *x)[1], *arrays
-    )
+    _, backward = jax.eval_shape(lambda q, k, v: _flash_vjp(q, k, v, kernel, is_causal), query, key, value)
     return jax.tree.unflatten(jax.tree.structure(backward), saved)(*dout)
+
+
+def _flash_vjp(
+    query: Array, key: Array, value: Array, kernel: Implementation, is_causal: bool
+) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
+    return jax.vjp(lambda q, k, v: _flash_kernel(q, k, v, kernel, is_causal), query, key, value)
 
 
 def _flash_kernel(query: Array, key: Array, value: Array, kernel: Implementation, is_causal: bool) -> Array:

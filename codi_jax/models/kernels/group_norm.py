@@ -1,8 +1,8 @@
 """Group normalization (Wu & He, 2018) with its derivatives written out.
 
 Derived by JAX, the gradient takes three times as long on a CPU, where it was a third of a VAE's training step, and on
-every backend it keeps two arrays in float32 in place of the input alone. All is computed in float32 at least: E[x²] −
-E[x]² would cancel where the mean is far from zero, as it is in a VAE's last blocks.
+every backend it keeps two arrays in float32 in place of the input alone. All is computed in float32 at least:
+E[x²] − E[x]² would cancel where the mean is far from zero, as it is in a VAE's last blocks.
 """
 
 import functools

@@ -248,7 +248,8 @@ def _walking(path: DegradationPath, args: DisbackRunFlags, record: Callable[[Run
         dtype = optim.compute_dtype(args.mixed_precision)
         nodes = [functools.partial(path.load, number, dtype) for number in reversed(range(len(path.nodes)))]
         # A LoRA needs the teacher at every step; else it is read again, since until then it would only take memory.
-        last = functools.partial(teacher.load_on_host, this.model, "unet", dtype)
+        without_params = this.model.replace(params={})
+        last = functools.partial(teacher.load_on_host, without_params, "unet", dtype)
         if args.generator_lora:
             last = functools.partial(constant.params.__getitem__, "unet")
 

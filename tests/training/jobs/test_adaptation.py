@@ -22,11 +22,12 @@ from picture_folders import numbered
 from safetensors.numpy import load_file, save_file
 
 from codi_jax.cli import command_line
-from codi_jax.diffusion.sampling import timesteps_for
+from codi_jax.diffusion.sampling_spec import SamplingSpec
 from codi_jax.diffusion.schedule import NoiseSchedule
+from codi_jax.diffusion.timesteps import timesteps_for
 from codi_jax.methods import weight_delta
-from codi_jax.pipeline.model import DiffusionPipeline
-from codi_jax.training import adaptation
+from codi_jax.pipeline.model import Model
+from codi_jax.training.jobs import adaptation
 from training_scripts import adapt_instruct_pix2pix as script
 
 WEIGHT = 0.37
@@ -122,17 +123,17 @@ def test_the_folder_is_a_whole_model_for_lcm_steps(folder: Path, tmp_path: Path)
     image = numbered(120, (SIZE, SIZE))
     given = {"guidance_scale": 2.0, "image_guidance_scale": 1.0}
     wanted = theirs("a dog", image=image, num_inference_steps=1, latents=latents, output_type="np", **given).images
-    made = DiffusionPipeline.from_pretrained(out)("a dog", image, steps=1, latents=noise, **given)
+    made = Model.from_pretrained(out)("a dog", image, steps=1, latents=noise, **given)
     assert np.abs(made - 255 * wanted).max() <= 2
 
 
 def test_a_distilled_editor_is_sampled_as_what_it_has_become(folder: Path, tmp_path: Path) -> None:
     editor = shutil.copytree(folder / "instruct-pix2pix", tmp_path / "editor")
-    NoiseSchedule.from_pretrained(editor).with_generator_timesteps([399]).save_pretrained(editor)
+    NoiseSchedule.from_pretrained(editor).sampled(SamplingSpec.generator([399])).save_pretrained(editor)
     words = ["--pretrained_model_name_or_path", str(editor), "--output_dir", str(tmp_path / "out"), *of_models(folder)]
     script.main(parse(words))
     adapted = NoiseSchedule.from_pretrained(tmp_path / "out")
-    assert adapted.generator_timesteps is None
+    assert adapted.sampling.timesteps is None
     assert timesteps_for("lcm", adapted, 4).tolist() == [999, 759, 499, 259]
 
 
@@ -254,7 +255,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
     code = f"""
 import resource
 from pathlib import Path
-from codi_jax.training import adaptation
+from codi_jax.training.jobs import adaptation
 from codi_jax.io.weights import open_model
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 editor = adaptation.Editor(*open_model({str(tmp_path / "editor")!r}))
