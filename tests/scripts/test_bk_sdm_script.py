@@ -13,7 +13,7 @@ import yaml
 from folders import SD_UNET, SIZE, make_pipeline
 from oracle import make_torch
 from picture_folders import write_folder
-from test_training_scripts import (
+from script_runs import (
     SHARED,
     Inputs,
     assert_frozen,
@@ -29,7 +29,9 @@ from test_training_scripts import (
 from codi_jax.cli import command_line
 from codi_jax.io.pruning_levels import find_level
 from codi_jax.models.pruning import prune
-from codi_jax.pipeline.model import DiffusionPipeline
+from codi_jax.pipeline import loading
+from codi_jax.pipeline.model import Model
+from codi_jax.training import loop
 from training_scripts import train_bk_sdm_flax as bk_sdm
 from training_scripts import train_codi_flax as codi
 from training_scripts import train_lcm_flax as lcm
@@ -82,7 +84,7 @@ def test_a_student_is_a_whole_folder_that_diffusers_loads(inputs: Inputs, studen
 def test_a_resumed_run_is_the_same_run(
     inputs: Inputs, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bk_sdm.train, "_validate", lambda *_: None)
+    monkeypatch.setattr(loop, "_validate", lambda *_: None)
     flags = of_level(inputs, use_ema=True, ema_decay=0.5, max_train_steps=4)
     run(bk_sdm, inputs, tmp_path, resume_from_checkpoint=str(student / "checkpoint-2"), **flags)
     assert_same_weights(tmp_path / "unet", student / "unet")
@@ -100,9 +102,9 @@ def test_before_training_the_student_is_what_stays_of_the_teacher(
 ) -> None:
     """The average too, which the reference code makes of the whole UNet; also from half precision."""
     prepared = prepare(bk_sdm, inputs, tmp_path, monkeypatch, **of_level(inputs, use_ema=True, mixed_precision="bf16"))
-    teacher = DiffusionPipeline.from_pretrained(inputs.model)
+    teacher = Model.from_pretrained(inputs.model)
     surgery = find_level("mine", inputs.model.parent / "levels.yaml")
-    _, wanted = prune(teacher.modules["unet"], teacher.params["unet"], surgery)
+    _, wanted = prune(teacher.networks.unet, teacher.params["unet"], surgery)
     for trained in (prepared.state.params["unet"], prepared.state.ema["unet"]):
         assert jax.tree.structure(trained) == jax.tree.structure(wanted)
         jax.tree.map(np.testing.assert_array_equal, trained, wanted)
@@ -133,8 +135,8 @@ def test_variants_can_be_traced(inputs: Inputs, tmp_path: Path, monkeypatch: pyt
     assert ("output" in metrics) == (variant != "task alone")
     assert prepared.state.ema is None
     if variant == "another type":
-        assert prepared.frozen["schedule"].prediction_type == "v_prediction"
-        assert prepared.frozen["teacher_schedule"].prediction_type == "epsilon"
+        assert prepared.frozen.schedule.prediction_type == "v_prediction"
+        assert prepared.frozen.teacher_schedule.prediction_type == "epsilon"
 
 
 def test_without_surgery_the_student_is_the_whole_teacher(
@@ -178,9 +180,9 @@ def test_few_steps_and_fewer_blocks(inputs: Inputs, student: Path, tmp_path: Pat
     assert_reports(out, 2)
     if "lora" in chain:
         return
-    made = DiffusionPipeline.from_pretrained(out)
-    assert made.modules["unet"].config.mid_block_type is None
-    control = np.zeros((SIZE, SIZE, 3), np.uint8) if "controlnet" in made.modules else None
+    made = Model.from_pretrained(out)
+    assert made.networks.unet.config.mid_block_type is None
+    control = np.zeros((SIZE, SIZE, 3), np.uint8) if made.networks.controlnet is not None else None
     pictures = made("a cat", control_image=control, height=SIZE, width=SIZE, steps=1, guidance_scale=1)
     assert len(np.unique(pictures)) > 10
 
@@ -238,7 +240,7 @@ def test_bad_input_is_refused_before_weights_are_loaded(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     flags, message = BAD[case]
-    monkeypatch.setattr(pipeline, "load_model", refuse_to_load)
+    monkeypatch.setattr(loading, "load_model", refuse_to_load)
     with pytest.raises(ValueError, match=message) as error:
         run(bk_sdm, inputs, tmp_path, **flags)
     assert "\n" not in str(error.value)
@@ -270,9 +272,9 @@ def test_a_student_whose_config_does_not_fit_its_weights_is_refused(
 
 
 def test_the_levels_of_the_emoji_fit_its_model() -> None:
-    emoji = DiffusionPipeline.from_pretrained(ASSETS / "emoji")
+    emoji = Model.from_pretrained(ASSETS / "emoji")
     counts = [
-        sum(leaf.size for leaf in jax.tree.leaves(prune(emoji.modules["unet"], emoji.params["unet"], level)[1]))
+        sum(leaf.size for leaf in jax.tree.leaves(prune(emoji.networks.unet, emoji.params["unet"], level)[1]))
         for level in (find_level(name, EMOJI_LEVELS) for name in ("base", "small", "tiny"))
     ]
     assert counts == [4_290_568, 3_237_512, 1_645_544]

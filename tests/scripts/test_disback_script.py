@@ -1,12 +1,14 @@
 """DisBack's script, run as a user runs it, on models of a few channels."""
 
 import dataclasses
+import gc
 import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from folders import SIZE, saved_pipeline
 from picture_folders import write_folder
 from safetensors.numpy import load_file
 
-from codi_jax.pipeline.model import DiffusionPipeline
+from codi_jax.pipeline.model import Model
 from codi_jax.training import loop, optim
 from training_scripts import train_disback_flax as script
 
@@ -90,7 +92,7 @@ def test_both_stages_leave_a_path_and_a_generator(whole: Path, scratch: Path):
 
 def test_diffusers_samples_the_generator_in_one_step(whole: Path, caplog: pytest.LogCaptureFixture):
     """With LCMScheduler and timesteps=[399], as the paper's own model; we find the time in the folder."""
-    ours = DiffusionPipeline.from_pretrained(whole)
+    ours = Model.from_pretrained(whole)
     assert ours.times(1).tolist() == ours.times().tolist() == [399]
     logging.getLogger("diffusers").addHandler(caplog.handler)
     theirs: Any = diffusers.StableDiffusionPipeline.from_pretrained(whole)
@@ -98,7 +100,7 @@ def test_diffusers_samples_the_generator_in_one_step(whole: Path, caplog: pytest
     logging.getLogger("diffusers").removeHandler(caplog.handler)
     assert isinstance(theirs.scheduler, diffusers.LCMScheduler)
     theirs.set_progress_bar_config(disable=True)
-    side = ours.modules["unet"].config.sample_size
+    side = ours.networks.unet.config.sample_size
     noise = np.random.default_rng(0).standard_normal((2, side, side, 4)).astype("f4")
     wanted = theirs(
         PROMPTS[:2], latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()), num_inference_steps=1,
@@ -137,12 +139,22 @@ def test_the_target_walks_the_recorded_path_back_to_the_teacher(
             record.write(dataclasses.replace(state, params={"unet": unet}), n * record.every)
 
     targets: list[float] = []
+    of_teacher: list[Any] = []
+    from_pretrained = Model.from_pretrained
+
+    def load(*given: Any, **options: Any) -> Model:
+        model = from_pretrained(*given, **options)
+        of_teacher.extend(map(weakref.ref, jax.tree.leaves(model.params.get("unet"))))
+        return model
 
     def backtrack(step: Any, state: Any, frozen: Any, loader: Any, args: Any, **_: Any) -> None:
         loader.close()
+        gc.collect()
+        assert of_teacher
+        assert any(leaf() is not None for leaf in of_teacher) == generator_lora, "it is in memory twice"
         assert factor(state.fake.params["unet"]) == 4
-        targets.extend(factor(frozen.at(step)["unet"]) for step in (*range(12), 1000))
-        assert factor(frozen.at(0)["teacher"] if generator_lora else state.generator.params["unet"]) == 1
+        targets.extend(factor(frozen.at(step).target) for step in (*range(12), 1000))
+        assert factor(frozen.at(0).params["unet"] if generator_lora else state.generator.params["unet"]) == 1
 
     def factor(unet: Any) -> float:
         """How many times the teacher it is."""
@@ -152,6 +164,7 @@ def test_the_target_walks_the_recorded_path_back_to_the_teacher(
 
     teacher = weights_of(saved_pipeline("text-to-image", scratch) / "unet")["conv_in.weight"]
     flags = {"generator_lora": generator_lora, "lora_rank": 2, "interval": 2, "max_train_steps": 20}
+    monkeypatch.setattr(Model, "from_pretrained", load)
     for stage, instead in (("degradation", degrade), ("backtracking", backtrack)):
         monkeypatch.setattr(loop, "train", instead)
         run(scratch, tmp_path, stage=stage, num_nodes=3, **flags)
@@ -178,7 +191,7 @@ def test_each_network_has_its_own_learning_rate(scratch: Path, tmp_path: Path, m
         with pytest.raises(EnoughError):
             run(scratch, tmp_path, **flags, **rates)
     (backtracking, state), (degradation, of_path) = handed
-    optimizers = *backtracking.keywords["optimizers"], degradation.keywords["optimizer"]
+    optimizers = *backtracking.keywords["optimizer"], degradation.keywords["optimizer"]
     networks = state.generator, state.fake, of_path
     for network, optimizer, (rate, updates) in zip(networks, optimizers, [(1e-3, 10), (4e-3, 20), (4e-3, 20)]):
         assert optim.status(network)["learning_rate"] == np.float32(rate)
@@ -197,9 +210,9 @@ def test_plain_distribution_matching_has_the_teacher_as_its_target(
     flags = {"stage": "backtracking", "path": "none", "use_ema": True}
     prepared = prepare(scratch, tmp_path, monkeypatch, **flags)
     teacher = weights_of(saved_pipeline("text-to-image", scratch) / "unet")
-    for step in (0, 3, 100):
-        kernel = prepared["frozen"].at(step)["unet"]["conv_in"]["kernel"]
-        np.testing.assert_array_equal(np.asarray(kernel).transpose(3, 2, 0, 1), teacher["conv_in.weight"])
+    assert not isinstance(prepared["frozen"], loop.Moving)
+    kernel = prepared["frozen"].target["conv_in"]["kernel"]  # the same at all steps
+    np.testing.assert_array_equal(np.asarray(kernel).transpose(3, 2, 0, 1), teacher["conv_in.weight"])
     # What is written is the moving average.
     state = prepared["state"]
     average = jax.tree.map(lambda x: 2 * x, state.generator.ema)
@@ -216,7 +229,7 @@ def prepare(scratch: Path, output_dir: Path, monkeypatch: pytest.MonkeyPatch, **
     def take(step: Any, state: Any, frozen: Any, loader: Any, args: Any, **others: Any) -> None:
         batch = next(loader)
         loader.close()
-        trees = frozen.at(0) if isinstance(frozen, loop.Changing) else frozen
+        trees = frozen.at(0) if isinstance(frozen, loop.Moving) else frozen
         handed.update(
             others, step=step, batch=batch, frozen=frozen, state=state, result=jax.eval_shape(step, state, trees, batch)
         )
@@ -329,9 +342,8 @@ def test_a_path_of_another_model_and_a_run_that_is_too_short_are_refused(
     flags = {"stage": "backtracking", "path": str(whole / "path")}
     other = shutil.copytree(saved_pipeline("text-to-image", scratch), tmp_path / "other")
     shutil.rmtree(other / "unet")
-    pipeline = DiffusionPipeline.from_pretrained(saved_pipeline("text-to-image", scratch))
-    pipeline.params["unet"] = jax.tree.map(lambda x: 1.01 * x, pipeline.params["unet"])
-    pipeline.save_pretrained(other)
+    model = Model.from_pretrained(saved_pipeline("text-to-image", scratch))
+    model.with_params({"unet": jax.tree.map(lambda x: 1.01 * x, model.params["unet"])}).save_pretrained(other)
     with pytest.raises(ValueError, match="was recorded for another model"):
         run(scratch, tmp_path / "a", **flags, pretrained_model_name_or_path=str(other))
     with pytest.raises(ValueError, match=r"timesteps = \[399\], and this run has \[299\]"):

@@ -1,6 +1,5 @@
 """The scripts of InstructPix2Pix and of LCM, run as a user runs them, and diffusers with what they write."""
 
-import dataclasses
 import json
 import re
 import shlex
@@ -19,7 +18,7 @@ from folders import FAMILIES, SIZE, saved_pipeline
 from picture_folders import numbered, write_folder
 from PIL import Image
 from safetensors import safe_open
-from test_training_scripts import (
+from script_runs import (
     Inputs,
     as_command,
     assert_frozen,
@@ -35,8 +34,8 @@ from test_training_scripts import (
 from codi_jax.cli import command_line
 from codi_jax.methods import lcm as lcm_method
 from codi_jax.methods.baking import bake_guidance
-from codi_jax.pipeline.conditions import Modules
-from codi_jax.pipeline.model import DiffusionPipeline
+from codi_jax.pipeline import loading
+from codi_jax.pipeline.model import Model
 from training_scripts import train_instruct_pix2pix_flax as edit
 from training_scripts import train_lcm_distil_instruct_pix2pix_sdxl as lcm_edit
 from training_scripts import train_lcm_flax as lcm
@@ -122,21 +121,15 @@ def test_lcm_writes_a_student_and_its_average(models: Models, students: Callable
 
 @pytest.mark.parametrize("family", EDITORS)
 def test_a_baked_student_is_right_in_the_stock_pipeline(models: Models, tmp_path: Path, family: str) -> None:
-    teacher = DiffusionPipeline.from_pretrained(models(family).model)
+    teacher = Model.from_pretrained(models(family).model)
     flags = lcm_method.LcmFlags(unet_time_cond_proj_dim=16)
-    config = lcm_method.configure(Modules(**teacher.modules), flags)
-    student = lcm_method.init_student(config, teacher.params["unet"])
+    unet = lcm_method.configure(teacher.networks, flags).student.unet
+    student = lcm_method.init_student(unet, teacher.params["unet"])
     projection = student["time_embedding"]["cond_proj"]
     projection["kernel"] = jax.random.normal(jax.random.key(0), projection["kernel"].shape)
-    ours = dataclasses.replace(
-        teacher,
-        modules={**teacher.modules, "unet": config.student},
-        params={**teacher.params, "unet": student},
-        schedule=lcm_method.student_schedule(teacher.schedule, flags),
-    )
-    unet, params = bake_guidance(ours.modules["unet"], ours.params["unet"], 3.5)
-    parts = {"modules": {**ours.modules, "unet": unet}, "params": {**ours.params, "unet": params}}
-    dataclasses.replace(ours, **parts).save_pretrained(tmp_path)
+    ours = teacher.with_network("unet", unet, student)
+    ours = ours.replace(schedule=lcm_method.sampling(teacher.schedule, flags))
+    ours.with_network("unet", *bake_guidance(unet, student, 3.5)).save_pretrained(tmp_path)
     theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     assert type(theirs) is FAMILIES[family][0]
     theirs.set_progress_bar_config(disable=True)
@@ -169,8 +162,8 @@ def test_a_finished_run_is_exported_anew_with_its_guidance_baked_in(
 def test_a_student_of_two_guidances_takes_both(models: Models, tmp_path: Path) -> None:
     flags = {"w_image_min": 0.0, "w_image_max": 1.0, **OF_DATA, **OF_LCM, "learning_rate": 0.05}
     out = run(lcm_edit, models("instruct-pix2pix"), tmp_path / "run", **flags)
-    student = DiffusionPipeline.from_pretrained(out)
-    assert student.modules["unet"].config.embeds_image_guidance
+    student = Model.from_pretrained(out)
+    assert student.networks.unet.config.embeds_image_guidance
     pairs = [(2.0, 1.0), (4.0, 1.0), (2.0, 2.0)]
     made = [
         student("a dog", source(), steps=1, guidance_scale=text, image_guidance_scale=image).astype(int)
@@ -196,11 +189,11 @@ def test_a_lora_loads_in_diffusers(models: Models, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).standard_normal((1, 8, 8, 4), np.float32)
     latents = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
     wanted = theirs("a dog", num_inference_steps=1, guidance_scale=1.0, latents=latents, output_type="np").images
-    ours = DiffusionPipeline.from_pretrained(inputs.model, lora=out)
+    ours = Model.from_pretrained(inputs.model, lora=out)
     given = {"steps": 1, "sampler": "lcm", "guidance_scale": 1.0, "latents": noise}
     made = ours("a dog", **given)
     assert np.abs(made - 255 * wanted).max() <= 2
-    plain = DiffusionPipeline.from_pretrained(inputs.model)("a dog", **given)
+    plain = Model.from_pretrained(inputs.model)("a dog", **given)
     assert np.abs(made.astype(float) - plain).max() > 2
 
 
@@ -211,8 +204,8 @@ def test_the_grid_that_a_student_is_trained_on_is_the_one_it_is_sampled_on(
     flags = {"num_ddim_timesteps": 20, "timestep_scaling_factor": 5.0, "use_lora": use_lora, "lora_rank": 3}
     of_lora = {"lora_alpha": 6.0} if use_lora else {}
     prepared = prepare(lcm, models("text-to-image"), tmp_path / "run", monkeypatch, **OF_LCM, **flags, **of_lora)
-    assert prepared.step.keywords["config"].flags.num_ddim_timesteps == 20
-    assert prepared.frozen["schedule"].timestep_scaling == 5
+    assert prepared.step.keywords["setup"].flags.num_ddim_timesteps == 20
+    assert prepared.frozen.schedule.sampling.timestep_scaling == 5
     prepared.export(prepared.state, tmp_path / "student")
     theirs = diffusers.LCMScheduler.from_pretrained(tmp_path / "student", subfolder="scheduler")
     theirs.set_timesteps(20)
@@ -287,7 +280,7 @@ BAD: dict[str, tuple[Any, str, dict[str, Any], str]] = {
 def test_a_grid_or_a_vae_that_is_not_there_is_refused_before_weights_are_loaded(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "load_model", refuse_to_load)
+    monkeypatch.setattr(loading, "load_model", refuse_to_load)
     of_model = models("text-to-image")
     with pytest.raises(ValueError, match="A distillation grid of 5000 steps is impossible"):
         lcm.main(flags_of(lcm, of_model, tmp_path / "one", **OF_LCM, num_ddim_timesteps=5000))
