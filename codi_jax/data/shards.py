@@ -84,7 +84,7 @@ def stream(files: Sequence[str], pictures: Sequence[str], texts: Sequence[str]) 
 
 
 def table(files: Sequence[str], pictures: Sequence[str], texts: Sequence[str], cache_dir: str | None) -> Dataset:
-    """The samples of shards as a table with random access, which is made anew when a file changes; see `stream`."""
+    """The samples of shards as a table with random access, which is rebuilt when a file changes; see `stream`."""
     shards = [(file, Folder(file).fs.ukey(Folder(file).locate())) for file in files]
     options = {"shards": shards, "pictures": tuple(pictures), "texts": tuple(texts)}
     picture = {"bytes": datasets.Value("large_binary"), "path": datasets.Value("string")}
