@@ -24,6 +24,8 @@ from codi_jax.diffusion.sampling_spec import SamplingSpec
 from codi_jax.io.images import labeled_rows, open_image, save_images, to_pixels
 from codi_jax.methods.weight_delta import ConvIn
 from codi_jax.models.lora import merge_lora
+from codi_jax.pipeline.model import Model
+from codi_jax.pipeline.networks import require_instruct_pix2pix
 from codi_jax.training.jobs.adaptation import delta_of_lora, delta_of_models, describe, open_editor, write_adapted
 from codi_jax.training.tracking import say
 

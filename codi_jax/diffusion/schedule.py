@@ -126,14 +126,6 @@ class NoiseSchedule:
         """Returns the mapping that this schedule was made from, with every key of it."""
         return json.loads(self.config_json)
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes ``scheduler/scheduler_config.json`` into a model's folder, for diffusers too; returns its path."""
-        path = Path(folder, "scheduler", CONFIG_NAME)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".json.tmp")
-        unfinished.write_text(json.dumps(self.to_config(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        return unfinished.replace(path)
-
     def with_config(self, **changes: Any) -> "NoiseSchedule":
         """Returns the schedule with these keys of the configuration changed; raises as `from_config`.
 

@@ -1,7 +1,6 @@
 """Saving a model as a diffusers folder."""
 
 import importlib.metadata
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.typing import DTypeLike
 
+from codi_jax.diffusion.schedule import NoiseSchedule
+from codi_jax.diffusion.scheduler_config import CONFIG_NAME
+from codi_jax.io.atomic import write_json
 from codi_jax.io.weights import save_model
 from codi_jax.models.config import WeightsError
 
@@ -31,12 +33,17 @@ def save(model: "Model", folder: Path, dtype: DTypeLike | Mapping[str, DTypeLike
             for file in files:
                 if file.parent.resolve() != (folder / name).resolve():
                     shutil.copyfile(file, folder / name / file.name)
-        model.schedule.save_pretrained(folder)
-        unfinished = folder / ".model_index.json"
-        unfinished.write_text(json.dumps(_index(model), indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(folder / "model_index.json")
+        save_schedule(model.schedule, folder)
+        write_json(folder / "model_index.json", _index(model))
     except OSError as error:
         raise WeightsError(f"Could not save {folder}: {error.strerror or error}.") from error
+
+
+def save_schedule(schedule: NoiseSchedule, folder: str | Path) -> Path:
+    """Writes ``scheduler/scheduler_config.json`` into a model's folder, for diffusers too; returns its path."""
+    path = Path(folder, "scheduler", CONFIG_NAME)
+    write_json(path, schedule.to_config(), sort_keys=True)
+    return path
 
 
 def _index(model: "Model") -> dict[str, Any]:

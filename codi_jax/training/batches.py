@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from codi_jax.data import Encoders, Loader, Source, load_data, open_data
 from codi_jax.io import processes
+from codi_jax.io.checksums import update_with_values
 from codi_jax.models import sharding
 from codi_jax.pipeline.conditions import encode_prompts, posterior
 from codi_jax.pipeline.model import Model
@@ -101,8 +101,7 @@ def _digest(model: Model, params: dict[str, Any]) -> str:
     digest, networks = hashlib.sha256(), model.networks.by_name()
     for name, tree in params.items():
         digest.update(repr(networks[name]).encode())
-        for leaf in jax.tree.leaves(tree):
-            digest.update(np.asarray(leaf).tobytes())
+        update_with_values(digest, tree)
     for file in (file for files in model.tokenizer_files.values() for file in files):
         digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -18,12 +18,16 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from codi_jax.io import processes
+from codi_jax.io.atomic import write_json
+from codi_jax.io.checksums import folder_digest
+from codi_jax.io.json_files import read_object
 from codi_jax.io.weights import Network, load_model, save_model
 from codi_jax.models import sharding
 from codi_jax.models.config import Params
 from codi_jax.pipeline.conditions import Frozen
 
 PATH_NAME = "path.json"
+_WEIGHTS = "*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,9 @@ class DegradationPath:
           ValueError: if its files are not those that were recorded.
         """
         name = list(self.nodes)[number]
-        if _digest_of_files(self.folder / name) != self.nodes[name]:
+        if folder_digest(self.folder / name, _WEIGHTS) != self.nodes[name]:
             raise ValueError(
-                f"{self.folder / name} is damaged, or was replaced: record the path anew with --stage degradation."
+                f"{self.folder / name} is damaged, or was replaced: record the path again with --stage degradation."
             )
         return load_model(self.folder, name, dtype=dtype, place=lambda _, array: array)[1]
 
@@ -92,10 +96,8 @@ def finish_path(folder: Path, num_nodes: int, identity: Mapping[str, Any]) -> No
       identity: see `DegradationPath`, JSON.
     """
     if jax.process_index() == 0:
-        nodes = {node_name(i): _digest_of_files(folder / node_name(i)) for i in range(num_nodes)}
-        unfinished = folder / f"{PATH_NAME}.tmp"
-        unfinished.write_text(json.dumps({**identity, "nodes": nodes}, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(folder / PATH_NAME)
+        nodes = {node_name(i): folder_digest(folder / node_name(i), _WEIGHTS) for i in range(num_nodes)}
+        write_json(folder / PATH_NAME, {**identity, "nodes": nodes})
     processes.wait_for_all("the path is written")
 
 
@@ -106,20 +108,18 @@ def open_path(folder: Path) -> DegradationPath:
       ValueError: if there is none, or nodes of it are missing.
     """
     try:
-        content = json.loads((folder / PATH_NAME).read_text(encoding="utf-8"))
+        content = read_object(folder / PATH_NAME, "record the path again")
     except FileNotFoundError:
         raise ValueError(
             f"{folder} holds no finished path (no {PATH_NAME}): record one with --stage degradation, or give --path "
             "none for plain distribution matching."
         ) from None
-    except ValueError as error:
-        raise ValueError(f"{folder / PATH_NAME} is not valid JSON ({error}): record the path again.") from None
-    if not isinstance(content, dict) or not isinstance(nodes := content.pop("nodes", None), dict) or not nodes:
+    if not isinstance(nodes := content.pop("nodes", None), dict) or not nodes:
         raise ValueError(f"{folder / PATH_NAME} names no nodes: record the path again.")
-    missing = [name for name in nodes if not any((folder / name).glob("*.safetensors"))]
+    missing = [name for name in nodes if not any((folder / name).glob(_WEIGHTS))]
     if missing:
         raise ValueError(
-            f"{folder} lacks {', '.join(missing)} of its {len(nodes)} nodes: copy them back, or record the path anew "
+            f"{folder} lacks {', '.join(missing)} of its {len(nodes)} nodes: copy them back, or record the path again "
             "with --stage degradation."
         )
     return DegradationPath(folder, content, nodes)
@@ -142,23 +142,6 @@ def check_identity(path: DegradationPath, identity: Mapping[str, Any]) -> None:
                 f"{path.folder} was recorded with {name} = {path.identity.get(name)}, and this run has {value}: give "
                 "the same flags, or record another path with --stage degradation."
             )
-
-
-def digest(params: Params) -> str:
-    """SHA-256 of parameters, names included; all processes must call it."""
-    result = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        result.update(jax.tree_util.keystr(path).encode())
-        result.update(sharding.fetch(leaf).tobytes())
-    return result.hexdigest()
-
-
-def _digest_of_files(folder: Path) -> str:
-    result = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as opened:
-            hashlib.file_digest(opened, lambda: result)
-    return result.hexdigest()
 
 
 class MovingTarget:

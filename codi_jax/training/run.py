@@ -21,6 +21,7 @@ from codi_jax.models import sharding
 from codi_jax.models.config import Params
 from codi_jax.pipeline.conditions import Frozen, NullText, encode_null_text
 from codi_jax.pipeline.model import Model
+from codi_jax.pipeline.saving import save_schedule
 from codi_jax.training import batches, loop, optim, teacher
 from codi_jax.training.flags import RunFlags
 from codi_jax.training.method import Export, Load, Method, Setup
@@ -93,7 +94,7 @@ def write_export(run: Run, state: Any, folder: Path) -> None:
     if export.is_whole:
         _write_whole(run, export, folder)
     elif export.has_schedule and jax.process_index() == 0:
-        run.student.schedule.save_pretrained(folder)
+        save_schedule(run.student.schedule, folder)
     for name, (network, params) in export.beside.items():
         save_model(folder, name, network, params, dtype=run.args.save_dtype)
     if export.lora:

@@ -6,15 +6,15 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from codi_jax.cli.flags import Flags, Scope
+from codi_jax.io.atomic import write_json
+from codi_jax.io.json_files import read_object
 
 ARGS_NAME = "args.json"
 _LOCK_NAME = ".lock"
@@ -79,11 +79,8 @@ def write_arguments(flags: Flags, output_dir: Path) -> None:
     Raises:
       OSError: if the folder cannot be written.
     """
-    unfinished = output_dir / f"{ARGS_NAME}.tmp"
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(flags.values_within(Scope.PROCESS), indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(output_dir / ARGS_NAME)
+        write_json(output_dir / ARGS_NAME, flags.values_within(Scope.PROCESS))
     except OSError as error:
         raise _unwritable(output_dir, error) from error
 
@@ -98,7 +95,8 @@ def check_arguments(flags: Flags, output_dir: Path) -> None:
     # Alone in its folder, it is from a start that was refused later, for its model or its data.
     if not path.exists() or {file.name for file in output_dir.iterdir()} <= {ARGS_NAME, _LOCK_NAME}:
         return
-    earlier, given = _read(path), flags.values_within(Scope.RESUME)
+    remedy = "it has the arguments of an earlier run; choose another --output_dir, or remove that file to use this one"
+    earlier, given = read_object(path, remedy), flags.values_within(Scope.RESUME)
     operational = {name for name, scope in flags.scopes().items() if scope > Scope.RESUME}
     for name in sorted((earlier.keys() | given.keys()) - operational):
         if earlier.get(name) != given.get(name):
@@ -106,19 +104,6 @@ def check_arguments(flags: Flags, output_dir: Path) -> None:
                 f"{output_dir} holds another run, with --{name} {json.dumps(earlier.get(name))} instead of "
                 f"{json.dumps(given.get(name))}: choose another --output_dir."
             )
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path}, the arguments of an earlier run, is damaged ({error}): choose another --output_dir, or remove "
-            "that file to use this one."
-        ) from None
-    if not isinstance(earlier, dict):
-        raise ValueError(f"{path}, the arguments of an earlier run, is not a JSON object: choose another --output_dir.")
-    return earlier
 
 
 def _unwritable(output_dir: Path, error: OSError) -> OSError:

@@ -19,6 +19,7 @@ from codi_jax.methods import codi, lcm, tcd
 from codi_jax.methods.codi import CodiFlags
 from codi_jax.methods.generator import GeneratorFlags, generator_schedule
 from codi_jax.methods.lcm import LcmFlags
+from codi_jax.pipeline.saving import save_schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
@@ -36,7 +37,7 @@ PUBLISHED_SPECS = {name: NoiseSchedule.from_config(config).sampling for name, co
 
 
 def saved_and_read(schedule: NoiseSchedule, folder: Path) -> NoiseSchedule:
-    schedule.save_pretrained(folder)
+    save_schedule(schedule, folder)
     return NoiseSchedule.from_pretrained(folder)
 
 
@@ -55,7 +56,7 @@ def test_a_spec_is_read_as_it_was_saved(spec: SamplingSpec, tmp_path: Path):
 def test_diffusers_reads_what_a_spec_saves(spec: SamplingSpec, tmp_path: Path):
     """Its class takes the very keys, and visits the same times; of a leading CoDi grid only all of them together."""
     schedule = make().sampled(spec)
-    schedule.save_pretrained(tmp_path)
+    save_schedule(schedule, tmp_path)
     theirs = getattr(diffusers, spec.scheduler).from_pretrained(tmp_path, subfolder="scheduler")
     for key, value in schedule.to_config().items():
         if not key.startswith(("distill_", "_")):

@@ -12,6 +12,7 @@ from schedulers import PUBLISHED, SD, diffusers_scheduler, make
 
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.models.config import ConfigError
+from codi_jax.pipeline.saving import save_schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
@@ -69,7 +70,7 @@ def test_published_configurations(config: dict[str, Any], tmp_path: Path):
     assert schedule.prediction_type == theirs.config.prediction_type
     for key in ("timestep_spacing", "steps_offset"):
         assert getattr(schedule.sampling, key) == theirs.config[key]
-    path = schedule.save_pretrained(tmp_path)
+    path = save_schedule(schedule, tmp_path)
     assert json.loads(path.read_text()) == config
     assert NoiseSchedule.from_pretrained(tmp_path).to_config() == config
 
@@ -95,7 +96,7 @@ def test_what_every_scheduler_class_saves_is_read(name: str, complete: bool, tmp
 def test_diffusers_reads_what_is_saved(tmp_path: Path):
     config = {**SD, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     schedule = NoiseSchedule.from_config(config)
-    schedule.save_pretrained(tmp_path)
+    save_schedule(schedule, tmp_path)
     theirs = diffusers.DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
     assert {key: theirs.config[key] for key in config if key != "_class_name"} == {
         key: value for key, value in config.items() if key != "_class_name"

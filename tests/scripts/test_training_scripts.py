@@ -45,6 +45,7 @@ from codi_jax.diffusion.sampling_spec import SamplingSpec
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.diffusion.timesteps import default_sampler
 from codi_jax.pipeline import loading
+from codi_jax.pipeline.saving import save_schedule
 from codi_jax.training.checkpoint import CheckpointError
 from training_scripts import train_autoencoder_flax as autoencoder
 from training_scripts import train_bk_sdm_flax as bk_sdm
@@ -106,7 +107,7 @@ def test_a_student_that_is_trained_at_all_times_is_a_student_no_more(
 ):
     """Its grid goes with the training of its UNet; a ControlNet leaves the UNet, and how it is sampled, as they are."""
     model = shutil.copytree(inputs.model, tmp_path / "model")
-    NoiseSchedule.from_pretrained(model).sampled(SamplingSpec.codi(20)).save_pretrained(model)
+    save_schedule(NoiseSchedule.from_pretrained(model).sampled(SamplingSpec.codi(20)), model)
     flags = {"prepare_unet": False} if script is bk_sdm else {}
     prepared = prepare(script, Inputs(model, inputs.data), tmp_path / "run", monkeypatch, **flags)
     prepared.export(prepared.state, tmp_path / "trained")

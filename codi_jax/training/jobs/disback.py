@@ -12,6 +12,7 @@ import tyro
 from codi_jax.cli.flags import Adjustable, Operational
 from codi_jax.cli.outputs import file_in_place_of
 from codi_jax.data import ConditionOf, PromptFlags
+from codi_jax.io.checksums import digest_of
 from codi_jax.methods import disback
 from codi_jax.pipeline.conditions import Frozen
 from codi_jax.training import optim, teacher
@@ -20,7 +21,6 @@ from codi_jax.training.degradation_path import (
     DegradationPath,
     MovingTarget,
     check_identity,
-    digest,
     finish_path,
     open_path,
     write_node,
@@ -217,7 +217,7 @@ def _recording() -> Hooks:
     def check(this: Run) -> None:
         _check_teacher(this)
         # Now, since the teacher's float32 parameters are not kept.
-        teachers["teacher"] = digest(this.load("unet"))
+        teachers["teacher"] = digest_of(this.load("unet"))
 
     def record(this: Run) -> Record:
         interval = this.args.degradation_interval
@@ -241,7 +241,7 @@ def _walking(path: DegradationPath, args: DisbackRunFlags, record: Callable[[Run
 
     def check(this: Run) -> None:
         _check_teacher(this)
-        check_identity(path, _identity(args, digest(this.load("unet"))))
+        check_identity(path, _identity(args, digest_of(this.load("unet"))))
         _check_arrival(this.num_steps, args, len(path.nodes))
 
     def frozen(this: Run, constant: Frozen) -> MovingTarget:

@@ -27,6 +27,7 @@ from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.diffusion.timesteps import timesteps_for
 from codi_jax.methods import weight_delta
 from codi_jax.pipeline.model import Model
+from codi_jax.pipeline.saving import save_schedule
 from codi_jax.training.jobs import adaptation
 from training_scripts import adapt_instruct_pix2pix as script
 
@@ -129,7 +130,7 @@ def test_the_folder_is_a_whole_model_for_lcm_steps(folder: Path, tmp_path: Path)
 
 def test_a_distilled_editor_is_sampled_as_what_it_has_become(folder: Path, tmp_path: Path) -> None:
     editor = shutil.copytree(folder / "instruct-pix2pix", tmp_path / "editor")
-    NoiseSchedule.from_pretrained(editor).sampled(SamplingSpec.generator([399])).save_pretrained(editor)
+    save_schedule(NoiseSchedule.from_pretrained(editor).sampled(SamplingSpec.generator([399])), editor)
     words = ["--pretrained_model_name_or_path", str(editor), "--output_dir", str(tmp_path / "out"), *of_models(folder)]
     script.main(parse(words))
     adapted = NoiseSchedule.from_pretrained(tmp_path / "out")
