@@ -126,9 +126,9 @@ def test_auto_chooses(backend: str, dtype: jnp.dtype, tokens: int, keys: int, di
 def test_convolution_by_patches_equals_pytorch(size: int, stride: int, kernel: int) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, size, size, 6), dtype=np.float32)
-    weight = rng.standard_normal((5, 6, kernel, kernel), dtype=np.float32)
-    module = layers.conv(5, kernel, stride=stride, dtype=jnp.float32)
-    params = {"kernel": jnp.asarray(weight.transpose(2, 3, 1, 0)), "bias": jnp.zeros(5)}
+    weight = rng.standard_normal((64, 6, kernel, kernel), dtype=np.float32)
+    module = layers.conv(64, kernel, stride=stride, dtype=jnp.float32)
+    params = {"kernel": jnp.asarray(weight.transpose(2, 3, 1, 0)), "bias": jnp.zeros(64)}
     wanted = torch.nn.functional.conv2d(
         torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(weight), stride=stride, padding=kernel // 2
     )

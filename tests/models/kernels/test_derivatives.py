@@ -38,6 +38,11 @@ def convolution(function, stride, padding):
 OURS_AND_PLAIN = {
     "group norm": (normalize, plain_normalize, (X, *RNG.standard_normal((2, 4)))),
     "geglu": (geglu, plain_geglu, (X,)),
+    "convolution over patches": (
+        convolution(convolve, 1, (1, 1)),
+        convolution(jax.lax.conv_general_dilated, 1, (1, 1)),
+        (RNG.standard_normal((2, 6, 7, 4)), RNG.standard_normal((3, 3, 4, 64))),
+    ),
     **{
         f"convolution {taps} {stride} {padding}": (
             convolution(convolve, stride, padding),
