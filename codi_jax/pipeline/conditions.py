@@ -192,7 +192,10 @@ def image_latents(vae: Any, params: Mapping[str, Any], batch: Batch, parts: int 
     if "conditioning_moments" in batch:
         return posterior(vae, params, {"moments": batch["conditioning_moments"]}).mode()
     if "conditioning" not in batch:
-        raise ValueError("An InstructPix2Pix model needs source images (conditioning), and the data has none.")
+        raise ValueError(
+            "An InstructPix2Pix model needs source images (conditioning), and the data has none: name their column "
+            "with --original_image_column."
+        )
     return posterior(vae, params, {"pixels": batch["conditioning"]}, parts).mode()
 
 

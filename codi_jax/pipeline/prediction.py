@@ -112,7 +112,10 @@ def _control_residuals(
     if "controlnet" not in params:
         return None, None
     if condition.control is None:
-        raise ValueError("A ControlNet needs condition images (conditioning), and the data has none.")
+        raise ValueError(
+            "A ControlNet needs condition images (conditioning), and the data has none: name their column with "
+            "--conditioning_image_column."
+        )
     return networks.controlnet.apply(
         {"params": params["controlnet"]},
         z,
