@@ -10,7 +10,7 @@ import torch
 from folders import SIZE, saved_pipeline
 
 from codi_jax.models.prompt_to_prompt import shared_attention
-from codi_jax.pipeline.model import DiffusionPipeline
+from codi_jax.pipeline.model import Model
 
 PROMPTS = ["a red fox", "a house", "a blue fox", "a boat"]  # two sources, and the variants of both
 STEPS, SCALE = 4, 5.0
@@ -62,7 +62,7 @@ def by_diffusers(folder: Path, prompts: list[str], latents: np.ndarray, shared: 
 
 def test_pairs_are_those_of_copied_attention_maps(folder: Path):
     """Each pair shares attention in its own part of the steps: from equal noise both pictures are the reference's."""
-    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe = Model.from_pretrained(folder)
     latents = np.random.default_rng(0).standard_normal((2, SIZE // 4, SIZE // 4, 4)).astype(np.float32)
     shared = [0.5, 1.0]
     options = {"steps": STEPS, "guidance_scale": SCALE, "sampler": "ddim"}
@@ -78,7 +78,7 @@ def test_pairs_are_those_of_copied_attention_maps(folder: Path):
 
 
 def test_a_variant_of_the_same_words_is_its_source(folder: Path):
-    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe = Model.from_pretrained(folder)
     images = pipe(["a fox", "a fox"], steps=2, sampler="ddim", seed=3, shared_attention=[0.5])
     np.testing.assert_allclose(images[0].astype(int), images[1], atol=1)
 
@@ -86,7 +86,7 @@ def test_a_variant_of_the_same_words_is_its_source(folder: Path):
 @pytest.mark.slow
 def test_without_shared_steps_a_variant_is_drawn_alone(folder: Path):
     """From its source's noise; that of a stochastic sampler included."""
-    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe = Model.from_pretrained(folder)
     for sampler in ("ddim", "euler-ancestral"):
         alone = pipe(["a fox"], steps=2, sampler=sampler, seed=3)
         images = pipe(["a dog", "a fox"], steps=2, sampler=sampler, seed=3, shared_attention=[0.0])
@@ -97,13 +97,13 @@ def test_without_shared_steps_a_variant_is_drawn_alone(folder: Path):
 
 def test_cross_attention_is_shared_where_asked(folder: Path):
     """Of the whole network, one pass: queries and keys of the source, over all heads, and values of the variant."""
-    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe = Model.from_pretrained(folder)
     torch_unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     maps = CopiedMaps()
     torch_unet.set_attn_processor(maps)
     rng = np.random.default_rng(1)
     z = rng.standard_normal((4, SIZE // 4, SIZE // 4, 4)).astype(np.float32)
-    text = rng.standard_normal((4, 7, pipe.modules["unet"].config.cross_attention_dim)).astype(np.float32)
+    text = rng.standard_normal((4, 7, pipe.networks.unet.config.cross_attention_dim)).astype(np.float32)
     t = jnp.full((4,), 500)
     for layers in ("self", "cross"):
         maps.layers = layers
@@ -111,12 +111,12 @@ def test_cross_attention_is_shared_where_asked(folder: Path):
             expected = torch_unet(torch.from_numpy(z.transpose(0, 3, 1, 2).copy()), 500, torch.from_numpy(text)).sample
         with shared_attention(jnp.array([True]), 2, layers):
             variables = {"params": pipe.params["unet"]}
-            found, _ = pipe.modules["unet"].apply(variables, jnp.asarray(z), t, jnp.asarray(text))
+            found, _ = pipe.networks.unet.apply(variables, jnp.asarray(z), t, jnp.asarray(text))
         np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1), atol=2e-5)
 
 
 def test_wrong_numbers_of_pairs(folder: Path):
-    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe = Model.from_pretrained(folder)
     for prompts, shared in ((["a"], [0.5]), (["a", "b"], [0.5, 0.5]), (["a", "b"], [1.5])):
         with pytest.raises(ValueError, match="give a number from 0 to 1 for each pair"):
             pipe(prompts, steps=1, shared_attention=shared)
