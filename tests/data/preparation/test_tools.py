@@ -12,7 +12,8 @@ from test_coyo import contents, images, rows_of, summary
 
 from codi_jax.data import latent_encoding
 from codi_jax.models import sharding
-from codi_jax.training.pretrained import load_batches, load_pretrained, open_training_data
+from codi_jax.training.batches import load_batches, open_training_data
+from codi_jax.training.teacher import load_teacher, open_teacher
 from dataset_tools import cache_latents, laion_subset
 from training_scripts import train_controlnet_flax as controlnet
 from training_scripts import train_text_to_image_flax as text_to_image
@@ -68,9 +69,8 @@ def test_training_finds_the_latents(tmp_path: Path, tmp_path_factory, monkeypatc
 
     monkeypatch.setattr(latent_encoding.LatentEncoder, "encode", refuse)
     args = script.Args(**shared, cache_latents=True, train_batch_size=2, output_dir=str(tmp_path / "run"))
-    condition = "column" if task == "column" else None
-    pipeline = load_pretrained(args, sharding.make_mesh(1))
-    loader = load_batches(args, pipeline, open_training_data(args, condition), condition)
+    model = load_teacher(open_teacher(args), args, sharding.make_mesh(1))
+    loader = load_batches(args, model, open_training_data(args))
     assert {"moments", "context"} <= next(loader).keys()
     loader.close()
 
