@@ -12,7 +12,6 @@ the reference as JAX does it by default, or like ours with --reference_options.
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import statistics
@@ -37,7 +36,8 @@ from codi_jax.models.published import TEXT_ENCODERS, UNETS, VAE
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.unet_config import UNetConfig
 from codi_jax.models.vae import AutoencoderKL, VAEConfig
-from codi_jax.pipeline.conditions import Modules
+from codi_jax.pipeline.conditions import Frozen
+from codi_jax.pipeline.networks import Networks
 from codi_jax.training import loop, optim
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +52,7 @@ class Args:
     config: Literal["emoji", "sd-1.5"] = "emoji"
     """The embedded model (64 px), or SD 1.5 (512 px)."""
     resolution: int | None = None
-    """Pixels on a side of the images; if left out: those that the model was made for."""
+    """Pixels on a side of the images. Default: those that the model was made for."""
     batch: int = 32
     """Samples in a step."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -60,7 +60,7 @@ class Args:
     repeats: int = 10
     """Timed steps of each, after one that is not counted."""
     reference_python: str | None = None
-    """Python of an environment with diffusers 0.38. If left out: only ours is timed."""
+    """Python of an environment with diffusers 0.38. Default: only ours is timed."""
     reference_encodes: bool = False
     """The reference computes latents and text features in the step, and the losses are not compared."""
     reference_options: bool = False
@@ -78,13 +78,13 @@ def configs(args: Args) -> dict[str, Any]:
     return {"unet": UNETS["sd-1.5"], "vae": VAE, "text_encoder": TEXT_ENCODERS["clip-vit-l (sd-1.x, sdxl)"]}
 
 
-def problem(args: Args) -> tuple[codi.Config, dict[str, Any], dict[str, Any]]:
+def problem(args: Args) -> tuple[codi.CodiSetup, dict[str, Any], dict[str, Any]]:
     """Configuration, random parameters by name, and a batch with all that either side reads."""
     config, dtype, rng = configs(args), jnp.dtype(args.dtype), np.random.default_rng(0)
     unet = UNet2DCondition(UNetConfig.from_dict(config["unet"]), dtype)
     vae = AutoencoderKL(VAEConfig.from_dict(config["vae"]), dtype)
     text = CLIPTextConfig.from_dict(config["text_encoder"])
-    method = codi.configure(Modules(unet, vae), codi.CodiFlags())
+    setup = codi.configure(Networks(unet, vae), codi.CodiFlags())
     assert isinstance(unet.config.sample_size, int)
     side = args.resolution // vae.config.downscale if args.resolution else unet.config.sample_size
     pixels, length, channels = side * vae.config.downscale, text.max_position_embeddings, vae.config.latent_channels
@@ -94,7 +94,7 @@ def problem(args: Args) -> tuple[codi.Config, dict[str, Any], dict[str, Any]]:
             lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32) * 0.03), module.abstract_params()
         )
 
-    params = {"unet": random_weights(unet), "controlnet": random_weights(method.modules.controlnet)}
+    params = {"unet": random_weights(unet), "controlnet": random_weights(setup.networks.controlnet)}
     batch = {
         "moments": rng.standard_normal((args.batch, side, side, 2 * channels)).astype("f2"),
         "context": rng.standard_normal((args.batch, length, text.hidden_size)).astype("f2"),
@@ -102,7 +102,7 @@ def problem(args: Args) -> tuple[codi.Config, dict[str, Any], dict[str, Any]]:
         "pixels": rng.integers(0, 256, (args.batch, pixels, pixels, 3), np.uint8),
         "input_ids": rng.integers(0, text.vocab_size, (args.batch, length), np.int32),
     }
-    return method, params, batch
+    return setup, params, batch
 
 
 def teacher_schedule(args: Args) -> NoiseSchedule:
@@ -114,20 +114,17 @@ def teacher_schedule(args: Args) -> NoiseSchedule:
 
 def ours(args: Args) -> Iterator[dict[str, float]]:
     """Compiles, then does a step for each item that is asked for; the first item is the time of compilation."""
-    method, params, batch = problem(args)
+    setup, params, batch = problem(args)
     flags = optim.OptimizerFlags(learning_rate=1e-4, lr_scheduler="constant")
     optimizer = optim.make_optimizer(flags, 1000)
-    state = codi.init_state(
-        method, params["unet"], optimizer, jax.random.key(SEED), controlnet_params=params["controlnet"]
-    )
+    given = dataclasses.replace(setup, starts_from_controlnet=True)
+    state = codi.init(given, params.__getitem__, optimizer, jax.random.key(SEED))
     state = dataclasses.replace(state, key=jax.random.key(SEED))
-    frozen = {
-        "unet": jax.tree.map(lambda x: x.astype(args.dtype), params["unet"]),
-        "schedule": codi.student_schedule(teacher_schedule(args), method.flags),
-    }
+    unet = jax.tree.map(lambda x: x.astype(args.dtype), params["unet"])
+    frozen = Frozen({"unet": unet}, codi.sampling(teacher_schedule(args), setup.flags))
     del params
     cached = {name: jnp.asarray(batch[name]) for name in ("moments", "context", "conditioning")}
-    step = functools.partial(codi.train_step, config=method, optimizer=optimizer)
+    step = codi.METHOD.step(setup, optimizer)
     began = time.perf_counter()
     program = loop.compile_for(jax.default_backend(), jax.jit(step, donate_argnums=0).lower(state, frozen, cached))
     yield {"compile": time.perf_counter() - began}
@@ -139,8 +136,8 @@ def ours(args: Args) -> Iterator[dict[str, float]]:
 
 def write_problem(args: Args, file: IO[bytes]) -> dict[str, Any]:
     """Writes the arrays that the reference computes with, and gives its settings."""
-    method, params, batch = problem(args)
-    assert method.modules.controlnet is not None
+    setup, params, batch = problem(args)
+    assert setup.networks.controlnet is not None
     schedule = teacher_schedule(args)
     # The key of the first step and microbatch.
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), 0), 0)
@@ -150,12 +147,12 @@ def write_problem(args: Args, file: IO[bytes]) -> dict[str, Any]:
     file.flush()
     return {
         **configs(args),
-        "controlnet": method.modules.controlnet.config.to_dict(),
+        "controlnet": setup.networks.controlnet.config.to_dict(),
         "compiler_options": loop.CPU_OPTIONS if args.reference_options else None,
         "dtype": args.dtype,
         "encode": args.reference_encodes,
         "prediction_type": schedule.prediction_type,
-        "scaling_factor": method.modules.vae.config.scaling_factor,
+        "scaling_factor": setup.networks.vae.config.scaling_factor,
     }
 
 

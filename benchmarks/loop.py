@@ -7,7 +7,6 @@ called as often with one batch that lies on the device already: both are timed i
 """
 
 import dataclasses
-import functools
 import statistics
 import tempfile
 import time
@@ -19,19 +18,15 @@ import jax
 from codi_jax.cli import command_line
 from codi_jax.methods import codi
 from codi_jax.models import sharding
+from codi_jax.pipeline.conditions import Frozen
 from codi_jax.training import loop, optim
-from codi_jax.training.pretrained import (
-    PretrainedFlags,
-    load_batches,
-    load_pretrained,
-    modules_of,
-    open_training_data,
-    trainable,
-)
+from codi_jax.training.batches import load_batches, open_training_data
+from codi_jax.training.flags import ConditionFlags, TrainingFlags
+from codi_jax.training.teacher import load_teacher, loader_of, open_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(PretrainedFlags, loop.LoopFlags):
+class Args(ConditionFlags, TrainingFlags):
     """Times the loop around the training step of CoDi. The flags of training apply."""
 
     resolution: int = 64
@@ -103,14 +98,16 @@ def main(args: Args) -> None:
 
 def measure(args: Args) -> tuple[Turns, TimedLoader]:
     mesh, flags = sharding.make_mesh(args.fsdp), codi.CodiFlags()
-    teacher = load_pretrained(args, mesh)
-    loader = load_batches(args, teacher, open_training_data(args, "column"), "column")
-    config = codi.configure(modules_of(teacher, ("controlnet",), args), flags)
+    source = open_training_data(args)
+    teacher = load_teacher(open_teacher(args), args, mesh)
+    loader = load_batches(args, teacher, source)
+    setup = codi.METHOD.configure(teacher.networks, flags, remat=args.gradient_checkpointing)
     optimizer = optim.make_optimizer(args, args.max_train_steps or 1)
-    unet = trainable(teacher, "unet", mesh)
-    state = sharding.put(mesh, codi.init_state(config, unet, optimizer, jax.random.key(args.seed)))
-    frozen = sharding.put(mesh, {**teacher.params, "schedule": codi.student_schedule(teacher.schedule, flags)})
-    step = functools.partial(codi.train_step, config=config, optimizer=optimizer)
+    state = codi.METHOD.init(setup, loader_of(teacher, mesh), optimizer, jax.random.key(args.seed))
+    state = sharding.put(mesh, state)
+    params = {name: teacher.params[name] for name in setup.frozen}
+    frozen = sharding.put(mesh, Frozen(params, codi.METHOD.sampling(teacher.schedule, flags)))
+    step = codi.METHOD.step(setup, optimizer)
     batch = sharding.to_global(mesh, next(loader))
     with sharding.context_of(state):
         lowered = loop.jit_step(step, state, mesh).lower(state, frozen, batch)

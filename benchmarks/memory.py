@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,14 +34,15 @@ from jax.sharding import AxisType, Mesh
 
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.methods import disback, lcm
-from codi_jax.methods.generator import Generator
 from codi_jax.models import sharding
 from codi_jax.models.published import UNETS, VAE
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.unet_config import UNetConfig
 from codi_jax.models.vae import AutoencoderKL, VAEConfig
-from codi_jax.pipeline.conditions import Modules
+from codi_jax.pipeline.conditions import Frozen, NullText
+from codi_jax.pipeline.networks import Networks
 from codi_jax.training import loop, optim
+from codi_jax.training.method import Method, Setup
 
 GIB = 2**30
 # There is nothing to try kernels on, and they need not be good: what memory they work in does not depend on it.
@@ -74,13 +75,13 @@ class Args:
     method: Literal["lcm", "disback"] = "lcm"
     """Whose step."""
     part: Literal["generator", "fake_score"] | None = None
-    """Of DisBack's step, only that network's update, with the state of both. If left out: all of the step."""
+    """Of DisBack's step, only that network's update, with the state of both. Default: all of the step."""
     config: Literal["sdxl-instruct-pix2pix", "sd-instruct-pix2pix", "sdxl-base", "sd-2.1", "sd-1.5"] | None = None
-    """The published architecture of the teacher. If left out: SDXL, an editor for LCM."""
+    """The published architecture of the teacher. Default: SDXL, an editor for LCM."""
     target: str = "h200"
     """h100, h200, or a TPU slice as its compiler names it, such as v5e:4x4."""
     devices: int | None = None
-    """How many devices of the slice take part; if left out, all."""
+    """How many devices of the slice take part. Default: all."""
     fsdp: int = 1
     """Devices among which parameters and optimizer are split."""
     resolution: int = 768
@@ -105,7 +106,7 @@ class Training:
 
     step: Callable[..., Any]
     state: Any
-    schedule: NoiseSchedule
+    frozen: Frozen
 
 
 def main(args: Args) -> None:
@@ -120,13 +121,11 @@ def main(args: Args) -> None:
 
 def compile_step(args: Args, dump: Path) -> None:
     mesh = make_mesh(args, dump)
-    modules = make_modules(args)
-    unet = modules.unet.abstract_params()
-    training = {"lcm": lcm_training, "disback": disback_training}[args.method](args, modules, unet)
+    networks = make_networks(args)
+    training = {"lcm": lcm_training, "disback": disback_training}[args.method](args, networks)
     state = on_devices(training.state, sharding.shardings(mesh, training.state))
-    frozen = abstract_frozen(modules.unet.config, unet, training.schedule)
-    frozen = on_devices(frozen, sharding.shardings(mesh, frozen))
-    batch = abstract_batch(args, modules, mesh.size * args.batch)
+    frozen = on_devices(training.frozen, sharding.shardings(mesh, training.frozen))
+    batch = abstract_batch(args, networks, mesh.size * args.batch)
     batch = on_devices(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
     step = loop.jit_step(training.step, state, mesh)
     with jax.set_mesh(mesh):
@@ -136,44 +135,57 @@ def compile_step(args: Args, dump: Path) -> None:
     report(args, mesh, bytes_on_device((state, frozen, batch)), needed, time.perf_counter() - began)
 
 
-def lcm_training(args: Args, modules: Modules, unet: Any) -> Training:
-    flags, optimizer = lcm.LcmFlags(), make_optimizer(args)
-    config = lcm.configure(modules, flags, dropout=0.05 if modules.edits else 0)
-    config = replace(config, student=replace(config.student, remat=args.gradient_checkpointing))
-    state = jax.eval_shape(lambda params: lcm.init_state(config, params, optimizer, jax.random.key(0)), unet)
-    step = functools.partial(lcm.train_step, config=config, optimizer=optimizer)
-    return Training(step, state, lcm.student_schedule(teacher_schedule(), flags))
+def lcm_training(args: Args, networks: Networks) -> Training:
+    method: Method[Any, Any] = lcm.EDIT if networks.is_instruct_pix2pix else lcm.TEXT
+    flags = lcm.LcmEditFlags(conditioning_dropout_prob=0.05) if networks.is_instruct_pix2pix else lcm.LcmTextFlags()
+    setup = method.configure(networks, flags, remat=args.gradient_checkpointing)
+    optimizer = make_optimizer(args)
+    return abstract_training(method, setup, flags, optimizer, method.step(setup, optimizer))
 
 
-def disback_training(args: Args, modules: Modules, unet: Any) -> Training:
+def disback_training(args: Args, networks: Networks) -> Training:
     """Stage 2, the larger one: the generator, the fake score and a target."""
     flags, optimizers = disback.DisbackFlags(dfake_gen_update_ratio=5), (make_optimizer(args), make_optimizer(args))
-    modules = replace(modules, unet=replace(modules.unet, remat=args.gradient_checkpointing))
-    side = latents_side(args, modules)
-    generator = Generator(modules, flags, (side, side, modules.vae.config.latent_channels))
-    config = distribution_matching.Config(generator, flags)
-    state = jax.eval_shape(lambda x: disback.init_state(config, x, x, optimizers, jax.random.key(0)), unet)
+    method = disback.backtracking(args.resolution, has_path=False)
+    setup = method.configure(networks, flags, remat=args.gradient_checkpointing)
     parts = {None: disback.train_step, "generator": generator_train_step, "fake_score": fake_train_step}
-    step = functools.partial(parts[args.part], config=config, optimizers=optimizers)
-    return Training(step, state, teacher_schedule())
+    step = functools.partial(parts[args.part], setup=setup, optimizer=optimizers)
+    return abstract_training(method, setup, flags, optimizers, step)
+
+
+def abstract_training(
+    method: Method[Any, Any], setup: Setup, flags: Any, optimizer: Any, step: Callable[..., Any]
+) -> Training:
+    """The step with the shapes of its state, and of what is frozen: in half precision, but for the encoders."""
+    unet, schedule = setup.networks.unet.abstract_params(), teacher_schedule()
+    state = jax.eval_shape(lambda params: method.init(setup, lambda _: params, optimizer, jax.random.key(0)), unet)
+    stored = jax.tree.map(lambda leaf: shape(*leaf.shape), unet)
+    frozen = Frozen(
+        params={"unet": stored} if "unet" in setup.frozen else {},
+        schedule=jax.eval_shape(lambda: method.sampling(schedule, flags)),
+        teacher_schedule=jax.eval_shape(lambda: schedule),
+        null_text=abstract_null_text(setup.networks.unet.config),
+        target=stored if setup.target else None,
+    )
+    return Training(step, state, frozen)
 
 
 def generator_train_step(
-    state: Any, frozen: Any, batch: Any, *, config: distribution_matching.Config, optimizers: disback.Optimizers
+    state: Any, frozen: Any, batch: Any, *, setup: disback.DisbackSetup, optimizer: disback.Optimizers
 ) -> tuple[Any, Any]:
     """The first half of a step of DisBack: its parts are smaller programs to compile, and run one after the other."""
     generator, metrics = disback.generator_step(
-        state.generator, state.fake.params, frozen, batch, config=config, optimizer=optimizers[0]
+        state.generator, state.fake.params, frozen, batch, setup=setup, optimizer=optimizer[0]
     )
     return disback.DisbackState(generator, state.fake), metrics
 
 
 def fake_train_step(
-    state: Any, frozen: Any, batch: Any, *, config: distribution_matching.Config, optimizers: disback.Optimizers
+    state: Any, frozen: Any, batch: Any, *, setup: disback.DisbackSetup, optimizer: disback.Optimizers
 ) -> tuple[Any, Any]:
     """The second half."""
     fake, metrics = disback.fake_step(
-        state.fake, state.generator.params, frozen, batch, config=config, optimizer=optimizers[1]
+        state.fake, state.generator.params, frozen, batch, setup=setup, optimizer=optimizer[1]
     )
     return disback.DisbackState(state.generator, fake), metrics
 
@@ -202,35 +214,33 @@ def make_mesh(args: Args, dump: Path) -> Mesh:
     return Mesh(np.array(devices).reshape(shape), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def make_modules(args: Args) -> Modules:
+def make_networks(args: Args) -> Networks:
     dtype = optim.compute_dtype("bf16")
     unet = UNet2DCondition(UNetConfig.from_dict(UNETS[args.architecture]), dtype=dtype, scan_layers=args.scan_layers)
-    return Modules(unet, AutoencoderKL(VAEConfig.from_dict(VAE), dtype=dtype))
+    return Networks(unet, AutoencoderKL(VAEConfig.from_dict(VAE), dtype=dtype))
 
 
-def abstract_frozen(config: UNetConfig, unet: Any, schedule: NoiseSchedule) -> dict[str, Any]:
-    null = {"null_context": shape(1, TEXT_TOKENS, config.context_dims[0])}
-    if added := config.example_added_cond():
-        null["null_pooled"] = shape(*added["text_embeds"].shape)
-    stored = jax.tree.map(lambda leaf: shape(*leaf.shape), unet)
-    return {"unet": stored, **null, "schedule": jax.eval_shape(lambda: schedule)}
+def abstract_null_text(config: UNetConfig) -> NullText:
+    added = config.example_added_cond()
+    pooled = shape(*added["text_embeds"].shape) if added else None
+    return NullText(shape(1, TEXT_TOKENS, config.context_dims[0]), pooled)
 
 
-def abstract_batch(args: Args, modules: Modules, size: int) -> dict[str, Any]:
-    config = modules.unet.config
+def abstract_batch(args: Args, networks: Networks, size: int) -> dict[str, Any]:
+    config = networks.unet.config
     batch = {"context": shape(size, TEXT_TOKENS, config.context_dims[0], dtype=jnp.float16)}
     if added := config.example_added_cond():
         batch["pooled"] = shape(size, added["text_embeds"].shape[1], dtype=jnp.float16)
         batch["time_ids"] = shape(size, added["time_ids"].shape[1], dtype=jnp.float32)
-    side = latents_side(args, modules)
-    moments = shape(size, side, side, 2 * modules.vae.config.latent_channels, dtype=jnp.float16)
-    if modules.edits:
+    side = latents_side(args, networks)
+    moments = shape(size, side, side, 2 * networks.vae.config.latent_channels, dtype=jnp.float16)
+    if networks.is_instruct_pix2pix:
         batch["conditioning_moments"] = moments
     return batch if args.method == "disback" else {**batch, "moments": moments}  # DisBack has prompts alone
 
 
-def latents_side(args: Args, modules: Modules) -> int:
-    return args.resolution // modules.vae.config.downscale
+def latents_side(args: Args, networks: Networks) -> int:
+    return args.resolution // networks.vae.config.downscale
 
 
 def shape(*axes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
