@@ -24,7 +24,7 @@ from codi_jax.training.degradation_path import (
     DegradationPath,
     MovingTarget,
     check_identity,
-    digest,
+
     finish_path,
     open_path,
     write_node,
