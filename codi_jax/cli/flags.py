@@ -64,7 +64,7 @@ class Flags:
         return tuple(field.name for field in fields(cls))
 
     @classmethod
-    def of(cls: type[Group], flags: Any) -> Group:
+    def of(cls: type[Group], flags: "Flags") -> Group:
         """This group, extracted from the flags of a script that combines several groups."""
         return cls(**{name: getattr(flags, name) for name in cls.names()})
 

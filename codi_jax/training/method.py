@@ -145,13 +145,13 @@ class TrainStep(Protocol[S]):
         ...
 
 
-def same_sampling(schedule: NoiseSchedule, flags: Any) -> NoiseSchedule:
+def same_sampling(schedule: NoiseSchedule, flags: Flags) -> NoiseSchedule:
     """The student is sampled as the teacher is."""
     del flags
     return schedule
 
 
-def one_optimizer(flags: Any, make: MakeOptimizer, num_steps: int) -> optax.GradientTransformation:
+def one_optimizer(flags: Flags, make: MakeOptimizer, num_steps: int) -> optax.GradientTransformation:
     """One optimizer, by the flags of the run."""
     del flags
     return make(num_steps)

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from codi_jax.cli.flags import Flags
 from codi_jax.diffusion.schedule import NoiseSchedule
+from codi_jax.diffusion.timesteps import default_sampler
 from codi_jax.io.images import labeled_rows
 from codi_jax.io.lora_files import save_lora
 from codi_jax.io.weights import save_model
@@ -31,7 +32,7 @@ Args = TypeVar("Args", bound=RunFlags)
 
 
 @dataclass(eq=False, kw_only=True)
-class Run:
+class Run(Generic[Args]):
     """A run whose model is loaded.
 
     Attributes:
@@ -47,7 +48,7 @@ class Run:
       load: reads parameters of the teacher.
     """
 
-    args: Any
+    args: Args
     method: Method[Any, Any]
     flags: Flags
     setup: Setup
@@ -61,8 +62,8 @@ class Run:
     @functools.cached_property
     def by_teacher(self) -> np.ndarray:
         """The teacher's pictures of the samples."""
-        steps, scales = self.teacher_steps, self.args.shown.teacher_scales
-        return generate_with(teacher.load_missing(self.model, self.mesh), {}, self.samples, steps=steps, **scales)
+        model, scales = teacher.load_missing(self.model, self.mesh), self.args.shown.teacher_scales or {}
+        return generate_with(model, {}, self.samples, steps=self.teacher_steps, **scales)
 
     @property
     def teacher_steps(self) -> int:
@@ -79,7 +80,7 @@ def show_samples(run: Run, state: Any) -> loop.Pictures:
     params = run.method.result(state, run.setup, run.load)
     for steps in shown.steps:
         made = generate_with(run.student, params, samples, steps=steps, **shown.scales)
-        number = run.student.sampling.default_steps("lcm") if steps is None else steps
+        number = run.student.sampling.default_steps(default_sampler(run.student.schedule)) if steps is None else steps
         rows[f"student, {number} step" + ("" if number == 1 else "s")] = made
     return {"samples": labeled_rows({**rows, "data": samples.pictures})}
 

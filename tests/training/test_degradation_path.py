@@ -24,7 +24,6 @@ from codi_jax.training.degradation_path import (
     DegradationPath,
     MovingTarget,
     check_identity,
-
     finish_path,
     open_path,
     write_node,

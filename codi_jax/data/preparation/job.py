@@ -141,12 +141,12 @@ class ShardWork:
 
 
 def make_data_set(
-    flags: Any, items: Callable[[], Iterable[InputRow | Skipped]], prepare: Prepare, description: Mapping[str, Any]
+    flags: JobFlags, items: Callable[[], Iterable[InputRow | Skipped]], prepare: Prepare, description: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Makes the data set, or resumes the work on it.
 
     Args:
-      flags: `JobFlags`.
+      flags: of the tool.
       items: opens the rows of the input, which are the same at every call.
       prepare: makes the samples of a row.
       description: everything that the samples depend on, as JSON; a data set begun with other values is refused.
@@ -213,12 +213,12 @@ def reasons(rejected: Mapping[str, int]) -> str:
     return ", ".join(f"{number} {reason}" for reason, number in ordered)
 
 
-def describe(summary: Mapping[str, Any], flags: Any) -> str:
+def describe(summary: Mapping[str, Any], flags: JobFlags) -> str:
     """The text that a tool prints at its end.
 
     Args:
       summary: of `make_data_set`.
-      flags: `JobFlags`.
+      flags: of the tool.
     """
     samples, wanted = summary["samples"], flags.max_train_samples
     lines = [f"{samples} samples in {flags.train_data_dir}"]
