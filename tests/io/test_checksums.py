@@ -14,7 +14,6 @@ from codi_jax.io.checksums import (
     verify_checksums,
     write_checksums,
 )
-from codi_jax.training import degradation_path
 
 TREE = {"b": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}, "a": np.float32([1, 2])}
 
@@ -24,7 +23,6 @@ def test_the_digest_of_parameters_is_that_of_recorded_paths():
     for name, array in (("['a']", TREE["a"]), ("['b']['kernel']", TREE["b"]["kernel"])):
         expected.update(name.encode() + array.tobytes())
     assert digest_of(TREE) == expected.hexdigest()
-    assert degradation_path.digest(TREE) == digest_of(TREE)
     assert digest_of({"a": jnp.asarray(TREE["a"]), "b": TREE["b"]}) == digest_of(TREE)
     assert digest_of({"a": TREE["a"], "c": TREE["b"]}) != digest_of(TREE)
 
