@@ -87,7 +87,8 @@ def run_ours(ours: Model, **options: Any) -> np.ndarray:
 
 def as_in_folder(pair: Pair) -> Any:
     """Their pipeline with the scheduler that is in the folder, whatever the tests before did."""
-    pair.theirs.scheduler = diffusers.DDIMScheduler.from_config(pair.ours.schedule.to_config())
+    scheduler_class = getattr(diffusers, pair.ours.sampling.scheduler)
+    pair.theirs.scheduler = scheduler_class.from_config(pair.ours.schedule.to_config())
     return pair.theirs
 
 

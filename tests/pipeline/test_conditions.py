@@ -1,5 +1,6 @@
 """What a method gets from a batch, against the models themselves."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from pairs import Pairs
 
 from codi_jax.diffusion.guidance import Guidance
 from codi_jax.models.config import Params
-from codi_jax.pipeline.conditions import encode_null_text, posterior, prepare
+from codi_jax.pipeline.conditions import Inputs, encode_null_text, posterior, prepare
 from codi_jax.pipeline.model import Model
 from codi_jax.pipeline.networks import Networks
 from codi_jax.pipeline.prediction import predict
@@ -39,12 +40,13 @@ def model(pairs: Pairs, is_xl: bool) -> tuple[Networks, dict[str, Params]]:
     return ours.networks, dict(ours.params)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def encode_ids(networks: Networks, params: dict[str, Any], ids: dict[str, Any]) -> tuple[Any, Any]:
     first = networks.text_encoder.apply({"params": params["text_encoder"]}, ids["text_encoder"])
     if networks.text_encoder_2 is None:
         return first.last_hidden_state, None
     second = networks.text_encoder_2.apply({"params": params["text_encoder_2"]}, ids["text_encoder_2"])
-    return np.concatenate([first.hidden_states[-2], second.hidden_states[-2]], -1), second.pooled
+    return jnp.concatenate([first.hidden_states[-2], second.hidden_states[-2]], -1), second.pooled
 
 
 @pytest.mark.parametrize("is_xl", [False, True])
@@ -52,9 +54,13 @@ def test_a_raw_batch(pairs: Pairs, is_xl: bool) -> None:
     networks, params = model(pairs, is_xl)
     batch = raw_batch(is_xl)
     ids = {name: jnp.asarray(EMPTY) for name in batch["input_ids"]}
-    null_text = encode_null_text(networks, params, ids)
     key = jax.random.key(5)
-    inputs = jax.jit(lambda p, b: prepare(networks, p, b, key, null_text))(params, batch)
+
+    @jax.jit
+    def prepared(params: Any, batch: Any, ids: Any) -> Inputs:
+        return prepare(networks, params, batch, key, encode_null_text(networks, params, ids))
+
+    inputs = prepared(params, batch, ids)
     conditions = inputs.conditions
 
     pixels = (np.asarray(batch["pixels"], np.float32) - 127.5) / 127.5

@@ -80,7 +80,14 @@ CASES: dict[str, tuple[str, Guidance, dict[str, float]]] = {
 }
 
 
-@pytest.mark.parametrize(("family", "guidance", "options"), CASES.values(), ids=CASES)
+# Every program has to be compiled; pictures of these families are compared with diffusers' as well.
+SLOW = ("sdxl-controlnet", "sdxl-instruct-pix2pix")
+
+
+@pytest.mark.parametrize(
+    ("family", "guidance", "options"),
+    [pytest.param(*case, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, case in CASES.items()],
+)
 def test_predictions_are_those_of_diffusers(
     pairs: Pairs, family: str, guidance: Guidance, options: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
