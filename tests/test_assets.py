@@ -76,7 +76,7 @@ def test_the_recipe_has_the_vocabulary_that_is_here() -> None:
 
 def test_diffusers_makes_the_same_pictures(model: Model) -> None:
     prompts, side = ["a red apple", "the flag of France"], SIZE // 8
-    theirs = diffusers.StableModel.from_pretrained(MODEL, torch_dtype=torch.float32)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     noise = np.random.default_rng(0).standard_normal((2, side, side, 8), np.float32)
     latents = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
