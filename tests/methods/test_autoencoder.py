@@ -17,11 +17,12 @@ from codi_jax.training import optim
 VAE = AutoencoderKL(VAEConfig.from_dict(TINY_VAE))
 NETWORKS = Networks(unet=None, vae=VAE)
 FROZEN = Frozen({}, None)
+apply = jax.jit(VAE.apply, static_argnames="method")
 
 
 @pytest.fixture(scope="module")
 def params():
-    return VAE.random_params(jax.random.key(0))
+    return jax.jit(VAE.random_params)(jax.random.key(0))  # one program, not one for each initializer
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +34,12 @@ def batch():
 def test_loss_is_that_of_the_paper(params, batch, rec_loss):
     key, setup = jax.random.key(1), autoencoder.configure(NETWORKS, AutoencoderFlags(rec_loss=rec_loss, kl_scale=1e-3))
     state = optim.init_state(params, optax.identity(), key)
-    value, metrics = autoencoder.loss(params, state, FROZEN, batch, key, setup)
+    value, metrics = jax.jit(autoencoder.loss, static_argnums=5)(params, state, FROZEN, batch, key, setup)
     x = np.asarray(batch["pixels"], np.float64) / 255 * 2 - 1
-    q = VAE.apply({"params": params}, jnp.asarray(x, jnp.float32), method="encode")
+    q = apply({"params": params}, jnp.asarray(x, jnp.float32), method="encode")
     mean, logvar = (np.asarray(each, np.float64) for each in (q.mean, q.logvar))
     z = mean + np.exp(logvar / 2) * np.asarray(jax.random.normal(key, mean.shape), np.float64)
-    out = np.asarray(VAE.apply({"params": params}, jnp.asarray(z, jnp.float32), method="decode"), np.float64)
+    out = np.asarray(apply({"params": params}, jnp.asarray(z, jnp.float32), method="decode"), np.float64)
     error = np.abs(out - x).mean() if rec_loss == "l1" else ((out - x) ** 2).mean()
     kl = 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar).sum((1, 2, 3)).mean()
     np.testing.assert_allclose(value, error + 1e-3 * kl, rtol=1e-4)
@@ -61,7 +62,7 @@ def test_training_reconstructs_and_gives_the_latents_a_scale(params, batch):
     assert metrics["psnr"] > 20
     result = autoencoder.METHOD.result(state, setup, {}.__getitem__)
     assert result == {"vae": state.ema}
-    images, z = autoencoder.reconstruct(VAE, result["vae"], batch["pixels"])
+    images, z = jax.jit(autoencoder.reconstruct, static_argnums=0)(VAE, result["vae"], batch["pixels"])
     assert images.dtype == jnp.uint8
     assert np.abs(np.asarray(images, int) - np.asarray(batch["pixels"], int)).mean() < 20
     scaled = autoencoder.with_scaling_factor(VAE, z)

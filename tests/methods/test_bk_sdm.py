@@ -1,6 +1,7 @@
 """BK-SDM against its equations in NumPy, in float64, on the features that PyTorch's networks compute."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -138,7 +139,8 @@ def test_terms_equal_the_equations(variant: str) -> None:
 def test_a_student_that_lacks_nothing_starts_as_its_teacher() -> None:
     teacher = make_pair("unet", TEACHER)[1]
     problem = make(whole(teacher.config))
-    assert problem.setup == make(None).setup
+    assert problem.setup == bk_sdm.configure(problem.setup.networks, problem.setup.flags)
+    assert hash(problem.setup) == hash(dataclasses.replace(problem.setup))
     _, terms = problem.loss(jax.random.key(0))
     assert float(terms["output"]) == float(terms["features"]) == 0
     assert {f"features/{tap}" for tap in [*TAPS, "mid_block"]} <= terms.keys()
@@ -184,9 +186,14 @@ def test_the_student_is_what_stays_of_the_teacher() -> None:
     assert state.ema is None
 
 
+@functools.cache
+def setup_of_teacher() -> BkSdmSetup:
+    return bk_sdm.configure(networks_of(make_pair("unet", TEACHER)[1]), BkSdmFlags())
+
+
 def distances(features: dict[str, jax.Array], of_teacher: dict[str, jax.Array], **options: Any) -> dict[str, Any]:
-    setup = bk_sdm.configure(networks_of(make_pair("unet", TEACHER)[1]), BkSdmFlags(**options))
-    return bk_sdm._feature_distances(dataclasses.replace(setup, features=(("a", "b"),)), features, of_teacher)
+    setup = dataclasses.replace(setup_of_teacher(), flags=BkSdmFlags(**options), features=(("a", "b"),))
+    return bk_sdm._feature_distances(setup, features, of_teacher)
 
 
 def test_large_features_in_half_precision_are_finite() -> None:
