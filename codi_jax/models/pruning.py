@@ -57,7 +57,7 @@ class Surgery:
     name: str
     resolutions: tuple[Resolution | None, ...]
     mid: Mid = "keep"
-    features: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    features: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)  # a mapping has no hash
 
     @classmethod
     def from_dict(cls, name: str, mapping: Any) -> "Surgery":
