@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numerics
 import numpy as np
 import optax
 import pytest
@@ -23,7 +24,6 @@ from standins import (
     DISTILLED,
     SCHEDULER,
     SMALL_SD,
-    TEXT_TO_IMAGE,
     float64,
     make_batch,
     null_text,
@@ -187,19 +187,20 @@ def test_a_perfect_network_has_no_loss(distill_grid: str, monkeypatch: pytest.Mo
     np.testing.assert_allclose(value, 0, atol=1e-4 if distill_grid == "leading" else 1e-6)
 
 
-def assert_equals_numpy(problem: Problem) -> None:
-    assert_equals(problem, numpy_loss(problem))
+COVERING = numerics.covering_combinations(CHOICES)
 
 
-@pytest.mark.parametrize("combination", covering_combinations(), ids=lambda c: "-".join(str(v) for v in c.values()))
+@pytest.mark.parametrize("combination", COVERING, ids=lambda c: "-".join(str(v) for v in c.values()))
 def test_loss_and_gradient_equal_the_equations(combination: dict[str, Any]) -> None:
-    assert_equals_numpy(make_problem(combination))
+    problem = make_problem(combination)
+    assert_equals(problem, numpy_loss(problem))
 
 
 @pytest.mark.slow
 def test_loss_and_gradient_equal_the_equations_for_every_combination() -> None:
-    for combination in all_combinations():
-        assert_equals_numpy(make_problem(combination))
+    for combination in numerics.all_combinations(CHOICES):
+        problem = make_problem(combination)
+        assert_equals(problem, numpy_loss(problem))
 
 
 # ---- With the real networks, small
@@ -401,21 +402,12 @@ def test_the_teachers_prediction_type_is_not_overridden() -> None:
         ({"distill_type": "unconditional"}, {"unet"}, {"unet", "vae"}),
     ],
 )
-@pytest.mark.parametrize("given", [CONTROLNET, TEXT_TO_IMAGE], ids=["controlnet", "new controlnet"])
-def test_what_is_trained_and_what_is_frozen(
-    flags: dict[str, Any], trained: set[str], frozen: set[str], given: Networks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        codi, "add_controlnet", lambda networks: dataclasses.replace(networks, controlnet=CONTROLNET.controlnet)
-    )
-    if given.controlnet is None and "controlnet" in frozen:
-        return  # refused, see above
-    setup = codi.configure(given, CodiFlags(ema_decay=0.9, **flags), remat=True)
+def test_what_is_trained_and_what_is_frozen(flags: dict[str, Any], trained: set[str], frozen: set[str]) -> None:
+    setup = codi.configure(CONTROLNET, CodiFlags(ema_decay=0.9, **flags), remat=True)
     assert ({*setup.trained}, {*setup.frozen}) == (trained, frozen)
     assert setup.student == setup.networks
     assert all(network.remat for name, network in setup.student.by_name().items() if name != "vae")
     assert (setup.student.controlnet is None) == ("controlnet" not in trained)
-    assert setup.starts_from_controlnet == (given.controlnet is not None)
     assert (setup.ema_decay, setup.needs_null_text) == (0.9, False)
     for guided in ("cfg_aware_distill", "onestepode_cfg"):
         assert codi.configure(CONTROLNET, CodiFlags(**flags, **{guided: True})).needs_null_text
