@@ -1,5 +1,7 @@
 """What the tests of a method share: its inputs as a whole, and its equations' common parts in NumPy, in float64."""
 
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,3 +100,21 @@ def boundary_scalings(t: np.ndarray, timestep_scaling: float) -> tuple[np.ndarra
     """c_skip and c_out of the consistency function, with σ_data = 0.5."""
     tau = (timestep_scaling * t)[COLUMN]
     return 0.5**2 / (tau**2 + 0.5**2), tau / np.sqrt(tau**2 + 0.5**2)
+
+
+def all_combinations(choices: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every value of every flag with every one of the others."""
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+def covering_combinations(choices: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """So few of all combinations that still every two values of two flags meet in one of them."""
+    rest = all_combinations(choices)
+    np.random.default_rng(0).shuffle(rest)
+    pairs = {pair for c in rest for pair in itertools.combinations(c.items(), 2)}
+    chosen = []
+    while pairs:
+        best = max(rest, key=lambda c: len(pairs & set(itertools.combinations(c.items(), 2))))
+        pairs -= set(itertools.combinations(best.items(), 2))
+        chosen.append(best)
+    return chosen

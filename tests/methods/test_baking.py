@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import standins
+from consistency import condition_of, numpy_embedding, real_networks
 from standins import EDITING
-from test_lcm import condition_of, numpy_embedding, real_networks
 
 from codi_jax.methods import lcm
 from codi_jax.methods.baking import bake_guidance
