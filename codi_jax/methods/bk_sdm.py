@@ -87,8 +87,8 @@ def configure(
     )
     if networks.task != "text-to-image" or networks.controlnet is not None:
         raise ValueError(
-            "the teacher is not a text-to-image model without a ControlNet, which would not fit the student: give "
-            "--pretrained_model_name_or_path one."
+            "--pretrained_model_name_or_path: take a text-to-image model without a ControlNet, which would not fit the "
+            "student."
         )
     surgery = whole(networks.unet.config) if surgery is None else surgery
     unet, _ = prune(networks.unet, networks.unet.abstract_params(), surgery)

@@ -67,7 +67,8 @@ def loss(
       setup: of the method.
     """
     step, schedule = lcm.teacher_step(frozen, batch, key, setup), frozen.schedule
-    r = end_times(jax.random.fold_in(key, 1), step.n, schedule, setup.flags)
+    r_key = jax.random.fold_in(key, 6)  # the teacher's step has split the key in six: those are 0 to 5
+    r = end_times(r_key, step.n, schedule, setup.flags)
 
     def f(theta: Mapping[str, Any], z: Latents, t: Array) -> Latents:
         prediction = predict(setup.student, {**frozen.params, **theta}, z, t, step.conditions, step.guidance)
