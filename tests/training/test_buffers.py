@@ -19,7 +19,7 @@ def test_arrays_that_others_hold_are_copied_and_no_more() -> None:
     state = {"params": kernel, "ema": alone, "average": alone, "key": jax.random.key(3)}
     owned = own_buffers(state, {"teacher": kernel})
     assert len({*addresses(owned), *addresses(kernel)}) == 5
-    assert addresses(owned["ema"]) == addresses(alone)
+    assert addresses(alone)[0] in (*addresses(owned["ema"]), *addresses(owned["average"]))
     for name in ("params", "ema", "average"):
         np.testing.assert_array_equal(owned[name], state[name])
     assert addresses(owned["key"]) == addresses(state["key"])

@@ -19,6 +19,7 @@ from codi_jax.methods.disback import DisbackFlags, target_index
 from codi_jax.models import sharding
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.unet_config import UNetConfig
+from codi_jax.pipeline.conditions import Frozen
 from codi_jax.training import loop
 from codi_jax.training.degradation_path import (
     DegradationPath,
@@ -122,7 +123,7 @@ def targets(recorded: Path, path: DegradationPath, flags: DisbackFlags, dtype: A
     host = lambda _, array: array  # noqa: E731
     unets.append(lambda: load_model(recorded, "unet", dtype=dtype, place=host)[1])
     index_at = functools.partial(target_index, flags=flags, num_nodes=NODES)
-    return MovingTarget({"scale": jnp.float32(2)}, unets, index_at, sharding.make_mesh())
+    return MovingTarget(Frozen({"scale": jnp.float32(2)}, None), unets, index_at, sharding.make_mesh())
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
@@ -136,8 +137,8 @@ def test_the_target_walks_back_and_ends_at_the_teacher(recorded: Path, dtype: An
     for step in range(30):
         updates = len(range(0, step, 3))
         trees = walk.at(step)
-        assert trees["scale"] == 2
-        assert_same(trees["unet"], wanted[min(updates // 2, 2)])
+        assert trees.params["scale"] == 2
+        assert_same(trees.target, wanted[min(updates // 2, 2)])
     walk.close()
 
 
@@ -145,12 +146,12 @@ def test_a_resumed_run_has_the_same_targets(recorded: Path):
     flags = DisbackFlags(interval=2, dfake_gen_update_ratio=3)
     path = open_path(recorded / "path")
     whole = targets(recorded, path, flags, np.float32)
-    seen = [digest(whole.at(step)["unet"]) for step in range(16)]
+    seen = [digest(whole.at(step).target) for step in range(16)]
     whole.close()
     assert len(set(seen)) == NODES
     for first in (1, 6, 7, 13):
         resumed = targets(recorded, path, flags, np.float32)
-        assert digest(resumed.at(first)["unet"]) == seen[first]
+        assert digest(resumed.at(first).target) == seen[first]
         resumed.close()
 
 
@@ -167,10 +168,10 @@ def test_the_next_one_is_read_ahead_and_only_that():
 
         return load
 
-    walk = MovingTarget({}, [reader(i) for i in range(3)], lambda step: step // 2, sharding.make_mesh())
+    walk = MovingTarget(Frozen({}, None), [reader(i) for i in range(3)], lambda step: step // 2, sharding.make_mesh())
     first = walk.at(0)
     assert walk.at(1) is first
-    assert walk.at(2)["unet"]["kernel"][0] == 1
+    assert walk.at(2).target["kernel"][0] == 1
     assert read == [(0, True), (1, False)]
     with pytest.raises(ValueError, match="node_00 is damaged"):
         walk.at(4)

@@ -373,12 +373,6 @@ def test_hooks_take_the_place_of_what_most_runs_do(
     assert handed[0]["validate"] is None
 
 
-def test_a_method_has_one_way_to_train() -> None:
-    for ways in ({}, {"loss": loss, "train_step": set_bias}):
-        with pytest.raises(TypeError, match="either a loss or a train_step"):
-            Method(flags=PullFlags, configure=configure, init=init, **ways)
-
-
 def test_parameters_are_read_onto_the_mesh_of_the_run(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     handed = handed_over(monkeypatch)
     run(PULL_LAST, args_of(folder, tmp_path, mixed_precision="bf16"))
