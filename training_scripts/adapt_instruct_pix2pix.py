@@ -27,7 +27,7 @@ from codi_jax.models.lora import merge_lora
 from codi_jax.pipeline.model import Model
 from codi_jax.pipeline.networks import require_instruct_pix2pix
 from codi_jax.training.jobs.adaptation import delta_of_lora, delta_of_models, describe, open_editor, write_adapted
-from codi_jax.training.tracking import say
+from codi_jax.training.tracking import log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +98,14 @@ def main(args: Args) -> None:
         delta = delta_of_models(
             editor, args.base_model, args.distilled_model, conv_in=args.conv_in, variant=args.variant
         )
-    say(describe(delta.plan) + "".join(f", and {name}" for name in delta.text_loras))
+    log(describe(delta.plan) + "".join(f", and {name}" for name in delta.text_loras))
     rows: dict[str, Any] = {}
     for weight in args.weight:
         adapted = folder if len(args.weight) == 1 else folder / _weight_folder(weight)
         write_adapted(adapted, editor, delta, weight, args.save_dtype)
         text = {name: merge_lora(model.params[name], lora, weight) for name, lora in delta.text_loras.items()}
         model.with_params(text).save_pretrained(adapted)
-        say(f"wrote {adapted}")
+        log(f"wrote {adapted}")
         if image is not None:
             rows[f"weight {weight:g}"] = _edit(args, adapted, image)
     if image is not None:

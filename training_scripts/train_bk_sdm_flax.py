@@ -63,9 +63,9 @@ class Args(bk_sdm.BkSdmFlags, ManyStepsFlags):
 
 
 def main(args: Args) -> None:
-    surgery = find_level(args.distill_level, args.distill_table) if args.prepare_unet else None
-    identity = {"surgery": None if surgery is None else dataclasses.asdict(surgery)}
-    run(bk_sdm.method(surgery), args, identity=identity)
+    kept_blocks = find_level(args.distill_level, args.distill_table) if args.prepare_unet else None
+    identity = {"surgery": None if kept_blocks is None else dataclasses.asdict(kept_blocks)}
+    run(bk_sdm.method(kept_blocks), args, identity=identity)
 
 
 if __name__ == "__main__":

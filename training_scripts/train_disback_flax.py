@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from codi_jax.cli import command_line
 from codi_jax.training.jobs.disback import DisbackRunFlags, distill
-from codi_jax.training.tracking import say
+from codi_jax.training.tracking import log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Args(DisbackRunFlags):
 def main(args: Args) -> None:
     if args.real_image_path is not None and args.needs_images:
         if args.train_prompt_path is not None:
-            say("--train_prompt_path is put aside: the prompts are the captions of --real_image_path")
+            log("--train_prompt_path is put aside: the prompts are the captions of --real_image_path")
         args = dataclasses.replace(args, train_data_dir=args.real_image_path, train_prompt_path=None)
     distill(args)
 

@@ -159,7 +159,7 @@ class _Watch:
             message = self._because(failures)
         else:
             self._say("failed", message.strip().rpartition("\n")[2])
-        self._leave(message)
+        self._exit(message)
 
     def _say(self, kind: str, text: str) -> None:
         _store().key_value_set(f"{_ROOT}/{kind}/{self.index}", text, allow_overwrite=True)
@@ -169,7 +169,7 @@ class _Watch:
             try:
                 self._say("alive", str(beat))
                 if failures := self._failures():
-                    self._leave(self._because(failures))
+                    self._exit(self._because(failures))
                 if self.index == 0 and (silent := self._silent()) is not None:
                     self.end(f"error: {_named(silent)} has been silent for {_SILENT:.0f} s: see its output.")
             except jax.errors.JaxRuntimeError:
@@ -192,7 +192,7 @@ class _Watch:
         late = (index for index, (_, since) in self._beats.items() if now - since > _SILENT and index not in finished)
         return next(late, None)
 
-    def _leave(self, message: str) -> NoReturn:
+    def _exit(self, message: str) -> NoReturn:
         _print(message)
         sys.stdout.flush()
         with contextlib.suppress(jax.errors.JaxRuntimeError):

@@ -4,16 +4,15 @@ from pathlib import Path
 
 import yaml
 
-from codi_jax.models.pruning import LEVELS, Surgery
+from codi_jax.models.pruning import LEVELS, KeptBlocks
 
 
-def find_level(name: str, table: Path | None = None) -> Surgery:
-    """The surgery of a level.
+def find_level(name: str, table: Path | None = None) -> KeptBlocks:
+    """The blocks that a level keeps.
 
     Args:
       name: of the level.
-      table: a YAML file of levels by name, in the notation of `codi_jax.models.pruning.Surgery.from_dict`; ``None`` for
-        `codi_jax.models.pruning.LEVELS`.
+      table: a YAML file of levels by name, in the notation of `KeptBlocks.from_dict`; ``None`` for `LEVELS`.
 
     Raises:
       ConfigError: if the definition of the level is not valid.
@@ -23,7 +22,7 @@ def find_level(name: str, table: Path | None = None) -> Surgery:
     if name not in levels:
         where = "" if table is None else f" in --distill_table {table}"
         raise ValueError(f"--distill_level {name}: there is no such level{where}; there are {', '.join(levels)}.")
-    return Surgery.from_dict(name, levels[name])
+    return KeptBlocks.from_dict(name, levels[name])
 
 
 def _read(table: Path) -> dict:

@@ -51,7 +51,7 @@ def configure(networks: Networks, flags: AutoencoderFlags, *, remat: bool = Fals
         student=networks,
         trained=("vae",),
         frozen=(),
-        ema_decay=flags.decay_if_kept,
+        ema_decay=flags.kept_ema_decay,
         flags=flags,
     )
 

@@ -24,7 +24,7 @@ from codi_jax.diffusion.losses import mse
 from codi_jax.methods import denoising
 from codi_jax.methods.denoising import DenoisingSetup, DenoisingTask, NoiseFlags
 from codi_jax.models.config import Params
-from codi_jax.models.pruning import Features, Surgery, feature_pairs, prune, whole
+from codi_jax.models.pruning import Features, KeptBlocks, feature_pairs, prune, whole
 from codi_jax.pipeline.conditions import Batch, Frozen
 from codi_jax.pipeline.networks import Networks, refuse_guidance_input
 from codi_jax.pipeline.prediction import predict_with_intermediates
@@ -56,28 +56,28 @@ class BkSdmSetup(DenoisingSetup):
 
     Attributes:
       flags: of the method.
-      surgery: which blocks stay.
+      kept_blocks: which blocks stay.
       features: the intermediates that are compared, the student's and the teacher's.
     """
 
     flags: BkSdmFlags
-    surgery: Surgery
+    kept_blocks: KeptBlocks
     features: Features
 
 
 def configure(
-    networks: Networks, flags: BkSdmFlags, *, surgery: Surgery | None = None, remat: bool = False
+    networks: Networks, flags: BkSdmFlags, *, kept_blocks: KeptBlocks | None = None, remat: bool = False
 ) -> BkSdmSetup:
     """The student without the blocks that go, and what is compared.
 
     Args:
       networks: of the teacher.
       flags: of the method.
-      surgery: which blocks stay; ``None`` is all of them.
+      kept_blocks: which blocks stay; ``None`` is all of them.
       remat: whether the student recomputes activations.
 
     Raises:
-      ConfigError: if the surgery does not fit the teacher.
+      ConfigError: if they do not fit the teacher.
       ValueError: if the teacher takes its guidance as an input, or is not a plain text-to-image model.
     """
     refuse_guidance_input(
@@ -90,18 +90,18 @@ def configure(
             "--pretrained_model_name_or_path: take a text-to-image model without a ControlNet, which would not fit the "
             "student."
         )
-    surgery = whole(networks.unet.config) if surgery is None else surgery
-    unet, _ = prune(networks.unet, networks.unet.abstract_params(), surgery)
+    kept_blocks = whole(networks.unet.config) if kept_blocks is None else kept_blocks
+    unet, _ = prune(networks.unet, networks.unet.abstract_params(), kept_blocks)
     student = replace(networks, unet=replace(unet, remat=remat))
     return BkSdmSetup(
         networks=networks,
         student=student,
         trained=("unet",),
         frozen=tuple(networks.by_name()),
-        ema_decay=flags.decay_if_kept,
+        ema_decay=flags.kept_ema_decay,
         flags=flags,
-        surgery=surgery,
-        features=feature_pairs(networks.unet.config, surgery),
+        kept_blocks=kept_blocks,
+        features=feature_pairs(networks.unet.config, kept_blocks),
     )
 
 
@@ -114,7 +114,7 @@ def init(
     mixed_precision: MixedPrecision = "no",
 ) -> TrainState:
     """The state before the first step: θ is what stays of the teacher."""
-    _, unet = prune(setup.networks.unet, load("unet"), setup.surgery)
+    _, unet = prune(setup.networks.unet, load("unet"), setup.kept_blocks)
     ema = setup.ema_decay is not None
     return optim.init_state({"unet": unet}, optimizer, key, ema=ema, mixed_precision=mixed_precision)
 
@@ -185,12 +185,12 @@ def _feature_distances(setup: BkSdmSetup, student: Mapping[str, Array], teacher:
     return distances
 
 
-def method(surgery: Surgery | None) -> Method[BkSdmFlags, BkSdmSetup]:
-    """BK-SDM with the blocks that this surgery leaves; ``None`` leaves all of them."""
+def method(kept_blocks: KeptBlocks | None) -> Method[BkSdmFlags, BkSdmSetup]:
+    """BK-SDM with these blocks; ``None`` is all of them."""
     return Method(
         flags=BkSdmFlags,
         sampling=denoising.sampling,
-        configure=partial(configure, surgery=surgery),
+        configure=partial(configure, kept_blocks=kept_blocks),
         init=init,
         loss=loss,
     )

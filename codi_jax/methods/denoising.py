@@ -168,7 +168,7 @@ def configure(
         student=networks,
         trained=trained,
         frozen=tuple(name for name in networks.by_name() if name not in trained),
-        ema_decay=flags.decay_if_kept,
+        ema_decay=flags.kept_ema_decay,
         flags=flags,
         **more,
     )

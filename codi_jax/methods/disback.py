@@ -140,7 +140,7 @@ def configure(
         frozen=(*others, "unet") if flags.generator_lora else others,
         target=None if has_path else "unet",
         needs_null_text=True,
-        ema_decay=flags.decay_if_kept,
+        ema_decay=flags.kept_ema_decay,
         flags=flags,
         generator=Generator(networks, flags, shape),
         has_path=has_path,

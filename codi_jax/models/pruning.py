@@ -1,10 +1,10 @@
-"""Pruned UNets: which blocks of a UNet stay, as data, and the surgery that keeps them (Kim et al., 2023, section 3).
+"""Pruned UNets: which blocks of a UNet stay, as data, and how they are kept (Kim et al., 2023, section 3).
 
-A `Surgery` lists, from the largest resolution to the lowest, the layers that stay: of the down block, and of the up
+A `KeptBlocks` lists, from the largest resolution to the lowest, the layers that stay: of the down block, and of the up
 block of the same resolution. A layer is a residual block and, where there is one, the attention behind it; the layers
 that stay close up, so that the student's layer 1 may be the teacher's layer 2. Without its lowest resolutions a student
 has fewer blocks: its first up block is then a later one of the teacher. `LEVELS` has the published ones in the notation
-in which users write their own (`Surgery.from_dict`).
+in which users write their own (`KeptBlocks.from_dict`).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from codi_jax.models.unet_config import UNetConfig
 
 Mid = Literal["keep", "first", "drop"]
 Features = tuple[tuple[str, str], ...]
-"""Names of taps that are compared: the student's, and the teacher's."""
+"""Names of intermediates that are compared: the student's, and the teacher's."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Resolution:
 
 
 @dataclass(frozen=True)
-class Surgery:
+class KeptBlocks:
     """What stays of a UNet.
 
     Attributes:
       name: in messages.
       resolutions: one for each of the teacher's, from the largest; ``None`` for the lowest ones, if they go.
       mid: the mid block stays, or its first residual block, or nothing of it.
-      features: teacher's taps by the student's, where they are not those of `feature_pairs`.
+      features: teacher's intermediates by the student's, where they are not those of `feature_pairs`.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Surgery:
     features: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)  # a mapping has no hash
 
     @classmethod
-    def from_dict(cls, name: str, mapping: Any) -> "Surgery":
+    def from_dict(cls, name: str, mapping: Any) -> "KeptBlocks":
         """Reads the notation of `LEVELS`.
 
         ``{"resolutions": [{"down": LAYERS, "up": LAYERS} or None, …], "mid": "keep" | "first" | "drop", "features":
@@ -81,7 +81,9 @@ class Surgery:
             raise ConfigError(f"{name}: mid = {mid!r} is not possible: it is one of {', '.join(get_args(Mid))}.")
         resolutions, features = mapping["resolutions"], mapping.get("features", {})
         if not isinstance(resolutions, list) or not isinstance(features, Mapping):
-            raise ConfigError(f"{name}: resolutions is a list, one entry for each, and features maps taps to taps.")
+            raise ConfigError(
+                f"{name}: resolutions is a list, one entry for each, and features maps intermediates to intermediates."
+            )
         return cls(name, tuple(_read_resolution(name, entry) for entry in resolutions), mid, dict(features))
 
     @property
@@ -141,46 +143,46 @@ LEVELS: dict[str, dict[str, Any]] = {
 """The levels by name. Those of the seed, ``sd_small`` and ``sd_tiny``, are BK-SDM's base and tiny."""
 
 
-def whole(config: UNetConfig) -> Surgery:
-    """The surgery that leaves a UNet as it is."""
+def whole(config: UNetConfig) -> KeptBlocks:
+    """All blocks of a UNet."""
     layers = [(tuple(map(Layer, range(n))), tuple(map(Layer, range(n + 1)))) for n in config.layers]
     mid: Mid = "drop" if config.mid_block_type is None else "keep"
-    return Surgery("the whole UNet", tuple(Resolution(*each) for each in layers), mid)
+    return KeptBlocks("the whole UNet", tuple(Resolution(*each) for each in layers), mid)
 
 
-# ---- The surgery
+# ---- Pruning
 
 
-def prune(unet: UNet2DCondition, params: Params, surgery: Surgery) -> tuple[UNet2DCondition, Params]:
+def prune(unet: UNet2DCondition, params: Params, kept_blocks: KeptBlocks) -> tuple[UNet2DCondition, Params]:
     """The student that starts as what stays of the teacher.
 
     Args:
       unet: the teacher's module.
       params: of the teacher; the student's share their arrays. Abstract ones work too.
-      surgery: what stays.
+      kept_blocks: what stays.
 
     Returns:
       The student's module, with a complete configuration, and its parameters.
 
     Raises:
-      ConfigError: if the surgery is for another architecture, or the blocks that stay do not fit each other.
+      ConfigError: if they are of another architecture, or the blocks that stay do not fit each other.
     """
-    config = pruned_config(unet.config, surgery)
+    config = pruned_config(unet.config, kept_blocks)
     offset = unet.config.num_blocks - config.num_blocks
     pruned = {
         name: tree for name, tree in params.items() if not name.startswith(("down_blocks_", "up_blocks_", "mid_"))
     }
-    for i, resolution in enumerate(surgery.kept):
+    for i, resolution in enumerate(kept_blocks.kept):
         up = config.num_blocks - 1 - i
         pruned[f"down_blocks_{i}"] = _prune_block(params[f"down_blocks_{i}"], resolution.down)
         pruned[f"up_blocks_{up}"] = _prune_block(params[f"up_blocks_{up + offset}"], resolution.up)
     pruned[f"down_blocks_{config.num_blocks - 1}"].pop("downsamplers_0", None)
-    if surgery.mid != "drop":
+    if kept_blocks.mid != "drop":
         # diffusers takes the depth of the mid block's attention from the lowest down block.
-        blocks = surgery.kept[-1].down[0].transformer_blocks
-        layers = (Layer(0, blocks), Layer(1)) if surgery.mid == "keep" else (Layer(0),)
+        blocks = kept_blocks.kept[-1].down[0].transformer_blocks
+        layers = (Layer(0, blocks), Layer(1)) if kept_blocks.mid == "keep" else (Layer(0),)
         pruned["mid_block"] = _prune_block(params["mid_block"], layers)
-        if surgery.mid == "first":
+        if kept_blocks.mid == "first":
             pruned["mid_block"].pop("attentions_0", None)
     return dataclasses.replace(unet, config=config), pruned
 
@@ -202,34 +204,34 @@ def _prune_attention(attention: Params, kept: tuple[int, ...] | None) -> Params:
     return pruned | {f"transformer_blocks_{i}": attention[f"transformer_blocks_{j}"] for i, j in enumerate(kept)}
 
 
-def pruned_config(config: UNetConfig, surgery: Surgery) -> UNetConfig:
+def pruned_config(config: UNetConfig, kept_blocks: KeptBlocks) -> UNetConfig:
     """The student's ``config.json``.
 
     Args:
       config: the teacher's.
-      surgery: what stays.
+      kept_blocks: what stays.
 
     Raises:
       ConfigError: as `prune`.
     """
-    _check(config, surgery)
-    count = len(surgery.kept)
+    _check(config, kept_blocks)
+    count = len(kept_blocks.kept)
 
     def kept(value: Any) -> Any:
         return value[:count] if isinstance(value, tuple) else value
 
-    down, up = _depths(config, surgery)
+    down, up = _depths(config, kept_blocks)
     is_nested = any(len({*d, *u}) > 1 for d, u in zip(down, reversed(up), strict=True))
     student = dataclasses.replace(
         config,
         **{key: kept(getattr(config, key)) for key in _PER_BLOCK},
         up_block_types=config.up_block_types[-count:],
-        layers_per_block=_as_one([len(resolution.down) for resolution in surgery.kept]),
+        layers_per_block=_as_one([len(resolution.down) for resolution in kept_blocks.kept]),
         transformer_layers_per_block=_as_one([_as_one(depths) for depths in down]),
         reverse_transformer_layers_per_block=tuple(map(_as_one, up)) if is_nested else None,
-        mid_block_type={"keep": config.mid_block_type, "first": "UNetMidBlock2D", "drop": None}[surgery.mid],
+        mid_block_type={"keep": config.mid_block_type, "first": "UNetMidBlock2D", "drop": None}[kept_blocks.mid],
     )
-    _check_widths(config, student, surgery)
+    _check_widths(config, student, kept_blocks)
     return student
 
 
@@ -244,7 +246,7 @@ def _as_one(values: Sequence[Any]) -> Any:
     return values[0] if len(set(values)) == 1 else tuple(values)
 
 
-def _depths(config: UNetConfig, surgery: Surgery) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+def _depths(config: UNetConfig, kept_blocks: KeptBlocks) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
     """How many transformer blocks stay of each attention, going down and going up; one number without attention."""
 
     def of_layers(depths: tuple[int, ...], layers: tuple[Layer, ...], i: int) -> tuple[Any, ...]:
@@ -254,26 +256,26 @@ def _depths(config: UNetConfig, surgery: Surgery) -> tuple[list[tuple[Any, ...]]
 
     down: list[tuple[Any, ...]] = []
     up: list[tuple[Any, ...]] = []
-    for i, resolution in enumerate(surgery.kept):
+    for i, resolution in enumerate(kept_blocks.kept):
         down.append(of_layers(config.down_transformer_layers(i), resolution.down, i))
         up.insert(0, of_layers(config.up_transformer_layers(config.num_blocks - 1 - i), resolution.up, i))
     return down, up
 
 
-def feature_pairs(config: UNetConfig, surgery: Surgery) -> Features:
-    """The taps to compare: of every block that stays, its output in the student and in the teacher.
+def feature_pairs(config: UNetConfig, kept_blocks: KeptBlocks) -> Features:
+    """The intermediates to compare: of every block that stays, its output in the student and in the teacher.
 
     What a student's lowest block puts out goes through no downsampler, so it is compared with what the teacher's has
     before its own (Kim et al., 2023, section 3.2).
 
     Args:
       config: the teacher's.
-      surgery: what stays.
+      kept_blocks: what stays.
 
     Raises:
-      ConfigError: as `prune`, or if ``surgery.features`` names a tap that is not there.
+      ConfigError: as `prune`, or if ``kept_blocks.features`` names a tap that is not there.
     """
-    student = pruned_config(config, surgery)
+    student = pruned_config(config, kept_blocks)
     lowest, offset = student.num_blocks - 1, config.num_blocks - student.num_blocks
     pairs = {f"down_blocks_{i}": f"down_blocks_{i}" for i in range(student.num_blocks)}
     if offset:
@@ -281,49 +283,49 @@ def feature_pairs(config: UNetConfig, surgery: Surgery) -> Features:
     if student.mid_block_type is not None:
         pairs["mid_block"] = "mid_block"
     pairs |= {f"up_blocks_{i}": f"up_blocks_{i + offset}" for i in range(student.num_blocks)}
-    pairs |= surgery.features
-    for name, taps in (("student", pairs.keys()), ("teacher", pairs.values())):
-        if absent := sorted(set(taps) - _taps(student if name == "student" else config)):
-            raise ConfigError(f"{surgery.name}: the {name} has no {absent[0]} to compare features of.")
+    pairs |= kept_blocks.features
+    for name, intermediates in (("student", pairs.keys()), ("teacher", pairs.values())):
+        if absent := sorted(set(intermediates) - _intermediates(student if name == "student" else config)):
+            raise ConfigError(f"{kept_blocks.name}: the {name} has no {absent[0]} to compare features of.")
     return tuple(pairs.items())
 
 
-def _taps(config: UNetConfig) -> set[str]:
-    taps = {"mid_block"} if config.mid_block_type is not None else set()
+def _intermediates(config: UNetConfig) -> set[str]:
+    intermediates = {"mid_block"} if config.mid_block_type is not None else set()
     for i in range(config.num_blocks):
-        taps |= {f"down_blocks_{i}", f"down_blocks_{i}/before_downsampler", f"up_blocks_{i}"}
-    return taps
+        intermediates |= {f"down_blocks_{i}", f"down_blocks_{i}/before_downsampler", f"up_blocks_{i}"}
+    return intermediates
 
 
 # ---- What does not fit
 
 
-def _check(config: UNetConfig, surgery: Surgery) -> None:
-    """Refuses a surgery that takes or leaves what this UNet does not have, or that leaves skip connections over."""
-    n, kept = config.num_blocks, surgery.kept
-    if len(surgery.resolutions) != n:
+def _check(config: UNetConfig, kept_blocks: KeptBlocks) -> None:
+    """Refuses blocks that this UNet does not have, and those that would leave skip connections over."""
+    n, kept = config.num_blocks, kept_blocks.kept
+    if len(kept_blocks.resolutions) != n:
         fitting = [name for name, level in LEVELS.items() if len(level["resolutions"]) == n]
         raise ConfigError(
-            f"{surgery.name} is for UNets of {len(surgery.resolutions)} resolutions, and this one has {n}: take "
-            f"{', '.join(fitting) + ', or ' if fitting else ''}a table of your own."
+            f"{kept_blocks.name} is for UNets of {len(kept_blocks.resolutions)} resolutions, and this one has {n}: "
+            f"take {', '.join(fitting) + ', or ' if fitting else ''}a table of your own."
         )
-    if not kept or surgery.resolutions[: len(kept)] != kept:
+    if not kept or kept_blocks.resolutions[: len(kept)] != kept:
         raise ConfigError(
-            f"{surgery.name}: only the lowest resolutions can go: null stands at the end, after one that stays."
+            f"{kept_blocks.name}: only the lowest resolutions can go: null stands at the end, after one that stays."
         )
-    if surgery.mid != "drop" and config.mid_block_type is None:
-        raise ConfigError(f"{surgery.name} keeps the mid block, and this UNet has none.")
+    if kept_blocks.mid != "drop" and config.mid_block_type is None:
+        raise ConfigError(f"{kept_blocks.name} keeps the mid block, and this UNet has none.")
     for i, resolution in enumerate(kept):
         up = n - 1 - i
         depths = config.down_transformer_layers(i)
-        _check_layers(surgery.name, f"down_blocks.{i}", resolution.down, config.layers[i], depths)
+        _check_layers(kept_blocks.name, f"down_blocks.{i}", resolution.down, config.layers[i], depths)
         depths = config.up_transformer_layers(up)
-        _check_layers(surgery.name, f"up_blocks.{up}", resolution.up, config.layers[i] + 1, depths)
+        _check_layers(kept_blocks.name, f"up_blocks.{up}", resolution.up, config.layers[i] + 1, depths)
         skips, layers = len(resolution.down) + 1, len(resolution.up)
         if skips != layers:
             raise ConfigError(
-                f"{surgery.name} leaves {skips} skip connections to up_blocks.{up}, those of down_blocks.{i} and the "
-                f"one into it, and keeps {layers} layers there: keep one for each."
+                f"{kept_blocks.name} leaves {skips} skip connections to up_blocks.{up}, those of down_blocks.{i} and "
+                f"the one into it, and keeps {layers} layers there: keep one for each."
             )
 
 
@@ -341,11 +343,11 @@ def _check_layers(name: str, block: str, layers: tuple[Layer, ...], count: int, 
             )
 
 
-def _check_widths(config: UNetConfig, student: UNetConfig, surgery: Surgery) -> None:
+def _check_widths(config: UNetConfig, student: UNetConfig, kept_blocks: KeptBlocks) -> None:
     """Refuses layers that would read other inputs than they were made for."""
     offset = config.num_blocks - student.num_blocks
     teachers, students = _inputs(config), _inputs(student)
-    for i, resolution in enumerate(surgery.kept):
+    for i, resolution in enumerate(kept_blocks.kept):
         up = student.num_blocks - 1 - i
         for here, there, layers in (
             (f"down_blocks.{i}", f"down_blocks.{i}", resolution.down),
@@ -354,12 +356,12 @@ def _check_widths(config: UNetConfig, student: UNetConfig, surgery: Surgery) -> 
             for j, layer in enumerate(layers):
                 wanted, given = teachers[there, layer.index], students[here, j]
                 if wanted != given:
-                    where = f"{surgery.name}: layer {layer.index} of {there}"
+                    where = f"{kept_blocks.name}: layer {layer.index} of {there}"
                     raise ConfigError(f"{where} takes {wanted}, and what stays gives it {given}.")
     lowest = [(each.block_out_channels[-1], each.heads[-1]) for each in (config, student)]
-    if surgery.mid != "drop" and lowest[0] != lowest[1]:
+    if kept_blocks.mid != "drop" and lowest[0] != lowest[1]:
         raise ConfigError(
-            f"{surgery.name} keeps the mid block, which takes {lowest[0][0]} channels in {lowest[0][1]} heads, and "
+            f"{kept_blocks.name} keeps the mid block, which takes {lowest[0][0]} channels in {lowest[0][1]} heads, and "
             f"what stays gives it {lowest[1][0]} in {lowest[1][1]}: drop it too."
         )
 

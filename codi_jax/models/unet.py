@@ -107,18 +107,18 @@ class UNetEncoder(nn.Module):
         """Runs the down blocks and the mid block on the output of ``conv_in``.
 
         Returns:
-          The lowest features, the skip connections in the order of their making, and the taps.
+          The lowest features, the skip connections in the order of their making, and the intermediates.
         """
-        skips, taps = (x,), {}
+        skips, intermediates = (x,), {}
         for i, block in enumerate(self.down_blocks):
             x, block_skips, before_downsampler = block(x, temb, context)
             skips += block_skips
-            taps[f"down_blocks_{i}"] = x
-            taps[f"down_blocks_{i}/before_downsampler"] = before_downsampler
+            intermediates[f"down_blocks_{i}"] = x
+            intermediates[f"down_blocks_{i}/before_downsampler"] = before_downsampler
         if self.config.mid_block_type is not None:
             x = self.mid_block(x, temb, context)
-            taps["mid_block"] = x
-        return x, skips, taps
+            intermediates["mid_block"] = x
+        return x, skips, intermediates
 
     def check_inputs(self, sample: Array, encoder_hidden_states: Array) -> None:
         """Refuses inputs of a wrong width in words, before a matrix product does in numbers."""
@@ -189,7 +189,7 @@ class UNet2DCondition(UNetEncoder):
           mid_residual: a ControlNet's output for the lowest features.
 
         Returns:
-          The prediction, and the taps: the output of every block by name (``down_blocks_0``, ``mid_block``,
+          The prediction, and the intermediates: the output of every block by name (``down_blocks_0``, ``mid_block``,
           ``up_blocks_0``, …, and ``down_blocks_0/before_downsampler``), for feature distillation.
 
         Raises:
@@ -198,14 +198,14 @@ class UNet2DCondition(UNetEncoder):
         self.check_inputs(sample, encoder_hidden_states)
         context = encoder_hidden_states.astype(self.dtype)
         temb = self.embed_time(timesteps, timestep_cond, added_cond)
-        x, skips, taps = self.encode(self.conv_in(sample.astype(self.dtype)), temb, context)
-        return self.decode(x, skips, taps, temb, context, down_residuals, mid_residual)
+        x, skips, intermediates = self.encode(self.conv_in(sample.astype(self.dtype)), temb, context)
+        return self.decode(x, skips, intermediates, temb, context, down_residuals, mid_residual)
 
     def decode(
         self,
         x: Float[Array, "b h_low w_low c_low"],
         skips: tuple[Array, ...],
-        taps: dict[str, Array],
+        intermediates: dict[str, Array],
         temb: Float[Array, "b e"],
         context: Float[Array, "b s d"],
         down_residuals: tuple[Array, ...] | None = None,
@@ -221,13 +221,13 @@ class UNet2DCondition(UNetEncoder):
             skips = tuple(s + r.astype(s.dtype) for s, r in zip(skips, down_residuals, strict=True))
         if mid_residual is not None:
             x = x + mid_residual.astype(x.dtype)
-        taps = dict(taps)
+        intermediates = dict(intermediates)
         for i, block in enumerate(self.up_blocks):
             skips, block_skips = skips[: -block.num_layers], skips[-block.num_layers :]
             size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
             x = block(x, block_skips, temb, context, size)
-            taps[f"up_blocks_{i}"] = x
-        return self.conv_out(nn.silu(self.conv_norm_out(x))), taps
+            intermediates[f"up_blocks_{i}"] = x
+        return self.conv_out(nn.silu(self.conv_norm_out(x))), intermediates
 
     def abstract_params(self) -> Params:
         """The parameter tree as `jax.ShapeDtypeStruct`s, without memory or computation."""

@@ -37,7 +37,7 @@ from codi_jax.training.checkpoint import (
 from codi_jax.training.monitor import Metrics, Monitor
 from codi_jax.training.publish import HubFlags
 from codi_jax.training.signals import stop_signals
-from codi_jax.training.tracking import Profiler, Tracker, TrackingFlags, say
+from codi_jax.training.tracking import Profiler, Tracker, TrackingFlags, log
 
 State = TypeVar("State")
 Pictures = dict[str, UInt8[np.ndarray, "h w 3"]]
@@ -106,7 +106,7 @@ class _Constant:
 
 
 @dataclass(frozen=True)
-class Record:
+class Recorder:
     """What is written every so often while a run goes on, besides its checkpoints.
 
     Attributes:
@@ -206,7 +206,7 @@ def start(flags: Args, run_config: Mapping[str, Any] | None = None) -> Args:
     processes.agree("flags", {f"--{name}": value for name, value in everything.items()}, "give all the same command")
     processes.agree("code", {"version": processes.code_version()}, "install the same version on all machines")
     if flags.local_rank != -1:
-        say("--local_rank has no effect: JAX finds its processes by itself")
+        log("--local_rank has no effect: JAX finds its processes by itself")
     _configure_jax(flags)
     sharding.make_mesh(flags.fsdp)
     flags = dataclasses.replace(flags, output_dir=run_folder.fill_in(flags.output_dir))
@@ -222,7 +222,7 @@ def _open_folder(flags: LoopFlags, run_config: Mapping[str, Any]) -> None:
     run_folder.lock(output_dir)
     if flags.resume_from_checkpoint == "latest":
         for line in set_damaged_aside(output_dir):
-            say(line)
+            log(line)
     checkpoint = find_checkpoint(flags.resume_from_checkpoint, output_dir)
     if checkpoint is not None:
         if flags.resume_from_checkpoint != "latest":  # which is whole by now
@@ -230,7 +230,7 @@ def _open_folder(flags: LoopFlags, run_config: Mapping[str, Any]) -> None:
         _check_resumed(checkpoint, run_config, flags)
     else:
         if flags.resume_from_checkpoint is not None:
-            say(f"{output_dir} has no checkpoint: starting afresh")
+            log(f"{output_dir} has no checkpoint: starting afresh")
         run_folder.check_arguments(flags, output_dir)
     if flags.push_to_hub:
         publish.create_repository(flags, output_dir)
@@ -246,7 +246,7 @@ def train(
     *,
     mesh: Mesh,
     validate: Callable[[State, int], Pictures] | None = None,
-    record: Record | None = None,
+    record: Recorder | None = None,
     export: Callable[[State, Path], None] | None = None,
     run_config: Mapping[str, Any] | None = None,
 ) -> State:
@@ -286,7 +286,7 @@ def train(
         if checkpoint is not None:
             state, position = checkpoints.restore(checkpoint, forget(state))
             loader.set_state(position)
-            say(f"going on from {checkpoint}")
+            log(f"going on from {checkpoint}")
         tracker = Tracker(flags, output_dir, flags.values_within(Scope.PROCESS), first)
         stack.enter_context(contextlib.closing(tracker))
         if first < total:
@@ -327,7 +327,7 @@ class _Run:
     tracker: Tracker
     checkpoints: Checkpoints
     validate: Callable[[Any, int], Pictures] | None
-    record: Record | None
+    record: Recorder | None
     config: dict[str, Any]
     validation_steps: int
 
@@ -379,7 +379,7 @@ def _loop(train_step: TrainStep[State], state: State, frozen: Moving, loader: Lo
                     run.checkpoints.save(step, state, position_here, run.config)
             if stop:
                 monitor.settle()
-                _leave(step, stop, run)
+                _exit_after_signal(step, stop, run)
             if run.validates_at(step):
                 _validate(state, step, run, monitor, profiler)
         monitor.settle()
@@ -402,7 +402,7 @@ def _compile(train_step: TrainStep[State], state: State, frozen: Any, batch: Any
     began = time.perf_counter()
     program = compile_for(run.mesh.devices.flat[0].platform, jitted.lower(state, frozen, batch))
     devices = f"{run.mesh.size} × {run.mesh.devices.flat[0].device_kind}"
-    say(f"compiled the step in {time.perf_counter() - began:.1f} s for {devices}")
+    log(f"compiled the step in {time.perf_counter() - began:.1f} s for {devices}")
     return program
 
 
@@ -450,13 +450,13 @@ def _validate(state: Any, step: int, run: _Run, monitor: Monitor, profiler: Prof
         run.tracker.pictures(run.validate(state, step), step)
 
 
-def _leave(step: int, number: int, run: _Run) -> None:
+def _exit_after_signal(step: int, number: int, run: _Run) -> None:
     """Ends the process after a signal, with the exit status that shells expect."""
     message = f"stopped by {signal.Signals(number).name} after step {step}"
     if run.flags.checkpointing_steps:
         run.checkpoints.wait()
         message += f" and saved checkpoint-{step}: go on with --resume_from_checkpoint latest"
-    say(message)
+    log(message)
     raise SystemExit(128 + number)
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from codi_jax.training.tracking import Tracker, say
+from codi_jax.training.tracking import Tracker, log
 
 Metrics = Mapping[str, Any]
 """Scalars by name, still on the device."""
@@ -110,7 +110,7 @@ class Monitor:
             return
         left = datetime.timedelta(seconds=round((self._total - step) * values["seconds_per_step"]))
         metrics = "".join(f"{name} {value}, " for name, value in shown.items())
-        say(
+        log(
             f"step {step}/{self._total}: {metrics}{values['seconds_per_step']:.3g} s/step, "
             f"{values['samples_per_second']:.3g} samples/s, {left} left"
         )

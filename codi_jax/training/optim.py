@@ -91,7 +91,7 @@ class EmaFlags(Flags):
         self.require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
 
     @property
-    def decay_if_kept(self) -> float | None:
+    def kept_ema_decay(self) -> float | None:
         """The decay, as `step` takes it."""
         return self.ema_decay if self.use_ema else None
 

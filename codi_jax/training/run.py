@@ -140,7 +140,7 @@ class Hooks:
     load: Mapping[str, Callable[[], Params]] = field(default_factory=dict)
     check: Callable[[Run], None] = lambda run: None
     frozen: Callable[[Run, Frozen], Any] = lambda run, frozen: frozen
-    record: Callable[[Run], loop.Record | None] = lambda run: None
+    record: Callable[[Run], loop.Recorder | None] = lambda run: None
     show: Callable[[Run, Any], loop.Pictures] | None = show_samples
     write: Callable[[Run, Any, Path], None] = write_export
 

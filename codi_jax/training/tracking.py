@@ -134,7 +134,7 @@ class Profiler:
             self._is_running = False
             with self._pause():
                 jax.profiler.stop_trace()
-            say(f"wrote a profile to {self._folder}")
+            log(f"wrote a profile to {self._folder}")
 
     @contextlib.contextmanager
     def validation(self) -> Iterator[None]:
@@ -154,7 +154,7 @@ class Profiler:
         return str(self._output_dir / self._flags.logging_dir)
 
 
-def say(message: str) -> None:
+def log(message: str) -> None:
     """Prints a line for the user on stderr, above the progress bar, in the first process."""
     if jax.process_index() == 0:
         tqdm.write(message, file=sys.stderr)

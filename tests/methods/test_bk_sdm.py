@@ -18,14 +18,14 @@ from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.methods import bk_sdm, denoising
 from codi_jax.methods.bk_sdm import BkSdmFlags, BkSdmSetup
 from codi_jax.models.config import ConfigError
-from codi_jax.models.pruning import LEVELS, Surgery, prune, whole
+from codi_jax.models.pruning import LEVELS, KeptBlocks, prune, whole
 from codi_jax.pipeline.conditions import Frozen
 from codi_jax.pipeline.networks import Networks
 from codi_jax.training.optim import TrainState
 
 B = 2
 # bk_small for two resolutions.
-SURGERY = Surgery.from_dict("small", {"resolutions": LEVELS["bk_small"]["resolutions"][:2], "mid": "drop"})
+SURGERY = KeptBlocks.from_dict("small", {"resolutions": LEVELS["bk_small"]["resolutions"][:2], "mid": "drop"})
 TEACHER = {
     **SMALL_SD,
     "layers_per_block": 2,
@@ -63,9 +63,9 @@ def networks_of(unet: Any) -> Networks:
     return dataclasses.replace(TEXT_TO_IMAGE, unet=unet)
 
 
-def make(surgery: Surgery | None = SURGERY, student: str = "v_prediction", **options: Any) -> Problem:
+def make(kept_blocks: KeptBlocks | None = SURGERY, student: str = "v_prediction", **options: Any) -> Problem:
     torch_teacher, unet, params = make_pair("unet", TEACHER)
-    method = bk_sdm.method(surgery)
+    method = bk_sdm.method(kept_blocks)
     setup = method.configure(networks_of(unet), BkSdmFlags(**options))
     assert {*setup.frozen} == {"unet", "vae"}
     schedule, teacher = (
@@ -238,6 +238,6 @@ def test_a_teacher_with_other_conditions_than_text_is_refused(networks: Networks
 
 def test_a_surgery_for_another_architecture_is_refused_before_weights_are_read() -> None:
     unet = make_pair("unet", TEACHER)[1]
-    surgery = Surgery.from_dict("bk_base", LEVELS["bk_base"])
+    kept_blocks = KeptBlocks.from_dict("bk_base", LEVELS["bk_base"])
     with pytest.raises(ConfigError, match="bk_base"):
-        bk_sdm.method(surgery).configure(networks_of(unet), BkSdmFlags())
+        bk_sdm.method(kept_blocks).configure(networks_of(unet), BkSdmFlags())

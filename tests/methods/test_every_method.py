@@ -32,7 +32,7 @@ METHODS: dict[str, tuple[Method[Any, Any], Networks]] = {
     "dmd": (disback.backtracking(CHANNELS, has_path=False), EDITING),
     "autoencoder": (autoencoder.METHOD, TEXT_TO_IMAGE),
 }
-WITH_REAL_NETWORKS_ONLY = ("bk-sdm", "autoencoder")  # a surgery, and images
+WITH_REAL_NETWORKS_ONLY = ("bk-sdm", "autoencoder")  # a choice of blocks, and images
 
 
 def in_all_methods(*, with_stand_ins: bool = False) -> Any:

@@ -49,7 +49,7 @@ def test_group_norm_and_its_gradient_equal_torch(shape, groups, offset):
 
 
 @pytest.mark.parametrize(
-    ("size", "taps", "stride", "padding"),
+    ("size", "intermediates", "stride", "padding"),
     [
         ((20, 20), 3, 1, (1, 1)),
         ((19, 22), 3, 2, (1, 1)),
@@ -60,8 +60,8 @@ def test_group_norm_and_its_gradient_equal_torch(shape, groups, offset):
         ((6, 7), 3, 1, (0, 0)),
     ],
 )
-def test_a_convolution_and_its_gradient_equal_torch(size, taps, stride, padding):
-    x, kernel = RNG.standard_normal((3, *size, 5)), RNG.standard_normal((taps, taps, 5, 4))
+def test_a_convolution_and_its_gradient_equal_torch(size, intermediates, stride, padding):
+    x, kernel = RNG.standard_normal((3, *size, 5)), RNG.standard_normal((intermediates, intermediates, 5, 4))
     theirs, weight = torch.tensor(x).requires_grad_(), torch.tensor(kernel).requires_grad_()
     padded = torch.nn.functional.pad(theirs.permute(0, 3, 1, 2), (*padding, *padding))
     out = torch.nn.functional.conv2d(padded, weight.permute(3, 2, 0, 1), stride=stride).permute(0, 2, 3, 1)

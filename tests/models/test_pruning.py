@@ -15,7 +15,7 @@ from published import TINY_SD15, TINY_SD21, TINY_SDXL
 from codi_jax.io.weights import load_model, save_model
 from codi_jax.models import pruning
 from codi_jax.models.config import ConfigError
-from codi_jax.models.pruning import LEVELS, Surgery, feature_pairs, prune
+from codi_jax.models.pruning import LEVELS, KeptBlocks, feature_pairs, prune
 from codi_jax.models.published import CROSS_DOWN, CROSS_UP, DOWN, SD15_UNET, SD21_UNET, SDXL_UNET, UNETS, UP
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.unet_config import UNetConfig
@@ -34,8 +34,8 @@ DEEP_XL = {**TINY_SDXL, "transformer_layers_per_block": [1, 2, 10]}
 TEACHERS = {"sd": FOUR, "sd-2": FOUR_V2, "sdxl": DEEP_XL}
 
 
-def level(name: str) -> Surgery:
-    return Surgery.from_dict(name, LEVELS[name])
+def level(name: str) -> KeptBlocks:
+    return KeptBlocks.from_dict(name, LEVELS[name])
 
 
 def unet(config: dict[str, Any]) -> UNet2DCondition:
@@ -178,9 +178,9 @@ def test_a_pruned_teacher_is_pruned_again() -> None:
     }
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape), teacher.abstract_params())
     with pytest.raises(ConfigError, match=r"layer 1 of down_blocks.1 takes 64 channels, and what stays gives it 32"):
-        prune(teacher, params, Surgery.from_dict("mine", table))
+        prune(teacher, params, KeptBlocks.from_dict("mine", table))
     table["resolutions"][1]["down"] = {0: [1]}
-    student, pruned = prune(teacher, params, Surgery.from_dict("mine", table))
+    student, pruned = prune(teacher, params, KeptBlocks.from_dict("mine", table))
     assert student.config.transformer_layers_per_block == (1, 1, 2)
     assert student.config.reverse_transformer_layers_per_block == ((1, 2), 1, 1)
     ours = pruned["up_blocks_0"]["attentions_1"]["transformer_blocks_1"]
@@ -212,8 +212,8 @@ def test_the_blocks_that_are_compared(name: str, pairs: list[tuple[str, str]]) -
     student, _ = prune(teacher, teacher.abstract_params(), level(name))
 
     def shapes(module: UNet2DCondition) -> dict[str, tuple[int, ...]]:
-        _, taps = jax.eval_shape(module.apply, {"params": module.abstract_params()}, **inputs(FOUR))
-        return {tap: value.shape for tap, value in taps.items()}
+        _, intermediates = jax.eval_shape(module.apply, {"params": module.abstract_params()}, **inputs(FOUR))
+        return {tap: value.shape for tap, value in intermediates.items()}
 
     ours, theirs = shapes(student), shapes(teacher)
     assert [ours[a] for a, _ in pairs] == [theirs[b] for _, b in pairs]
@@ -277,7 +277,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 def test_what_does_not_fit_is_refused_in_a_sentence(case: str) -> None:
     config, table, message = BAD[case]
     with pytest.raises(ConfigError, match=message) as error:
-        feature_pairs(UNetConfig.from_dict(config), Surgery.from_dict("mine", table))
+        feature_pairs(UNetConfig.from_dict(config), KeptBlocks.from_dict("mine", table))
     assert "\n" not in str(error.value)
 
 
@@ -291,7 +291,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(case: str) -> None:
             "mid = 'first_resnet' is not possible: it is one of keep, first",
         ),
         ({"resolutions": PLAIN}, "resolutions is a list"),
-        ({"resolutions": [PLAIN], "features": ["up_blocks_0"]}, "features maps taps to taps"),
+        ({"resolutions": [PLAIN], "features": ["up_blocks_0"]}, "features maps intermediates to intermediates"),
         ({"resolutions": [{"down": [0]}]}, "the layers of down and of up"),
         ({"resolutions": [{"down": [0], "up": [2, 0]}]}, r"rising numbers, such as .*: \[2, 0\]"),
         ({"resolutions": [{"down": [], "up": [0]}]}, "rising numbers"),
@@ -304,7 +304,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(case: str) -> None:
 )
 def test_a_table_that_is_none_is_refused(table: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=f"mine: .*{message}"):
-        Surgery.from_dict("mine", table)
+        KeptBlocks.from_dict("mine", table)
 
 
 def test_a_folder_whose_config_does_not_fit_its_weights_is_refused(tmp_path: Any) -> None:

@@ -111,9 +111,9 @@ def test_taps_are_the_outputs_of_the_blocks(family: str) -> None:
     if model.mid_block is not None:
         model.mid_block.register_forward_hook(record("mid_block"))
     run_torch(model, batch)
-    _, taps = jax.jit(module.apply)({"params": params}, **batch)
-    assert taps.keys() == seen.keys()
-    for name, tap in taps.items():
+    _, intermediates = jax.jit(module.apply)({"params": params}, **batch)
+    assert intermediates.keys() == seen.keys()
+    for name, tap in intermediates.items():
         assert_close(tap, seen[name])
 
 

@@ -93,7 +93,7 @@ def test_a_resumed_run_is_the_same_run(
 def test_a_run_of_another_level_is_not_gone_on_with(inputs: Inputs, student: Path, tmp_path: Path) -> None:
     (tmp_path / "levels.yaml").write_text(yaml.safe_dump({"mine": {**TABLE["mine"], "mid": "keep"}}))
     flags = {"distill_level": "mine", "distill_table": tmp_path / "levels.yaml", "use_ema": True, "ema_decay": 0.5}
-    with pytest.raises(ValueError, match="was made with surgery = "):
+    with pytest.raises(ValueError, match="was made with kept_blocks = "):
         run(bk_sdm, inputs, student, resume_from_checkpoint="latest", max_train_steps=4, **flags)
 
 
@@ -103,8 +103,8 @@ def test_before_training_the_student_is_what_stays_of_the_teacher(
     """The average too, which the reference code makes of the whole UNet; also from half precision."""
     prepared = prepare(bk_sdm, inputs, tmp_path, monkeypatch, **of_level(inputs, use_ema=True, mixed_precision="bf16"))
     teacher = Model.from_pretrained(inputs.model)
-    surgery = find_level("mine", inputs.model.parent / "levels.yaml")
-    _, wanted = prune(teacher.networks.unet, teacher.params["unet"], surgery)
+    kept_blocks = find_level("mine", inputs.model.parent / "levels.yaml")
+    _, wanted = prune(teacher.networks.unet, teacher.params["unet"], kept_blocks)
     for trained in (prepared.state.params["unet"], prepared.state.ema["unet"]):
         assert jax.tree.structure(trained) == jax.tree.structure(wanted)
         jax.tree.map(np.testing.assert_array_equal, trained, wanted)

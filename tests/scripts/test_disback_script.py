@@ -132,7 +132,7 @@ def test_the_target_walks_the_recorded_path_back_to_the_teacher(
 ):
     """Of three nodes: φ starts as the third, its target is the second, then the first, and at last the teacher."""
 
-    def degrade(step: Any, state: Any, frozen: Any, loader: Any, args: Any, *, record: loop.Record, **_: Any) -> None:
+    def degrade(step: Any, state: Any, frozen: Any, loader: Any, args: Any, *, record: loop.Recorder, **_: Any) -> None:
         loader.close()
         for n in (1, 2, 3):
             unet = jax.tree.map(lambda x, n=n: x * (1 + n), state.params["unet"])

@@ -176,7 +176,7 @@ def test_a_record_is_written_every_so_often_and_before_the_checkpoint(tmp_path):
         assert int(state.step) == step
         written.append((step, list_checkpoints(tmp_path)))
 
-    run(tmp_path, record=loop.Record(write, 2), checkpointing_steps=4)
+    run(tmp_path, record=loop.Recorder(write, 2), checkpointing_steps=4)
     assert [step for step, _ in written] == [2, 4, 6, 8, 10]
     assert 4 not in written[1][1]
 

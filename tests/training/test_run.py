@@ -351,7 +351,7 @@ def test_hooks_take_the_place_of_what_most_runs_do(
 
         return hook
 
-    record = loop.Record(lambda state, step: None, 3)
+    record = loop.Recorder(lambda state, step: None, 3)
     hooks = Hooks(
         check=note("check", None), frozen=note("frozen", {"mine": 1}), record=note("record", record),
         show=note("show", {}), write=note("write", None), load={"extra": lambda: {"x": np.zeros(1, "f4")}},

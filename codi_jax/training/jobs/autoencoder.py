@@ -106,13 +106,13 @@ def _reconstruct(run: Run, state: Any) -> tuple[np.ndarray, np.ndarray]:
     vae, batch_size = run.setup.networks.vae, run.args.train_batch_size
 
     @jax.jit
-    def of_all(params: Any, pixels: Any) -> Any:
-        def of_one(image: Any) -> Any:
+    def reconstruct_all(params: Any, pixels: Any) -> Any:
+        def reconstruct_one(image: Any) -> Any:
             return jax.tree.map(lambda x: x[0], autoencoder.reconstruct(vae, params, image[None]))
 
-        return jax.lax.map(of_one, pixels, batch_size=batch_size)
+        return jax.lax.map(reconstruct_one, pixels, batch_size=batch_size)
 
-    return sharding.fetch(of_all(state.result, run.samples.pictures))
+    return sharding.fetch(reconstruct_all(state.result, run.samples.pictures))
 
 
 def _show(run: Run, state: Any) -> loop.Pictures:

@@ -26,7 +26,7 @@ from codi_jax.training.degradation_path import (
     write_node,
 )
 from codi_jax.training.flags import ConditionFlags, Shown, TrainingFlags
-from codi_jax.training.loop import Record
+from codi_jax.training.loop import Recorder
 from codi_jax.training.run import Hooks, Run, run, write_export
 
 NO_PATH = "none"
@@ -181,13 +181,13 @@ def _path_folder(args: DisbackRunFlags) -> Path:
     return Path(args.output_dir, "path") if args.path is None else Path(args.path).expanduser()
 
 
-def _export_record(every: int, this: Run) -> Record | None:
+def _export_record(every: int, this: Run) -> Recorder | None:
     """Exports the generator every so many steps into folders of their own."""
 
     def write(state: Any, step: int) -> None:
         write_export(this, state, Path(this.args.output_dir) / f"step-{step}")
 
-    return Record(write, every) if every else None
+    return Recorder(write, every) if every else None
 
 
 def _check_teacher(this: Run) -> None:
@@ -219,14 +219,14 @@ def _recording() -> Hooks:
         # Now, since the teacher's float32 parameters are not kept.
         teachers["teacher"] = digest_of(this.load("unet"))
 
-    def record(this: Run) -> Record:
+    def record(this: Run) -> Recorder:
         interval = this.args.degradation_interval
 
         def write(state: Any, step: int) -> None:
             unet = this.model.networks.unet
             write_node(folder(this), step // interval - 1, unet, state.params["unet"], this.args.save_dtype)
 
-        return Record(write, interval)
+        return Recorder(write, interval)
 
     def finish(this: Run, state: Any, output_dir: Path) -> None:
         del state, output_dir
@@ -236,7 +236,7 @@ def _recording() -> Hooks:
     return Hooks(check=check, record=record, show=None, write=finish)
 
 
-def _walking(path: DegradationPath, args: DisbackRunFlags, record: Callable[[Run], Record | None]) -> Hooks:
+def _walking(path: DegradationPath, args: DisbackRunFlags, record: Callable[[Run], Recorder | None]) -> Hooks:
     """A run whose target goes from node to node of a path, and at last to the teacher."""
 
     def check(this: Run) -> None:
