@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from codi_jax.cli import command_line
 from codi_jax.methods import autoencoder
-from codi_jax.training.jobs.autoencoder import HOOKS, VaeFlags
+from codi_jax.training.jobs.autoencoder import HOOKS, VaeFlags, open_vae
 from codi_jax.training.run import run
 
 
@@ -20,7 +20,9 @@ class Args(autoencoder.AutoencoderFlags, VaeFlags):
 
 
 def main(args: Args) -> None:
-    run(autoencoder.METHOD, args, hooks=HOOKS)
+    args.check()
+    vae = open_vae(args).networks.vae  # what it is, is part of the run; refused before there is a folder
+    run(autoencoder.METHOD, args, hooks=HOOKS, identity={"vae": vae.config.to_dict()})
 
 
 if __name__ == "__main__":

@@ -145,8 +145,8 @@ class TrainStep(Protocol[S]):
         ...
 
 
-def same_sampling(schedule: NoiseSchedule, flags: Flags) -> NoiseSchedule:
-    """The student is sampled as the teacher is."""
+def same_sampling(schedule: NoiseSchedule | Any, flags: Flags) -> NoiseSchedule | Any:
+    """The student is sampled as the teacher is; an autoencoder alone has no schedule."""
     del flags
     return schedule
 

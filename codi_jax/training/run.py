@@ -218,13 +218,13 @@ def _make_optimizer(
     return optim.make_optimizer(flags, num_updates, batch_size=loop.global_batch_size(args))
 
 
-def _student_of(model: Model, setup: Setup, schedule: NoiseSchedule) -> Model:
+def _student_of(model: Model, setup: Setup, schedule: NoiseSchedule | Any) -> Model:
     """The model that training makes of this one, without the parameters of what is trained."""
     networks = replace(setup.student.with_options(remat=False), vae_parts=1)
     return model.without_params(*setup.trained).replace(networks=networks, schedule=schedule)
 
 
-def _frozen_of(run: Run, schedule: NoiseSchedule) -> Frozen:
+def _frozen_of(run: Run, schedule: NoiseSchedule | Any) -> Frozen:
     """What the step reads of the teacher."""
     setup, params = run.setup, run.model.params
     return Frozen(

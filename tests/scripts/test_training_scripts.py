@@ -148,6 +148,12 @@ def test_autoencoder(inputs: Inputs, tmp_path: Path):
     assert loaded.config.block_out_channels == TINY_VAE["block_out_channels"]
     assert loaded.config.scaling_factor != 0.18215
     assert picture_of(out).shape == (2 * SIZE, picture_of(out).shape[1], 3)
+    other = tmp_path / "other" / "config.json"
+    other.parent.mkdir()
+    other.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 2.0}))
+    resumed = {**flags, "model_config_name_or_path": str(other), "resume_from_checkpoint": "latest"}
+    with pytest.raises(CheckpointError, match=r"was made with vae = .*, but this run has"):
+        run(autoencoder, images, out, cache_dir=str(tmp_path / "cache"), max_train_steps=3, **resumed)
 
 
 def test_an_autoencoder_is_trained_on(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
