@@ -1,5 +1,6 @@
 """What a run that trains an autoencoder does in another way than most: there is a VAE, and nothing else of a model."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,18 +102,20 @@ def _samples(flags: VaeFlags) -> Samples:
     return held_out(flags, _HELD_OUT, has_text=False)
 
 
+@functools.partial(jax.jit, static_argnames=("vae", "batch_size"))
+def _reconstruct_all(vae: AutoencoderKL, params: Any, pixels: Any, batch_size: int) -> Any:
+    """Images as they come back, and their latents; few at a time."""
+
+    def reconstruct_one(image: Any) -> Any:
+        return jax.tree.map(lambda x: x[0], autoencoder.reconstruct(vae, params, image[None]))
+
+    return jax.lax.map(reconstruct_one, pixels, batch_size=batch_size)
+
+
 def _reconstruct(run: Run, state: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The samples as they come back, and their latents; few at a time."""
-    vae, batch_size = run.setup.networks.vae, run.args.train_batch_size
-
-    @jax.jit
-    def reconstruct_all(params: Any, pixels: Any) -> Any:
-        def reconstruct_one(image: Any) -> Any:
-            return jax.tree.map(lambda x: x[0], autoencoder.reconstruct(vae, params, image[None]))
-
-        return jax.lax.map(reconstruct_one, pixels, batch_size=batch_size)
-
-    return sharding.fetch(reconstruct_all(state.result, run.samples.pictures))
+    """The samples as they come back, and their latents."""
+    vae, pixels = run.setup.networks.vae, run.samples.pictures
+    return sharding.fetch(_reconstruct_all(vae, state.result, pixels, batch_size=run.args.train_batch_size))
 
 
 def _show(run: Run, state: Any) -> loop.Pictures:
