@@ -259,9 +259,9 @@ def tcd(
         x0, eps = schedule.to_x0_eps(denoise(z, t), z, t)
         s = jnp.floor((1 - gamma) * t_next).astype(jnp.int32)
         a_s, a = schedule.alphas_cumprod_at(s), schedule.alphas_cumprod_at(t_next)  # α²
-        # Exactly no noise where s = t', which 1 - (α'/α_s)² would not be.
+        # Exactly no noise where s = t', which 1 - (α'/α_s)² would not be, whatever stands after the last that counts.
         z_s, added = schedule.ddim_step(x0, eps, s), jnp.maximum(a_s - a, 0)
-        return (jnp.sqrt(a) * z_s + jnp.sqrt(added) * noise) / jnp.sqrt(a_s)
+        return (jnp.sqrt(a) * z_s + jnp.where(added > 0, jnp.sqrt(added) * noise, 0)) / jnp.sqrt(a_s)
 
     noise = _for_every_step(noise, z, timesteps)
     return _scan(step, z.astype(jnp.float32), (timesteps, following, noise), on_step, num_steps)
