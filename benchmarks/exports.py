@@ -80,6 +80,12 @@ RUNS: dict[str, tuple[str, str, bool]] = {
         "--validation_sampling_steps 2",
         True,
     ),
+    "tcd": (
+        "train_tcd_flax",
+        "--pretrained_teacher_model {assets}/emoji --train_data_dir {data} --num_ddim_timesteps 10 "
+        "--validation_sampling_steps 1 2",
+        True,
+    ),
     "lcm_controlnet": (
         "train_lcm_flax",
         "--pretrained_teacher_model {assets}/emoji --controlnet_model_name_or_path {assets}/emoji-controlnet "
@@ -125,7 +131,7 @@ RUNS: dict[str, tuple[str, str, bool]] = {
 }
 _BARE = "--pretrained_teacher_model {assets}/emoji --train_data_dir {data} --bake_guidance_scale 2"
 # What a run leaves besides what it made: places, times and versions.
-_PASSING = ("args.json", "run.json", ".lock", "events.out")
+_PASSING = ("args.json", "metrics.jsonl", "path.json", ".lock", "events.out")
 
 
 def main() -> None:
