@@ -164,7 +164,7 @@ class NoiseSchedule:
         values = {**DEFAULTS, **SCHEDULERS[self.sampling.scheduler], **self.to_config()}
         noise = {key: values[key] for key in NOISE_KEYS}
         schedule = self.from_config({**noise, **sampling.to_config()})
-        if sampling.is_of_student and sampling.grid_steps is not None:
+        if sampling.is_of_student and sampling.timesteps is None and sampling.grid_steps is not None:
             distillation_grid(self.num_train_timesteps, sampling.grid_steps)  # or it refuses
         return schedule
 

@@ -261,3 +261,11 @@ def test_a_method_replaces_how_the_model_before_was_sampled(first: str, second: 
 def test_a_grid_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match=r"grid of 1001 steps is impossible"):
         make().sampled(SamplingSpec.lcm(1001))
+
+
+def test_a_generator_needs_no_grid():
+    """Its times may be those of a schedule that is shorter than the grid of other students."""
+    schedule = NoiseSchedule.from_config({"_class_name": "DDIMScheduler", "num_train_timesteps": 20})
+    assert schedule.sampled(SamplingSpec.generator([9])).sampling.timesteps == (9,)
+    with pytest.raises(ValueError, match="A distillation grid of 50 steps is impossible"):
+        schedule.sampled(SamplingSpec.lcm(50))
