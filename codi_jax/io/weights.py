@@ -61,6 +61,9 @@ def load_model(
 ) -> tuple[Network, Params]:
     """Loads one network of a diffusers folder, tensor by tensor.
 
+    Example:
+      >>> unet, params = load_model("assets/emoji", "unet")
+
     Args:
       source: a local folder, or a repository on the Hugging Face Hub (``HF_HUB_OFFLINE`` and the cache are respected).
       subfolder: ``unet``, ``controlnet``, ``vae``, ``text_encoder`` or ``text_encoder_2``; ``None`` if ``source``
@@ -171,6 +174,9 @@ def save_model(
     The files are written beside the target and then moved, so an error or an interrupt leaves nothing behind. In a
     folder that exists, files of the same names and older safetensors of the model are replaced, and all others are
     kept. In a run of several processes all must call it (tensors are gathered), and the first one writes.
+
+    Example:
+      >>> save_model("runs/mine", "unet", unet, params, dtype="float16")
 
     Args:
       folder: of the whole model.
