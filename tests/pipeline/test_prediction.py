@@ -134,6 +134,7 @@ def given(pairs: Pairs) -> Given:
     return Given(ours.networks, dict(ours.params), z, jnp.array([19, 999]), Conditions(full, null))
 
 
+@pytest.mark.slow
 def test_a_prediction_is_the_call_of_the_networks(given: Given) -> None:
     networks, params, z, t, conditions = given
     c = conditions.full
