@@ -108,7 +108,7 @@ def _write_whole(run: Run, export: Export, folder: Path) -> None:
     for name, (network, params) in export.networks.items():
         model = model.with_network(name, network, params)
     untouched = [name for name in model.networks.by_name() if name not in export.networks]
-    model = model.with_params({name: teacher.load_as_stored(run.model, name) for name in untouched})
+    model = model.with_params({name: teacher.load_on_host(run.model, name, dtype=None) for name in untouched})
     of_file: dict[str, Any] = dict.fromkeys(export.networks, run.args.save_dtype)
     model.save_pretrained(folder, dtype=of_file)
 

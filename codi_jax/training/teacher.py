@@ -89,7 +89,7 @@ def loader_of(
         params = model.params.get(name)
         if params is not None and all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
             return params
-        return load_model(**model.sources[name], place=sharding.place(mesh))[1]
+        return _load(model, name, jnp.float32, mesh)
 
     return load
 
@@ -101,13 +101,8 @@ def load_missing(model: Model, mesh: Mesh) -> Model:
     return model.with_params(missing)
 
 
-def load_as_stored(model: Model, name: str) -> Params:
-    """The parameters of one network in host memory, as precise as the file that they came from."""
-    return load_model(**model.sources[name], dtype=None, place=lambda _, array: array)[1]
-
-
-def load_on_host(model: Model, name: str, dtype: DTypeLike = np.float32) -> Params:
-    """The parameters of one network in host memory, in this precision."""
+def load_on_host(model: Model, name: str, dtype: DTypeLike | None = np.float32) -> Params:
+    """The parameters of one network in host memory, in this precision; ``None`` is that of their file."""
     return load_model(**model.sources[name], dtype=dtype, place=lambda _, array: array)[1]
 
 
