@@ -25,6 +25,7 @@ def test_the_digest_of_parameters_is_that_of_recorded_paths():
     assert digest_of(TREE) == expected.hexdigest()
     assert digest_of({"a": jnp.asarray(TREE["a"]), "b": TREE["b"]}) == digest_of(TREE)
     assert digest_of({"a": TREE["a"], "c": TREE["b"]}) != digest_of(TREE)
+    assert digest_of({"a": TREE["a"] + np.float32([0, 1]), "b": TREE["b"]}) != digest_of(TREE)
 
 
 def test_the_values_alone_are_what_the_fingerprints_of_cached_latents_hold():

@@ -93,7 +93,7 @@ def test_a_resumed_run_is_the_same_run(
 def test_a_run_of_another_level_is_not_gone_on_with(inputs: Inputs, student: Path, tmp_path: Path) -> None:
     (tmp_path / "levels.yaml").write_text(yaml.safe_dump({"mine": {**TABLE["mine"], "mid": "keep"}}))
     flags = {"distill_level": "mine", "distill_table": tmp_path / "levels.yaml", "use_ema": True, "ema_decay": 0.5}
-    with pytest.raises(ValueError, match="was made with kept_blocks = "):
+    with pytest.raises(ValueError, match="was made with surgery = "):
         run(bk_sdm, inputs, student, resume_from_checkpoint="latest", max_train_steps=4, **flags)
 
 

@@ -143,6 +143,7 @@ class Moving:
 
     def __init__(self) -> None:
         self.asked: list[int] = []
+        self.closed = False
         self.teachers = [
             sharding.put(sharding.make_mesh(), {**frozen_trees(), "scale": jnp.float32(n)}) for n in range(4)
         ]
@@ -151,6 +152,9 @@ class Moving:
         self.asked.append(step)
         return self.teachers[step // 3]
 
+    def close(self) -> None:
+        self.closed = True
+
 
 def test_frozen_trees_may_change_from_step_to_step(tmp_path, monkeypatch):
     """One program for all of them, which the loop asks for by the number of steps before; a resumed run as well."""
@@ -158,6 +162,7 @@ def test_frozen_trees_may_change_from_step_to_step(tmp_path, monkeypatch):
     trained = run(tmp_path / "whole", frozen=moving)
     assert moving.asked == [0, 0, *range(10)]  # the first two are of the compilation, and of what state may not share
     assert len(programs) == 1
+    assert moving.closed
     loader, state, step = Loader(8), init_state(), jax.jit(make_train_step())
     for i in range(10):
         state, _ = step(state, moving.teachers[i // 3], next(loader))

@@ -90,5 +90,5 @@ def test_damaged_arguments_are_named(tmp_path):
     run(tmp_path, checkpointing_steps=0)
     for damaged in ("", '{"seed": 0, "output_d', "[]"):
         (tmp_path / "args.json").write_text(damaged)
-        with pytest.raises(ValueError, match=r"args.json, the arguments of an earlier run, is .*another --output_dir"):
+        with pytest.raises(ValueError, match=r"args.json .*arguments of an earlier run; choose another --output_dir"):
             run(tmp_path, checkpointing_steps=0)

@@ -198,7 +198,7 @@ def test_each_model_has_the_variant_that_it_has(folder: Path, tmp_path: Path) ->
         (folder / "text-to-image" / "model_index.json").read_bytes()
     )
     with pytest.warns(
-        UserWarning, match=r"instruct-pix2pix/unet has no weights of variant 'fp16': diffusion_pytorch_mo"
+        UserWarning, match=r"instruct-pix2pix/unet has no weights of variant 'fp16': reading diffusion_pytorch_mo"
     ):
         out = run(folder, tmp_path / "out", *of_models(tmp_path), "--variant", "fp16", "--weight", str(WEIGHT))
     editor = unet_of(folder / "instruct-pix2pix" / "unet")
