@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import pytest
 from oracle import make_torch
 from published import TINY_CONTROLNETS, TINY_SD15, TINY_SDXL, TINY_TEXT, TINY_VAE
 from transformers import CLIPTokenizer
+
+from codi_jax.io import weights
 
 SIZE = 32
 TEXT = {**TINY_TEXT, "vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
@@ -96,3 +99,12 @@ def saved_pipeline(family: str, scratch: Path) -> Path:
 def _controlnet(is_xl: bool) -> dict[str, Any]:
     unet = XL_UNET if is_xl else SD_UNET
     return {key: unet.get(key, value) for key, value in TINY_CONTROLNETS["sdxl" if is_xl else "sd-1.x"].items()}
+
+
+def refuse_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, whoever opens a file of weights fails the test."""
+
+    def refuse(path: Path) -> Any:
+        raise AssertionError(f"{path} is opened")
+
+    monkeypatch.setattr(weights, "open_weights", refuse)

@@ -165,10 +165,6 @@ def as_command(args: Any) -> list[str]:
     return command
 
 
-def refuse_to_load(*_: Any, **__: Any) -> None:
-    raise AssertionError("this was to be refused before weights are loaded")
-
-
 # Flags and values of the scripts that came before.
 SHARED = """
 --pretrained_model_name_or_path m --revision r --variant fp16 --tokenizer_name t --from_pt --output_dir o --cache_dir c

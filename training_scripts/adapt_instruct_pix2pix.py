@@ -83,7 +83,7 @@ def main(args: Args) -> None:
     args.check()
     image = None if args.validation_image is None else open_image(args.validation_image)
     source, folder = args.pretrained_model_name_or_path, Path(args.output_dir).expanduser()
-    model = Model.from_pretrained(source, variant=args.variant, untrained={"unet": None})
+    model = Model.from_pretrained(source, variant=args.variant, without_params=["unet"])
     require_instruct_pix2pix(model.networks, f"--pretrained_model_name_or_path {source}")
     model = model.replace(schedule=model.schedule.sampled(SamplingSpec.lcm()))
     if image is not None:

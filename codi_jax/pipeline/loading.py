@@ -1,13 +1,12 @@
 """Loading the parts of a model: what ``model_index.json`` names, from a diffusers folder or the Hugging Face Hub."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array
 from transformers import CLIPTokenizer
 
 from codi_jax.diffusion.schedule import NoiseSchedule
@@ -48,7 +47,7 @@ def load_parts(
     local_files_only: bool = False,
     controlnet_revision: str | None = None,
     tokenizer: str | Path | None = None,
-    untrained: Mapping[str, Array | None] | None = None,
+    without_params: Collection[str] = (),
     place: PlaceFn | None = None,
 ) -> dict[str, Any]:
     """The attributes of `codi_jax.pipeline.model.Model`; see its ``from_pretrained`` for arguments and errors."""
@@ -63,15 +62,15 @@ def load_parts(
     of_part = dict.fromkeys(names, dtype) | {"vae": _vae_dtype(folder, dtype)}
     loaded: dict[str, tuple[Network, Params | None]] = {}
     for name in names:
-        if untrained is not None and name in untrained:
-            loaded[name] = _build(folder.part(name), of_part[name], attention, untrained[name])
+        if name in without_params:
+            loaded[name] = build_module(folder.part(name), of_part[name], attention=attention), None
         else:
             loaded[name] = load_model(**sources[name], dtype=of_part[name], attention=attention, place=place)
     if controlnet is not None:
         sources["controlnet"] = _controlnet_source(controlnet, {**hub, "revision": controlnet_revision}, variant)
-        if untrained is not None and "controlnet" in untrained:
+        if "controlnet" in without_params:
             where = {name: value for name, value in sources["controlnet"].items() if name != "variant"}
-            network, params = _build(ModelFolder(**where), dtype, attention, untrained["controlnet"])
+            network, params = build_module(ModelFolder(**where), dtype, attention=attention), None
         else:
             network, params = load_model(**sources["controlnet"], dtype=dtype, attention=attention, place=place)
         loaded["controlnet"] = _require_controlnet(network, sources["controlnet"]["source"]), params
@@ -92,14 +91,6 @@ def _vae_dtype(folder: ModelFolder, dtype: DTypeLike) -> DTypeLike:
     if jnp.dtype(dtype) != jnp.float16:
         return dtype
     return jnp.float32 if folder.part("vae").read_json("config.json").get("force_upcast", True) else dtype
-
-
-def _build(
-    folder: ModelFolder, dtype: DTypeLike, attention: Implementation, key: Array | None
-) -> tuple[Network, Params | None]:
-    """A network from its configuration alone, with random parameters if there is a key for them."""
-    network = build_module(folder, dtype, attention=attention)
-    return network, None if key is None else network.random_params(key)
 
 
 def check_controlnet(networks: Networks) -> None:

@@ -6,7 +6,7 @@ or inpainting (9), each with or without a ControlNet; SD 1.x, 2.x and SDXL.
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ class Model:
         local_files_only: bool = False,
         controlnet_revision: str | None = None,
         tokenizer: str | Path | None = None,
-        untrained: Mapping[str, Array | None] | None = None,
+        without_params: Collection[str] = (),
         place: PlaceFn | None = None,
     ) -> "Model":
         """Loads a model.
@@ -144,9 +144,7 @@ class Model:
           local_files_only: never ask the hub.
           controlnet_revision: branch, tag or commit of ``controlnet``.
           tokenizer: folder or repository of another (first) tokenizer than the one in ``source``.
-          untrained: parts that get random parameters instead of the folder's, and a key for each: what is needed of
-            them is ``config.json``. With ``None`` for a key they get none, and the model only tells and saves what it
-            is.
+          without_params: networks whose weights are not read, by name: only their ``config.json`` has to be there.
           place: puts each loaded parameter on devices; ``None`` is the default device.
 
         Raises:
@@ -165,7 +163,7 @@ class Model:
                 local_files_only=local_files_only,
                 controlnet_revision=controlnet_revision,
                 tokenizer=tokenizer,
-                untrained=untrained,
+                without_params=without_params,
                 place=place,
             )
         )
@@ -186,7 +184,7 @@ class Model:
           WeightsError: as `from_pretrained`.
           ConfigError: likewise.
         """
-        return cls.from_pretrained(source, controlnet, untrained=dict.fromkeys(loading.ALL_PARTS), **options)
+        return cls.from_pretrained(source, controlnet, without_params=loading.ALL_PARTS, **options)
 
     @property
     def task(self) -> str | None:

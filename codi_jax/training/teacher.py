@@ -56,19 +56,14 @@ def load_teacher(opened: Model, flags: TrainingFlags, mesh: Mesh) -> Model:
     Raises:
       ValueError: if weights cannot be loaded.
     """
-    key = jax.random.key(flags.seed)
-    untrained: dict[str, Any] = {name: jax.random.fold_in(key, i) for i, name in enumerate(flags.starts_random)}
-    others = dict.fromkeys(flags.replacements)
-    model = Model.from_pretrained(
-        flags.pretrained_model_name_or_path,
-        flags.controlnet,
-        untrained=untrained | others,
-        place=sharding.place(mesh),
-        **_options(flags),
-    )
-    params = dict(sharding.put(mesh, model.params))  # those that start random are not there yet
-    for name in flags.replacements:
-        params[name] = _load(opened, name, opened.networks.by_name()[name].dtype, mesh)
+    key, networks = jax.random.key(flags.seed), opened.networks.by_name()
+    random = {name: jax.random.fold_in(key, i) for i, name in enumerate(flags.starts_random)}
+    params = {
+        name: sharding.put(mesh, network.random_params(random[name]))
+        if name in random
+        else _load(opened, name, network.dtype, mesh)
+        for name, network in networks.items()
+    }
     return opened.replace(params=params)
 
 

@@ -7,12 +7,11 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from folders import SIZE, XL_UNET, saved_pipeline
+from folders import SIZE, XL_UNET, refuse_weights, saved_pipeline
 from PIL import Image
 
 from codi_jax import generate
@@ -20,7 +19,6 @@ from codi_jax.io.lora_files import save_lora
 from codi_jax.models.lora import init_lora
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.unet_config import UNetConfig
-from codi_jax.pipeline import loading
 
 Models = Callable[[str], Path]
 
@@ -108,10 +106,6 @@ def save_lora_of_another_model(path: Path) -> None:
     save_lora(path, {"unet": init_lora(jax.random.key(0), params, rank=2, target_modules=["to_q"])})
 
 
-def refuse_to_load(*_: Any, **__: Any) -> Any:
-    raise AssertionError("weights are loaded although the flags do not fit")
-
-
 BAD = {
     "model": (
         ["--model", "runs/3/final"],
@@ -164,7 +158,7 @@ def test_more_bad_input(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
 ) -> None:
     """Found before weights are read: with large models that takes minutes."""
-    monkeypatch.setattr(loading, "load_model", refuse_to_load)
+    refuse_weights(monkeypatch)
     lora = tmp_path.parent / "lora.safetensors"
     save_lora_of_another_model(lora)
     stand_for = {"CONTROLNET": models("controlnet") / "controlnet", "OTHER": lora}

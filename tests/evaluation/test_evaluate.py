@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from folders import SIZE, saved_pipeline
+from folders import SIZE, refuse_weights, saved_pipeline
 from PIL import Image
 
 from codi_jax import evaluate
@@ -26,7 +26,6 @@ from codi_jax.evaluation.metrics import edge_f1, fid, kid, psnr
 from codi_jax.evaluation.report import Example, Report, Result, markdown, page
 from codi_jax.evaluation.samples import read_samples
 from codi_jax.io.images import canny
-from codi_jax.pipeline import loading
 from codi_jax.pipeline.model import Model
 
 Models = Callable[[str], Path]
@@ -306,15 +305,11 @@ def test_a_model_for_another_task_is_refused(models: Models, data: Path, tmp_pat
         run(Args((f"a={models('controlnet')}",), tmp_path / "plain", output_dir=tmp_path))
 
 
-def refuse_to_load(*_: Any, **__: Any) -> Any:
-    raise AssertionError("weights are loaded although the models do not fit the data")
-
-
 def test_every_model_is_checked_before_weights_are_read(
     models: Models, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second one would be found out after the hours that the first one takes."""
-    monkeypatch.setattr(loading, "load_model", refuse_to_load)
+    refuse_weights(monkeypatch)
     good, editor = f"a={models('text-to-image')}", f"b={models('instruct-pix2pix')}"
     with pytest.raises(ValueError, match="the model b is for the task 'edit'"):
         run(Args((good, editor), data, output_dir=tmp_path / "out"))

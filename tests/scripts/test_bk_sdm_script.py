@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from folders import SD_UNET, SIZE, make_pipeline
+from folders import SD_UNET, SIZE, make_pipeline, refuse_weights
 from oracle import make_torch
 from picture_folders import write_folder
 from script_runs import (
@@ -21,7 +21,6 @@ from script_runs import (
     assert_same_weights,
     picture_of,
     prepare,
-    refuse_to_load,
     run,
     weights_of,
 )
@@ -29,7 +28,6 @@ from script_runs import (
 from codi_jax.cli import command_line
 from codi_jax.io.pruning_levels import find_level
 from codi_jax.models.pruning import prune
-from codi_jax.pipeline import loading
 from codi_jax.pipeline.model import Model
 from codi_jax.training import loop
 from training_scripts import train_bk_sdm_flax as bk_sdm
@@ -240,7 +238,7 @@ def test_bad_input_is_refused_before_weights_are_loaded(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     flags, message = BAD[case]
-    monkeypatch.setattr(loading, "load_model", refuse_to_load)
+    refuse_weights(monkeypatch)
     with pytest.raises(ValueError, match=message) as error:
         run(bk_sdm, inputs, tmp_path, **flags)
     assert "\n" not in str(error.value)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from folders import FAMILIES, SIZE, saved_pipeline
+from folders import FAMILIES, SIZE, refuse_weights, saved_pipeline
 from picture_folders import numbered, write_folder
 from PIL import Image
 from safetensors import safe_open
@@ -26,7 +26,6 @@ from script_runs import (
     assert_same_weights,
     flags_of,
     prepare,
-    refuse_to_load,
     run,
     weights_of,
 )
@@ -34,7 +33,6 @@ from script_runs import (
 from codi_jax.cli import command_line
 from codi_jax.methods import lcm as lcm_method
 from codi_jax.methods.baking import bake_guidance
-from codi_jax.pipeline import loading
 from codi_jax.pipeline.model import Model
 from training_scripts import train_instruct_pix2pix_flax as edit
 from training_scripts import train_lcm_distil_instruct_pix2pix_sdxl as lcm_edit
@@ -280,7 +278,7 @@ BAD: dict[str, tuple[Any, str, dict[str, Any], str]] = {
 def test_a_grid_or_a_vae_that_is_not_there_is_refused_before_weights_are_loaded(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "load_model", refuse_to_load)
+    refuse_weights(monkeypatch)
     of_model = models("text-to-image")
     with pytest.raises(ValueError, match="A distillation grid of 5000 steps is impossible"):
         lcm.main(flags_of(lcm, of_model, tmp_path / "one", **OF_LCM, num_ddim_timesteps=5000))

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 import tyro
-from folders import SIZE
+from folders import SIZE, refuse_weights
 from picture_folders import write_folder
 from PIL import Image
 from published import TINY_VAE
@@ -34,7 +34,6 @@ from script_runs import (
     meta,
     picture_of,
     prepare,
-    refuse_to_load,
     run,
     weights_of,
 )
@@ -44,7 +43,6 @@ from codi_jax.cli import command_line
 from codi_jax.diffusion.sampling_spec import SamplingSpec
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.diffusion.timesteps import default_sampler
-from codi_jax.pipeline import loading
 from codi_jax.pipeline.saving import save_schedule
 from codi_jax.training.checkpoint import CheckpointError
 from training_scripts import train_autoencoder_flax as autoencoder
@@ -209,7 +207,7 @@ def test_bad_input_ends_with_a_sentence(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, case: str
 ):
     flags, message = BAD[case]
-    monkeypatch.setattr(loading, "load_model", refuse_to_load)
+    refuse_weights(monkeypatch)
     args = flags_of(codi, inputs, tmp_path / "out", **flags)
     monkeypatch.setattr("sys.argv", ["train_codi_flax.py", *as_command(args)])
     with pytest.raises(SystemExit) as ended:
@@ -260,7 +258,7 @@ def test_data_that_is_no_good_is_refused(inputs: Inputs, tmp_path: Path, monkeyp
     spoil, message = SPOILT[case]
     data = Path(shutil.copytree(inputs.data, tmp_path / "data"))
     spoil(data)
-    monkeypatch.setattr(loading, "load_model", refuse_to_load)
+    refuse_weights(monkeypatch)
     with pytest.raises(ValueError, match=message) as error:
         run(codi, inputs._replace(data=data), tmp_path / "out", cache_dir=str(tmp_path / "cache"))
     assert "\n" not in str(error.value)
@@ -274,7 +272,7 @@ def test_training_data_is_looked_at_before_the_model_is_loaded(
     """Also where validation has data of its own."""
     data = write_folder(tmp_path / "data", PICTURES, size=(SIZE, SIZE), condition_size=(SIZE, SIZE))
     meta(data, lambda row: row.update(picture=row.pop("image")))
-    monkeypatch.setattr(loading, "load_model", refuse_to_load)
+    refuse_weights(monkeypatch)
     with pytest.raises(ValueError, match=r"data/meta\.jsonl has no column 'image': set --image_column to one of"):
         run(script, inputs._replace(data=data), tmp_path / "out", validation_data_dir=str(inputs.data))
 

@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from folders import SIZE, make_pipeline, make_tokenizer
+from folders import SIZE, make_pipeline, make_tokenizer, refuse_weights
 
 from codi_jax.diffusion.sampling_spec import SamplingSpec
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.models import sharding
-from codi_jax.pipeline import loading
 from codi_jax.pipeline import model as pipelines
 from codi_jax.pipeline.model import Model
 from codi_jax.training import batches, teacher
@@ -180,11 +179,7 @@ def test_pictures_that_cannot_be_made_are_found_before_weights_are_read(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not at the first validation, after hours of training."""
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise AssertionError
-
-    monkeypatch.setattr(loading, "load_model", refuse)
+    refuse_weights(monkeypatch)
     folder = shutil.copytree(model, tmp_path / "model")
 
     def refused(**shown: Any) -> str:
