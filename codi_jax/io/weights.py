@@ -28,12 +28,10 @@ from codi_jax.models.config import ModelConfig, Params, WeightsError
 from codi_jax.models.controlnet import ControlNet, ControlNetConfig
 from codi_jax.models.kernels.attention import Implementation
 from codi_jax.models.names import torch_name
+from codi_jax.models.network import Network
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.unet_config import UNetConfig
 from codi_jax.models.vae import AutoencoderKL, VAEConfig
-
-Network = UNet2DCondition | ControlNet | AutoencoderKL | CLIPTextModel
-"""The Flax module of one part of a model."""
 
 _NETWORKS: tuple[tuple[type[ModelConfig], Callable[..., Network]], ...] = (
     (UNetConfig, UNet2DCondition),

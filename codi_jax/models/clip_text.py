@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from codi_jax.models.config import Channels, ConfigError, Epsilon, ModelConfig, Params, Range, Token
 from codi_jax.models.kernels.attention import dot_product_attention
 from codi_jax.models.layers import dense
+from codi_jax.models.network import Network
 
 _PLAIN, _PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
 
@@ -204,7 +205,7 @@ class CLIPTextTransformer(nn.Module):
         return CLIPTextOutput(last, states, pooled)
 
 
-class CLIPTextModel(nn.Module):
+class CLIPTextModel(Network):
     """The text encoder.
 
     Attributes:
@@ -245,10 +246,6 @@ class CLIPTextModel(nn.Module):
         if self.config.with_projection:
             out = dataclasses.replace(out, pooled=self.text_projection(out.pooled))
         return out
-
-    def abstract_params(self) -> Params:
-        """The parameter tree as `jax.ShapeDtypeStruct`s, without memory or computation."""
-        return jax.eval_shape(self.random_params, jax.random.key(0))
 
     def random_params(self, key: PRNGKeyArray) -> Params:
         """Parameters to train from nothing, float32."""

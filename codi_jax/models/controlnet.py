@@ -136,10 +136,6 @@ class ControlNet(UNetEncoder):
                 "(batch, height, width, channels): resize the condition to the size of the image."
             )
 
-    def abstract_params(self) -> Params:
-        """The parameter tree as `jax.ShapeDtypeStruct`s, without memory or computation."""
-        return jax.eval_shape(self.random_params, jax.random.key(0))
-
     def random_params(self, key: PRNGKeyArray) -> Params:
         """Parameters to train from nothing, float32."""
         config = self.config

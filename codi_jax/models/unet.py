@@ -7,7 +7,6 @@ that model's state dict. Tensors are NHWC.
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -15,11 +14,12 @@ from codi_jax.models.config import Params
 from codi_jax.models.kernels.attention import Implementation
 from codi_jax.models.kernels.group_norm import GroupNorm
 from codi_jax.models.layers import TimestepEmbedding, conv, timestep_embedding
+from codi_jax.models.network import Network
 from codi_jax.models.unet_blocks import DownBlock2D, MidBlock2D, UpBlock2D
 from codi_jax.models.unet_config import UNetConfig
 
 
-class UNetEncoder(nn.Module):
+class UNetEncoder(Network):
     """The contracting half: input convolution, time embedding, down blocks and mid block.
 
     The UNet continues it with a decoder, the ControlNet with its output convolutions.
@@ -228,10 +228,6 @@ class UNet2DCondition(UNetEncoder):
             x = block(x, block_skips, temb, context, size)
             intermediates[f"up_blocks_{i}"] = x
         return self.conv_out(nn.silu(self.conv_norm_out(x))), intermediates
-
-    def abstract_params(self) -> Params:
-        """The parameter tree as `jax.ShapeDtypeStruct`s, without memory or computation."""
-        return jax.eval_shape(self.random_params, jax.random.key(0))
 
     def random_params(self, key: PRNGKeyArray) -> Params:
         """Parameters to train from nothing, float32."""

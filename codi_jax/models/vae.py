@@ -12,6 +12,7 @@ from codi_jax.models.config import Channels, ConfigError, Layers, ModelConfig, P
 from codi_jax.models.kernels.attention import Implementation, dot_product_attention
 from codi_jax.models.kernels.group_norm import GroupNorm
 from codi_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv, dense
+from codi_jax.models.network import Network
 
 _EPSILON = 1e-6
 
@@ -224,7 +225,7 @@ class Decoder(nn.Module):
         return self.conv_out(nn.silu(self.conv_norm_out(x)))
 
 
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(Network):
     """The variational autoencoder; ``encode`` and ``decode`` are called with ``method=``.
 
     Latents are those of the network itself: multiply by ``config.scaling_factor`` before diffusion, divide after it.
@@ -283,10 +284,6 @@ class AutoencoderKL(nn.Module):
     def __call__(self, pixels: Float[Array, "b hp wp c_pixels"]) -> Float[Array, "b hp wp c_pixels"]:
         """Encodes to the mode and decodes; touches every parameter."""
         return self.decode(self.encode(pixels).mode())
-
-    def abstract_params(self) -> Params:
-        """The parameter tree as `jax.ShapeDtypeStruct`s, without memory or computation."""
-        return jax.eval_shape(self.random_params, jax.random.key(0))
 
     def random_params(self, key: PRNGKeyArray) -> Params:
         """Parameters to train from nothing, float32."""

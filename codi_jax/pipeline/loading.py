@@ -13,10 +13,11 @@ from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.diffusion.scheduler_config import CONFIG_NAME
 from codi_jax.io.hub import ModelFolder
 from codi_jax.io.state_dict import PlaceFn
-from codi_jax.io.weights import Network, build_module, load_model
+from codi_jax.io.weights import build_module, load_model
 from codi_jax.models.config import ConfigError, Params, WeightsError
 from codi_jax.models.controlnet import ControlNet
 from codi_jax.models.kernels.attention import Implementation
+from codi_jax.models.network import Network
 from codi_jax.pipeline.networks import Networks
 from codi_jax.pipeline.text import find_tokenizer
 

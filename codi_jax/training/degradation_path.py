@@ -21,9 +21,10 @@ from codi_jax.io import processes
 from codi_jax.io.atomic import write_json
 from codi_jax.io.checksums import folder_digest
 from codi_jax.io.json_files import read_object
-from codi_jax.io.weights import Network, load_model, save_model
+from codi_jax.io.weights import load_model, save_model
 from codi_jax.models import sharding
 from codi_jax.models.config import Params
+from codi_jax.models.network import Network
 from codi_jax.pipeline.conditions import Frozen
 
 PATH_NAME = "path.json"

@@ -65,6 +65,14 @@ def test_loss_and_gradient_equal_the_equations(combination: dict[str, Any]) -> N
     assert_equals(problem, numpy_loss(problem))
 
 
+def test_without_an_average_the_target_is_the_student_as_a_constant() -> None:
+    problem = make_problem("text", "epsilon", "l2")
+    problem.state = dataclasses.replace(problem.state, ema=problem.state.params)
+    wanted = numpy_loss(problem)
+    problem.state = dataclasses.replace(problem.state, ema=None)
+    assert_equals(problem, wanted)
+
+
 # ---- With the real networks, small
 
 

@@ -49,6 +49,15 @@ def test_loss_and_gradient_equal_the_equations(task: str, prediction_type: str, 
     assert_equals(problem, numpy_loss(problem))
 
 
+def test_without_an_average_the_target_is_the_student_as_a_constant() -> None:
+    problem = make_problem("text", "epsilon", "l2", method=tcd.METHOD)
+    problem.key = jax.random.key(16)
+    problem.state = dataclasses.replace(problem.state, ema=problem.state.params)
+    wanted = numpy_loss(problem)
+    problem.state = dataclasses.replace(problem.state, ema=None)
+    assert_equals(problem, wanted)
+
+
 def test_the_end_is_any_time_of_the_grid_up_to_the_teachers() -> None:
     """For each t_n alike; the last of them is s, and none is at or above t."""
     schedule, size = NoiseSchedule.from_config(SCHEDULER), 16_000

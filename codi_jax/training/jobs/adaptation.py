@@ -16,11 +16,12 @@ from codi_jax.io.hub import ModelFolder
 from codi_jax.io.lora_files import load_lora
 from codi_jax.io.state_dict import to_flax_layout, to_torch_layout
 from codi_jax.io.weight_files import StoredTensor
-from codi_jax.io.weights import Network, open_model, write_model
+from codi_jax.io.weights import open_model, write_model
 from codi_jax.methods import weight_delta
 from codi_jax.methods.weight_delta import ConvIn, Plan
 from codi_jax.models.config import Params, WeightsError
 from codi_jax.models.lora import lora_layers, merged_kernel, module_name
+from codi_jax.models.network import Network
 
 REPORT = "adaptation.json"
 """The file in the adapted model's folder that says what happened to each tensor."""
