@@ -25,6 +25,7 @@ from codi_jax.cli.flags import Flags, Operational
 from codi_jax.cli.messages import first_line
 from codi_jax.io import processes
 from codi_jax.io.checksums import DamagedError, verify_checksums, write_checksums
+from codi_jax.io.json_files import read_object
 
 State = TypeVar("State")
 
@@ -171,12 +172,9 @@ def check_run_config(checkpoint: Path, run_config: Mapping[str, Any], if_both: C
 
 def _saved_run_config(checkpoint: Path) -> dict[str, Any]:
     try:
-        saved = json.loads((checkpoint / _RUN / "metadata").read_text(encoding="utf-8"))
+        return read_object(checkpoint / _RUN / "metadata", "resume from another")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint} is no checkpoint of codi_jax, or incomplete: {error}.") from None
-    if not isinstance(saved, dict):
-        raise CheckpointError(f"{checkpoint} is no checkpoint of codi_jax: its {_RUN} is not a JSON object.")
-    return saved
+        raise CheckpointError(f"{checkpoint} is not a checkpoint of codi_jax, or incomplete: {error}") from None
 
 
 class Checkpoints:

@@ -151,7 +151,7 @@ def test_settings_must_be_those_of_the_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match=r"made with ema = null, but this run has true"):
         check_run_config(checkpoint, CONFIG | {"ema": True})
     (tmp_path / "checkpoint-5").mkdir()
-    with pytest.raises(CheckpointError, match="checkpoint-5 is no checkpoint of codi_jax"):
+    with pytest.raises(CheckpointError, match="checkpoint-5 is not a checkpoint of codi_jax"):
         check_run_config(tmp_path / "checkpoint-5", CONFIG)
 
 
