@@ -22,6 +22,8 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     # A forgotten axis is an error, not a silent outer product.
     "JAX_NUMPY_RANK_PROMOTION": "raise",
+    # Programs of tests are small and run few times: it is compiling them that takes the time.
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     # Compiled programs outlive the run. With a bound on its size JAX locks the folder, which the parallel workers need.
     "JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax"),
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 * 1024**3),

@@ -60,6 +60,7 @@ def test_text_to_image(models: Models, tmp_path: Path) -> None:
         assert again.read_bytes() == (tmp_path / "new" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_controlnet_and_a_long_prompt(models: Models, tmp_path: Path) -> None:
     Image.new("L", (24, 40), 200).save(tmp_path / "edges.png")
     flags = [
@@ -76,6 +77,7 @@ def test_controlnet_and_a_long_prompt(models: Models, tmp_path: Path) -> None:
     assert read(tmp_path / "out.png").shape == (40, 24, 3)
 
 
+@pytest.mark.slow
 def test_edit(models: Models, tmp_path: Path) -> None:
     Image.new("RGBA", (35, 33), (200, 30, 30, 255)).save(tmp_path / "photo.png")
     flags = ["--model", models("instruct-pix2pix"), "--prompt=make it blue", "--image=photo.png"]

@@ -104,6 +104,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
+@pytest.mark.slow
 def test_a_comparison(models: Models, data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """Two models, one with a ControlNet, through the command line; the report holds what was measured."""
     plain, controlled = models("text-to-image"), models("controlnet")
@@ -174,6 +175,7 @@ def test_editing(models: Models, data: Path, tmp_path: Path) -> None:
     assert "taller" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_model_trained_several_times(models: Models, data: Path, tmp_path: Path) -> None:
     """Each training makes the pictures of its seed, and the table has them in one row."""
     first, second = models("text-to-image"), models("controlnet")

@@ -158,6 +158,7 @@ def test_without_its_weights_the_teacher_is_not_computed_and_it_is_plain_trainin
     np.testing.assert_allclose(value, wanted, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_update_moves_student_and_average_and_nothing_else() -> None:
     """The average is one of the student, and not of the whole UNet."""
     problem, method = make(use_ema=True, ema_decay=0.9), bk_sdm.method(SURGERY)

@@ -235,6 +235,7 @@ def prompts(size: int = 2) -> dict[str, Any]:
     return {"context": jax.random.normal(jax.random.key(1), (size, 5, 24))}
 
 
+@pytest.mark.slow
 def test_a_lora_starts_as_the_teacher_and_is_merged_into_it():
     setup, frozen, params = real(generator_lora=True, lora_rank=2)
     frozen = dataclasses.replace(frozen, target=jax.tree.map(jnp.zeros_like, params))  # the target is another
@@ -262,6 +263,7 @@ def test_a_lora_starts_as_the_teacher_and_is_merged_into_it():
     np.testing.assert_allclose(make(noised), merged, rtol=1e-3, atol=1e-3 * np.abs(merged).max())
 
 
+@pytest.mark.slow
 def test_the_gan_head_tells_real_from_generated_and_leads_the_generator():
     """The losses of DMD2 from the logits of the head, on φ's lowest features of clean latents, at t = 0."""
     weights = {"gen_cls_loss_weight": 0.5, "guidance_cls_loss_weight": 0.25}

@@ -113,6 +113,7 @@ def test_the_guided_step_is_that_of_diffusers() -> None:
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_lora_student_is_the_teacher_at_first_and_the_teacher_stays() -> None:
     networks, params = real_networks(edits=False)
     setup = lcm.TEXT.configure(networks, LcmTextFlags(num_ddim_timesteps=10, use_lora=True, lora_rank=2))
@@ -143,6 +144,7 @@ def test_a_lora_student_is_the_teacher_at_first_and_the_teacher_stays() -> None:
     assert export.lora == {"unet": after.params["unet_lora"]}
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_lora_is_alpha_by_rank_and_none_goes_through_its_target() -> None:
     """θ⁻ is θ, but a constant: the target is computed apart here, and given as numbers."""
     networks, params = real_networks(edits=False)

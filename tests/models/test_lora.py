@@ -217,6 +217,7 @@ def test_text_encoder_with_an_adapter(part, models, tmp_path):
         assert_close(ours.pooled, theirs.pooler_output if part == "text_encoder" else theirs.text_embeds, 1e-4)
 
 
+@pytest.mark.slow
 def test_gradient_is_that_of_peft_under_remat(tmp_path):
     model, module, params = make_pair("unet", ONE_BLOCK, remat=True)
     state, inputs = adapt(model), unet_inputs(SD15)

@@ -132,6 +132,7 @@ def test_parameter_counts_are_the_published_ones(name: str, count: int) -> None:
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == count
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32() -> None:
     _, module, params = make_pair(TINY_SDXL)
     batch = inputs(TINY_SDXL)
@@ -147,6 +148,7 @@ def loss(module: UNet2DCondition, params: dict, batch: dict) -> jax.Array:
     return jnp.mean(module.apply({"params": params}, **batch)[0] ** 2)
 
 
+@pytest.mark.slow
 def test_gradient_agrees_with_finite_differences() -> None:
     """Directional derivatives, in float64 but for the scores of attention, which are always float32."""
     config = {**TINY_SD15, "block_out_channels": [16, 32], "cross_attention_dim": 8}
@@ -182,6 +184,7 @@ def test_gradient_equals_pytorch() -> None:
         )
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_value_nor_gradient_nor_names() -> None:
     _, module, params = make_pair(TINY_SD21)
     batch = inputs(TINY_SD21)
@@ -192,6 +195,7 @@ def test_remat_changes_neither_value_nor_gradient_nor_names() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, recomputed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 def test_scanned_layers_change_neither_value_nor_gradient_nor_names(remat: bool) -> None:
     _, module, params = make_pair(TINY_SDXL)

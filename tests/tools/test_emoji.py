@@ -216,6 +216,7 @@ def files_of(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_the_script_makes_the_same_bytes_again(folder: Path, tmp_path: Path) -> None:
     """As a script, where its own name shadows the package `emoji`; with another hash seed; over an older build."""
     other = tmp_path / "a" / "emoji"
@@ -281,6 +282,7 @@ def with_copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_copies_are_added_to_the_training_pictures_alone(with_copies: Path, folder: Path, rows: Rows) -> None:
     found = read_rows(with_copies)
     assert found["train"][:3553] == rows["train"]

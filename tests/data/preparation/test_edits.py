@@ -189,6 +189,7 @@ def test_clip_of_transformers(tmp_path: Path):
         clip_encoder(str(tmp_path / "nothing"))
 
 
+@pytest.mark.slow
 def test_pairs_drawn_by_a_model(tmp_path: Path, tmp_path_factory, monkeypatch):
     """The best of those that pass are kept; the same again from the same seed; a row that gives none is counted."""
     model = saved_pipeline("text-to-image", tmp_path_factory.mktemp("models"))

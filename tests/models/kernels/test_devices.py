@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
@@ -90,6 +92,7 @@ def run_on_eight(script: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_agree_and_activations_stay_where_they_are() -> None:
     """Without a word to the compiler it gathers activations of the whole batch, where weights are split."""
     run_on_eight(SCRIPT)
