@@ -1,4 +1,4 @@
-"""Prompts to token ids."""
+"""Turns prompts into token ids."""
 
 import warnings
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _TOKENIZER_FILES = (
 
 
 def find_tokenizer(folder: ModelFolder) -> tuple[Path, ...]:
-    """The files of a CLIP tokenizer, all in one folder on this machine.
+    """The files of a CLIP tokenizer, all in one local folder.
 
     Raises:
       WeightsError: if there is none.
@@ -36,7 +36,7 @@ def find_tokenizer(folder: ModelFolder) -> tuple[Path, ...]:
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], text_encoder: CLIPTextModel) -> Int[np.ndarray, "b s"]:
-    """Turns prompts into padded token ids; warns of every prompt that is too long, and says what was cut off.
+    """Turns prompts into padded token ids; warns about every prompt that is too long and says what was cut off.
 
     Args:
       tokenizer: a CLIP tokenizer of transformers.
@@ -55,7 +55,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], text_encoder: CLIPTextModel
     if ids.max() >= config.vocab_size:
         raise ValueError(
             f"the tokenizer made token {ids.max()}, but the text encoder knows {config.vocab_size}: "
-            "they are not of the same model."
+            "they are not from the same model."
         )
     for prompt, whole in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
         if len(whole) > length:

@@ -99,7 +99,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: (f / "model_index.json").write_text(
             '{"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}'
         ),
-        "describes a FluxPipeline without unet and vae and text_encoder and tokenizer: it is no Stable Diffusion .*; "
+        "describes a FluxPipeline without unet and vae and text_encoder and tokenizer: it is not a Stable .*; "
         "supported are text-to-image, InstructPix2Pix, inpainting and ControlNet pipelines of Stable Diffusion",
     ),
     "kolors": (
