@@ -181,7 +181,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "condition image": ({"validation_prompt": ("a",), "validation_image": ("no.png",)}, r"no\.png"),
     "model": ({"pretrained_model_name_or_path": "/nowhere"}, "/nowhere"),
     "controlnet": ({"controlnet_model_name_or_path": "/nowhere"}, "/nowhere"),
-    "checkpoint": ({"resume_from_checkpoint": "checkpoint-7"}, "checkpoint-7 is no checkpoint"),
+    "checkpoint": ({"resume_from_checkpoint": "checkpoint-7"}, "checkpoint-7 is not a checkpoint"),
     "grid": ({"distill_learning_steps": 3000}, "distill_learning_steps"),
     "steps of validation": (
         {"distill_learning_steps": 4, "validation_sampling_steps": (8,)},
