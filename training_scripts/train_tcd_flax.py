@@ -1,4 +1,4 @@
-"""TCD: distills a text-to-image model into a student that is sampled in 2 to 8 steps, with as much noise as one likes.
+"""TCD: distills a text-to-image model into a student for 2 to 8 steps, with an adjustable amount of noise.
 
 python3 training_scripts/train_tcd_flax.py \
     --pretrained_teacher_model stable-diffusion-v1-5/stable-diffusion-v1-5 --train_data_dir data/mine \
