@@ -103,7 +103,7 @@ def from_state_dict(
     """
     leaves = leaves_by_name(abstract_params)
     expected = {name: shape if layout == "torch" else leaf.shape for name, (_, leaf, shape) in leaves.items()}
-    require_match(expected, named_arrays, f"{where} does not fit its config.json; check that they belong to one model")
+    require_match(expected, named_arrays, f"{where} does not fit its config.json; check that they are from one model")
     place = place or (lambda _, array: jax.device_put(array))
     placed = {}
     # Large ones first: a tensor is in memory two or three times during conversion, which does not raise the peak early

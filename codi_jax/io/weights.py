@@ -136,7 +136,7 @@ def open_model(
         raise WeightsError(f"{weights.path} is a Flax file: load the model and save it as safetensors first.")
     tensors = _modern_names(weights, module.config)
     expected = {name: shape for name, (_, _, shape) in leaves_by_name(module.abstract_params()).items()}
-    require_match(expected, tensors, f"{weights.path} does not fit its config.json; check that they belong to one model")
+    require_match(expected, tensors, f"{weights.path} does not fit its config.json; check that they are from one model")
     return module, tensors
 
 

@@ -247,7 +247,7 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (empty, r"meta.jsonl is empty: it needs one JSON object for each image"),
     "nothing": (without_anything, r"holds no data set: it has no meta.jsonl or metadata.jsonl.* \(it holds nothing\)"),
     "unreadable": (without_images, r"20 images in a row could not be read; the last was row \d of .*No such file"),
-    "condition": (with_other_conditions, "one cannot be laid over the other; give both the same aspect ratio"),
+    "condition": (with_other_conditions, "they do not align; give both the same aspect ratio"),
     "caption": (lambda folder: meta(folder, lambda row: row.update(text=3)), "line 1 has 3 under 'text', which is no"),
 }
 
