@@ -19,9 +19,7 @@ from codi_jax.io.decoding import RejectedError
 from codi_jax.io.download import DownloadFlags, fetch
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)(::|://)", re.IGNORECASE)
-_BUILDERS = (
-    "imagefolder",
-)  # of `datasets`: paths name files that they found or fetched, not table cells
+_BUILDERS = ("imagefolder",)  # of `datasets`: paths name files that they found or fetched, not table cells
 
 
 @dataclass(frozen=True)
