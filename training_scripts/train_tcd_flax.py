@@ -5,7 +5,8 @@ python3 training_scripts/train_tcd_flax.py \
     --resolution 512 --train_batch_size 12 --learning_rate 4e-6 --mixed_precision bf16 --max_train_steps 10000 \
     --output_dir runs/tcd
 
-The flags are those of train_lcm_flax.py. Sample it with `python3 -m codi_jax.generate --model runs/tcd --gamma 0.3`.
+The flags are the same as for train_lcm_flax.py. Sample it with `python3 -m codi_jax.generate --model runs/tcd --gamma
+0.3`.
 """
 
 from dataclasses import dataclass

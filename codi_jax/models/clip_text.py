@@ -55,9 +55,7 @@ class CLIPTextConfig(ModelConfig):
                 f"num_attention_heads = {self.num_attention_heads}."
             )
         if self.eos_token_id >= self.vocab_size:
-            raise ConfigError(
-                f"eos_token_id = {self.eos_token_id} is not among vocab_size = {self.vocab_size} tokens."
-            )
+            raise ConfigError(f"eos_token_id = {self.eos_token_id} is not among vocab_size = {self.vocab_size} tokens.")
 
     @property
     def with_projection(self) -> bool:
