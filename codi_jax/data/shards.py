@@ -139,7 +139,7 @@ def _rows_of(file: str, pictures: Sequence[str], texts: Sequence[str]) -> Iterat
     if missing:
         _warn(f"{missing} of the {number} samples in {file} have no caption: theirs is the empty text.")
     if wrong:
-        _warn(f"{len(wrong)} captions in {file} are not UTF-8, the first {wrong[0]}: what is wrong becomes U+FFFD.")
+        _warn(f"{len(wrong)} captions in {file} are not UTF-8, the first {wrong[0]}: invalid bytes become U+FFFD.")
 
 
 def _warn(text: str) -> None:

@@ -279,7 +279,7 @@ def codi(
 ) -> Latents:
     """The sampler of CoDi (Mei et al., 2024): DDIM from x̂ = f(z_t, t), along the grid that the student was trained on.
 
-    The boundary scalings enter x̂ alone, not ε̂; the last x̂ is returned.
+    The boundary scalings affect only x̂, not ε̂; the last x̂ is returned.
     """
     timesteps = jnp.asarray(timesteps)
 

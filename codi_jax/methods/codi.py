@@ -52,7 +52,7 @@ class CodiFlags(Flags):
     """The flags of CoDi."""
 
     distill_type: Literal["conditional", "unconditional"] = "conditional"
-    """unconditional distills without condition images: the UNet alone, on text."""
+    """unconditional distills without condition images: only the UNet, on text."""
     train: Literal["controlnet", "unet"] = "controlnet"
     """controlnet: parameter-efficient CoDi, which leaves the UNet as it is; unet: full CoDi, which trains both."""
     distill_loss: Literal["consistency_x", "consistency_epsilon"] = "consistency_x"
@@ -147,7 +147,7 @@ def grid(schedule: NoiseSchedule) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray
     """
     spec = schedule.sampling
     if spec.sampler != "codi" or spec.grid_steps is None:
-        raise ValueError("This schedule has no distillation grid: take that of codi.sampling.")
+        raise ValueError("This schedule has no distillation grid: use the one from codi.sampling.")
     return distillation_grid(schedule.num_train_timesteps, spec.grid_steps, spec.grid)
 
 

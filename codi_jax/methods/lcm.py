@@ -3,7 +3,7 @@
 A model with guidance becomes a student with one pass per step and 1 to 8 steps, which takes the guidance weight w as an
 input. At a time t = t_n of an N-step DDIM grid, with s the time before it,
 
-    x̂, ε̂ = those of the frozen teacher at z_t, guided by w          (two passes; three if the image has a weight)
+    x̂, ε̂ = the frozen teacher's at z_t, guided by w                  (two passes; three if the image has a weight)
     ẑ_s   = α_s x̂ + σ_s ε̂                                            (one DDIM step, of length T/N)
     L     = mean d(f_θ(z_t, t, w), sg f_θ⁻(ẑ_s, s, w))
 

@@ -111,7 +111,7 @@ class Conditions:
         """
         condition = getattr(self, branch)
         if condition is None:
-            raise ValueError("Guidance needs the null text: give null_text with what is frozen.")
+            raise ValueError("Guidance needs the null text: give null_text with the frozen networks.")
         return condition
 
 

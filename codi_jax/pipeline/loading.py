@@ -102,7 +102,7 @@ def check_controlnet(networks: Networks) -> None:
     unet, controlnet = networks.unet.config, networks.controlnet.config
     if controlnet.in_channels != networks.vae.config.latent_channels:
         raise ConfigError(
-            f"the ControlNet has in_channels = {controlnet.in_channels}, but it gets the noisy latents alone, "
+            f"the ControlNet has in_channels = {controlnet.in_channels}, but it only gets the noisy latents, "
             f"{networks.vae.config.latent_channels} channels."
         )
     for key in ("block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type"):

@@ -414,7 +414,7 @@ class Model:
         if steps not in (None, len(times)):
             raise ValueError(f"steps = {steps}, but timesteps has {len(times)} times: give only one of the two.")
         if not len(times) or np.any(np.diff(times) >= 0) or times[0] >= T or times[-1] < 0:
-            raise ValueError(f"timesteps = {times.tolist()}: they must descend, and lie in 0 to {T - 1}.")
+            raise ValueError(f"timesteps = {times.tolist()}: they must descend, and be in 0 to {T - 1}.")
         if sampler == "pndm" or (sampler == "ddim" and len(times) > 1):
             raise ValueError(f"the sampler {sampler} takes even steps only: with timesteps use another, such as lcm.")
         return times

@@ -49,7 +49,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], text_encoder: CLIPTextModel
     config = text_encoder.config
     length = min(tokenizer.model_max_length, config.max_position_embeddings)
     if length < 2:  # the tokens that begin and end a text
-        raise WeightsError(f"the tokenizer's model_max_length = {length} has no room for a text; that of CLIP is 77.")
+        raise WeightsError(f"the tokenizer's model_max_length = {length} has no room for a text; CLIP's is 77.")
     options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "np"}
     ids = tokenizer(list(prompts), **options).input_ids.astype(np.int32)
     if ids.max() >= config.vocab_size:

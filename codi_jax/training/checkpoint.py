@@ -322,7 +322,7 @@ def _check_arrays(checkpoint: Path, like: Any) -> None:
     for name in sorted(saved.keys() | wanted.keys()):
         if saved.get(name) != wanted.get(name):
             raise CheckpointError(
-                f"{checkpoint} does not fit: its state has {name} with shape {saved.get(name)}, that of this run "
+                f"{checkpoint} does not fit: its state has {name} with shape {saved.get(name)}, this run's has "
                 f"{wanted.get(name)} (None: no such array); give the flags that it was made with."
             )
 

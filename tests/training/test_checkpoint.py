@@ -131,9 +131,9 @@ def test_a_state_of_another_shape_is_refused(tmp_path):
     save(tmp_path, 4)
     checkpoints = Checkpoints(tmp_path)
     for other, wanted in (
-        (init_state(width=4), r"has ema/first/bias with shape \(8,\), that of this run \(4,\)"),
-        (dataclasses.replace(init_state(), ema=None), r"has ema/first/bias with shape \(8,\), that of this run None"),
-        (dataclasses.replace(init_state(), key=None), r"has key with shape \(2,\), that of this run None"),
+        (init_state(width=4), r"has ema/first/bias with shape \(8,\), this run's has \(4,\)"),
+        (dataclasses.replace(init_state(), ema=None), r"has ema/first/bias with shape \(8,\), this run's has None"),
+        (dataclasses.replace(init_state(), key=None), r"has key with shape \(2,\), this run's has None"),
     ):
         with pytest.raises(CheckpointError, match=wanted):
             checkpoints.restore(tmp_path / "checkpoint-4", abstract(other))
