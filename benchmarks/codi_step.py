@@ -1,4 +1,4 @@
-"""Times the training step of CoDi, and the same maths on diffusers' former Flax models.
+"""Times CoDi's training step, and the same math on diffusers' former Flax models.
 
     python3 benchmarks/codi_step.py --reference_python flax-env/bin/python
     python3 benchmarks/codi_step.py --config sd-1.5 --dtype bfloat16 --batch 8
@@ -7,8 +7,7 @@
 `benchmarks/codi_step_flax.py` says how to make the reference's environment. Both get the same weights, batch and key,
 and the table is printed only if their losses agree. Ours takes latents and text features from the cache, as training
 with --cache_latents does; with --reference_encodes the reference computes them in the step, as its scripts did. Ours is
-compiled as `codi_jax.training.loop` does it, and
-the reference as JAX does it by default, or like ours with --reference_options.
+compiled as in `codi_jax.training.loop`, and the reference with JAX's defaults, or like ours with --reference_options.
 """
 
 import dataclasses
@@ -52,21 +51,22 @@ class Args:
     config: Literal["emoji", "sd-1.5"] = "emoji"
     """The embedded model (64 px), or SD 1.5 (512 px)."""
     resolution: int | None = None
-    """Pixels on a side of the images. Default: those that the model was made for."""
+    """Side of the images in pixels. Default: the model's native size."""
     batch: int = 32
-    """Samples in a step."""
+    """Samples per step."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation and of the frozen networks, in both."""
+    """Precision of the computation and of the frozen networks, in both."""
     repeats: int = 10
-    """Timed steps of each, after one that is not counted."""
+    """Timed steps of each, after an uncounted one."""
     reference_python: str | None = None
     """Python of an environment with diffusers 0.38. Default: only ours is timed."""
     reference_encodes: bool = False
-    """The reference computes latents and text features in the step, and the losses are not compared."""
+    """Let the reference compute latents and text features in the step; the losses are then not compared."""
     reference_options: bool = False
-    """The reference is compiled with the options for CPUs that ours is compiled with."""
+    """Compile the reference with the same CPU options as ours."""
     one_after_the_other: bool = False
-    """All steps of ours before all of the reference: memory then holds one of them. In turns, times are comparable."""
+    """Run all our steps before the reference's, so that memory holds only one of them. Alternating gives comparable
+    times."""
 
 
 def configs(args: Args) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def configs(args: Args) -> dict[str, Any]:
 
 
 def problem(args: Args) -> tuple[codi.CodiSetup, dict[str, Any], dict[str, Any]]:
-    """Configuration, random parameters by name, and a batch with all that either side reads."""
+    """Configuration, random parameters by name, and a batch with everything that either side reads."""
     config, dtype, rng = configs(args), jnp.dtype(args.dtype), np.random.default_rng(0)
     unet = UNet2DCondition(UNetConfig.from_dict(config["unet"]), dtype)
     vae = AutoencoderKL(VAEConfig.from_dict(config["vae"]), dtype)
@@ -113,7 +113,7 @@ def teacher_schedule(args: Args) -> NoiseSchedule:
 
 
 def ours(args: Args) -> Iterator[dict[str, float]]:
-    """Compiles, then does a step for each item that is asked for; the first item is the time of compilation."""
+    """Compiles, then does one step per requested item; the first item is the compile time."""
     setup, params, batch = problem(args)
     flags = optim.OptimizerFlags(learning_rate=1e-4, lr_scheduler="constant")
     optimizer = optim.make_optimizer(flags, 1000)
@@ -135,7 +135,7 @@ def ours(args: Args) -> Iterator[dict[str, float]]:
 
 
 def write_problem(args: Args, file: IO[bytes]) -> dict[str, Any]:
-    """Writes the arrays that the reference computes with, and gives its settings."""
+    """Writes the arrays that the reference computes with, and returns its settings."""
     setup, params, batch = problem(args)
     assert setup.networks.controlnet is not None
     schedule = teacher_schedule(args)
@@ -179,7 +179,7 @@ def theirs(args: Args) -> Iterator[dict[str, float]]:
 
 
 def measure(args: Args) -> list[list[dict[str, float]]]:
-    """For each side: the compilation, a step that is not counted, and the timed ones."""
+    """For each side: the compilation, an uncounted step, and the timed ones."""
     sides = [ours] if args.reference_python is None else [ours, theirs]
     count = args.repeats + 2
     if args.one_after_the_other:
@@ -192,7 +192,7 @@ def compare_losses(args: Args, ours: float, theirs: float) -> None:
     """Ends the benchmark if the losses of the first step differ."""
     tolerance = 1e-4 if args.dtype == "float32" else 3e-2
     if abs(ours - theirs) > tolerance * theirs:
-        sys.exit(f"error: the losses differ, {ours} and {theirs}: this is not the same maths.")
+        sys.exit(f"error: the losses differ, {ours} and {theirs}: this is not the same math.")
     print(f"loss of the first step: {ours:.6f} and {theirs:.6f}")
 
 

@@ -1,10 +1,10 @@
-"""The training step of CoDi written with diffusers' former Flax models: what `benchmarks/codi_step.py` compares with.
+"""CoDi's training step with diffusers' former Flax models: the reference of `benchmarks/codi_step.py`.
 
-Runs in an environment of its own, since diffusers 0.38 was the last to have them:
+It needs its own environment, since diffusers 0.38 was the last version with them:
 
     pip install "diffusers==0.38.0" "transformers==4.57.6" "jax==0.10.2" "flax==0.12.8" optax
 
-It is started by `codi_step.py`, reads a file of arrays, and then does a step for every line that it reads.
+`codi_step.py` starts it; it reads a file of arrays, and then does one step per line of input.
 """
 
 import json
@@ -119,7 +119,7 @@ def main() -> None:
 
 
 def encoder(settings, dtype):
-    """Images and token ids to moments and text features, by random networks: only their time counts."""
+    """Maps images and token ids to moments and text features, with random networks: only their time counts."""
     vae = FlaxAutoencoderKL(**chosen(settings["vae"], VAE_KEYS), dtype=dtype)
     vae_params = jax.tree.map(lambda x: x.astype(dtype), vae.init_weights(jax.random.key(0)))
     text = FlaxCLIPTextModel(CLIPTextConfig(**settings["text_encoder"]), dtype=dtype)

@@ -1,14 +1,14 @@
-"""Two steps of every training script on the models in assets/, and a digest of each file that they leave.
+"""Runs two steps of every training script on the models in assets/, and computes a digest of each written file.
 
-What a change of the code should leave as it was, it should leave bit for bit. Run this on both sides of the change, on
-one machine, and compare:
+A refactoring should leave these files unchanged, bit for bit. Run this before and after the change, on one machine, and
+compare:
 
     git worktree add /tmp/before main
     python3 benchmarks/exports.py --tree /tmp/before --work /tmp/exports/before
     python3 benchmarks/exports.py --work /tmp/exports/after --compare /tmp/exports/before/digests.json
 
-The data are 12 pictures with captions, made here from a seed. About 20 minutes on 2 cores the first time, and half of
-that where programs are in the cache.
+The data is 12 pictures with captions, made here from a seed. Takes about 20 minutes on 2 cores the first time, and half
+of that if programs are cached.
 """
 
 import argparse
@@ -29,7 +29,7 @@ _COMMON = (
     "--resolution 64 --train_batch_size 2 --max_train_steps 2 --lr_warmup_steps 0 --report_to none --seed 7 "
     "--num_validation_images 2 --validation_steps 0 --checkpointing_steps 0"
 )
-# By name: the script, its flags, and whether the common ones belong to it. {data}, {runs} and {assets} are filled in.
+# By name: the script, its flags, and whether it takes the common ones. {data}, {runs} and {assets} are filled in.
 RUNS: dict[str, tuple[str, str, bool]] = {
     "autoencoder": (
         "train_autoencoder_flax",
@@ -130,7 +130,7 @@ RUNS: dict[str, tuple[str, str, bool]] = {
     ),
 }
 _BARE = "--pretrained_teacher_model {assets}/emoji --train_data_dir {data} --bake_guidance_scale 2"
-# What a run leaves besides what it made: places, times and versions.
+# Contents that differ between runs: places, times and versions.
 _PASSING = ("args.json", "metrics.jsonl", "path.json", ".lock", "events.out")
 
 
@@ -157,7 +157,7 @@ def main() -> None:
 
 
 def _make_data(folder: Path) -> Path:
-    """Pictures of rectangles, the same mirrored as conditions, and captions that number them."""
+    """Pictures of rectangles, mirrored ones as conditions, and captions that number them."""
     rng = np.random.default_rng(0)
     for name in ("images", "processed_images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -178,7 +178,7 @@ def _make_data(folder: Path) -> Path:
 
 def _train(tree: Path, script: str, flags: str, output_dir: Path, places: dict[str, Path]) -> None:
     if output_dir.is_dir():
-        return  # of a run of this program that was stopped
+        return  # from an interrupted run of this program
     unfinished = output_dir.with_name(output_dir.name + ".unfinished")
     subprocess.run(["rm", "-rf", str(unfinished)], check=True)
     command = [sys.executable, f"training_scripts/{script}.py", *flags.format(**places).split()]

@@ -2,8 +2,8 @@
 
     python3 benchmarks/loop.py --pretrained_model_name_or_path MODEL --train_data_dir data/emoji/train
 
-Trains CoDi with cached latents. Between stretches of the loop, where a run validates, the program that it runs is
-called as often with one batch that lies on the device already: both are timed in turns, in one process.
+Trains CoDi with cached latents. Between stretches of the loop, where a run validates, the same program is called as
+often with one batch that is already on the device: both are timed alternately, in one process.
 """
 
 import dataclasses
@@ -32,21 +32,21 @@ class Args(ConditionFlags, TrainingFlags):
     resolution: int = 64
     """Side of the square images."""
     train_batch_size: int = 32
-    """Examples in a step, for each device."""
+    """Examples per step and device."""
     cache_latents: bool = True
     """Encode all images and captions once, before training, and keep the results on disk."""
     stretch: int = 20
-    """Steps of a stretch."""
+    """Steps per stretch."""
     stretches: int = 8
-    """Stretches of each kind, after one that is not counted."""
+    """Stretches of each kind, after an uncounted one."""
 
 
 class Turns:
     """Times the program alone between stretches of the loop.
 
     Attributes:
-      in_loop: seconds for a step.
-      alone: likewise.
+      in_loop: seconds per step in the loop.
+      alone: seconds per step of the program alone.
     """
 
     def __init__(self, program: Any, frozen: Any, batch: Any, steps: int) -> None:
@@ -70,7 +70,7 @@ class Turns:
 
 
 class TimedLoader:
-    """A loader that notes how long its batches take to come."""
+    """A loader that records how long its batches take."""
 
     def __init__(self, loader: Any) -> None:
         self.seconds: list[float] = []

@@ -1,14 +1,13 @@
-"""Compiles a training step for devices that are not there, from shapes alone, and says what memory it takes.
+"""Compiles a training step for absent devices, from shapes only, and reports the memory it takes.
 
     python3 benchmarks/memory.py --target h200 --resolution 1024 --batch 4      # pip install "jax[cuda12]"
     python3 benchmarks/memory.py --target v5e:4x4 --fsdp 16 --scan_layers       # pip install "jax[tpu]"
     python3 benchmarks/memory.py --method disback --target h200 --resolution 1024
     python3 benchmarks/memory.py --method disback --part generator --target v5e:4x8 --fsdp 32 --scan_layers
 
-The packages are needed for their compilers alone. The step is that of LCM, or of the second stage of DisBack, with
-weights of the published architecture that are only shapes, and with latents and text cached. Nothing is executed. For a
-TPU the memory is read from the compiler's report as soon as it is laid out: to write the code would take hours and tens
-of GB.
+The packages are needed only for their compilers. The step is LCM's, or that of DisBack's second stage, with weights of
+the published architecture as shapes only, and with latents and text cached. Nothing is executed. For a TPU, the memory
+is read from the compiler's report as soon as it is allocated: generating the code would take hours and tens of GB.
 """
 
 import functools
@@ -45,12 +44,12 @@ from codi_jax.training import loop, optim
 from codi_jax.training.method import Method, Setup
 
 GIB = 2**30
-# There is nothing to try kernels on, and they need not be good: what memory they work in does not depend on it.
+# There is no device for autotuning kernels, and no need: their memory does not depend on it.
 GPU_FLAGS = (
     "--xla_gpu_autotune_level=0", "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",
     "--xla_gpu_disable_gpuasm_optimizations=true",
 )  # fmt: skip
-# What the compiler wants to know of a GPU that is not there.
+# What the compiler needs to know about an absent GPU.
 GPUS = {"h100": (84_929_347_584, 3_352_320_000_000), "h200": (150_754_820_096, 4_800_000_000_000)}
 GPU = """
 gpu_device_info {{
@@ -73,25 +72,25 @@ class Args:
     """Compiles a training step ahead of time, in bfloat16."""
 
     method: Literal["lcm", "disback"] = "lcm"
-    """Whose step."""
+    """The method whose step to compile."""
     part: Literal["generator", "fake_score"] | None = None
-    """Of DisBack's step, only that network's update, with the state of both. Default: all of the step."""
+    """For DisBack, compile only this network's update, with the state of both. Default: the entire step."""
     config: Literal["sdxl-instruct-pix2pix", "sd-instruct-pix2pix", "sdxl-base", "sd-2.1", "sd-1.5"] | None = None
     """The published architecture of the teacher. Default: SDXL, an editor for LCM."""
     target: str = "h200"
     """h100, h200, or a TPU slice as its compiler names it, such as v5e:4x4."""
     devices: int | None = None
-    """How many devices of the slice take part. Default: all."""
+    """Number of devices of the slice to use. Default: all."""
     fsdp: int = 1
-    """Devices among which parameters and optimizer are split."""
+    """Number of devices to split parameters and optimizer over."""
     resolution: int = 768
     """Side of the images."""
     batch: int = 1
-    """Samples for each device."""
+    """Samples per device."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     scan_layers: bool = False
-    """Compile transformer blocks in a row as a loop."""
+    """Compile consecutive transformer blocks as a loop."""
     use_8bit_adam: bool = False
     """Keep Adam's moments in 8 bits."""
 
@@ -102,7 +101,7 @@ class Args:
 
 @dataclass(frozen=True)
 class Training:
-    """A step with the shapes that it takes, but for the batch."""
+    """A step with the shapes of its inputs, except the batch."""
 
     step: Callable[..., Any]
     state: Any
@@ -112,11 +111,11 @@ class Training:
 def main(args: Args) -> None:
     if args.part is not None and args.method != "disback":
         sys.exit(f"--part {args.part} is of no use with --method {args.method}: only the step of disback has parts.")
-    jax.config.update("jax_platforms", "cpu")  # of arrays
+    jax.config.update("jax_platforms", "cpu")  # for arrays
     with tempfile.TemporaryDirectory() as dump:
         compile_step(args, Path(dump))
     sys.stdout.flush()
-    os._exit(0)  # a TPU's compiler is still at work
+    os._exit(0)  # a TPU's compiler is still running
 
 
 def compile_step(args: Args, dump: Path) -> None:
@@ -156,7 +155,7 @@ def disback_training(args: Args, networks: Networks) -> Training:
 def abstract_training(
     method: Method[Any, Any], setup: Setup, flags: Any, optimizer: Any, step: Callable[..., Any]
 ) -> Training:
-    """The step with the shapes of its state, and of what is frozen: in half precision, but for the encoders."""
+    """The step with the shapes of its state and the frozen networks: in half precision, except the encoders."""
     unet, schedule = setup.networks.unet.abstract_params(), teacher_schedule()
     state = jax.eval_shape(lambda params: method.init(setup, lambda _: params, optimizer, jax.random.key(0)), unet)
     stored = jax.tree.map(lambda leaf: shape(*leaf.shape), unet)
@@ -173,7 +172,7 @@ def abstract_training(
 def generator_train_step(
     state: Any, frozen: Any, batch: Any, *, setup: disback.DisbackSetup, optimizer: disback.Optimizers
 ) -> tuple[Any, Any]:
-    """The first half of a step of DisBack: its parts are smaller programs to compile, and run one after the other."""
+    """The first half of DisBack's step: its parts are smaller programs to compile, and run one after another."""
     generator, metrics = disback.generator_step(
         state.generator, state.fake.params, frozen, batch, setup=setup, optimizer=optimizer[0]
     )
@@ -199,7 +198,7 @@ def teacher_schedule() -> NoiseSchedule:
 
 
 def make_mesh(args: Args, dump: Path) -> Mesh:
-    """Of devices that are not there. Their compiler puts its reports into the folder."""
+    """A mesh of absent devices, whose compiler writes its reports into the folder."""
     if args.target in GPUS:
         os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *GPU_FLAGS])
         memory, bandwidth = GPUS[args.target]
@@ -207,7 +206,7 @@ def make_mesh(args: Args, dump: Path) -> Mesh:
         topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
     else:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump}"
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else a server is asked which machine this is
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise a server is asked which machine this is
         topology = topologies.get_topology_desc(platform="tpu", topology_name=args.target)
     devices = topology.devices[: args.devices]
     shape = (len(devices) // args.fsdp, args.fsdp)
@@ -236,7 +235,7 @@ def abstract_batch(args: Args, networks: Networks, size: int) -> dict[str, Any]:
     moments = shape(size, side, side, 2 * networks.vae.config.latent_channels, dtype=jnp.float16)
     if networks.is_instruct_pix2pix:
         batch["conditioning_moments"] = moments
-    return batch if args.method == "disback" else {**batch, "moments": moments}  # DisBack has prompts alone
+    return batch if args.method == "disback" else {**batch, "moments": moments}  # DisBack has only prompts
 
 
 def latents_side(args: Args, networks: Networks) -> int:
@@ -252,20 +251,20 @@ def on_devices(tree: Any, shardings: Any) -> Any:
 
 
 def total(program: jax.stages.Compiled) -> int:
-    """Bytes of a device, of all that the step is given, makes and needs meanwhile."""
+    """Bytes per device of the step's inputs, outputs and temporaries."""
     memory: Any = program.memory_analysis()
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes + made
 
 
 def total_on_tpu(lowered: jax.stages.Lowered, dump: Path) -> int:
-    """The same, before the code is written; a step that does not fit is refused before that."""
+    """The same, before code generation; a step that does not fit is refused before that."""
     compilation = ThreadPoolExecutor(1).submit(lowered.compile)
     while not wait([compilation], timeout=1).done:
-        # The file that the compiler begins when the one that is read is complete.
+        # The file that the compiler begins when the report is complete.
         for path in dump.glob("*train_step*.after_optimizations-buffer-assignment-values.txt"):
             text = path.with_name(path.name.replace("-values", "")).read_text()
-            # Those of other memories than HBM have a color.
+            # Allocations in memories other than HBM have a color.
             return sum(int(size) for size in re.findall(r"^allocation \d+: size (\d+), (?!color)", text, re.MULTILINE))
     return total(compilation.result())
 

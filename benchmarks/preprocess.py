@@ -1,12 +1,12 @@
-"""Images a second of the data tool against a straight pipeline of Pillow and PNG, and the memory it takes.
+"""Compares the data tool with a simple pipeline of Pillow and PNG, in images per second, and measures its memory.
 
     python3 benchmarks/preprocess.py
     python3 benchmarks/preprocess.py --memory --count 50000 --side 64 --resolution 64
 
-Both make pairs of a 512-pixel image and its edges from the same local JPEGs of 1024 pixels, in as many processes that
-they start themselves, and take turns. The straight one opens, resizes (Lanczos) and saves both as PNG with Pillow's
-defaults, as a script does that was written in an hour. The tool does all that it does for users, with shards, records
-and the meta.jsonl. --memory follows the memory of its processes over a long run instead.
+Both make pairs of a 512-pixel image and its edges from the same local JPEGs of 1024 pixels, in the same number of
+processes that they start themselves, and alternate. The simple one opens, resizes (Lanczos) and saves both as PNG with
+Pillow's defaults, like a script written in an hour. The tool does everything that it does for users, with shards,
+records and the meta.jsonl. --memory tracks the memory of its processes over a long run instead.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from PIL import Image
 
 from codi_jax.cli import command_line
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts lie beside each other, and in no package
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts are side by side, and in no package
 from dataset_tools import coyo_1m_dataset_preprocess as coyo
 
 DRAWN = 100
@@ -39,17 +39,17 @@ class Args:
     """Measures dataset_tools/coyo_1m_dataset_preprocess.py."""
 
     count: int = 400
-    """Images."""
+    """Number of images."""
     side: int = 1024
-    """Their size in pixels."""
+    """Their side in pixels."""
     resolution: int = 512
-    """That of the pairs."""
+    """Side of the pairs in pixels."""
     num_proc: int = 2
-    """Processes of each."""
+    """Number of processes of each."""
     runs: int = 5
-    """Turns of each."""
+    """Number of turns of each."""
     image_format: str = "jpeg"
-    """What the tool writes images as; conditions are png. The straight pipeline writes png."""
+    """The tool's image format; conditions are png. The simple pipeline writes png."""
     memory: bool = False
     """Measure memory over one run instead of speed."""
 
@@ -76,7 +76,7 @@ def make_images(folder: Path, args: Args) -> None:
 
 
 def straight_one(job: tuple[Path, Path, int]) -> None:
-    """One image of the straight pipeline."""
+    """One image of the simple pipeline."""
     source, target, side = job
     image = Image.open(source).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
     edges = cv2.Canny(np.asarray(image), 100, 200)
@@ -85,7 +85,7 @@ def straight_one(job: tuple[Path, Path, int]) -> None:
 
 
 class Clock:
-    """Seconds since it was made, by the wall and of all cores."""
+    """Seconds since its creation, wall time and CPU time of all cores."""
 
     def __init__(self) -> None:
         self._start = self._now()
@@ -101,7 +101,7 @@ class Clock:
 
 
 def straight(source: Path, target: Path, args: Args) -> np.ndarray:
-    """Seconds of the straight pipeline."""
+    """Seconds of the simple pipeline."""
     for name in ("images", "processed_images"):
         (target / name).mkdir(parents=True)
     jobs = [(file, target, args.resolution) for file in sorted(source.iterdir())]
@@ -127,7 +127,7 @@ def tool(source: Path, target: Path, args: Args) -> np.ndarray:
 
 
 def speed(folder: Path, args: Args) -> None:
-    """Prints images a second of both, and their ratio."""
+    """Prints images per second of both, and their ratio."""
     turns = []
     for turn in range(args.runs):
         theirs = straight(folder / "in", folder / f"straight{turn}", args)
@@ -141,7 +141,7 @@ def speed(folder: Path, args: Args) -> None:
 
 
 def memory(folder: Path, args: Args) -> None:
-    """Prints the memory of the program and of its processes, pages that they share divided among them (PSS)."""
+    """Prints the memory of the program and its processes, with shared pages divided among them (PSS)."""
     target = folder / "out"
     flags = [f"--{name}={value}" for name, value in tool_flags(folder / "in", target, args).items()]
     process = psutil.Popen([sys.executable, coyo.__file__, *flags], stdout=subprocess.DEVNULL)
@@ -157,7 +157,7 @@ def memory(folder: Path, args: Args) -> None:
 
 
 def main(args: Args) -> None:
-    cv2.setNumThreads(1)  # in all processes: they are what shares the cores
+    cv2.setNumThreads(1)  # in all processes, which share the cores
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_images(folder / "in", args)

@@ -1,10 +1,10 @@
-"""Times a UNet without some of its blocks against the whole one, in the same run.
+"""Times a UNet without some of its blocks against the complete one, in the same run.
 
     python3 benchmarks/pruning.py --model assets/emoji --table assets/recipes/emoji-levels.yaml --batch 64
     python3 benchmarks/pruning.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --levels bk_base bk_small bk_tiny
 
 The UNets take turns, so that a machine whose speed drifts slows all; a ratio is the median over the turns. Weights are
-zeros: no weight changes the time. Of the model, config.json is all that is read.
+zeros: they do not affect the time. Only the model's config.json is read.
 """
 
 import statistics
@@ -39,11 +39,11 @@ class Args:
     batch: int = 1
     """Samples at a time."""
     repeats: int = 15
-    """Turns, after one that is not counted."""
+    """Turns, after an uncounted one."""
 
 
 def make_run(unet: Any, params: Any, batch: int) -> Callable[[], float]:
-    """A forward pass, compiled, which gives its seconds."""
+    """A compiled forward pass that returns its seconds."""
     config = unet.config
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
     inputs = (

@@ -4,7 +4,7 @@
     python3 benchmarks/unet.py --config sdxl-base --device gpu --dtype bfloat16 --batch 4
 
 The two libraries take turns, so that a machine whose speed drifts slows both; the table gives medians, and the ratio is
-the median of the ratios of neighboring runs. Weights are random: no weight changes the time.
+the median of the ratios of neighboring runs. Weights are random: they do not affect the time.
 """
 
 import contextlib
@@ -34,19 +34,19 @@ class Args:
     """Times the UNet against PyTorch."""
 
     config: Literal["sd-1.5", "sd-2.1", "sdxl-base", "small-sd", "tiny-sd"] = "sd-1.5"
-    """Which published architecture, at its own resolution."""
+    """The published architecture, at its own resolution."""
     device: Literal["cpu", "gpu", "tpu"] = "cpu"
-    """Where; PyTorch runs on cpu and gpu."""
+    """The device; PyTorch runs on cpu and gpu."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and computation, in both libraries."""
+    """Precision of weights and computation, in both libraries."""
     attention: Implementation = "auto"
-    """Our attention kernel; PyTorch always takes scaled_dot_product_attention."""
+    """Our attention kernel; PyTorch always uses scaled_dot_product_attention."""
     batch: int = 1
     """Samples at a time."""
     latents: int | None = None
     """Height and width of the latents, if not the architecture's own."""
     repeats: int = 5
-    """Timed runs of each, after one that is not counted."""
+    """Timed runs of each, after an uncounted one."""
     backward: bool = True
     """Whether to time forward + backward as well."""
     remat: bool = False
@@ -59,7 +59,7 @@ Run = Callable[[], None]
 
 
 def jax_runs(args: Args, config: UNetConfig) -> tuple[dict[str, Run], dict[str, float]]:
-    """Our forward and forward + backward pass, compiled, and the seconds that compiling took."""
+    """Our forward and forward + backward pass, compiled, and the compile time in seconds."""
     device = jax.devices(args.device)[0]
     dtype = jnp.dtype(args.dtype)
     module = UNet2DCondition(config, dtype, args.attention, args.remat)

@@ -1,7 +1,7 @@
 """Distillation of Stable Diffusion models into few-step students, in JAX and Flax.
 
-The names below are the interface; they are imported when they are used. What else the modules hold is private by
-convention, and may change.
+The names below are the public interface; they are imported on first use. Everything else in the modules is private by
+convention and may change.
 """
 
 import importlib
@@ -72,7 +72,7 @@ class _MovedModule(types.ModuleType):
         self.__dict__["_present"] = present
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what the import system asks of any module
+        if name.startswith("__"):  # the import system looks these up on any module
             raise AttributeError(name)
         return getattr(importlib.import_module(self.__dict__["_present"]), name)
 

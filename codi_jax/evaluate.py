@@ -1,4 +1,4 @@
-"""``python3 -m codi_jax.evaluate``: models side by side, by metrics, plots and pictures, in one page of HTML."""
+"""``python3 -m codi_jax.evaluate``: compares models by metrics, plots and images, on one HTML page."""
 
 import shlex
 import sys

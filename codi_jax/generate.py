@@ -1,4 +1,4 @@
-"""``python3 -m codi_jax.generate``: images from a Stable Diffusion model or a distilled student."""
+"""``python3 -m codi_jax.generate``: generates images with a Stable Diffusion model or a distilled student."""
 
 import sys
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from codi_jax.models.kernels.attention import Implementation
 from codi_jax.pipeline.loading import DType, resolve_dtype
 from codi_jax.pipeline.model import Model
 
-_LONG_RUN = 10  # steps from which a progress bar is worth its line
+_LONG_RUN = 10  # number of steps that makes a progress bar worthwhile
 
 
 @dataclass(frozen=True)
 class Args(Flags):
-    """Generates images. The task is that of the model: text to image, edit (InstructPix2Pix) or inpaint.
+    """Generates images. The model determines the task: text to image, edit (InstructPix2Pix) or inpaint.
 
     Only --model and --prompt are required, and --image, --mask_image and --control_image if the model takes them.
     """
@@ -34,7 +34,8 @@ class Args(Flags):
     prompt: str
     """Description of the image, or for an InstructPix2Pix model the edit instruction."""
     output: Path = Path("out.png")
-    """Image file to write. Several images are written as a grid, and singly beside it as out_0.png, out_1.png, ..."""
+    """Image file to write. Several images are written as a grid, plus one by one next to it as out_0.png, out_1.png,
+    ..."""
     negative_prompt: str | None = None
     """Description of what to avoid."""
     image: str | None = None
@@ -50,32 +51,32 @@ class Args(Flags):
     lora_scale: float = 1.0
     """Strength of every LoRA."""
     steps: int | None = None
-    """Steps of the sampler. Default: 4 for students (samplers lcm and codi), the number that it was trained for for a
+    """Steps of the sampler. Default: 4 for students (samplers lcm, tcd and codi), as many as it was trained for for a
     one-step or few-step generator, 50 for other models."""
     guidance_scale: float | None = None
     """Classifier-free guidance on the prompt; 1 disables it and halves the time. Default: 7.5, or 1 for a one-step or
     few-step generator."""
     image_guidance_scale: float | None = None
-    """Guidance on the input image, for InstructPix2Pix; at 1 a step takes two passes instead of three. Default: 1.5, or
-    1 for a one-step or few-step generator."""
+    """Guidance on the input image, for InstructPix2Pix; at 1, a step takes two passes instead of three. Default: 1.5,
+    or 1 for a one-step or few-step generator."""
     controlnet_conditioning_scale: float = 1.0
     """Strength of the ControlNet."""
     sampler: SamplerName | None = None
-    """Sampler. Default: that of the model's folder."""
+    """Sampler. Default: from the model's folder."""
     gamma: float = 0.3
-    """Randomness of the sampler tcd, from 0 (none) to 1 (that of lcm)."""
+    """Randomness of the sampler tcd, from 0 (none) to 1 (as in lcm)."""
     timesteps: tuple[int, ...] = ()
-    """Descending training timesteps to sample at, in place of --steps, such as 399 for a one-step generator."""
+    """Descending training timesteps to sample at instead of --steps, such as 399 for a one-step generator."""
     seed: int = 0
-    """Seed of the first image; the others have the seeds that follow, regardless of the batch size."""
+    """Seed of the first image; the others have the following seeds, regardless of the batch size."""
     num_images: int = 1
     """Number of images to generate."""
     batch_size: int | None = None
     """Images generated at a time. Default: all."""
     height: int | None = None
-    """In pixels. Default: that of --image or --control_image, or the model's native size."""
+    """In pixels. Default: the size of --image or --control_image, or the model's native size."""
     width: int | None = None
-    """In pixels. Default: that of --image or --control_image, or the model's native size."""
+    """In pixels. Default: the size of --image or --control_image, or the model's native size."""
     dtype: DType = "auto"
     """Precision of weights and computation. auto: bfloat16 on GPU and TPU, float32 on CPU."""
     attention: Implementation = "auto"
@@ -91,7 +92,7 @@ class Args(Flags):
         super().check()
         if self.num_images < 1 or (self.batch_size is not None and self.batch_size < 1):
             raise ValueError("--num_images and --batch_size must be at least 1.")
-        # Batches are filled up to one size.
+        # Batches are padded to one size.
         fits = self.seed <= LARGEST_SEED - 2 * self.num_images
         self.require("seed", fits, "smaller: the other images have the seeds that follow, up to 2^63 - 1")
         self.require_at_least(0, "guidance_scale", "image_guidance_scale", "timesteps")
@@ -101,7 +102,7 @@ class Args(Flags):
 
 
 def run(args: Args) -> list[Path]:
-    """Loads the model, generates, writes the images, and prints the time that it took.
+    """Loads the model, generates, writes the images, and prints the time it took.
 
     Returns:
       The files written.

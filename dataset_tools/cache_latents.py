@@ -1,10 +1,10 @@
-"""Encodes a whole data set once, for trainings with --cache_latents and otherwise the same flags.
+"""Encodes a complete data set once, for training runs with --cache_latents and otherwise the same flags.
 
     python3 dataset_tools/cache_latents.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --train_data_dir data/coyo --resolution 512 --center_crop --mixed_precision bf16 --cache_dir cache
 
-Several machines share the work with --num_parts 8 and --part 0 to 7, through a folder that all of them see; each may be
-killed and restarted.
+Several machines share the work with --num_parts 8 and --part 0 to 7, through a folder that all of them can access; each
+may be killed and restarted.
 """
 
 import dataclasses
@@ -28,15 +28,15 @@ _Task = Literal["none", "column", "edit", "canny", "super_resolution", "inpainti
 
 @dataclass(frozen=True, kw_only=True)
 class Args(ModelFlags, DataFlags):
-    """Encodes images and captions of a data set, and keeps them for trainings with the same flags."""
+    """Encodes images and captions of a data set, and caches them for training runs with the same flags."""
 
     task: Annotated[_Task, choices_with_aliases(_Task, FORMER_CONDITION_NAMES)] = "none"
-    """--task of the training; none for text to image, column for most ControlNets, edit for InstructPix2Pix (with
+    """--task of the training run; none for text to image, column for most ControlNets, edit for InstructPix2Pix (with
     --conditioning_image_column input_image --image_column edited_image --caption_column edit_prompt)."""
     mixed_precision: optim.MixedPrecision = "no"
-    """--mixed_precision of the training, in which the networks compute."""
+    """--mixed_precision of the training run, in which the networks compute."""
     train_text_encoder: bool = False
-    """The training will train the text encoder: keep the tokens of captions instead of its features."""
+    """The run will train the text encoder: cache the captions' tokens instead of its features."""
     encode_batch_size: int = 16
     """Images or captions encoded at a time."""
     num_parts: int = 1
@@ -81,7 +81,7 @@ def main(args: Args) -> None:
 
 
 def _load_model(args: Args) -> Model:
-    """The networks whose results are kept."""
+    """The networks whose outputs are cached."""
     source = args.pretrained_model_name_or_path
     networks = Model.open(source, revision=args.revision, cache_dir=args.cache_dir).networks
     multiple = networks.vae.config.downscale * 2 ** (networks.unet.config.num_blocks - 1)

@@ -8,11 +8,11 @@ writes
     train/, validation/                images/, conditioning_images/ and metadata.jsonl: text and edges -> image
     edits/train/, edits/validation/    metadata.jsonl: image and instruction -> image; images/ is a link to the split's
 
-With --copies, train/ also has each picture moved, rotated and scaled, alone and beside another one: there are so few
-emoji that a model memorizes them otherwise, and then ignores its condition.
+With --copies, train/ also has each picture moved, rotated and scaled, alone and next to another one: with so few emoji,
+a model would otherwise memorize them and ignore its condition.
 
-Pictures that differ only in skin tone, gender, hair, direction or color are one *family*, and so are those that hardly
-differ at all; each family lies in one of the two splits as a whole. The same packages give the same bytes.
+Pictures that differ only in skin tone, gender, hair, direction or color, or hardly at all, are one *family*; each
+family is entirely in one of the two splits. The same packages give the same bytes.
 """
 
 import hashlib
@@ -79,7 +79,7 @@ class Args(Flags):
 
 
 def copies_of(emoji: Sequence[Emoji], copies: int) -> Iterable[Emoji]:
-    """``copies`` further pictures of each, one round after the other; the same for the same ``emoji``."""
+    """``copies`` additional pictures of each, one round after another; the same for the same ``emoji``."""
     by_family = defaultdict(list)
     for each in emoji:
         by_family[each.family].append(each)
@@ -98,13 +98,13 @@ def copies_of(emoji: Sequence[Emoji], copies: int) -> Iterable[Emoji]:
 
 
 def draw(rng: random.Random, sizes: tuple[float, float], *emoji: Emoji) -> np.ndarray:
-    """Draws each at a random place, angle and size (a part of the picture's), uint8 [64, 64, 3]."""
+    """Draws each at a random place, angle and size (a fraction of the picture's), uint8 [64, 64, 3]."""
     picture = Image.new("RGBA", (SIZE, SIZE), "white")
     for each in emoji:
         side = round(SIZE * rng.uniform(*sizes))
         drawing = each.drawing.resize((side, side), Image.Resampling.BICUBIC)
         drawing = drawing.rotate(rng.uniform(-25, 25), Image.Resampling.BICUBIC, expand=True)
-        # Up to an eighth of it may lie outside.
+        # Up to an eighth of it may be outside.
         spare, outside = SIZE - side, side // 8
         left, top = (rng.randint(min(0, spare) - outside, max(0, spare) + outside) for _ in range(2))
         grown = (drawing.width - side) // 2
@@ -119,8 +119,8 @@ def draw(rng: random.Random, sizes: tuple[float, float], *emoji: Emoji) -> np.nd
 
 
 def split_of(family: str, fraction: float) -> str:
-    """``"validation"`` for about this part of all families; depends on nothing but the name."""
-    # Salted so that either split has edits of every kind, but for hair: all with hair of their own are one family.
+    """``"validation"`` for about this fraction of all families; depends only on the name."""
+    # Salted so that both splits have edits of every kind, except hair: all emoji with hair variants are one family.
     number = int.from_bytes(hashlib.sha256(f"emoji 8/{family}".encode()).digest()[:8], "big")
     return SPLITS[number < fraction * 2**64]
 
@@ -180,7 +180,7 @@ def write(folder: Path, args: Args) -> str:
         write_split(folder / split, itertools.chain(chosen, copies_of(chosen, copies)))
         edited = [edit for edit in edits if split_of_stem[edit["source"].stem] == split]
         write_rows(folder / "edits" / split, (edit_row(edit) for edit in edited))
-        # A table names pictures in its own folder, and these are there already.
+        # A table names pictures in its own folder, and these already exist.
         (folder / "edits" / split / "images").symlink_to(f"../../{split}/images", target_is_directory=True)
         kinds = Counter(edit["kind"] for edit in edited)
         lines.append(

@@ -19,7 +19,7 @@ from codi_jax.data.sources import open_source
 from codi_jax.io.atomic import staged_folder, write_json, write_text
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-# That of CLIP: contractions, words, single digits, and runs of anything else.
+# CLIP's pattern: contractions, words, single digits, and runs of anything else.
 _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
@@ -34,9 +34,9 @@ class Args(Flags):
     caption_column: str = "text"
     """Column of the captions: a text, or a list of texts."""
     vocab_size: int = 2048
-    """Size of the vocabulary: 512 tokens for single bytes, 2 for start and end, the others learned."""
+    """Size of the vocabulary: 512 tokens for single bytes, 2 for start and end, the rest learned."""
     model_max_length: int = 32
-    """Tokens of a prompt, start and end included; longer prompts are truncated."""
+    """Tokens of a prompt, including start and end; longer prompts are truncated."""
 
     def check(self) -> None:
         super().check()
@@ -99,7 +99,7 @@ def write(args: Args, tokens: list[str], merges: list[tuple[str, ...]]) -> None:
 
 
 def tell(args: Args) -> None:
-    """Learns the vocabulary, and prints how long the captions are in it."""
+    """Learns the vocabulary, and prints the captions' lengths in tokens."""
     tokenizer = train(args)
     texts = captions(args)
     lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]

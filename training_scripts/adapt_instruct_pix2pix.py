@@ -8,8 +8,8 @@ python3 training_scripts/adapt_instruct_pix2pix.py \
     --pretrained_model_name_or_path diffusers/sdxl-instructpix2pix-768 --weight 0.5 --output_dir runs/fast-edit-xl \
     --base_model stabilityai/stable-diffusion-xl-base-1.0 --distilled_model latent-consistency/lcm-sdxl
 
-Then edit in 4 or 5 steps with image guidance 1 and text guidance 1 to 3. Several weights make a folder each, and with
---validation_image a picture that compares them.
+Then edit in 4 or 5 steps with image guidance 1 and text guidance 1 to 3. Several weights give one folder each, and with
+--validation_image an image that compares them.
 """
 
 from dataclasses import dataclass
@@ -37,32 +37,32 @@ class Args(Flags):
     pretrained_model_name_or_path: str
     """The InstructPix2Pix model: a folder in diffusers' layout, or an id on the Hugging Face Hub."""
     base_model: str | None = None
-    """The text-to-image model that it was fine-tuned from."""
+    """The text-to-image model that the editor was fine-tuned from."""
     distilled_model: str | None = None
-    """That model distilled: a whole model, or the folder of a UNet alone."""
+    """The distilled base model: a complete model, or the folder of only a UNet."""
     lora: str | None = None
-    """A LoRA of the distilled model, instead of the two: a file, a folder, an id on the hub or a file there,
-    owner/name/file.safetensors. What it has for the text encoders is added to them."""
+    """A LoRA of the distilled model, instead of the two models: a file, a folder, an id on the hub or a file there,
+    owner/name/file.safetensors. Its weights for the text encoders, if any, are added to them."""
     weight: tuple[float, ...] = (0.5,)
-    """How much of the difference to add: 0.5 for whole models of SDXL, 1 for a LoRA of SD 1.5. Several make a folder
-    weight-0.5, weight-1, ... each."""
+    """How much of the difference to add: 0.5 for complete SDXL models, 1 for a LoRA of SD 1.5. Several values give one
+    folder each: weight-0.5, weight-1, ..."""
     conv_in: ConvIn = "skip"
-    """The first convolution, which has more input channels in an editor: leave it as it is, or add the difference to
+    """The first convolution, which has more input channels in an editor: leave it unchanged, or add the difference to
     the channels that the others have."""
     variant: str | None = None
     """Variant of the weight files, such as fp16, for each part of each model that has it."""
     save_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Precision of the adapted UNet's file. Default: that of the model's."""
+    """Precision of the adapted UNet's file. Default: as in the model's file."""
     validation_prompt: str | None = None
     """Instruction to show the result with."""
     validation_image: str | None = None
-    """Image (file or URL) to edit by it."""
+    """Image (file or URL) to edit with this instruction."""
     validation_sampling_steps: int = 5
-    """Steps of the sampler for this picture."""
+    """Steps of the sampler for this image."""
     guidance_scale: float = 2.0
-    """Guidance scale of the text in this picture; that of the image is 1."""
+    """Guidance scale of the text for this image; the image's is 1."""
     seed: int = 0
-    """Seed of this picture."""
+    """Seed of this image."""
     output_dir: str
     """Folder for the adapted model."""
 

@@ -1,6 +1,6 @@
-"""Trains the autoencoder (VAE) of a latent diffusion model on images, from nothing or from one that exists.
+"""Trains the autoencoder (VAE) of a latent diffusion model on images, from scratch or from an existing one.
 
-The data needs no captions: a folder of images will do.
+The data needs no captions: a folder of images is enough.
 
 python3 training_scripts/train_autoencoder_flax.py --model_config_name_or_path vae/config.json \
     --train_data_dir data/emoji/train --resolution 64 --train_batch_size 16 --max_train_steps 6000 --output_dir runs/vae
@@ -21,7 +21,7 @@ class Args(autoencoder.AutoencoderFlags, VaeFlags):
 
 def main(args: Args) -> None:
     args.check()
-    vae = open_vae(args).networks.vae  # what it is, is part of the run; refused before there is a folder
+    vae = open_vae(args).networks.vae  # the VAE is part of the run's identity; refused before a folder is created
     run(autoencoder.METHOD, args, hooks=HOOKS, identity={"vae": vae.config.to_dict()})
 
 

@@ -1,4 +1,4 @@
-"""BK-SDM: distills a text-to-image model into a student with fewer blocks, by the features of the blocks that stay.
+"""BK-SDM: distills a text-to-image model into a student with fewer blocks, by the remaining blocks' features.
 
 python3 training_scripts/train_bk_sdm_flax.py \
     --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --train_data_dir data/mine \
@@ -31,15 +31,15 @@ class Args(bk_sdm.BkSdmFlags, ManyStepsFlags):
     """Which blocks stay. For SD 1.x and 2.x: sd_small, sd_tiny, bk_base, bk_small, bk_tiny; for SDXL: ssd_1b, vega; or
     a level of --distill_table."""
     distill_table: Adjustable[Path | None] = None
-    """YAML file of levels of your own; assets/recipes/emoji-levels.yaml is an example."""
+    """YAML file with custom levels; assets/recipes/emoji-levels.yaml is an example."""
     prepare_unet: bool = True
-    """Take blocks away; without it (--no_prepare_unet) the student starts as the whole teacher."""
+    """Remove blocks; without it (--no_prepare_unet) the student starts as the complete teacher."""
     non_ema_revision: str | None = None
-    """Branch, tag or commit on the hub of the UNet alone, if it is another."""
+    """Branch, tag or commit on the hub for the UNet, if different from the model's."""
     validation_prompt: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--validation_prompts"])] = ()
     """Prompts to show instead of samples of the data."""
     validation_epochs: Operational[int | None] = None
-    """Passes through the data between two validations, in place of --validation_steps."""
+    """Passes through the data between validations, instead of --validation_steps."""
 
     def check(self) -> None:
         super().check()

@@ -23,21 +23,21 @@ class Args(ConditionFlags, codi.CodiFlags, TrainingFlags):
     controlnet_model_name_or_path: str | None = None
     """ControlNet to start from. Default: a new one, a copy of the UNet's encoder."""
     controlnet_revision: str | None = None
-    """Branch, tag or commit of it on the hub."""
+    """Branch, tag or commit of the ControlNet on the hub."""
     controlnet_from_pt: Operational[bool] = False
-    """Has no effect: PyTorch and Flax files are told apart by themselves."""
+    """Has no effect: PyTorch and Flax files are detected automatically."""
     learning_rate: float = 1e-5
     """The learning rate, after warm-up."""
     checkpointing_steps: int = 5000
-    """Steps between two checkpoints; 0 for none."""
+    """Steps between checkpoints; 0 for none."""
     validation_sampling_steps: Operational[tuple[int, ...]] = (1, 2, 4, 8)
-    """Numbers of steps at which validation pictures show the student. Those above --distill_learning_steps are left
-    out: its grid has no times for them."""
+    """Numbers of steps with which validation images show the student. Values above --distill_learning_steps are
+    skipped: its grid has no times for them."""
     guidance_scale: Operational[float] = 1.0
-    """Guidance scale of the student in validation pictures; with --cfg_aware_distill one of the range it was trained
-    with."""
+    """Guidance scale of the student in validation images; with --cfg_aware_distill, choose one in its training
+    range."""
     teacher_guidance_scale: Operational[float] = 7.5
-    """Guidance scale of the teacher in validation pictures."""
+    """Guidance scale of the teacher in validation images."""
 
     def check(self) -> None:
         super().check()

@@ -1,4 +1,4 @@
-"""Trains a ControlNet: a Stable Diffusion model learns to follow condition images, and stays as it is without them.
+"""Trains a ControlNet: a Stable Diffusion model learns to follow condition images; without them it is unchanged.
 
 python3 training_scripts/train_controlnet_flax.py \
     --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
@@ -18,7 +18,7 @@ class Args(ConditionFlags, denoising.DenoisingFlags, ManyStepsFlags):
     """Trains a ControlNet on a frozen text-to-image model."""
 
     controlnet_model_name_or_path: str | None = None
-    """ControlNet to go on training. Default: a new one, a copy of the UNet's encoder."""
+    """ControlNet to continue training. Default: a new one, a copy of the UNet's encoder."""
 
     @property
     def controlnet(self) -> str | None:

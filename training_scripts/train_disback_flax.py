@@ -1,4 +1,4 @@
-"""DisBack: distills a model into a generator of one step, without images.
+"""DisBack: distills a model into a one-step generator, without images.
 
 python3 training_scripts/train_disback_flax.py \
     --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --train_prompt_path prompts.txt \
@@ -19,13 +19,13 @@ from codi_jax.training.tracking import log
 
 @dataclass(frozen=True, kw_only=True)
 class Args(DisbackRunFlags):
-    """Distills a model into a generator of one step (DisBack), or of few."""
+    """Distills a model into a one-step generator (DisBack), or one of few steps."""
 
 
 def main(args: Args) -> None:
     if args.real_image_path is not None and args.needs_images:
         if args.train_prompt_path is not None:
-            log("--train_prompt_path is put aside: the prompts are the captions of --real_image_path")
+            log("--train_prompt_path is ignored: the prompts are the captions of --real_image_path")
         args = dataclasses.replace(args, train_data_dir=args.real_image_path, train_prompt_path=None)
     distill(args)
 

@@ -20,7 +20,7 @@ class Args(EditDataFlags, denoising.EditFlags, ManyStepsFlags):
     """Trains an editor on pairs of images and instructions."""
 
     image_guidance_scale: Operational[float] = 1.5
-    """Guidance scale of the image in validation pictures."""
+    """Guidance scale of the image in validation images."""
 
     def check(self) -> None:
         super().check()

@@ -5,7 +5,7 @@ python3 training_scripts/train_lcm_distil_instruct_pix2pix_sdxl.py \
     --resolution 768 --train_batch_size 4 --gradient_accumulation_steps 4 --learning_rate 1e-4 --max_train_steps 10000 \
     --mixed_precision bf16 --output_dir runs/lcm-edit
 
-The folder says whether the teacher is SDXL, SD 1.x or SD 2.x.
+The teacher's family (SDXL, SD 1.x or SD 2.x) is read from its folder.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Args(EditDataFlags, lcm.LcmEditFlags, LcmRunFlags):
     """Distills an InstructPix2Pix model into a student of few steps."""
 
     train_batch_size: int = 16
-    """Examples per device and pass."""
+    """Examples per device and forward pass."""
 
 
 def main(args: Args) -> None:

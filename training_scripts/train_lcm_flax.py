@@ -1,4 +1,4 @@
-"""LCM: distills a text-to-image model, with a ControlNet or without, into a student of 1 to 8 steps, or into a LoRA.
+"""LCM: distills a text-to-image model, with or without a ControlNet, into a student of 1 to 8 steps or a LoRA.
 
 python3 training_scripts/train_lcm_flax.py \
     --pretrained_teacher_model stable-diffusion-v1-5/stable-diffusion-v1-5 --train_data_dir data/mine \

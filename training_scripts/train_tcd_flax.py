@@ -1,11 +1,12 @@
-"""TCD: distills a text-to-image model into a student that is sampled in 2 to 8 steps, with as much noise as one likes.
+"""TCD: distills a text-to-image model into a student for 2 to 8 steps, with an adjustable amount of noise.
 
 python3 training_scripts/train_tcd_flax.py \
     --pretrained_teacher_model stable-diffusion-v1-5/stable-diffusion-v1-5 --train_data_dir data/mine \
     --resolution 512 --train_batch_size 12 --learning_rate 4e-6 --mixed_precision bf16 --max_train_steps 10000 \
     --output_dir runs/tcd
 
-The flags are those of train_lcm_flax.py. Sample it with `python3 -m codi_jax.generate --model runs/tcd --gamma 0.3`.
+The flags are the same as for train_lcm_flax.py. Sample it with `python3 -m codi_jax.generate --model runs/tcd --gamma
+0.3`.
 """
 
 from dataclasses import dataclass

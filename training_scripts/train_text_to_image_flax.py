@@ -1,4 +1,4 @@
-"""Trains the UNet of a Stable Diffusion model on images and captions, and its text encoder if asked to.
+"""Trains the UNet of a Stable Diffusion model on images and captions, and optionally its text encoder.
 
 python3 training_scripts/train_text_to_image_flax.py \
     --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
@@ -24,7 +24,7 @@ class Args(denoising.TextToImageFlags, ManyStepsFlags):
     def check(self) -> None:
         super().check()
         if "text_encoder" in self.from_scratch and not self.train_text_encoder:
-            raise ValueError("--from_scratch text_encoder needs --train_text_encoder, or it stays random.")
+            raise ValueError("--from_scratch text_encoder needs --train_text_encoder, otherwise it stays random.")
 
     @property
     def starts_random(self) -> tuple[str, ...]:

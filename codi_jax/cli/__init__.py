@@ -1,1 +1,1 @@
-"""Command lines: groups of flags, and how they are parsed, checked and reported."""
+"""Command lines: groups of flags, their parsing, checks and error reports."""

@@ -1,4 +1,4 @@
-"""Flags with a choice of names, some of which were once called otherwise."""
+"""Flags with a choice of names, some of which have former names."""
 
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -7,11 +7,11 @@ import tyro
 
 
 def choices_with_aliases(kind: Any, aliases: Mapping[str, str]) -> Any:
-    """An annotation for a flag of a ``Literal`` type that also takes former names, which its help does not show.
+    """An annotation for a flag of a ``Literal`` type that also accepts former names, which its help does not show.
 
     Args:
       kind: the ``Literal``.
-      aliases: former name -> the name of today, which the flag then has.
+      aliases: former name -> current name, which becomes the flag's value.
     """
     names = get_args(kind)
 

@@ -17,7 +17,7 @@ from codi_jax.io import processes
 Args = TypeVar("Args")
 
 _HIDDEN = "***"
-_SHOWN = 10  # warnings from one place: a million captions may each have something wrong
+_SHOWN = 10  # warnings from one place: each of a million captions may have a problem
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _SAVE_MEMORY = ("train_batch_size", "gradient_checkpointing", "fsdp")
 
@@ -31,7 +31,7 @@ def run(
       args_class: a dataclass; the docstrings of its fields are the help.
       function: called with the arguments.
       prog: the program's name in the help.
-      save_memory: what to try when the device runs out of memory. Default: the flags of training that save memory.
+      save_memory: what to try if the device runs out of memory. Default: the training flags that save memory.
     """
     warnings.showwarning = _warning_printer()
     try:
@@ -55,7 +55,7 @@ def _explained(error: BaseException, save_memory: str) -> str | None:
 
 
 def _hide_secrets(args_class: type) -> None:
-    """Takes secrets out of `sys.argv`, which trackers such as Weights & Biases record and publish."""
+    """Removes secrets from `sys.argv`, which trackers such as Weights & Biases record and publish."""
     scopes = args_class.scopes() if issubclass(args_class, Flags) else {}
     secrets = {f"--{name}" for name, scope in scopes.items() if scope is Scope.SECRET}
     hides_next = False

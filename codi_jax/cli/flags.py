@@ -1,4 +1,4 @@
-"""Groups of command line flags: dataclasses that a script's own inherits from, and the checks of their values."""
+"""Groups of command-line flags: dataclasses that a script's own flags inherit from, and checks of their values."""
 
 import dataclasses
 import enum
@@ -15,17 +15,17 @@ _T = TypeVar("_T")
 
 
 class Scope(enum.IntEnum):
-    """What must share one value of a flag. A flag declares it in its annotation: ``logging_steps: Operational[int]``.
+    """The scope that shares one value of a flag, declared in its annotation: ``logging_steps: Operational[int]``.
 
     Default: ``RUN``.
     """
 
     RUN = 0
-    """The whole run: resuming with another value is refused."""
+    """The entire run: resuming with another value is refused."""
     RESUME = 1
     """The run until it is stopped: a resumed run may have another learning rate, or find its data elsewhere."""
     START = 2
-    """The processes of one start; the flag does not influence what is trained."""
+    """The processes of one start; the flag does not influence the training result."""
     PROCESS = 3
     """One process, such as a path on its machine."""
     SECRET = 4
@@ -38,10 +38,10 @@ Local = Annotated[_T, Scope.PROCESS]
 Secret = Annotated[_T, Scope.SECRET]
 
 LARGEST_SIDE = 2**14
-"""The longest side of a picture, in pixels. No device has the memory for more, and failing would take minutes."""
+"""The longest side of an image, in pixels. No device has the memory for more, and failing would take minutes."""
 LARGEST_SEED = 2**63 - 1
 """The largest seed that JAX takes."""
-_LARGEST = 2**31 - 1  # of any other number: steps and sizes are int32 on devices
+_LARGEST = 2**31 - 1  # for any other number: steps and sizes are int32 on devices
 _FOLDERS = ("output_dir", "cache_dir", "cache_latents_dir", "ccache", "logging_dir")
 
 
@@ -60,7 +60,7 @@ class Flags:
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """The flags of the group."""
-        fields: Any = dataclasses.fields  # of subclasses, which are dataclasses
+        fields: Any = dataclasses.fields  # for subclasses, which are dataclasses
         return tuple(field.name for field in fields(cls))
 
     @classmethod
@@ -70,7 +70,7 @@ class Flags:
 
     @classmethod
     def scopes(cls) -> dict[str, Scope]:
-        """The scope of each flag; a flag that a subclass declares again keeps its scope unless it names another."""
+        """The scope of each flag; a flag that a subclass redeclares keeps its scope unless it names another."""
         scopes = dict.fromkeys(cls.names(), Scope.RUN)
         for base in reversed(cls.__mro__):
             for name, annotation in inspect.get_annotations(base, eval_str=True).items():
@@ -137,13 +137,13 @@ class Flags:
         if folder is None:
             return
         path = Path(getattr(self, "output_dir", ""), folder) if flag == "logging_dir" else Path(folder)
-        # Other folders may be read-only: their contents can be used.
+        # Other folders may be read-only: their contents can still be used.
         if flag == "output_dir" and (reason := obstacle(path)):
             raise OSError(f"--{flag} {folder} cannot be written ({reason}): choose another.")
         if file := file_in_place_of(path):
-            raise ValueError(f"--{flag} {folder} is not possible: {file} is a file, where a folder is needed.")
+            raise ValueError(f"--{flag} {folder} is not possible: {file} is a file, but must be a folder.")
 
 
 def _shown(value: Any) -> str:
-    """A value in the form that it has on the command line."""
+    """A value as written on the command line."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,4 +1,4 @@
-"""Phrases for the messages that a user reads."""
+"""Phrases for messages to the user."""
 
 _LISTED = 10  # entries of a list in a message
 
@@ -9,6 +9,6 @@ def first_line(error: Exception) -> str:
 
 
 def listed(entries: list[str]) -> str:
-    """The first entries of a list and the number of further ones, for messages."""
+    """The first entries of a list and the number of remaining ones, for messages."""
     rest = f" and {len(entries) - _LISTED} more" if len(entries) > _LISTED else ""
     return (", ".join(entries[:_LISTED]) + rest) or "nothing"

@@ -1,4 +1,4 @@
-"""Output folders: those that cannot be written are rejected before the work, not after it."""
+"""Output folders: unwritable ones are rejected before the work, not after it."""
 
 import errno
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def obstacle(folder: Path) -> str | None:
-    """What prevents writing to a folder, or making it with its parents; ``None`` if nothing does.
+    """What prevents writing to a folder, or creating it with its parents; ``None`` if nothing does.
 
     A temporary file is written to find out, because permissions do not reveal a read-only file system.
     """

@@ -1,7 +1,7 @@
 """Data: sources to batches. Start reading at `codi_jax.data.load`.
 
-The names below are imported when they are first used, so that importing one module of this package, such as
-`codi_jax.data.files`, does not bring `datasets` and `grain` along.
+The names below are imported on first use, so that importing one module of this package, such as `codi_jax.data.files`,
+does not import `datasets` and `grain`.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """What a table may make this machine open: web addresses through the downloader, and files in its folder.
 
-A table is untrusted input. An http or https address is opened by the downloader with its limits, and a file must lie in
-the folder that the user named, unless the user allows the table more.
+A table is untrusted input. An http or https address is opened by the downloader with its limits, and a file must be in
+the folder that the user named, unless the user allows more.
 """
 
 import os
@@ -19,7 +19,7 @@ from codi_jax.io.decoding import RejectedError
 from codi_jax.io.download import DownloadFlags, fetch
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)(::|://)", re.IGNORECASE)
-_BUILDERS = ("imagefolder",)  # of `datasets`, whose paths name files that they found or fetched, not cells of a table
+_BUILDERS = ("imagefolder",)  # of `datasets`: paths name files that they found or fetched, not table cells
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Access:
     Attributes:
       folder: the base of relative paths, a path or a URL; ``None`` for the working directory.
       inside: the folder that must hold all files; ``None`` for `folder`.
-      anywhere: whether files may lie elsewhere.
+      anywhere: whether files may be elsewhere.
       downloads: how web addresses are downloaded.
     """
 
@@ -68,7 +68,7 @@ class Access:
 
     def _local(self, name: str) -> str:
         base = "" if self.folder is None or is_url(self.folder) else self.folder
-        path = Path(os.path.normpath(Path(base, name).absolute()))  # what is checked is what is opened
+        path = Path(os.path.normpath(Path(base, name).absolute()))  # the checked path is the opened path
         root = self._root()
         if self.anywhere or (root is not None and not is_url(root) and _lies_in(path, Path(root))):
             return str(path)
@@ -128,7 +128,7 @@ def _scheme(name: str) -> str:
 
 
 def _lies_in(path: Path, root: Path) -> bool:
-    """Whether a path lies in a folder, with or without following symbolic links; links there are the user's."""
+    """Whether a path is in a folder, with or without following symbolic links; links there are the user's."""
     return path.is_relative_to(os.path.normpath(root.absolute())) or path.resolve().is_relative_to(root.resolve())
 
 
@@ -140,5 +140,5 @@ def _normalized(url: str) -> str:
 def _outside() -> RejectedError:
     return RejectedError(
         "a path outside of the input's folder",
-        "it lies outside of the folder of the data, where --allow_outside_paths alone reads",
+        "it is outside of the data's folder, where only --allow_outside_paths reads",
     )

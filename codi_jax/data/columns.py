@@ -1,4 +1,4 @@
-"""The columns of a data set that are read: how they are found by name, and what a caption may be."""
+"""The columns that are read from a data set: how they are found by name, and what a caption may be."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ import datasets
 from codi_jax.cli.messages import listed
 
 FALLBACKS = {"image": ("file_name", "jpg", "png", "jpeg", "webp"), "text": ("caption", "txt")}
-"""Other names of a column, tried where the column has its default name."""
+"""Other names of a column, tried if the flag has its default."""
 
 
-_ENDINGS = (".jpg", ".png", ".jpeg", ".webp", ".txt")  # of the files of a WebDataset's samples, which are its columns
+_ENDINGS = (".jpg", ".png", ".jpeg", ".webp", ".txt")  # of the files in a WebDataset's samples, which are its columns
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Columns:
 
     Attributes:
       image: pictures to generate; ``None`` if they are not read.
-      caption: their texts, one or a list for each; ``None`` if they are not read.
-      condition: pictures to condition on, if the data have them.
+      caption: their texts, one or a list per picture; ``None`` if they are not read.
+      condition: pictures to condition on, if the data has them.
     """
 
     image: str | None
@@ -35,13 +35,13 @@ class Columns:
 
 
 def find_columns(wanted: Columns, names: Sequence[str], where: str, condition_is_optional: bool) -> Columns:
-    """The columns of a data set that flags ask for, under the names that it has for them.
+    """The columns that flags ask for, under the data set's names.
 
     Args:
       wanted: the names that the flags give.
-      names: of all its columns.
+      names: the names of all its columns.
       where: the data set, for messages.
-      condition_is_optional: do without the condition column where it is missing.
+      condition_is_optional: accept a missing condition column.
 
     Raises:
       ValueError: naming the flag of a column that is missing, and the columns that exist.
@@ -65,7 +65,7 @@ def _find_column(name: str, names: Sequence[str], where: str, flag: str) -> str:
 
 
 def captions_of(cell: Any) -> list[str]:
-    """The texts of a sample as a list: those of the cell, or the empty text if it has none.
+    """The texts of a sample as a list: the cell's texts, or the empty text if it has none.
 
     Raises:
       ValueError: if the cell is neither a text nor a list of texts.
@@ -79,7 +79,7 @@ def captions_of(cell: Any) -> list[str]:
 def check_captions(name: str, features: datasets.Features | None, where: str) -> None:
     """Raises `ValueError` if the column of captions holds neither texts nor lists of texts."""
     feature = features[name] if features is not None else None
-    kind = getattr(feature, "feature", feature)  # of a list, that of its elements
+    kind = getattr(feature, "feature", feature)  # for a list, its elements' type
     if kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
         raise ValueError(
             f"column {name!r} of {where} holds {feature}, not texts or lists of texts: set --caption_column to another."

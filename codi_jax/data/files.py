@@ -14,7 +14,7 @@ from codi_jax.io.json_files import parse_object
 
 
 def is_url(path: str) -> bool:
-    """Whether a path is a URL, and not a path on this machine."""
+    """Whether a path is a URL, not a local path."""
     return "://" in path
 
 
@@ -31,7 +31,7 @@ class Folder:
     """A folder, which need not exist.
 
     Attributes:
-      path: on this machine, where ~ is the user's home, or a URL.
+      path: a local path, where ~ is the user's home, or a URL.
 
     Raises:
       ValueError: on first use, if no installed package opens URLs of this kind.
@@ -73,7 +73,7 @@ class Folder:
         return self.fs.isdir(self.locate())
 
     def has(self, name: str) -> bool:
-        """Whether the folder holds a file of that name."""
+        """Whether the folder has a file with that name."""
         return self.fs.isfile(self.locate(name))
 
     def names(self) -> list[str]:
@@ -98,7 +98,7 @@ class Folder:
         """The JSON object in a file; for ``remedy`` see `codi_jax.io.json_files.read_object`.
 
         Raises:
-          JsonError: naming the file, if it holds no JSON object.
+          JsonError: naming the file, if it is not a JSON object.
         """
         return parse_object(self.read(name), self.url(name), remedy)
 
@@ -106,7 +106,7 @@ class Folder:
     def staged(self, name: str) -> Iterator[Any]:
         """A file to write to, in binary, which gets its name when the block ends, or is removed after an error.
 
-        What a killed attempt has left is overwritten by the next one.
+        Leftovers of a killed attempt are overwritten by the next one.
         """
         folder, base = posixpath.split(name)
         partial = posixpath.join(folder, f".{base}.partial")
@@ -120,7 +120,7 @@ class Folder:
             raise
 
     def write(self, name: str, data: bytes) -> None:
-        """Writes a file, whole or not at all."""
+        """Writes a file completely or not at all."""
         with self.staged(name) as file:
             file.write(data)
 
@@ -131,11 +131,11 @@ class Folder:
         self.fs.pipe({self.locate(name): data for name, data in files.items()})
 
     def take(self, names: Iterable[str], source: "Folder") -> None:
-        """Moves files of another folder of the same file system here; files that were moved already stay."""
+        """Moves files from another folder of the same file system here; files that were already moved stay."""
         names = list(names)
         for parent in sorted({posixpath.dirname(self.locate(name)) for name in names}):
             self.fs.makedirs(parent, exist_ok=True)
-        if not self.is_local:  # where moving is copying, and the source is removed as a whole later
+        if not self.is_local:  # here moving is copying, and the entire source is removed later
             self.fs.copy([source.locate(name) for name in names], [self.locate(name) for name in names])
             return
         for name in names:

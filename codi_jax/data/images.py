@@ -1,4 +1,4 @@
-"""Pictures of a data set to arrays: upright, RGB, resized and cropped, all pictures of a sample alike.
+"""Turns a data set's pictures into arrays: upright, RGB, resized and cropped, all pictures of a sample alike.
 
 Also the conditions that are made from a picture: its edges, its low resolution, a hole to inpaint.
 """
@@ -21,24 +21,24 @@ ConditionName = Literal["canny", "super_resolution", "inpainting"]
 """The conditions that training can make from a picture. Data tools make these and others."""
 
 FORMER_CONDITION_NAMES = {"low_resolution": "super_resolution", "mask": "inpainting"}
-"""Names that data tools had for conditions before they shared those of training; both still take them."""
+"""Former names of conditions in the data tools; training and the tools still accept them."""
 
 Condition = Callable[[UInt8[np.ndarray, "h w 3"], np.random.Generator], UInt8[np.ndarray, "h w 3"]]
-"""Makes a condition from the picture that is to be generated, and a generator for its random choices."""
+"""Makes a condition from the target picture and a generator for its random choices."""
 
 Interpolation = Literal["lanczos", "bicubic", "bilinear", "hamming", "box", "nearest"]
-"""How a picture is resized; all but the last antialias when shrinking."""
+"""How a picture is resized; all except the last antialias when shrinking."""
 
 GRAY = 128
 """The value that fills a hole."""
 
-_LONG = 4  # pictures of up to this aspect ratio are resized whole
+_LONG = 4  # pictures up to this aspect ratio are resized completely
 
 _NOWHERE = Access()
 
 
 class UnreadableImageError(ValueError):
-    """One image of the data set is missing or damaged, which is skipped and does not stop training."""
+    """One image of the data set is missing or damaged; it is skipped and does not stop training."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Placement:
 
     Attributes:
       original: height and width of the picture in its file.
-      resized: height and width that the whole picture is resized to.
+      resized: height and width that the entire picture is resized to.
       corner: top and left edge of the crop, in the resized picture.
       resolution: side of the crop.
     """
@@ -135,14 +135,14 @@ def crop(
     few levels at sharp edges, and by one pixel with "nearest" and "box".
 
     Raises:
-      ValueError: if its aspect ratio is not that of the picture that the placement was made for.
+      ValueError: if its aspect ratio differs from the picture's that the placement was made for.
     """
     height, width = placement.original
-    # Sizes are whole pixels: a picture of half the size may be off by one of its own.
+    # Sizes are integers: a picture of half the size may be off by one of its own pixels.
     if abs(image.width * height - image.height * width) > max(height, width):
         raise ValueError(
             f"it is {image.width}×{image.height} and the image that belongs to it {width}×{height}: "
-            "one cannot be laid over the other; give both the same aspect ratio"
+            "they do not align; give both the same aspect ratio"
         )
     height, width = placement.resized
     top, left = placement.corner
@@ -163,7 +163,7 @@ def current_condition_name(name: str) -> str:
 
 
 def condition_for(name: str) -> Condition:
-    """The condition of this name (`ConditionName`, or a former one), made from the picture that is to be generated.
+    """The condition with this name (`ConditionName`, or a former one), made from the target picture.
 
     Raises:
       ValueError: if there is no such condition.
@@ -180,7 +180,7 @@ def condition_for(name: str) -> Condition:
 
 
 def is_random(condition: Condition) -> bool:
-    """Whether a condition differs between epochs, which is assumed of functions that are not defined here."""
+    """Whether a condition differs between epochs, which is assumed for functions not defined here."""
     return condition not in (canny, low_resolution)
 
 

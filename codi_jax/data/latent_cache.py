@@ -1,9 +1,9 @@
-"""Latents and text features of a whole data set, computed once and kept on disk as memory-mapped arrays.
+"""Latents and text features of a complete data set, computed once and kept on disk as memory-mapped arrays.
 
-A cache is a folder named after a fingerprint of all that it depends on, so that one that no longer fits is never used;
-it is not deleted. It is built in a folder beside it, which is renamed when it is complete: an interrupted build is
-resumed. Several machines can build a cache in parts of consecutive rows and texts, and the last of them joins the parts
-to the same files.
+A cache is a folder named after a fingerprint of everything that it depends on, so that an outdated one is never used;
+it is not deleted. It is built in a folder next to it, which is renamed when it is complete: an interrupted build is
+resumed. Several machines can build a cache in parts of consecutive rows and texts; the last one joins the parts into
+the same files.
 
     moments.npy        float16 [rows, flips, h, w, 2c]  mean and log-variance of the VAE's posterior
     conditioning.npy   uint8 [rows, H, W, 3]            or pixels.npy, if conditions are random and made on demand
@@ -53,9 +53,9 @@ class CachedReader:
     """Reads batches from a cache, with the random choices of `codi_jax.data.samples.Reader`.
 
     Attributes:
-      arrays: of the cache, by file name.
+      arrays: the cache's arrays, by file name.
       reasons: why images are missing, by row.
-      reader: of the samples that the cache was made of.
+      reader: the reader of the samples that the cache was made from.
     """
 
     arrays: Mapping[str, RowFile]
@@ -127,15 +127,15 @@ def open_cache(
     workers: int = 0,
     max_unreadable_share: float | int = 0.01,
 ) -> CachedReader:
-    """Opens the cache of a data set, which is built first unless one exists that fits.
+    """Opens the cache of a data set, building it first unless a valid one exists.
 
     Several processes may call it at once: one builds the cache, and the others wait.
 
     Args:
       root: folder of all caches.
-      reader: of the samples.
-      tokenize: for captions.
-      encoders: the networks whose results are cached.
+      reader: the reader of the samples.
+      tokenize: tokenizes captions.
+      encoders: the networks whose outputs are cached.
       workers: number of processes that read images.
       max_unreadable_share: abort if a larger share of the images cannot be read.
 
@@ -183,7 +183,7 @@ def cache_part(
     """
     description = _describe(reader, encoders)
     folder = _folder(root, description)
-    if part.count == 1:  # nothing to join, nor to copy
+    if part.count == 1:  # nothing to join or copy
         open_cache(root, reader, tokenize, encoders, workers=workers, max_unreadable_share=max_unreadable_share)
         return folder
     parts = [folder.with_suffix(".parts") / f"{index:05}-of-{part.count:05}" for index in range(part.count)]
@@ -202,12 +202,12 @@ def cache_part(
 
 
 def _build(folder: Path, description: Mapping[str, Any], encoder: LatentEncoder) -> None:
-    """Computes what is missing of a cache, whose folder appears once it is complete."""
+    """Computes the missing parts of a cache, whose folder appears once it is complete."""
     building = folder.with_suffix(".building")
     building.mkdir(parents=True, exist_ok=True)
     try:
         unreadable = encoder.encode(building)
-    except ValueError:  # other flags or other data will be needed, which makes the arrays useless
+    except ValueError:  # other flags or data will be needed, which makes the arrays useless
         shutil.rmtree(building)
         raise
     _write_manifest(building, description, unreadable)
@@ -256,7 +256,7 @@ def _folder(root: Path, description: Mapping[str, Any]) -> Path:
 
 
 def _join(parts: list[Path], folder: Path, description: Mapping[str, Any]) -> None:
-    """Joins the parts to a cache, which appears once it is complete."""
+    """Joins the parts into a cache, which appears once it is complete."""
     with staged_folder(folder) as joined:
         _join_arrays(parts, joined)
         manifests = [_read_manifest(part) for part in parts]
@@ -265,7 +265,7 @@ def _join(parts: list[Path], folder: Path, description: Mapping[str, Any]) -> No
 
 
 def _join_arrays(parts: list[Path], joined: Path) -> None:
-    """Concatenates the arrays of the parts; those of all captions are the same in every part."""
+    """Concatenates the parts' arrays; arrays of all captions are the same in every part."""
     for name in sorted({file.name for part in parts for file in part.glob("*.npy")}):
         if name.partition(".")[0] in _SHARED:
             shutil.copyfile(parts[0] / name, joined / name)
@@ -305,7 +305,7 @@ def _describe(reader: Reader, encoders: Encoders) -> dict[str, Any]:
 
 
 def _report_stale(root: Path, folder: Path, description: dict[str, Any]) -> None:
-    """Warns of other caches of this data set, and says what differs."""
+    """Warns about other caches of this data set, and says what differs."""
     for manifest in sorted(root.glob(f"*/{_MANIFEST}")):
         try:
             other = _read_manifest(manifest.parent)["description"]
@@ -323,7 +323,7 @@ def _report_stale(root: Path, folder: Path, description: dict[str, Any]) -> None
 
 
 def prefetch(batches: Any) -> grain.IterDataset:
-    """Gathers batches in threads, which suffices for cached ones.
+    """Gathers batches in threads, which is enough for cached ones.
 
     Args:
       batches: a sequence of batches.

@@ -19,11 +19,11 @@ from codi_jax.data.samples import Batch, Choices, Reader
 from codi_jax.data.sources import describe_row
 
 TOKEN_IDS = "input_ids."
-"""Followed by the name of a text encoder, the name of the array of its token ids."""
+"""Prefix of the names of token id arrays, followed by the text encoder's name."""
 
 
 VIEWS = ("moments", "conditioning_moments")
-"""Arrays whose second axis holds the picture and, if half of the samples are flipped, its mirror image."""
+"""Arrays whose second axis has the picture and, if half of the samples are flipped, its mirror image."""
 
 
 _BATCHES_TO_KEEP = 16  # batches after which results are flushed, so that an interruption cannot lose them
@@ -31,14 +31,14 @@ _BATCHES_TO_KEEP = 16  # batches after which results are flushed, so that an int
 
 @dataclass(frozen=True)
 class Encoders:
-    """The frozen networks whose results are cached. Jitted by the caller; every call has the same batch size.
+    """The frozen networks whose outputs are cached. Jitted by the caller; every call has the same batch size.
 
     Attributes:
-      images: pictures to moments of the posterior, unscaled, [n, h, w, 2c].
-      text: token ids, by encoder, to "context" [n, S, D] and for SDXL "pooled" [n, P]; ``None`` caches the token ids
-        instead, for training of the text encoder.
+      images: maps pictures to moments of the posterior, unscaled, [n, h, w, 2c].
+      text: maps token ids, by encoder, to "context" [n, S, D] and for SDXL "pooled" [n, P]; ``None`` caches the token
+        ids instead, for training the text encoder.
       fingerprint: changes when the networks or the tokenizers do.
-      batch_size: of the calls.
+      batch_size: the batch size of the calls.
       conditions_too: whether condition images are also encoded, for models that take their latents.
     """
 
@@ -54,15 +54,15 @@ class Part:
     """One of several parts of equal size.
 
     Attributes:
-      index: from 0 on.
-      count: of parts.
+      index: the part's index, from 0.
+      count: the number of parts.
     """
 
     index: int = 0
     count: int = 1
 
     def rows(self, length: int) -> range:
-        """The rows of this part, of ``length`` rows in all."""
+        """The rows of this part, out of ``length`` rows."""
         return range(length * self.index // self.count, length * (self.index + 1) // self.count)
 
 
@@ -71,9 +71,9 @@ class LatentEncoder:
     """Computes the arrays of a cache, or of one part of it.
 
     Attributes:
-      reader: of the samples.
-      tokenize: for captions.
-      encoders: the networks whose results are cached.
+      reader: the reader of the samples.
+      tokenize: tokenizes captions.
+      encoders: the networks whose outputs are cached.
       workers: number of processes that read images.
       max_unreadable_share: abort if a larger share of the images cannot be read.
       part: which rows and texts.
@@ -218,7 +218,7 @@ def _progress(rows: _Pictures, workers: int) -> Iterator[tuple[Batch, dict[str, 
 
 
 def _as_float16(arrays: Mapping[str, Any], count: int, network: str) -> dict[str, np.ndarray]:
-    with np.errstate(over="ignore"):  # found below
+    with np.errstate(over="ignore"):  # detected below
         kept = {name: np.asarray(array)[:count].astype(np.float16) for name, array in arrays.items()}
     for name, array in kept.items():
         if not np.isfinite(array).all():

@@ -1,7 +1,7 @@
 """Batches for training: which data, and how it becomes arrays.
 
-`datasets` opens the data (`codi_jax.data.sources`), `codi_jax.data.samples` makes arrays of it, `codi_jax.data.loader`
-puts batches together and reads ahead. Every random choice is a function of (seed, sample, epoch).
+`datasets` opens the data (`codi_jax.data.sources`), `codi_jax.data.samples` turns it into arrays,
+`codi_jax.data.loader` assembles batches and reads ahead. Every random choice is a function of (seed, sample, epoch).
 """
 
 from dataclasses import dataclass
@@ -29,11 +29,11 @@ from codi_jax.data.sources import Source, open_source, require_folder
 from codi_jax.data.streams import StreamBatches
 from codi_jax.io.decoding import LARGEST_MEGAPIXELS, MAX_MEGAPIXELS
 
-_MOST_WORKERS = 1024  # each is a process, and they are all started before the first batch
+_MOST_WORKERS = 1024  # each is a process, and all start before the first batch
 
 ConditionOf = Literal["column"] | ConditionName | Condition | None
-"""Where conditions come from: a column, the image by a condition of that name (canny: a column if there is one, else
-edges), a function of the image, or nowhere."""
+"""Where conditions come from: a column, a named condition of the image (canny: a column if there is one, else edges), a
+function of the image, or nowhere."""
 
 _Task = Literal["column", "edit", "canny", "super_resolution", "inpainting"]
 ConditionTask = Annotated[_Task, choices_with_aliases(_Task, FORMER_CONDITION_NAMES)]
@@ -60,7 +60,7 @@ class DataFlags(Flags):
     """Folder with images and a meta.jsonl (or metadata.jsonl) that has one object per image, with image, text and, if
     the task has conditions, conditioning_image; paths are absolute or relative to the folder. Or images with captions
     in .txt files of the same names, or parquet files, or anything else that `datasets` loads; for training without
-    text, also a folder of images alone."""
+    text, also a folder of only images."""
 
     train_shards_path_or_url: Adjustable[str | None] = None
     """Shards of a WebDataset to stream: paths or URLs of tar files, such as data/{00000..00099}.tar. The columns are
@@ -104,7 +104,7 @@ class DataFlags(Flags):
     """How images are resized."""
 
     use_fix_crop_and_size: bool = False
-    """Condition SDXL as if every image were uncropped and of --resolution, whatever its size and crop."""
+    """Condition SDXL as if every image were uncropped and had --resolution, whatever its size and crop."""
 
     center_crop: bool = False
     """Crop the center instead of a random place."""
@@ -125,8 +125,8 @@ class DataFlags(Flags):
     """Folder for cached latents. Default: latents in --cache_dir."""
 
     max_unreadable_share: Adjustable[float | int] = 0.01
-    """Abort when more than this share of the images, and more than 10, are missing or damaged; until then other images
-    replace them. 0 aborts at the first."""
+    """Abort when more than this fraction of the images, and more than 10, are missing or damaged; until then other
+    images replace them. 0 aborts at the first."""
 
     def check(self) -> None:
         """Also rejects a folder that does not exist."""
@@ -148,7 +148,7 @@ class DataFlags(Flags):
         streams = "--streaming" if self.streaming else "--train_shards_path_or_url"
         if self.cache_latents and (self.streaming or self.train_shards_path_or_url):
             raise ValueError(
-                f"--cache_latents needs the whole data set, which {streams} does not read: remove one of them."
+                f"--cache_latents needs the complete data set, which {streams} does not read: remove one of them."
             )
 
     @property
@@ -186,14 +186,14 @@ def open_data(
     """Opens the data and checks it, before anything else is loaded.
 
     Args:
-      flags: the user's.
+      flags: the user's flags.
       batch_size: samples per optimizer step, over all processes.
       condition: the origin of "conditioning".
       has_text: whether captions are read.
       has_images: whether images, and with them conditions, are read.
 
     Raises:
-      ValueError: for flags that make no sense, and data that do not exist or are too few.
+      ValueError: for flags that make no sense, and data that does not exist or is too small.
     """
     flags.check()
     if flags.cache_latents and not has_images:
@@ -223,23 +223,23 @@ def load_data(
     """Makes a loader of the batches of the data.
 
     Args:
-      flags: the user's.
-      tokenize: for captions; called in this process, with as many texts as a batch has samples. ``None`` reads no
+      flags: the user's flags.
+      tokenize: tokenizes captions; called in this process, with as many texts as a batch has samples. ``None`` reads no
         captions, and the data need not have any.
       batch_size: samples per optimizer step, over all processes.
-      seed: of order, crops, flips, captions and conditions.
+      seed: the seed of order, crops, flips, captions and conditions.
       condition: the origin of "conditioning".
-      source: the result of `open_data`. Default: the data are opened here.
+      source: the result of `open_data`. Default: the data is opened here.
       time_ids: whether to add SDXL's sizes, "time_ids".
       encoders: for --cache_latents, whose cache is built in this call.
-      process_index: index of this process, which reads the part of each batch that lies on its devices, or a separate
-        part of a stream.
+      process_index: index of this process, which reads the part of each batch for its devices, or a separate part of a
+        stream.
       process_count: number of processes.
 
     Returns:
       Batches with "pixels" if the source has images, "conditioning" if there is a condition, "input_ids" if there is a
-      tokenizer, and "time_ids" if requested. Cached latents give "moments" in place of "pixels", and "context" (and
-      "pooled") in place of "input_ids".
+      tokenizer, and "time_ids" if requested. Cached latents give "moments" instead of "pixels", and "context" (and
+      "pooled") instead of "input_ids".
 
     Raises:
       ValueError: under the conditions of `open_data`, and for images that cannot be read.
@@ -273,16 +273,16 @@ def cache_data(
     time_ids: bool = False,
     part: Part,
 ) -> Path | None:
-    """Computes a part of the cache that a training with these flags and --cache_latents reads.
+    """Computes a part of the cache that a training run with these flags and --cache_latents reads.
 
     Args:
-      flags: the user's.
-      tokenize: for captions.
+      flags: the user's flags.
+      tokenize: tokenizes captions.
       source: the result of `open_data`.
-      encoders: the networks whose results are cached.
+      encoders: the networks whose outputs are cached.
       condition: the origin of "conditioning".
       time_ids: whether the model takes SDXL's sizes.
-      part: which part.
+      part: the part to compute.
 
     Returns:
       The folder of the cache; ``None`` as long as other parts are missing.
@@ -290,7 +290,7 @@ def cache_data(
     Raises:
       ValueError: under the conditions of `load_data`.
     """
-    reader = _reader(flags, source, condition, 0, time_ids)  # what depends on the seed is not cached
+    reader = _reader(flags, source, condition, 0, time_ids)  # nothing that depends on the seed is cached
     workers, share = flags.dataloader_num_workers, flags.max_unreadable_share
     root = _cache_root(flags)
     return cache_part(root, reader, tokenize, encoders, part, workers=workers, max_unreadable_share=share)

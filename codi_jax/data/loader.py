@@ -1,6 +1,6 @@
-"""The iterator that training draws batches from, and what reads ahead for it.
+"""The iterator that training draws batches from, and its read-ahead.
 
-A batch of a data set with random access is a function of its number, which is the whole state: it depends neither on
+A batch of a data set with random access is a function of its number, which is the complete state: it depends neither on
 workers nor on the number of processes nor on interruptions. grain reads ahead.
 """
 
@@ -23,7 +23,7 @@ Tokenize = Callable[[list[str]], Mapping[str, Int[np.ndarray, "n s"]]]
 """Texts to token ids, for each text encoder."""
 
 _MIN_UNREADABLE = 10  # unreadable images that are always tolerated, unless the share is 0
-_MAX_BATCHES = 2**40  # grain wants a length
+_MAX_BATCHES = 2**40  # grain needs a length
 _THREADS = 4
 
 _log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Loader:
     """Endless batches: epoch after epoch, each in a different order.
 
     Attributes:
-      samples_per_epoch: over all processes; ``None`` for a stream.
+      samples_per_epoch: samples per epoch, over all processes; ``None`` for a stream.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class Loader:
         samples_per_epoch: int | None,
         max_unreadable_share: float | int,
     ) -> None:
-        """Made by `codi_jax.data.load_data`.
+        """Created by `codi_jax.data.load_data`.
 
         Args:
-          open_at: opens an iterator of batches at a cursor, ``None`` for the start. Beside its arrays each batch holds
+          open_at: opens an iterator of batches at a cursor, ``None`` for the start. Besides its arrays, each batch has
             "cursor", JSON of where the next one starts, and "unreadable", pairs of a key and a reason for each image
             that was replaced.
           identity: the values that a state must share to be restored.
@@ -74,7 +74,7 @@ class Loader:
         """The next batch of this process.
 
         Raises:
-          ValueError: if too many images cannot be read, or images of a sample do not fit.
+          ValueError: if too many images cannot be read, or a sample's images do not fit each other.
         """
         if self._iterator is None:
             self._iterator = iter(self._open_at(self._cursor))
@@ -88,9 +88,9 @@ class Loader:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """The state after the batches handed out so far, as JSON.
+        """The state after the batches returned so far, as JSON.
 
-        Of a stream, each process has a separate state; otherwise that of one process serves any number of them.
+        For a stream, each process has a separate state; otherwise one process's state serves any number of them.
         """
         return {
             **self._identity,
@@ -108,7 +108,7 @@ class Loader:
         for name, value in self._identity.items():
             if state.get(name, value) != value:  # older checkpoints say less
                 raise ValueError(
-                    f"the data is not that of the checkpoint: its {name.replace('_', ' ')} is {value}, "
+                    f"the data is not the checkpoint's: its {name.replace('_', ' ')} is {value}, "
                     f"and was {state.get(name)}; restore the flags, or start over without --resume_from_checkpoint."
                 )
         self.close()
@@ -137,8 +137,8 @@ def refuse_too_many(count: int, tried: int, share: float | int, last: str) -> No
     Args:
       count: number of unreadable images.
       tried: number of all images so far.
-      share: share that is tolerated, as are 10 images; 0 tolerates none.
-      last: what was wrong with the last one.
+      share: the tolerated fraction, besides 10 images; 0 tolerates none.
+      last: the problem with the last one.
 
     Raises:
       ValueError: if too many images are unreadable.
@@ -155,9 +155,9 @@ class ProcessShard:
     """The part of every batch that one process reads.
 
     Attributes:
-      batch_size: over all processes.
-      index: of the process.
-      count: number of processes.
+      batch_size: the batch size over all processes.
+      index: the process's index.
+      count: the number of processes.
 
     Raises:
       ValueError: if the batch cannot be divided.
@@ -179,8 +179,8 @@ class ProcessShard:
     def positions(self, first: int) -> Int[np.ndarray, "b"]:
         """The positions of its samples, in the batch that starts at position ``first``.
 
-        They are consecutive, as on the devices. So several processes together read the batch of a single one, and the
-        noise, which belongs to places in the batch, meets the same samples.
+        They are consecutive, as on the devices. So several processes together read the same batch as a single one, and
+        the noise, which belongs to positions in the batch, meets the same samples.
         """
         return first + self.index * self.size + np.arange(self.size)
 
@@ -190,18 +190,18 @@ class Order:
     """The sample at each position of the endless sequence of epochs, every one of which is shuffled differently.
 
     An epoch takes eight bytes per sample. grain's shuffle takes none, but is slow on small data: its cipher of 16 bits
-    is repeated until the result lies within the data.
+    is repeated until the result is within the data.
 
     Attributes:
-      length: of an epoch.
-      seed: of the order.
+      length: the length of an epoch.
+      seed: the seed of the order.
     """
 
     length: int
     seed: int
 
     def __call__(self, positions: Int[np.ndarray, "b"]) -> tuple[Int[np.ndarray, "b"], Int[np.ndarray, "b"]]:
-        """The samples at these positions, and the epochs that the positions lie in."""
+        """The samples at these positions, and the epochs of the positions."""
         epochs, places = np.divmod(positions, self.length)
         rows = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
@@ -210,7 +210,7 @@ class Order:
         return rows, epochs
 
 
-@lru_cache(maxsize=2)  # a batch can lie in two epochs
+@lru_cache(maxsize=2)  # a batch can span two epochs
 def _permutation(length: int, seed: int, epoch: int) -> Int[np.ndarray, "n"]:
     return np.random.default_rng((seed, epoch)).permutation(length)
 
@@ -220,9 +220,9 @@ class Batches:
     """All batches of a run by number, a sequence that grain reads in any order, in threads or processes.
 
     Attributes:
-      order: of samples.
+      order: the order of samples.
       read: makes a batch.
-      shard: of this process.
+      shard: this process's shard.
       start: position of the first sample of the first batch.
     """
 
@@ -251,7 +251,7 @@ def read_ahead(batches: Any, workers: int) -> grain.IterDataset:
     if not workers:
         options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
     elif not absl_flags.FLAGS.is_parsed():
-        absl_flags.FLAGS.mark_as_parsed()  # grain asks absl, which does not answer before a command line was read
+        absl_flags.FLAGS.mark_as_parsed()  # grain asks absl, which fails before a command line was parsed
     read = grain.MapDataset.source(batches).to_iter_dataset(options)
     return read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1))
 
@@ -260,8 +260,8 @@ def tokenized(batches: grain.IterDataset, tokenize: Tokenize | None) -> grain.It
     """Replaces captions by token ids, in a thread of this process: the tokenizer need not be sent to others.
 
     Args:
-      batches: with "captions", unless there is no tokenizer.
-      tokenize: texts to ids; ``None`` for data without texts.
+      batches: batches with "captions", unless there is no tokenizer.
+      tokenize: maps texts to ids; ``None`` for data without texts.
     """
 
     def replace(batch: Batch) -> Batch:

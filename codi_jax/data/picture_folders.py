@@ -1,4 +1,4 @@
-"""Folders of pictures without a table: captions lie beside them, in .txt files of the same names."""
+"""Folders of pictures without a table: captions are next to them, in .txt files with the same names."""
 
 from collections.abc import Iterator
 from pathlib import PurePosixPath
@@ -6,13 +6,13 @@ from pathlib import PurePosixPath
 from codi_jax.data.files import Folder
 
 TABLES = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".arrow", ".tar")
-"""Extensions of files that list samples: a folder with such a file is read by that list."""
+"""Extensions of files that list samples: a folder with such a file is read from that list."""
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def images_in(folder: Folder) -> Iterator[str]:
-    """The paths of all images in it, relative to it."""
+    """The paths of all images in a folder, relative to it."""
     root = folder.locate().rstrip("/")
     for path in folder.fs.find(root):
         if PurePosixPath(path).suffix.lower() in PICTURES:
@@ -41,5 +41,5 @@ def caption_path(path: str) -> str:
 
 
 def caption_text(content: bytes) -> str:
-    """The text of a caption's file, on one line; invalid UTF-8 becomes U+FFFD."""
+    """The text of a caption file, on one line; invalid UTF-8 becomes U+FFFD."""
     return " ".join(content.decode("utf-8-sig", "replace").replace("\0", " ").split())

@@ -1,6 +1,6 @@
 """Arrays on disk that are written row by row and read in any order, with a checksum for each row.
 
-An array lies in ``<name>.npy``, and beside it in ``<name>.crc32.npy`` the CRC-32 of each of its rows, or of each view
+An array is in ``<name>.npy``, and next to it ``<name>.crc32.npy`` has the CRC-32 of each of its rows, or of each view
 of a row for arrays that hold several.
 """
 
@@ -34,7 +34,7 @@ class RowFile:
     Attributes:
       file: the path.
       array: memory-mapped.
-      checksums: with the leading axes of the array; ``None`` if it was written without.
+      checksums: checksums with the leading axes of the array; ``None`` if it was written without.
     """
 
     file: Path
@@ -66,7 +66,7 @@ def open_rows(folder: Path) -> dict[str, RowFile]:
     """The arrays in a folder by name.
 
     Raises:
-      DamagedRowsError: if a file is truncated, or its checksums are not those of its rows.
+      DamagedRowsError: if a file is truncated, or its checksums do not match its rows.
     """
     arrays = {file.name.removesuffix(".npy"): _map(file) for file in sorted(folder.glob("*.npy"))}
     found = {}
@@ -81,13 +81,13 @@ def open_rows(folder: Path) -> dict[str, RowFile]:
 
 
 def save_rows(file: Path, array: Shaped[np.ndarray, "rows ..."]) -> None:
-    """Writes a whole array as `RowWriter` does."""
+    """Writes a complete array as `RowWriter` does."""
     np.save(file, array)
     np.save(file.with_suffix(f"{_CHECKSUMS}.npy"), _crc32(array, 1))
 
 
 def create(file: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
-    """A new array of zeros whose space on the disk is allocated at once.
+    """A new array of zeros whose disk space is allocated at once.
 
     Otherwise a full disk would end the process with SIGBUS when the memory-mapped file is written.
 
@@ -114,8 +114,8 @@ class RowWriter:
     """Writes arrays of a known number of rows in order; after an interruption it knows how many are written.
 
     Args:
-      folder: of the files.
-      name: of the group of arrays that are written together.
+      folder: the files' folder.
+      name: the name of the group of arrays that are written together.
       length: number of rows of each.
       views: names of the arrays whose second axis holds views, which are read one at a time.
     """
@@ -153,7 +153,7 @@ class RowWriter:
 
 
 def _crc32(array: Shaped[np.ndarray, "rows ..."], axes: int) -> UInt32[np.ndarray, "rows ..."]:
-    """The CRC-32 of what lies behind the leading axes."""
+    """The CRC-32 of the data behind the leading axes."""
     shape = array.shape[:axes]
     items = np.ascontiguousarray(array).reshape(math.prod(shape), -1).view(np.uint8)
     return np.array([zlib.crc32(item.data) for item in items], np.uint32).reshape(shape)
@@ -167,7 +167,7 @@ def _map(file: Path) -> np.ndarray:
 
 
 def _read_progress(file: Path) -> dict[str, Any]:
-    """What `RowWriter.keep` has written; nothing if the file does not exist or is damaged."""
+    """The progress that `RowWriter.keep` wrote; none if the file does not exist or is damaged."""
     try:
         kept = read_object(file, "the rows are computed again")
     except (OSError, JsonError):

@@ -18,13 +18,13 @@ from codi_jax.data.sources import Source, describe_row
 from codi_jax.io.decoding import MAX_MEGAPIXELS
 
 Batch = dict[str, Any]
-"""Arrays of one size along their first axis, by name; "input_ids" is a dict of them."""
+"""Arrays with the same size along their first axis, by name; "input_ids" is a dict of them."""
 
 Read = Callable[[Int[np.ndarray, "b"], Int[np.ndarray, "b"]], Batch]
 """Makes a batch of row numbers and their epochs, and lists in "unreadable" the rows that it replaced."""
 
 MAX_IN_A_ROW = 20
-"""The number of consecutive unreadable images that ends the training."""
+"""The number of consecutive unreadable images that stops training."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Transform:
       center_crop: whether the crop is taken from the center, instead of a random place.
       random_flip: whether half of the samples are mirrored.
       proportion_empty_prompts: probability of replacing a caption by an empty one.
-      interpolation: of the resizing.
+      interpolation: how images are resized.
       fixed_sizes: whether SDXL is conditioned as if every picture were uncropped and of the crop's size.
       max_megapixels: size limit of a picture.
     """
@@ -50,7 +50,7 @@ class Transform:
     max_megapixels: float | int = MAX_MEGAPIXELS
 
     def time_ids(self, placement: Placement | None) -> Float[np.ndarray, "6"]:
-        """SDXL's size conditioning of a sample; one without a picture counts as uncropped and of this resolution."""
+        """SDXL's size conditioning of a sample; without a picture, it counts as uncropped with this resolution."""
         size = (self.resolution, self.resolution)
         whole = Placement(size, size, (0, 0), self.resolution)
         return (whole if self.fixed_sizes or placement is None else placement).time_ids()
@@ -60,8 +60,8 @@ class Choices:
     """The random choices of one sample in one epoch.
 
     Attributes:
-      position: of the crop, vertical and horizontal, in [0, 1).
-      rng: for the condition.
+      position: the crop's position, vertical and horizontal, in [0, 1).
+      rng: the generator for the condition.
     """
 
     def __init__(self, seed: int, row: int, epoch: int) -> None:
@@ -74,12 +74,12 @@ class Choices:
         return transform.random_flip and self._flip < 0.5
 
     def caption(self, count: int, transform: Transform) -> int | None:
-        """The index of the caption to take, of ``count``; ``None`` for an empty one."""
+        """The index of the caption to use, out of ``count``; ``None`` for an empty one."""
         return None if self._empty < transform.proportion_empty_prompts else int(self._caption * count)
 
 
 def substitute(seed: int, row: int, epoch: int, attempt: int, length: int) -> int:
-    """The row that replaces one that cannot be read; attempts count from 1."""
+    """The row that replaces an unreadable one; attempts count from 1."""
     return int(np.random.default_rng((seed, row, epoch, attempt)).integers(length))
 
 
@@ -88,10 +88,10 @@ class Reader:
     """Reads samples.
 
     Attributes:
-      source: of the samples.
-      transform: of each.
+      source: the source of the samples.
+      transform: the preprocessing of each sample.
       condition: makes conditions from images, if no column holds them.
-      seed: of all random choices.
+      seed: the seed of all random choices.
       time_ids: whether to add SDXL's sizes.
     """
 
@@ -112,9 +112,9 @@ class Reader:
         """Makes the arrays of one sample, and its caption under "captions" if the source has them.
 
         Args:
-          row: of the source.
-          number: of the row.
-          epoch: which its random choices depend on.
+          row: a row of the source.
+          number: the row's number.
+          epoch: the epoch, which random choices depend on.
 
         Raises:
           UnreadableImageError: if one of its images is missing or damaged.
@@ -181,6 +181,6 @@ class Reader:
 
 
 def stack(samples: Sequence[Batch]) -> Batch:
-    """Samples to a batch: arrays are stacked, captions listed."""
+    """Combines samples into a batch: arrays are stacked, captions listed."""
     columns = {name: [sample[name] for sample in samples] for name in samples[0]}
     return {name: column if name == "captions" else np.stack(column) for name, column in columns.items()}

@@ -1,8 +1,8 @@
-"""Rows of WebDataset shards: tar files in which the files of a sample follow each other, and their endings are columns.
+"""Rows of WebDataset shards: tar files where the files of a sample are consecutive and their extensions are columns.
 
-A shard is someone else's file: one that is cut off, a caption that is not UTF-8 or is missing, and a member that would
-fill the memory cost no more than themselves, but for the sample right before damage, of which nobody knows whether it
-is whole. Only members that are wanted are read.
+A shard is someone else's file: a truncated shard, a caption that is not UTF-8 or is missing, and a member that would
+fill the memory cost no more than themselves, except for the sample right before damage, which may be incomplete. Only
+requested members are read.
 """
 
 import io
@@ -25,16 +25,16 @@ from codi_jax.data.access import is_web
 from codi_jax.data.files import Folder
 
 PROBLEM = "__problem__"
-"""Column of what cannot be read: the reason, or ``None`` where all is well."""
+"""Column with the reason why a sample cannot be read, or ``None``."""
 
 _PICTURES = ("jpg", "png", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm", "pgm", "pnm")
 _TEXTS = ("txt", "text", "caption")
 _USUAL = {"image": ("file_name", *_PICTURES), "text": ("caption", "txt")}  # for columns with their default names
 _COMPRESSIONS = {"gz": "gzip", "bz2": "bz2", "xz": "xz", "zst": "zstd", "lz4": "lz4"}
-_LOOKED_AT = 20  # samples, to see which columns there are
+_LOOKED_AT = 20  # samples to look at for finding columns
 _LARGEST = 2**26  # bytes of a member
-_RATIO = 100  # what is compressed may unpack to so many times its size,
-_FREE = 2**16, 2**26  # or to so many bytes: of a member and of a shard
+_RATIO = 100  # compressed data may unpack to this many times its size,
+_FREE = 2**16, 2**26  # or to this many bytes: of a member and of a shard
 _LARGEST_HEADER = 2**20
 _BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 _HEADERS = (
@@ -47,7 +47,7 @@ _HEADERS = (
 
 
 def endings_for(column: str) -> tuple[str, ...]:
-    """The endings of the members that a column of this name is read from; of several the first that is there."""
+    """The extensions of the members that a column with this name is read from; the first existing one counts."""
     name = _plain(column.lower())
     return tuple(dict.fromkeys([name, *_USUAL.get(name, ()), *(f"{name}.{each}" for each in (*_PICTURES, *_TEXTS))]))
 
@@ -72,7 +72,7 @@ def endings_in(files: Sequence[str]) -> list[str]:
 
 
 def stream(files: Sequence[str], pictures: Sequence[str], texts: Sequence[str]) -> IterableDataset:
-    """The samples of shards, one after the other.
+    """The samples of shards, one after another.
 
     Args:
       files: the shards, paths or URLs.
@@ -109,7 +109,7 @@ class _Sample:
 
 
 def _rows(shards: list[tuple[str, str]], pictures: tuple[str, ...], texts: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """`datasets` divides the list of shards, and counts the rows of each to go on where it was."""
+    """`datasets` divides the list of shards, and counts the rows of each to resume where it was."""
     for file, _ in shards:
         yield from _rows_of(file, pictures, texts)
 
@@ -139,7 +139,7 @@ def _rows_of(file: str, pictures: Sequence[str], texts: Sequence[str]) -> Iterat
     if missing:
         _warn(f"{missing} of the {number} samples in {file} have no caption: theirs is the empty text.")
     if wrong:
-        _warn(f"{len(wrong)} captions in {file} are not UTF-8, the first {wrong[0]}: what is wrong becomes U+FFFD.")
+        _warn(f"{len(wrong)} captions in {file} are not UTF-8, the first {wrong[0]}: invalid bytes become U+FFFD.")
 
 
 def _warn(text: str) -> None:
@@ -161,15 +161,15 @@ def _text(found: tuple[str, bytes] | None, wrong: list[str]) -> str | None:
 
 
 def _samples(file: str, wanted: set[str] | None) -> Iterator[_Sample]:
-    """The samples of a shard with their wanted members, or without contents but all endings."""
-    options = {"encoded": True}  # addresses are signed as they are
+    """The samples of a shard with their requested members, or without contents but with all extensions."""
+    options = {"encoded": True}  # URLs are signed as they are
     config = datasets.DownloadConfig(storage_options={"http": options, "https": options} if is_web(file) else {})
     with xopen(file, "rb", download_config=config) as opened:
         raw = _Counted(opened)
         with tarfile.open(fileobj=raw, mode="r|*", tarinfo=_Member) as tar:  # type: ignore[call-overload]
             sample = _Sample("")
             for member in tar:
-                tar.members = []  # which it would collect
+                tar.members = []  # otherwise it would collect them
                 key, ending = _split(member.name)
                 if not member.isreg() or member.issparse() or not ending:
                     continue
@@ -201,7 +201,7 @@ def _add(sample: _Sample, ending: str, member: tarfile.TarInfo, tar: tarfile.Tar
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The key of a member's sample and its ending, which starts at the first dot; no ending if it is of none."""
+    """The key of a member's sample and its extension, which starts at the first dot; empty if it is in no sample."""
     path = PurePosixPath(name)
     stem, _, ending = path.name.partition(".")
     if not stem or stem.startswith("__"):
@@ -210,7 +210,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _plain(ending: str) -> str:
-    """The ending without that of a compression."""
+    """The extension without a compression suffix."""
     front, _, last = ending.rpartition(".")
     return front if front and last in _COMPRESSIONS else ending
 
@@ -228,7 +228,7 @@ def _unpacked(name: str, data: bytes) -> bytes:
 
 
 class _Counted:
-    """A file, with how much was read of it."""
+    """A file that counts how much was read from it."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -241,7 +241,7 @@ class _Counted:
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose header, where it is damaged, is an error, and not the end of the file."""
+    """A member whose damaged header is an error, not the end of the file."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_Member":

@@ -1,7 +1,7 @@
 """The sources of samples: the hub, folders of images with a meta.jsonl, parquet, data saved by `datasets`, tar files.
 
-A folder may lie on an object store: every path may also be a URL that `fsspec` opens.
-Images stay encoded here, and are decoded when a sample is read: see `codi_jax.data.images`.
+A folder may be on an object store: every path may also be a URL that `fsspec` opens. Images stay encoded here, and are
+decoded when a sample is read: see `codi_jax.data.images`.
 """
 
 import hashlib
@@ -43,10 +43,10 @@ class Source:
     """The samples of a data set, not decoded.
 
     Attributes:
-      rows: of the columns below; images as bytes or paths.
-      columns: their names.
+      rows: rows with the columns below; images as bytes or paths.
+      columns: the columns' names.
       access: which paths and addresses in the rows are allowed.
-      name: of the data set, for messages.
+      name: the data set's name, for messages.
       fingerprint: changes when the data does.
     """
 
@@ -60,12 +60,12 @@ class Source:
         return len(self.rows) if isinstance(self.rows, Dataset) else 0
 
     def row(self, number: int) -> dict[str, Any]:
-        """The row of this number, of a source that is not a stream."""
+        """The row with this number, for a source that is not a stream."""
         assert isinstance(self.rows, Dataset)
         return self.rows[number]
 
     def content_digest(self) -> str:
-        """SHA-256 of the number of rows and some of them, wherever the data lie; for a stream, of its columns alone."""
+        """SHA-256 of the number of rows and some of them, wherever the data is; for a stream, only of its columns."""
         digest = hashlib.sha256(json.dumps(self.columns.names()).encode())
         if isinstance(self.rows, Dataset):
             digest.update(f"{len(self)}".encode())
@@ -76,7 +76,7 @@ class Source:
 
     @property
     def is_streaming(self) -> bool:
-        """Whether rows can only be read in order, and their number is not known."""
+        """Whether rows can only be read in order, and their number is unknown."""
         return isinstance(self.rows, IterableDataset)
 
 
@@ -112,17 +112,17 @@ def open_source(
       dataset_config_name: its configuration.
       train_data_dir: a folder.
       train_shards: tar files of a WebDataset.
-      train_prompts: a file of texts alone, one per line, or of parquet.
+      train_prompts: a file of texts only, one per line or as parquet.
       load_from_disk: whether the folder was written by `datasets`' save_to_disk, which is also recognized without it.
       streaming: whether rows are read in order, without downloading all first.
-      cache_dir: of `datasets`.
-      image_column: name of a column; ``None`` for training on texts alone.
+      cache_dir: the cache of `datasets`.
+      image_column: name of a column; ``None`` for training on texts only.
       caption_column: name of a column; ``None`` for training without text.
       condition_column: name of a column; ``None`` for a task without conditions.
       condition_is_optional: whether the condition column may be missing.
       max_train_samples: number of the first samples to take. Default: all.
       allow_outside_paths: whether paths in tables may lead out of the folder.
-      allow_private_addresses: whether addresses in tables may be of this machine and its local network.
+      allow_private_addresses: whether tables may have addresses on this machine and its local network.
 
     Raises:
       ValueError: if the data set does not exist, lacks a column, or has no rows.
@@ -190,7 +190,7 @@ def require_folder(path: str) -> None:
 
 
 def files_fingerprint(source: Source) -> str:
-    """A digest of the data set's fingerprint, and of the sizes and dates of the image files that it names.
+    """A digest of the data set's fingerprint and of the sizes and dates of the image files that it names.
 
     Args:
       source: a source that is not a stream.
@@ -213,7 +213,7 @@ def files_fingerprint(source: Source) -> str:
 
 
 def _from_listed_files(request: _Request, streaming: bool) -> Source | None:
-    """A folder of images that a meta.jsonl lists, or with captions beside them; ``None`` for any other data."""
+    """A folder of images listed in a meta.jsonl, or with captions next to them; ``None`` for any other data."""
     metadata = next((name for name in METADATA_FILES if request.folder.has(name)), None)
     captions = {} if metadata is not None else _captions_beside(request)
     if metadata is not None:
@@ -238,7 +238,7 @@ def _from_table(
 
 def _from_rows(rows: Rows, request: _Request) -> Source:
     where = request.where
-    # select_columns and casts change the fingerprint by hashes of code: that of the data is taken first.
+    # select_columns and casts change the fingerprint by hashes of code: the data's own is taken first.
     fingerprint = f"{where} {rows._fingerprint}" if isinstance(rows, Dataset) else where
     names = rows.column_names
     if names is None:
@@ -298,7 +298,7 @@ def _from_metadata(name: str, request: _Request) -> Source:
 def _from_values(
     values: Mapping[str, list[Any]], columns: Columns, access: Access, name: str, folder: Folder
 ) -> Source:
-    """A source of columns in memory, whose fingerprint is that of all ``values``."""
+    """A source of columns in memory, whose fingerprint covers all ``values``."""
     digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
     rows = Dataset.from_dict({column: values[column] for column in columns.names()})
     where = str(Path(name).absolute()) if folder.is_local else name
@@ -312,7 +312,7 @@ def _warn_of_missing(captions: Sequence[Any], what: str) -> None:
 
 
 def _captions_beside(request: _Request) -> dict[str, str | None]:
-    """The captions of a folder of pictures, if it is one and they are asked for by the usual name."""
+    """The captions of a folder of pictures, if it is one and they are requested by the usual name."""
     if request.columns.caption not in ("text", *FALLBACKS["text"]) or was_saved(request.folder):
         return {}
     return captions_in(request.folder)

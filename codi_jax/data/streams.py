@@ -1,8 +1,8 @@
 """Batches of data that can only be read in order.
 
-The state is that of the rows, which `datasets` keeps, at the start of the window that is being shuffled; to resume, the
-window is read again. So the batches after a resume are those of an uninterrupted run, as long as the data are the same.
-A window may lie in two epochs, whose rows are then shuffled together.
+The state is the rows' state, which `datasets` keeps, at the start of the window that is being shuffled; to resume, the
+window is read again. So the batches after a resume equal those of an uninterrupted run, as long as the data is the
+same. A window may span two epochs, whose rows are then shuffled together.
 """
 
 import copy
@@ -26,16 +26,16 @@ WINDOW = 1000
 _MIN_THREADS = 4
 
 StreamRow = tuple[int, int, dict[str, Any]]
-"""Number in the epoch, epoch, and columns."""
+"""Index in the epoch, epoch, and columns."""
 
 
 class StreamBatches(grain.IterDataset):
     """Batches of one process, whose images are read in threads; unreadable ones are skipped.
 
     Args:
-      reader: of a source that is a stream.
-      shard: of this process. It reads whole files if their number is a multiple of the number of processes, otherwise
-        some rows of every file.
+      reader: the reader of a stream source.
+      shard: this process's shard. It reads whole files if their number is a multiple of the number of processes,
+        otherwise some rows of every file.
       threads: number of threads that read images, at least four.
       window: number of samples that are shuffled at a time. Default: `WINDOW`.
     """
@@ -44,7 +44,7 @@ class StreamBatches(grain.IterDataset):
         super().__init__()
         rows, window = _Rows(reader, shard), window or WINDOW
         ahead = grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=window)
-        # grain adds the window's number to the seed, so that of seed 0 and of seed 1 must be further apart.
+        # grain adds the window's number to the seed, so the seeds for seed 0 and seed 1 must be further apart.
         mixed = int(np.random.SeedSequence(reader.seed).generate_state(1)[0]) // 2
         self._rows = grain.experimental.WindowShuffleIterDataset(ahead, window_size=window, seed=mixed)
         self._reader = reader
@@ -110,7 +110,7 @@ class _Rows(grain.IterDataset):
     def __iter__(self) -> grain.DatasetIterator:
         rows = self._reader.source.rows
         assert isinstance(rows, IterableDataset)
-        # The place in the data is kept in the object: each iterator needs one of its own.
+        # The position in the data is kept in the object: each iterator needs its own.
         rows = split_dataset_by_node(copy.deepcopy(rows), rank=self._shard.index, world_size=self._shard.count)
         return _RowIterator(rows, self._shard, self._reader.source.name)
 

@@ -30,7 +30,7 @@ class WebDatasetShards:
     Attributes:
       files: the tar files, paths or URLs.
       is_table: whether all of them are read first, for random access.
-      cache_dir: of `datasets`, for such a table.
+      cache_dir: the cache of `datasets`, for such a table.
     """
 
     files: tuple[str, ...]
@@ -39,18 +39,18 @@ class WebDatasetShards:
 
 
 SAVED = ("dataset_dict.json", "state.json")
-"""What save_to_disk leaves in a folder."""
+"""The files that save_to_disk writes into a folder."""
 
 
 def was_saved(folder: Folder) -> bool:
-    """Whether the folder holds what save_to_disk writes."""
+    """Whether the folder was written by save_to_disk."""
     return any(folder.has(name) for name in SAVED)
 
 
 def load_table(
     where: str, folder: Folder, config: str | None, load_from_disk: bool, streaming: bool, cache_dir: str | None
 ) -> Rows | WebDatasetShards:
-    """The training split of anything that `datasets` can load; of a WebDataset the shards, which we read ourselves.
+    """The training split of anything that `datasets` can load; for a WebDataset its shards, which we read ourselves.
 
     Raises:
       ValueError: if it cannot be loaded.
@@ -99,7 +99,7 @@ def text_options(ending: str) -> dict[str, Any]:
 
 
 def load_prompts(file: Path, wanted: Columns) -> Dataset:
-    """The texts of a file: its lines without the empty ones, or the columns of parquet.
+    """The texts of a file: its non-empty lines, or the columns of parquet.
 
     Raises:
       ValueError: if the file does not exist, cannot be read, or is empty.
@@ -112,7 +112,7 @@ def load_prompts(file: Path, wanted: Columns) -> Dataset:
         except Exception as error:
             raise ValueError(f"--train_prompt_path {file} could not be read as parquet: {error}.") from error
     try:
-        # Not str.splitlines, which cuts at U+2028, U+0085 and vertical tabs, too: they stand in captions of the web.
+        # Not str.splitlines, which also splits at U+2028, U+0085 and vertical tabs: web captions contain them.
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError:
         raise ValueError(
@@ -133,7 +133,7 @@ def _remote_files(folder: Folder) -> tuple[str, dict[str, list[str]]]:
 
 
 def find_shards(pattern: str) -> WebDatasetShards:
-    """The tar files of a pattern, to be read as a stream."""
+    """The tar files of a pattern, to read as a stream."""
     files = [file if is_url(file) else str(Path(file).expanduser()) for file in _expanded(pattern)]
     missing = [file for file in files if not is_url(file) and not Path(file).is_file()]
     if missing:

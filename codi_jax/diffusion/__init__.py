@@ -1,1 +1,1 @@
-"""The mathematics of noise: schedules, samplers, guidance and losses, as functions of arrays."""
+"""The math of diffusion noise: schedules, samplers, guidance and losses, as functions of arrays."""

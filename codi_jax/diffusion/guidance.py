@@ -1,7 +1,7 @@
-"""Guidance: several predictions at one z_t, for several conditions, as one.
+"""Guidance: combines the predictions for several conditions at one z_t into one.
 
 A `Guidance` says which predictions are needed, in which order they are stacked into one batch, and how they are
-combined; losses and samplers hand it to `codi_jax.pipeline.prediction.predict` alike.
+combined. Both losses and samplers pass it to `codi_jax.pipeline.prediction.predict`.
 """
 
 from dataclasses import dataclass, field
@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, Num
 from codi_jax.diffusion.schedule import Latents
 
 Scale = Num[ArrayLike, ""] | Num[ArrayLike, " b"]
-"""A guidance scale: one for all samples, or one for each."""
+"""A guidance scale: one for all samples, or one per sample."""
 Branch = Literal["null", "image_only", "full"]
-"""A condition that a prediction is needed for: neither text nor image, the image and the null text, or everything."""
+"""A condition to predict for: neither text nor image, the image and the null text, or everything."""
 Tree = TypeVar("Tree")
 
 _STATIC = {"static": True}
@@ -27,7 +27,7 @@ _STATIC = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Guidance:
-    """How the predictions for several conditions become one; made by its class methods.
+    """How the predictions for several conditions become one; create it with the class methods.
 
     Example:
       >>> guidance = Guidance.classifier_free(7.5)
@@ -37,8 +37,8 @@ class Guidance:
     Attributes:
       branches: the conditions to predict for, in the order in which they are stacked.
       is_embedded: whether the network takes the guidance as an input, so that one prediction is enough.
-      scale: of the text; LCM's weight w, the scale minus one, if it is embedded.
-      image_scale: of the source image of an edit, likewise.
+      scale: the text's guidance scale; if it is embedded, LCM's weight w, the scale minus one.
+      image_scale: the same for the source image of an edit.
     """
 
     branches: tuple[Branch, ...] = field(default=("full",), metadata=_STATIC)
@@ -57,28 +57,28 @@ class Guidance:
 
         Args:
           w: the guidance scale minus one.
-          w_image: likewise of the image, for a network that takes both.
+          w_image: the image's guidance scale minus one, for a network that takes both.
         """
         return cls(is_embedded=True, scale=w, image_scale=w_image)
 
     @classmethod
     def classifier_free(cls, scale: Scale) -> "Guidance":
-        """Away from neither text nor image, by `classifier_free_guidance`."""
+        """Guides away from the unconditional prediction, see `classifier_free_guidance`."""
         return cls(("null", "full"), scale=scale)
 
     @classmethod
     def edit(cls, scale: Scale, image_scale: Scale | None = None) -> "Guidance":
-        """InstructPix2Pix with a scale for the text and one for the image, by `instruct_pix2pix_guidance`.
+        """InstructPix2Pix, with one scale for the text and one for the image; see `instruct_pix2pix_guidance`.
 
         Args:
-          scale: of the text, s_T.
-          image_scale: of the image, s_I; ``None`` is 1, for which two predictions are enough.
+          scale: s_T, the text's scale.
+          image_scale: s_I, the image's scale; ``None`` is 1, for which two predictions are enough.
         """
         branches: tuple[Branch, ...] = ("image_only", "full") if image_scale is None else ("null", "image_only", "full")
         return cls(branches, scale=scale, image_scale=image_scale)
 
     def combine(self, predictions: Float[Array, "nb h w c"]) -> Latents:
-        """One prediction from those of the stacked branches."""
+        """Combines the predictions of the stacked branches into one."""
         first, *others = split_branches(predictions, len(self.branches))
         if not others:
             return first
@@ -88,7 +88,7 @@ class Guidance:
         return instruct_pix2pix_guidance(first, image_only, full, self.scale, self.image_scale)
 
     def embedding(self, batch: int, dim: int, embeds_image: bool) -> Float[Array, "b {dim}"] | None:
-        """What a guidance-distilled network takes, see `guidance_embedding`; ``None`` if nothing is embedded.
+        """The input of a guidance-distilled network, see `guidance_embedding`; ``None`` if nothing is embedded.
 
         Args:
           batch: b.
@@ -106,11 +106,11 @@ def _for_each(scale: Scale, batch: int) -> Float[Array, " b"]:
 
 
 def choose_guidance(scale: float | int, image_scale: float | int, *, embeds_guidance: bool, is_edit: bool) -> Guidance:
-    """The cheapest guidance that computes what the scales ask for, which is what diffusers' pipelines do with them.
+    """The cheapest guidance that computes what the scales ask for, as diffusers' pipelines read them.
 
     Args:
-      scale: of the text; 1 or less is no guidance at all, see `is_guided`.
-      image_scale: of the image, for InstructPix2Pix; 1 is none of the image, less is no guidance at all.
+      scale: the text's scale; 1 or less is no guidance at all, see `is_guided`.
+      image_scale: the image's scale, for InstructPix2Pix; 1 is no image guidance, less is no guidance at all.
       embeds_guidance: whether the UNet has a guidance embedding (``time_cond_proj_dim``).
       is_edit: whether the UNet is an InstructPix2Pix model.
     """
@@ -125,7 +125,7 @@ def choose_guidance(scale: float | int, image_scale: float | int, *, embeds_guid
 
 
 def stack_branches(*branches: Tree) -> Tree:
-    """Stacks the inputs of several predictions into one batch, in the order in which they are given.
+    """Stacks the inputs of several predictions into one batch, in the given order.
 
     Everywhere in this package that order is ``[uncond, cond]``, and for InstructPix2Pix ``[uncond, image_only, full]``
     (diffusers' pipeline for InstructPix2Pix has the opposite order: text, image, uncond).
@@ -145,14 +145,14 @@ def split_branches(prediction: Float[Array, "b ..."], count: int) -> list[Float[
 
 
 def is_guided(guidance_scale: float | int, image_guidance_scale: float | int = 1.0) -> bool:
-    """Whether scales ask for guidance: that of the text must be above 1, and that of an edit's image at least 1.
+    """Whether scales ask for guidance: the text's must be above 1, and the image's (of an edit) at least 1.
 
-    So it is in all of diffusers' pipelines: at lower scales the prediction is that of the condition alone, not one that
-    is led to the unconditional one, which a scale of 0 would be in the formulas below.
+    All of diffusers' pipelines do this: at lower scales they use the conditional prediction as it is, although in the
+    formulas below a scale of 0 would give the unconditional one.
 
     Args:
-      guidance_scale: of the text.
-      image_guidance_scale: of the image, for InstructPix2Pix.
+      guidance_scale: the text's scale.
+      image_guidance_scale: the image's scale, for InstructPix2Pix.
     """
     return guidance_scale > 1 and image_guidance_scale >= 1
 
@@ -163,7 +163,7 @@ def classifier_free_guidance(uncond: Latents, cond: Latents, guidance_scale: Sca
     Args:
       uncond: the prediction without the condition.
       cond: the prediction with it.
-      guidance_scale: s, one for all samples or one for each; 1 is no guidance.
+      guidance_scale: s, one for all samples or one per sample; 1 is no guidance.
 
     Returns:
       The guided prediction.
@@ -182,8 +182,8 @@ def instruct_pix2pix_guidance(
       uncond: the prediction with neither text nor image, ε_u.
       image_only: the prediction with the image and the null text, ε_i.
       full: the prediction with both, ε_t.
-      guidance_scale: s_T, one for all samples or one for each.
-      image_guidance_scale: s_I, likewise.
+      guidance_scale: s_T, one for all samples or one per sample.
+      image_guidance_scale: s_I, one for all samples or one per sample.
 
     Returns:
       The guided prediction.
@@ -207,10 +207,10 @@ def guidance_embedding(
     Args:
       w: guidance weights.
       dim: the network's ``time_cond_proj_dim``, an even number.
-      w_image: weights of the image guidance, for a network that takes both: each is embedded in half of ``dim``.
+      w_image: image guidance weights, for a network that takes both: each is embedded in half of ``dim``.
 
     Returns:
-      The embeddings, float32: of the frequencies 10000^(−i/(dim/2 − 1)), first the sines, then the cosines.
+      The embeddings, float32, with frequencies 10000^(−i/(dim/2 − 1)): first the sines, then the cosines.
     """
     if w_image is not None:
         return jnp.concatenate([guidance_embedding(w, dim // 2), guidance_embedding(w_image, dim // 2)], axis=1)

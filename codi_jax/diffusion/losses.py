@@ -1,7 +1,7 @@
-"""Losses of each sample, and their weights.
+"""Per-sample losses, and their weights.
 
-Everything here has one number for each sample, [b]: weights and losses of a batch have the same shape, so that a weight
-cannot spread over an axis of the latents by accident. A method takes the mean over the batch.
+Everything here has one number per sample, [b]: weights and losses of a batch have the same shape, so a weight cannot
+broadcast over an axis of the latents by accident. The method takes the mean over the batch.
 """
 
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def huber(
 ) -> Float[Array, " b"]:
     """The pseudo-Huber loss of each sample, mean(√(d² + c²) − c), float32 (Song and Dhariwal, 2024, section 3.3).
 
-    Taken for each number of a sample, as in LCM's code, and not for its norm.
+    Applied to each element of a sample, as in LCM's code, not to its norm.
 
     Args:
       prediction: with a leading batch axis.
@@ -41,14 +41,14 @@ def min_snr_weights(
 ) -> Float[Array, " b"]:
     """The min-SNR-γ weights of a loss (Hang et al., 2023, section 3.4).
 
-    min(SNR, γ) of a loss on x̂, hence min(SNR, γ)/SNR of one on ε̂ and min(SNR, γ)/(SNR + 1) of one on v. The first and
-    the last go to 0 with the signal: such a loss hardly teaches at the noisiest times, and not at all at one without
-    any signal.
+    min(SNR, γ) for a loss on x̂, hence min(SNR, γ)/SNR for one on ε̂ and min(SNR, γ)/(SNR + 1) for one on v. The first
+    and the last go to 0 with the signal: such a loss teaches little at the noisiest times, and nothing at a time
+    without signal.
 
     Args:
       snr: the signal-to-noise ratio of each sample, 0 where there is no signal.
-      gamma: γ; 5 in the paper. ``None`` weighs all samples alike.
-      space: what the loss compares; for a loss on the network's output, what that is.
+      gamma: γ; 5 in the paper. ``None`` weighs all samples equally.
+      space: what the loss compares; for a loss on the network's output, what the network predicts.
     """
     if gamma is None:
         return jnp.ones_like(snr)

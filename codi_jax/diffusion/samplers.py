@@ -1,17 +1,17 @@
-"""Samplers: from noise to z_0, one function each, to be read against the paper that it names.
+"""Samplers: from noise to z_0, one function each, to be read next to the paper it names.
 
-All of them are called alike,
+All of them are called the same way,
 
     z_0 = sampler(denoise, schedule, z, timesteps)
 
 with ``denoise(z, t)``, the network's raw output, guidance included, for a float32 z of unit variance and one time t for
 the whole batch (a scalar: int32, or float32 where a sampler goes between the training times); z ~ N(0, I); and the
-descending times of `codi_jax.diffusion.timesteps`. Those that add noise between their steps also take that noise.
+descending times of `codi_jax.diffusion.timesteps`. Samplers that add noise between steps take that noise too.
 
 Each is one loop, so ``denoise`` is traced and compiled once whatever the number of steps, and all of it works inside
-the caller's `jax.jit`. Those that `SAMPLERS` calls counted can take that number as an input, so that one program serves
-several of them. ``on_step`` is called on the host with the index of every step that is done, ``None`` costs nothing.
-Times and steps are those of diffusers' schedulers, to rounding; the notation is `codi_jax.diffusion.schedule`'s.
+the caller's `jax.jit`. Samplers marked as counted in `SAMPLERS` can take the number of steps as an input, so that one
+program serves several. ``on_step`` is called on the host with the index of every finished step; ``None`` costs nothing.
+Times and steps match diffusers' schedulers up to rounding; the notation is `codi_jax.diffusion.schedule`'s.
 """
 
 from collections.abc import Callable
@@ -53,21 +53,21 @@ def sample(
       >>> z0 = sample("ddim", denoise, schedule, z, timesteps_for("ddim", schedule, 50))
 
     Args:
-      sampler: its name.
+      sampler: the sampler's name.
       denoise: the network, see the top of this file.
-      schedule: the model's.
+      schedule: the model's noise schedule.
       z: noise, N(0, I).
       timesteps: from `codi_jax.diffusion.timesteps.timesteps_for`.
-      noise: N(0, I), one less than there are times: what stochastic samplers add. The others ignore it.
-      gamma: of `tcd`.
-      num_steps: how many of the times to visit, for counted samplers; ``None`` is all.
-      on_step: called with the index of every step that is done.
+      noise: what stochastic samplers add, N(0, I), one array fewer than there are times. The others ignore it.
+      gamma: γ of `tcd`.
+      num_steps: how many of the times to visit, for counted samplers. Default: all.
+      on_step: called with the index of every finished step.
 
     Returns:
       The clean latents z_0, float32.
 
     Raises:
-      ValueError: if there is not one array of noise less than there are times, or the sampler cannot be counted.
+      ValueError: if the number of noise arrays is not one less than the number of times, or the sampler is not counted.
     """
     entry = SAMPLERS[sampler]
     if num_steps is not None and not entry.is_counted:
@@ -93,7 +93,7 @@ def ddim(
 ) -> Latents:
     """DDIM without added noise (Song et al., 2021, equation 12 with σ = 0): z_s = α_s x̂ + σ_s ε̂.
 
-    As in diffusers each step ends ⌊T/n⌋ below its start, which for linspace spacing is not where the next one starts,
+    As in diffusers, each step ends ⌊T/n⌋ below its start, which with linspace spacing is not where the next one starts,
     and the last step ends at ᾱ_{−1} (see `NoiseSchedule`).
     """
     timesteps = jnp.asarray(timesteps)
@@ -153,8 +153,8 @@ def euler_ancestral(
 def pndm(denoise: Denoise, schedule: NoiseSchedule, z: Latents, timesteps: Times, *, on_step: OnStep = None) -> Latents:
     """PLMS: DDIM steps with an Adams-Bashforth combination of the last four outputs (Liu et al., 2022, algorithm 2).
 
-    Their Runge-Kutta start is replaced, as in Stable Diffusion (``skip_prk_steps``), by a step that is repeated
-    with the mean of the outputs at its two ends, so the second time is visited twice. Orders 2, 3, 4, 4 … follow.
+    Their Runge-Kutta start is replaced, as in Stable Diffusion (``skip_prk_steps``), by a step that is repeated with
+    the mean of the outputs at its two ends; hence the second time is visited twice. Orders 2, 3, 4, 4 … follow.
     """
     timesteps = jnp.asarray(timesteps)
     n = len(timesteps)
@@ -217,8 +217,8 @@ def lcm(
 ) -> Latents:
     """Multistep consistency sampling (Song et al., 2023, algorithm 1; Luo et al., 2023, algorithm 3).
 
-    x̂ = f(z_t, t), then fresh noise up to the next time; the last x̂ is returned. Any descending times will do: a
-    one-step generator that starts at t = 399 is sampled with ``timesteps = [399]``.
+    x̂ = f(z_t, t), then fresh noise up to the next time; the last x̂ is returned. Any descending times work: a one-step
+    generator that starts at t = 399 is sampled with ``timesteps = [399]``.
     """
     timesteps = jnp.asarray(timesteps)
 
@@ -248,8 +248,8 @@ def tcd(
     """Strategic stochastic sampling of TCD (Zheng et al., 2024, algorithm 4).
 
     From t the trajectory function leads past the next time t' to s = ⌊(1 − γ) t'⌋, and fresh noise back up to t':
-    z' = (α'/α_s) f^{→s}(z_t, t) + √(1 − (α'/α_s)²) ε. After the last time comes t' = 0. γ, diffusers' ``eta``, is 0 for
-    deterministic sampling and 1 for that of consistency models.
+    z' = (α'/α_s) f^{→s}(z_t, t) + √(1 − (α'/α_s)²) ε. The last step goes to t' = 0. γ, diffusers' ``eta``, is 0 for
+    deterministic sampling and 1 for consistency sampling.
     """
     timesteps = jnp.asarray(timesteps)
     last = (len(timesteps) if num_steps is None else num_steps) - 1
@@ -259,7 +259,8 @@ def tcd(
         x0, eps = schedule.to_x0_eps(denoise(z, t), z, t)
         s = jnp.floor((1 - gamma) * t_next).astype(jnp.int32)
         a_s, a = schedule.alphas_cumprod_at(s), schedule.alphas_cumprod_at(t_next)  # α²
-        # Exactly no noise where s = t', which 1 - (α'/α_s)² would not be, whatever stands after the last that counts.
+        # Exactly no noise where s = t', which 1 - (α'/α_s)² would not give; the padding after the last visited time is
+        # arbitrary.
         z_s, added = schedule.ddim_step(x0, eps, s), jnp.maximum(a_s - a, 0)
         return (jnp.sqrt(a) * z_s + jnp.where(added > 0, jnp.sqrt(added) * noise, 0)) / jnp.sqrt(a_s)
 
@@ -278,7 +279,7 @@ def codi(
 ) -> Latents:
     """The sampler of CoDi (Mei et al., 2024): DDIM from x̂ = f(z_t, t), along the grid that the student was trained on.
 
-    The boundary scalings enter x̂ alone, not ε̂; the last x̂ is returned.
+    The boundary scalings affect only x̂, not ε̂; the last x̂ is returned.
     """
     timesteps = jnp.asarray(timesteps)
 
@@ -305,7 +306,7 @@ def _scan(
     def body(index: Array, carry: Carry) -> Carry:
         carry = step(carry, *(values[index] for values in per_step))
         if on_step is not None:
-            # A number of the step's result makes the report wait for it.
+            # Passing one element of the step's result makes the report wait for it.
             done = jax.tree.leaves(carry)[0][0, 0, 0, 0]
             jax.debug.callback(lambda index, _, report=on_step: report(index), index, done)
         return carry
@@ -314,12 +315,12 @@ def _scan(
 
 
 def _following(timesteps: Int[Array, " n"]) -> Int[Array, " n"]:
-    """The time after each; the last one's is never used."""
+    """The time that follows each one; the last one's is never used."""
     return jnp.concatenate([timesteps[1:], timesteps[-1:]])
 
 
 def _for_every_step(noise: Noise | None, z: Latents, timesteps: Times) -> Float[Array, "n b h w c"]:
-    """The noise that follows each step: zeros follow the last."""
+    """The noise added after each step: zeros after the last."""
     given, needed = 0 if noise is None else len(noise), len(timesteps) - 1
     if given != needed:
         raise ValueError(f"{needed + 1} steps need {needed} arrays of noise, but {given} were given.")
@@ -340,7 +341,7 @@ def _noise_levels(schedule: NoiseSchedule, timesteps: Times) -> Float[Array, " n
 
 
 def _initial_scale(schedule: NoiseSchedule, sigma: Float[Array, ""]) -> Float[Array, ""]:
-    """The standard deviation of x = z/α at the start, as diffusers has it: of σ/α ε alone, or of z_0 + σ/α ε."""
+    """The standard deviation of x = z/α at the start, as in diffusers: of σ/α ε alone, or of z_0 + σ/α ε."""
     return jnp.sqrt(1 + sigma**2) if schedule.sampling.timestep_spacing == "leading" else sigma
 
 
@@ -358,10 +359,9 @@ class Sampler:
     """An entry of `SAMPLERS`.
 
     Attributes:
-      function: one of this file's.
+      function: the sampler, a function of this file.
       is_stochastic: whether it adds fresh noise between its steps, and so takes ``noise``.
-      is_counted: whether it takes ``num_steps``: how many of ``timesteps`` to visit, the others being there to fill the
-        array.
+      is_counted: whether it takes ``num_steps``: how many of ``timesteps`` to visit; the rest only pad the array.
     """
 
     function: Callable[..., Latents]

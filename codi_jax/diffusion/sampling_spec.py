@@ -1,4 +1,4 @@
-"""How a model is to be sampled: the part of ``scheduler_config.json`` that training a student changes."""
+"""How to sample a model: the part of ``scheduler_config.json`` that training a student changes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,22 +19,22 @@ _GUIDANCE_SCALES = (7.5, 1.5)  # of the text and of the source image, in diffuse
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSpec:
-    """How a model is to be sampled, as its ``scheduler_config.json`` says.
+    """How to sample a model, as its ``scheduler_config.json`` says.
 
-    A model is sampled as it was last trained to be. A method says how by one of the class methods; the spec is then
-    saved with the student's noise schedule, see `codi_jax.diffusion.schedule.NoiseSchedule.sampled`.
+    A model is sampled the way it was last trained for. A training method creates the spec with one of the class
+    methods; it is saved with the student's noise schedule, see `codi_jax.diffusion.schedule.NoiseSchedule.sampled`.
 
     Example:
       >>> schedule = schedule.sampled(SamplingSpec.lcm(num_steps=50))
 
     Attributes:
-      scheduler: the class of diffusers that the file names.
-      sampler: the sampler that does the same; ``None`` if there is none.
+      scheduler: the diffusers class that the file names.
+      sampler: the equivalent sampler; ``None`` if there is none.
       timestep_spacing: how the times of a many-step sampler are spread over 0 … T−1.
       steps_offset: added to the times of leading spacing.
-      set_alpha_to_one: whether ᾱ_{−1}, where the last step of a sampler ends, is 1; else it is ᾱ_0.
+      set_alpha_to_one: whether ᾱ_{−1}, where the last step of a sampler ends, is 1; otherwise it is ᾱ_0.
       grid_steps: N, the size of the grid that a few-step student was distilled on; ``None`` if the sampler needs a grid
-        and the file has none.
+        but the file has none.
       grid: which grid, see `codi_jax.diffusion.schedule.distillation_grid`.
       timestep_scaling: the factor from t to τ in the boundary scalings of a consistency function.
       timesteps: the descending times that a generator was trained at; ``None`` for other models.
@@ -55,8 +55,8 @@ class SamplingSpec:
         """Reads the checked values of a file.
 
         Args:
-          values: of `codi_jax.diffusion.scheduler_config.read_values`.
-          sampler: the sampler to read them for; ``None`` is the one that the file asks for.
+          values: from `codi_jax.diffusion.scheduler_config.read_values`.
+          sampler: the sampler to read them for. Default: the one that the file asks for.
         """
         is_codi, times = values["distill_learning_steps"] is not None, values[GENERATOR_TIMESTEPS]
         sampler = sampler or _sampler_of(values)
@@ -78,9 +78,8 @@ class SamplingSpec:
     ) -> "SamplingSpec":
         """The spec of a CoDi student: the grid that it is trained on is saved with it.
 
-        The other keys make the student's file one that stock diffusers samples nearly as the sampler ``codi`` does:
-        DDIM steps on evenly spread times, the last of which ends at x̂. (diffusers warns that it ignores the
-        ``distill_`` keys.)
+        The other keys make stock diffusers sample the student almost as the sampler ``codi`` does: DDIM steps on evenly
+        spread times, the last of which ends at x̂. (diffusers warns that it ignores the ``distill_`` keys.)
 
         Args:
           num_steps: N of `codi_jax.diffusion.schedule.distillation_grid`.
@@ -99,7 +98,7 @@ class SamplingSpec:
 
     @classmethod
     def lcm(cls, num_steps: int = 50, timestep_scaling: float = 10.0) -> "SamplingSpec":
-        """The spec of an LCM student; the defaults are those of published ones.
+        """The spec of an LCM student; the defaults match published students.
 
         Args:
           num_steps: N of `codi_jax.diffusion.schedule.distillation_grid`.
@@ -115,7 +114,7 @@ class SamplingSpec:
 
     @classmethod
     def tcd(cls, num_steps: int = 50) -> "SamplingSpec":
-        """The spec of a TCD student; the default is that of published ones.
+        """The spec of a TCD student; the default matches published students.
 
         Args:
           num_steps: N of `codi_jax.diffusion.schedule.distillation_grid`.
@@ -126,7 +125,7 @@ class SamplingSpec:
     def generator(cls, timesteps: Sequence[int]) -> "SamplingSpec":
         """The spec of a generator that is sampled at these descending times, by the LCM sampler.
 
-        diffusers samples it with its ``LCMScheduler``, when it is given the times: ``timesteps=[399]``.
+        diffusers samples it with its ``LCMScheduler`` when given the times: ``timesteps=[399]``.
         """
         return cls(scheduler="LCMScheduler", sampler="lcm", timestep_spacing="leading", timesteps=tuple(timesteps))
 
@@ -136,8 +135,8 @@ class SamplingSpec:
         return cls(scheduler="DDIMScheduler", sampler="ddim")
 
     def to_config(self) -> dict[str, Any]:
-        """The keys of ``scheduler_config.json``, besides those of the noise, of a spec made by the class methods."""
-        # For a file with another offset, diffusers' pipelines warn that it is outdated.
+        """The keys of ``scheduler_config.json``, except the noise's, for a spec made by the class methods."""
+        # With any other offset, diffusers' pipelines warn that the file is outdated.
         keys: dict[str, Any] = {
             "_class_name": self.scheduler, "clip_sample": False, "steps_offset": self.steps_offset,
         }  # fmt: skip
@@ -162,11 +161,11 @@ class SamplingSpec:
 
     @property
     def default_guidance_scales(self) -> tuple[float, float]:
-        """The scales of text and source image; a generator was trained to need no guidance."""
+        """The guidance scales of text and source image; a generator was trained to need no guidance."""
         return (1.0, 1.0) if self.timesteps is not None else _GUIDANCE_SCALES
 
     def default_steps(self, sampler: SamplerName) -> int:
-        """The number of steps of this sampler where nobody says another: few for a student, 50 for other models."""
+        """The default number of steps of this sampler: few for a student, 50 for other models."""
         if sampler not in ("lcm", "codi", "tcd"):
             return _MANY_STEPS
         if sampler == "lcm" and self.timesteps is not None:
@@ -174,7 +173,7 @@ class SamplingSpec:
         return min(_FEW_STEPS, self.grid_steps or _FEW_STEPS)
 
     def most_steps(self, wanted: int) -> int:
-        """So many steps, or as many as a model that was distilled for fewer can take."""
+        """This many steps, or as many as the model can take if it was distilled for fewer."""
         if self.timesteps is not None:
             return min(wanted, len(self.timesteps))
         has_grid = self.sampler in ("lcm", "codi", "tcd")

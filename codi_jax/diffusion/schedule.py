@@ -43,7 +43,7 @@ PerSample = Float[Array, "b 1 1 1"] | Float[Array, "1 1 1 1"]
 
 SIGMA_DATA = 0.5  # σ_d of the boundary scalings; no configuration file holds it
 
-_STATIC = {"static": True}  # for JAX: part of the tree's structure, so that a change of it compiles anew
+_STATIC = {"static": True}  # for JAX: part of the tree's structure, so a change recompiles
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +51,7 @@ _STATIC = {"static": True}  # for JAX: part of the tree's structure, so that a c
 class NoiseSchedule:
     """The noise schedule of a model: a pytree with one leaf, ᾱ; everything else is static.
 
-    Made by `from_pretrained` or `from_config`, changed by `with_config` and `sampled`.
+    Create it with `from_pretrained` or `from_config`; change it with `with_config` and `sampled`.
 
     Example:
       >>> schedule = NoiseSchedule.from_pretrained("assets/emoji")
@@ -59,8 +59,8 @@ class NoiseSchedule:
 
     Attributes:
       alphas_cumprod: ᾱ_0 … ᾱ_{T−1}, float32.
-      prediction_type: what the network's output is.
-      sampling: how the model is to be sampled.
+      prediction_type: what the network predicts.
+      sampling: how to sample the model.
       config_json: the whole configuration file.
     """
 
@@ -73,17 +73,16 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any], where: str = CONFIG_NAME) -> "NoiseSchedule":
         """Makes the schedule that a ``scheduler_config.json`` describes.
 
-        A key that the file leaves out has the default of the diffusers class that it names, but for ``clip_sample``,
-        which diffusers' Stable Diffusion pipelines too turn off. Keys that do not enter the schedule are kept for
-        `to_config`.
+        A missing key has the default of the diffusers class that the file names, except ``clip_sample``, which is off,
+        as in diffusers' Stable Diffusion pipelines. Keys that the schedule does not use are kept for `to_config`.
 
         Args:
           config: the parsed file.
           where: the name of the file, for messages.
 
         Raises:
-          ConfigError: for an unknown class, a value that is not implemented, or an ε-prediction network on a schedule
-            with ᾱ_{T−1} = 0, where ε̂ says nothing about x̂ = (z − σε̂)/α.
+          ConfigError: for an unknown class, an unsupported value, or an ε-prediction network on a schedule with ᾱ_{T−1}
+            = 0, where ε̂ says nothing about x̂ = (z − σε̂)/α.
         """
         values = read_values(config, where)
         alphas_cumprod = alphas_cumprod_of(values, where)
@@ -102,11 +101,11 @@ class NoiseSchedule:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "NoiseSchedule":
-        """Reads ``scheduler/scheduler_config.json`` of a model's folder, or ``scheduler_config.json`` in it.
+        """Reads ``scheduler/scheduler_config.json`` from a model's folder, or ``scheduler_config.json`` directly in it.
 
         Raises:
-          FileNotFoundError: if there is neither.
-          ConfigError: if the file is no JSON object, and as `from_config`.
+          FileNotFoundError: if neither exists.
+          ConfigError: if the file is not a JSON object, or as in `from_config`.
         """
         paths = [Path(folder, "scheduler", CONFIG_NAME), Path(folder, CONFIG_NAME)]
         path = next((path for path in paths if path.is_file()), None)
@@ -123,13 +122,13 @@ class NoiseSchedule:
         return cls.from_config(config, where=str(path))
 
     def to_config(self) -> dict[str, Any]:
-        """Returns the mapping that this schedule was made from, with every key of it."""
+        """Returns the mapping that this schedule was made from, with all of its keys."""
         return json.loads(self.config_json)
 
     def with_config(self, **changes: Any) -> "NoiseSchedule":
-        """Returns the schedule with these keys of the configuration changed; raises as `from_config`.
+        """Returns the schedule with these configuration keys changed; raises as `from_config` does.
 
-        With another ``_class_name`` the keys that the file leaves out keep the values that they had.
+        If ``_class_name`` changes, the keys missing from the file keep their values.
         """
         defaults = {**DEFAULTS, **SCHEDULERS[self.sampling.scheduler]} if "_class_name" in changes else {}
         kept = {key: defaults[key] for key in CLASS_KEYS if key in defaults}
@@ -138,27 +137,27 @@ class NoiseSchedule:
     def read_by(self, sampler: SamplerName) -> "NoiseSchedule":
         """Returns the schedule as another sampler reads the same file.
 
-        What the file leaves out about sampling has the defaults of the class that samples, not those of the class that
-        the file names, as with ``EulerDiscreteScheduler.from_config(pipeline.scheduler.config)``. ᾱ stays as it is: the
-        network was trained on it.
+        Missing sampling keys get the defaults of the sampler's own class, not of the class that the file names, as with
+        ``EulerDiscreteScheduler.from_config(pipeline.scheduler.config)``. ᾱ stays the same: the network was trained on
+        it.
 
         Args:
-          sampler: its name.
+          sampler: the sampler's name.
         """
         given = {key: value for key, value in self.to_config().items() if value is not None}
         values = {**DEFAULTS, **SCHEDULERS[SCHEDULER_OF[sampler]], **given}
         return replace(self, sampling=SamplingSpec.from_values(values, sampler))
 
     def sampled(self, sampling: SamplingSpec) -> "NoiseSchedule":
-        """Returns the same noise with another way of being sampled, which replaces the present one whole.
+        """Returns the schedule with the same noise and a new sampling spec, which replaces the old one completely.
 
-        Nothing stays of a former student's grid, scalings or times, nor an option of a former scheduler class.
+        Nothing of a former student's grid, scalings or times is kept, and no option of the former scheduler class.
 
         Args:
-          sampling: of `SamplingSpec.lcm` and its other class methods.
+          sampling: from `SamplingSpec.lcm` or another of its class methods.
 
         Raises:
-          ConfigError: as `from_config`.
+          ConfigError: as in `from_config`.
           ValueError: if the student's grid is impossible.
         """
         values = {**DEFAULTS, **SCHEDULERS[self.sampling.scheduler], **self.to_config()}
@@ -169,9 +168,9 @@ class NoiseSchedule:
         return schedule
 
     def with_many_steps(self) -> "NoiseSchedule":
-        """Returns the schedule of a model that is trained by denoising: as it is, unless it is that of a student.
+        """Returns the schedule for training by denoising: unchanged, unless it is a student's.
 
-        The scheduler of a student's own teacher is not in its folder: `SamplingSpec.many_steps` takes its place.
+        The scheduler of a student's teacher is not in its folder, so `SamplingSpec.many_steps` replaces it.
         """
         return self.sampled(SamplingSpec.many_steps()) if self.sampling.is_of_student else self
 
@@ -183,7 +182,7 @@ class NoiseSchedule:
     def alpha_sigma(self, t: Timesteps) -> tuple[PerSample, PerSample]:
         """α_t and σ_t, in the rank of latents.
 
-        A negative t is the end of a sampler's last step, see `SamplingSpec.set_alpha_to_one`. A t ≥ T gives NaN.
+        A negative t is the end of a sampler's last step, see `SamplingSpec.set_alpha_to_one`. t ≥ T gives NaN.
         """
         alphas_cumprod = self.alphas_cumprod_at(t)
         return _latent_rank(jnp.sqrt(alphas_cumprod)), _latent_rank(jnp.sqrt(1 - alphas_cumprod))
@@ -204,7 +203,7 @@ class NoiseSchedule:
         return alpha * noise - sigma * z0
 
     def target(self, z0: Latents, noise: Latents, t: Timesteps) -> Latents:
-        """What the network should put out at z_t: ε, v or z_0, as its `prediction_type` says."""
+        """The target of the network's output at z_t: ε, v or z_0, depending on `prediction_type`."""
         match self.prediction_type:
             case "epsilon":
                 return noise.astype(jnp.float32)
@@ -228,10 +227,10 @@ class NoiseSchedule:
         return c_skip * z_t + c_out * x0
 
     def alphas_cumprod_at(self, t: Timesteps) -> Float[Array, "*b"]:
-        """ᾱ_t, in the shape of ``t``; see `alpha_sigma` for times outside of 0 … T−1."""
+        """ᾱ_t, in the shape of ``t``; see `alpha_sigma` for times outside 0 … T−1."""
         t = jnp.asarray(t)
         last = 1.0 if self.sampling.set_alpha_to_one else self.alphas_cumprod[0]
-        # Past the end an array's own indexing would repeat ᾱ_{T−1}, and nobody would notice.
+        # Plain indexing past the end would silently repeat ᾱ_{T−1}.
         alphas_cumprod = self.alphas_cumprod.at[jnp.maximum(t, 0)].get(mode="fill", fill_value=jnp.nan)
         return jnp.where(t < 0, last, alphas_cumprod)
 
@@ -245,8 +244,8 @@ def x0_eps(
       prediction: the network's output at z.
       z: the noisy latents.
       alpha: α, a scalar or `PerSample`. Must not be 0 where the prediction is ε.
-      sigma: σ, likewise. Must not be 0 where the prediction is z_0.
-      kind: what the network puts out.
+      sigma: σ, a scalar or `PerSample`. Must not be 0 where the prediction is z_0.
+      kind: what the network predicts.
 
     Returns:
       x̂ and ε̂, float32.
@@ -285,9 +284,9 @@ def boundary_scalings(
 def distillation_grid(
     num_train_timesteps: int, num_steps: int, kind: DistillationGrid = "trailing"
 ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
-    """The times t_n that a student is trained on, and s_n where the teacher's step from t_n ends.
+    """The times t_n that a student is trained on, and s_n, where the teacher's step from t_n ends.
 
-    With the stride k = ⌊T/N⌋ and n = 1 … N, s_n = max(t_n − k, 0) and
+    With stride k = ⌊T/N⌋ and n = 1 … N, s_n = max(t_n − k, 0) and
 
     - ``"trailing"``: t_n = nk − 1, the grid of LCM (Luo et al., 2023, section 4.3);
     - ``"leading"``: t_n = (n − 1)k, the grid of CoDi's reference code. It never trains t = T − 1, and its first entry
@@ -298,7 +297,7 @@ def distillation_grid(
 
     Args:
       num_train_timesteps: T.
-      num_steps: N. Where it does not divide T, the last T mod N times are never trained, as in LCM.
+      num_steps: N. If it does not divide T, the last T mod N times are never trained, as in LCM.
       kind: which grid.
 
     Returns:

@@ -1,6 +1,6 @@
-"""``scheduler_config.json``, the file of diffusers that says what the noise is and how a model is sampled.
+"""``scheduler_config.json``, diffusers' file that defines the noise and how to sample the model.
 
-Its keys, their defaults in diffusers' classes, and the checks of their values. What they mean is in
+This file has its keys, their defaults in diffusers' classes, and the checks of their values. For their meaning see
 `codi_jax.diffusion.schedule` and `codi_jax.diffusion.sampling_spec`.
 """
 
@@ -28,15 +28,15 @@ SCHEDULER_OF: dict[SamplerName, str] = {
     "dpm-solver++": "DPMSolverMultistepScheduler",
     "lcm": "LCMScheduler",
     "tcd": "TCDScheduler",
-    "codi": "DDIMScheduler",  # after "ddim", which a file that names this class and has no grid asks for
+    "codi": "DDIMScheduler",  # after "ddim", which a file with this class and no grid asks for
 }
-"""The class of diffusers that samples alike, and whose defaults hold where a file leaves keys out."""
+"""The equivalent diffusers class, whose defaults apply to missing keys."""
 
 CONFIG_NAME = "scheduler_config.json"
-# diffusers passes over keys that begin with an underscore, and warns of any other that it does not know.
+# diffusers ignores keys that begin with an underscore, and warns about any other unknown key.
 GENERATOR_TIMESTEPS = "_generator_timesteps"
 
-# What diffusers takes for a key that the file leaves out, in most of its schedulers ...
+# The defaults for missing keys in most of diffusers' schedulers ...
 DEFAULTS: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 1e-4,
@@ -55,7 +55,7 @@ DEFAULTS: dict[str, Any] = {
     "distill_timestep_scaling": 10.0,
     GENERATOR_TIMESTEPS: None,
 }
-# ... and where a scheduler differs. Only these are read: another one may not have an ᾱ at all (flow matching, EDM).
+# ... and where a scheduler differs. Only these are supported: others may have no ᾱ at all (flow matching, EDM).
 _STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012}
 _LCM = {**_STABLE_DIFFUSION, "beta_schedule": "scaled_linear", "timestep_spacing": "leading"}
 SCHEDULERS: dict[str, dict[str, Any]] = {
@@ -75,17 +75,17 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "TCDScheduler": _LCM,
     "UniPCMultistepScheduler": {},
 }
-# What the noise is, and what the network puts out: what stays when a model gets another way of being sampled.
+# The noise and the network's prediction: what stays when a model gets a new sampling spec.
 NOISE_KEYS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
     "prediction_type",
 )  # fmt: skip
-_MOST_TIMESTEPS = 100_000  # what a schedule takes grows with them
+_MOST_TIMESTEPS = 100_000  # a schedule's memory grows with them
 # The keys whose defaults differ from class to class.
 CLASS_KEYS = ("beta_start", "beta_end", "beta_schedule", "timestep_spacing", "set_alpha_to_one")
 
-# Keys whose values change the mathematics, and the values that are implemented. `clip_sample` and `thresholding` clip x̂
-# to pixels' range, which latents do not have; a learned variance doubles the network's output channels.
+# Keys whose values change the math, and the values that are implemented. `clip_sample` and `thresholding` clip x̂ to
+# pixels' range, which latents do not have; a learned variance doubles the network's output channels.
 _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "prediction_type": get_args(PredictionType),
@@ -103,14 +103,14 @@ _POSITIVE_NUMBERS = ("beta_start", "beta_end", "timestep_scaling", "distill_time
 
 
 def read_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The configuration with defaults filled in, and every value that a schedule depends on checked.
+    """The configuration with defaults filled in; checks every value that a schedule depends on.
 
     Args:
       config: the parsed file.
-      where: its name, for messages.
+      where: the name of the file, for messages.
 
     Raises:
-      ConfigError: for an unknown class, or a value that is not implemented.
+      ConfigError: for an unknown class or an unsupported value.
     """
     name = config.get("_class_name")
     if name not in SCHEDULERS:
@@ -161,7 +161,7 @@ def alphas_cumprod_of(values: Mapping[str, Any], where: str) -> Float[np.ndarray
     """ᾱ_t = ∏_{i ≤ t} (1 − β_i) (Ho et al., 2020, section 2), in float64.
 
     Args:
-      values: of `read_values`.
+      values: from `read_values`.
       where: the name of the file, for messages.
 
     Raises:

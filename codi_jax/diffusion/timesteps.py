@@ -1,4 +1,4 @@
-"""The times at which samplers evaluate the network, on the host: those of diffusers' ``set_timesteps``, descending."""
+"""The times at which samplers evaluate the network, descending, as in diffusers' ``set_timesteps``; on the host."""
 
 from collections.abc import Callable
 from typing import Any, get_args
@@ -11,10 +11,10 @@ from codi_jax.diffusion.scheduler_config import SamplerName
 
 
 def default_sampler(schedule: NoiseSchedule) -> SamplerName:
-    """The sampler that a model's folder asks for: ``"codi"`` where a CoDi grid is saved, else its scheduler class.
+    """The sampler that a model's folder asks for: ``"codi"`` if a CoDi grid is saved, else its scheduler class's.
 
     Raises:
-      ValueError: if there is none for that class.
+      ValueError: if there is no sampler for that class.
     """
     if schedule.sampling.sampler is None:
         raise ValueError(
@@ -24,22 +24,22 @@ def default_sampler(schedule: NoiseSchedule) -> SamplerName:
 
 
 def timesteps_for(sampler: SamplerName, schedule: NoiseSchedule, steps: int) -> np.ndarray:
-    """The descending times of a sampler, as diffusers' ``set_timesteps`` gives them.
+    """The descending times of a sampler, as from diffusers' ``set_timesteps``.
 
     Example:
       >>> timesteps_for("lcm", schedule, steps=4)
 
     Args:
-      sampler: its name.
-      schedule: the model's.
-      steps: their number. ``"pndm"`` evaluates the network once more, and so returns one time more.
+      sampler: the sampler's name.
+      schedule: the model's noise schedule.
+      steps: the number of steps. ``"pndm"`` evaluates the network once more, so it returns one more time.
 
     Returns:
       The times, int32; float32 for ``"euler"`` and ``"euler-ancestral"``.
 
     Raises:
-      ValueError: if the schedule has fewer such times than ``steps``, or its configuration asks for a variant of the
-        sampler that is not implemented.
+      ValueError: if the schedule has fewer such times than ``steps``, or its configuration asks for an unsupported
+        variant of the sampler.
     """
     _check_variant(sampler, schedule)
     return _TIMES[sampler](schedule.read_by(sampler), steps)
@@ -67,13 +67,13 @@ def _spaced(schedule: NoiseSchedule, steps: int) -> Float[np.ndarray, " n"]:
             times = np.linspace(0, T - 1, steps)[::-1]
         case "leading":
             times = np.arange(steps)[::-1] * (T // steps) + float(schedule.sampling.steps_offset)
-        case "trailing":  # arange may give one time too many, by rounding: diffusers then steps on to t = -1
+        case "trailing":  # rounding can make arange return one time too many: diffusers then steps on to t = -1
             times = np.arange(T, 0, -T / steps)[:steps].round() - 1
     return _check_range(times, schedule)
 
 
 def _dpm_solver_times(schedule: NoiseSchedule, steps: int) -> Int[np.ndarray, " n"]:
-    """As `_spaced`, but linspace and leading put the last of ``steps`` + 1 times, the end, at 0."""
+    """Like `_spaced`, but linspace and leading put the last of ``steps`` + 1 times, the end, at 0."""
     T = schedule.num_train_timesteps
     _check_steps(steps, T)
     match schedule.sampling.timestep_spacing:
@@ -85,14 +85,14 @@ def _dpm_solver_times(schedule: NoiseSchedule, steps: int) -> Int[np.ndarray, " 
             times = _spaced(schedule, steps)
     if np.any(np.diff(times) >= 0):
         raise ValueError(
-            f"steps = {steps}: {T} training timesteps have not so many distinct times; choose fewer steps."
+            f"steps = {steps}: {T} training timesteps do not have that many distinct times; choose fewer steps."
         )
     return _check_range(times, schedule).astype(np.int32)
 
 
 def _lcm_times(schedule: NoiseSchedule, steps: int) -> Int[np.ndarray, " n"]:
     if schedule.sampling.timesteps is not None:
-        # The first ones: a generator has seen nothing but what it makes of noise at the times before.
+        # The first ones: at each time, a generator has only seen its own output from the times before.
         times = np.asarray(schedule.sampling.timesteps, np.int32)
         _check_steps(steps, len(times), " (the timesteps that the generator was trained at)")
         return times[:steps]
@@ -113,7 +113,7 @@ def _codi_times(schedule: NoiseSchedule, steps: int) -> Int[np.ndarray, " n"]:
 
 
 def _grid_times(schedule: NoiseSchedule, steps: int, key: str) -> Int[np.ndarray, " n"]:
-    """``steps`` evenly spread times of the grid that the model was distilled on, from its last one down."""
+    """``steps`` evenly spread times of the grid that the model was distilled on, from its last time down."""
     spec = schedule.sampling
     grid, _ = distillation_grid(schedule.num_train_timesteps, spec.grid_steps or 0, spec.grid)
     _check_steps(steps, len(grid), f" ({key}, the grid that the model was distilled on)")
@@ -147,7 +147,7 @@ _TIMES: dict[SamplerName, Callable[[NoiseSchedule, int], np.ndarray]] = {
 
 
 def _check_variant(sampler: SamplerName, schedule: NoiseSchedule) -> None:
-    """Refuses what diffusers would honor and `sampler` does not."""
+    """Refuses options that diffusers would honor and `sampler` does not."""
     config = schedule.to_config()
     needed: dict[str, tuple[Any, ...]] = {}
     if sampler in ("euler", "dpm-solver++"):

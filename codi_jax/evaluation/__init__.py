@@ -1,1 +1,1 @@
-"""Metrics of generated images, the features that they need, and the report that shows them."""
+"""Metrics of generated images, the features they need, and the report that shows them."""

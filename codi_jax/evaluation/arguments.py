@@ -8,12 +8,12 @@ from codi_jax.models.kernels.attention import Implementation
 from codi_jax.pipeline.loading import DType
 
 SEED_STRIDE = 1_000_000
-"""The distance between the noise seeds of two ``--seeds``, so that their pictures share no noise."""
+"""The distance between the noise seeds of two ``--seeds``, so that their images share no noise."""
 
 
 @dataclass(frozen=True)
 class Args(Flags):
-    """Compares models on a folder of pictures with captions, edges or edits, such as the emoji benchmark.
+    """Compares models on a folder of images with captions, edges or edits, such as the emoji benchmark.
 
     Writes metrics.json, report.html (self-contained), pictures.png and the plots, and prints the table.
     """
@@ -24,14 +24,14 @@ class Args(Flags):
     NAME@STEPS,...=FOLDER overrides --steps, and a name may be repeated with other steps: base@50=runs/base
     base@4,1=runs/base-lcm is one curve."""
     data: Path = Path("data/emoji/validation")
-    """Folder with a metadata.jsonl, as dataset_tools/emoji.py makes it; its edits/validation is for editors."""
+    """Folder with a metadata.jsonl, as written by dataset_tools/emoji.py; its edits/validation is for editors."""
     training_steps: tuple[int, ...] = ()
     """Also evaluate the exports of these training steps, in the subfolders step-N that --export_steps of training
     writes, and plot the metrics against them."""
     steps: tuple[int, ...] = (1, 2, 4, 8, 50)
     """Steps of the samplers. Numbers that a model's sampler does not support are skipped for that model."""
     samplers: tuple[str, ...] = ()
-    """NAME:SAMPLER for models that use another sampler than that of their folder."""
+    """NAME:SAMPLER for models that use a different sampler than their folder's."""
     guidance_scale: float = 7.5
     """Classifier-free guidance on the text; 1 disables it."""
     guidance_scales: tuple[str, ...] = ()
@@ -41,13 +41,13 @@ class Args(Flags):
     image_guidance_scales: tuple[str, ...] = ()
     """NAME:SCALE for models with another --image_guidance_scale."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Every picture is generated once with each seed; the table shows mean and standard deviation."""
+    """Every image is generated once per seed; the table shows mean and standard deviation."""
     max_samples: int | None = None
-    """Largest number of pictures to use, evenly spread over the folder. Default: all."""
+    """Largest number of images to use, evenly spread over the folder. Default: all."""
     batch_size: int = 32
-    """Pictures generated at a time."""
+    """Images generated at a time."""
     num_shown: int = 12
-    """Number of samples whose pictures the report shows."""
+    """Number of samples whose images the report shows."""
     output_dir: Path = Path("outputs/evaluation")
     """Folder for metrics.json, report.html, pictures.png and the plots."""
     dtype: DType = "auto"

@@ -1,4 +1,4 @@
-"""The models to compare, as ``--models`` and its companions name them."""
+"""The models to compare, as given by ``--models`` and related flags."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from codi_jax.evaluation.arguments import Args
 
 
 class Checkpoint(NamedTuple):
-    """Where a model lies: its folder, and that of its ControlNet, or ``None`` for the one in its folder, if any."""
+    """A model's location: its folder, and its ControlNet's, or ``None`` for the one in its folder, if any."""
 
     model: str
     controlnet: str | None
@@ -22,12 +22,12 @@ class Candidate:
     """A model to compare, and how it is sampled.
 
     Attributes:
-      name: in table and report.
-      checkpoints: one, or one for each seed.
-      sampler: ``None`` for the sampler of the folder.
+      name: the name in table and report.
+      checkpoints: one, or one per seed.
+      sampler: the sampler's name. Default: the folder's.
       guidance_scale: how strongly to follow the text.
-      image_guidance_scale: how strongly to keep to the image.
-      steps: of the sampler.
+      image_guidance_scale: how strongly to preserve the image.
+      steps: the sampler's steps.
       training_steps: the training steps after which the model was exported; ``None`` for the finished model.
     """
 
@@ -98,7 +98,7 @@ def _read_steps(text: str, args: Args) -> tuple[str, tuple[int, ...]]:
 
 
 def _exports(model: Candidate, training_steps: Sequence[int]) -> list[Candidate]:
-    """A model as it was exported during training, at those of the steps that its folders hold."""
+    """A model's exports during training, at those of the steps that its folders have."""
     found = []
     for steps in training_steps:
         checkpoints = tuple(

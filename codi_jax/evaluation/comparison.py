@@ -1,4 +1,4 @@
-"""The comparison of models: what each makes of the same samples, and how that is measured."""
+"""Compares models: what each generates for the same samples, and how it is measured."""
 
 import platform
 import sys
@@ -25,18 +25,18 @@ from codi_jax.io.images import canny
 from codi_jax.pipeline.loading import resolve_dtype
 from codi_jax.pipeline.model import Model
 
-_MOST_PSNR = 100.0  # dB, of pictures that are equal
+_MOST_PSNR = 100.0  # dB, for equal images
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What all models are measured on.
+    """The data that all models are measured on.
 
     Attributes:
-      samples: n of them.
-      features: pictures to features of dimension d.
-      truth_features: of the real pictures.
-      shown: the r samples whose pictures the report shows.
+      samples: n samples.
+      features: maps images to features of dimension d.
+      truth_features: the real images' features.
+      shown: the r samples whose images the report shows.
     """
 
     samples: Samples
@@ -48,7 +48,7 @@ class Benchmark:
 def make_pictures(
     pipeline: Model, model: Candidate, samples: Samples, steps: int, seed: int, args: Args
 ) -> tuple[UInt8[np.ndarray, "n h w 3"], float]:
-    """One picture for each sample, and the seconds per picture without compilation.
+    """One image per sample, and the seconds per image without compilation.
 
     The last batch is padded with its last sample, so that all batches share one shape and one program.
     """
@@ -79,7 +79,7 @@ def make_pictures(
 def measure(
     pictures: UInt8[np.ndarray, "n h w 3"], samples: Samples, features: Features, truth_features: np.ndarray
 ) -> dict[str, float]:
-    """The metrics of one seed's pictures that the data allow, by the keys of `codi_jax.evaluation.report.METRICS`."""
+    """The metrics of one seed's images that the data allows, by the keys of `codi_jax.evaluation.report.METRICS`."""
     found = features(pictures)
     values = {
         "fid_lite": fid(found, truth_features),
@@ -103,13 +103,13 @@ def compare(args: Args, command: str) -> Report:
     """Compares the models and writes the report.
 
     Args:
-      args: the user's.
+      args: the user's arguments.
       command: the command line, which the report shows.
 
     Raises:
       ValueError: if the arguments contradict each other, the models or the data, also as `WeightsError` and
         `ConfigError`.
-      OSError: if a picture does not exist, or the output cannot be written.
+      OSError: if an image does not exist, or the output cannot be written.
       FloatingPointError: if a model produces NaN.
     """
     args.check()
@@ -153,7 +153,7 @@ def _with_possible_steps(model: Candidate, samples: Samples, args: Args) -> Cand
     Weights are not read: all models are checked before hours are spent on the first one.
 
     Raises:
-      ValueError: if the model is for another task, or cannot make pictures of this size.
+      ValueError: if the model is for another task, or cannot make images of this size.
     """
     steps, (height, width) = model.steps, samples.truth.shape[1:3]
     for checkpoint in model.checkpoints:
@@ -190,7 +190,7 @@ def _possible_steps(pipeline: Model, model: Candidate, steps: Sequence[int]) -> 
 def _check_task(pipeline: Model, model: Candidate, samples: Samples, data: Path) -> None:
     if (pipeline.task == "edit") != (samples.inputs is not None) or pipeline.task == "inpaint":
         raise ValueError(
-            f"the model {model.name} is for the task {pipeline.task!r}, and {data} is for another: text-to-image "
+            f"the model {model.name} is for the task {pipeline.task!r}, but {data} is for another: text-to-image "
             "models need rows with file_name and text, editors rows with input_image, edited_image and edit_prompt."
         )
     if pipeline.networks.controlnet is not None and samples.conditions is None:
@@ -198,7 +198,7 @@ def _check_task(pipeline: Model, model: Candidate, samples: Samples, data: Path)
 
 
 def _evaluate(model: Candidate, benchmark: Benchmark, args: Args) -> list[Result]:
-    """One model with each number of steps, over all seeds."""
+    """Evaluates one model with each number of steps, over all seeds."""
     values: dict[int, dict[str, list[float]]] = {}
     pictures: dict[int, np.ndarray] = {}
     sampler = model.sampler
@@ -230,12 +230,12 @@ def _evaluate(model: Candidate, benchmark: Benchmark, args: Args) -> list[Result
 
 
 def _without_conditions(samples: Samples) -> Samples:
-    """The samples for a model without a ControlNet, which has not seen the edges and is not measured by them."""
+    """The samples for a model without a ControlNet, which does not see the edges and is not measured by them."""
     return replace(samples, conditions=None)
 
 
 def _seeds_of(model: Candidate, seeds: tuple[int, ...]) -> list[tuple[Checkpoint, tuple[int, ...]]]:
-    """Which checkpoints make pictures with which seeds."""
+    """Which checkpoints generate with which seeds."""
     if len(model.checkpoints) == 1:
         return [(model.checkpoints[0], seeds)]
     return [(checkpoint, (seed,)) for checkpoint, seed in zip(model.checkpoints, seeds, strict=True)]

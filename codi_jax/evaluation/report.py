@@ -1,4 +1,4 @@
-"""The page that `codi_jax.evaluate` writes: table, plots and pictures in one HTML file that needs nothing else."""
+"""The page that `codi_jax.evaluate` writes: table, plots and images in one self-contained HTML file."""
 
 import base64
 import html
@@ -21,11 +21,11 @@ from codi_jax.io.atomic import staged_file, write_text
 from codi_jax.io.images import labeled_rows
 
 _TEMPLATE = Path(__file__).with_name("report.html")
-# Okabe & Ito's, which color-blind eyes tell apart; the first made brighter, for a dark ground.
+# Okabe & Ito's color-blind-safe palette; the first is brighter, for dark backgrounds.
 _COLORS = ("#2f86c6", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 _NOT_PLOTTED = ("seconds", "kid_lite")
 _ACROSS = {"steps": "steps", "seconds": "milliseconds per image", "training_steps": "steps of training"}
-_INK = "#123456"  # what the plots draw axes and text with, to be replaced by the page's own color
+_INK = "#123456"  # the color of the plots' axes and text, replaced by the page's own
 
 
 class Metric(NamedTuple):
@@ -38,12 +38,12 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "fid_lite": Metric("FID-lite", "lower", 2, "Fréchet distance to the real pictures, on EfficientNet-Lite0 features"),
-    "kid_lite": Metric("KID-lite ×10³", "lower", 3, "kernel distance on the same features, without bias"),
-    "edge_f1": Metric("Edge F1", "higher", 3, "canny edges of the picture against the condition, give or take a pixel"),
-    "edit_success": Metric("Edit success", "higher", 3, "share of pictures nearest to the wanted variant"),
-    "preservation": Metric("Kept dB", "higher", 2, "PSNR against the picture before the edit, outside the edit"),
-    "psnr": Metric("PSNR dB", "higher", 2, "against the real picture of the same text"),
+    "fid_lite": Metric("FID-lite", "lower", 2, "Fréchet distance to the real images, on EfficientNet-Lite0 features"),
+    "kid_lite": Metric("KID-lite ×10³", "lower", 3, "kernel distance on the same features, unbiased"),
+    "edge_f1": Metric("Edge F1", "higher", 3, "canny edges of the image against the condition, to within a pixel"),
+    "edit_success": Metric("Edit success", "higher", 3, "share of images closest to the wanted variant"),
+    "preservation": Metric("Kept dB", "higher", 2, "PSNR against the image before the edit, outside the edit"),
+    "psnr": Metric("PSNR dB", "higher", 2, "against the real image with the same text"),
     "seconds": Metric("s / image", "lower", 4, "without compilation"),
 }
 """The metrics, by their keys in ``metrics.json``, in the order of the table."""
@@ -54,12 +54,12 @@ class Result:
     """The measurements of a model at a number of steps.
 
     Attributes:
-      model: its name.
-      steps: of the sampler.
-      sampler: its name.
-      guidance_scale: on the text.
+      model: the model's name.
+      steps: the sampler's steps.
+      sampler: the sampler's name.
+      guidance_scale: the text's scale.
       values: one number per seed for each metric.
-      pictures: those that the report shows.
+      pictures: the images that the report shows.
       training_steps: the training steps after which the model was exported; ``None`` for the finished model.
     """
 
@@ -88,7 +88,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Example:
-    """A sample whose pictures are shown: what the models are given, and the real picture."""
+    """A sample whose images are shown: the models' inputs, and the real image."""
 
     prompt: str
     truth: UInt8[np.ndarray, "h w 3"]
@@ -118,9 +118,9 @@ class Report:
 
 
 def write_report(folder: Path, report: Report) -> None:
-    """Writes ``metrics.json``, ``report.html``, ``pictures.png`` and one SVG file a plot.
+    """Writes ``metrics.json``, ``report.html``, ``pictures.png`` and one SVG file per plot.
 
-    The numbers are written first, because they are the most expensive: all else can be made again from them and the
+    The numbers are written first, because they are the most expensive: everything else can be remade from them and the
     models.
 
     Raises:
@@ -138,7 +138,7 @@ def write_report(folder: Path, report: Report) -> None:
 
 
 def _pictures_alone(report: Report) -> UInt8[np.ndarray, "height width 3"]:
-    """The pictures alone: a row for each result, between the conditions and the real pictures."""
+    """Only the images: one row per result, between the conditions and the real images."""
     rows: dict[str, Any] = {}
     if all(example.condition is not None for example in report.examples):
         rows["given"] = [example.condition for example in report.examples]
@@ -148,7 +148,7 @@ def _pictures_alone(report: Report) -> UInt8[np.ndarray, "height width 3"]:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The numbers: mean, standard deviation and value for each seed of every metric."""
+    """The numbers: mean, standard deviation and per-seed values of every metric."""
     results = [
         {
             "model": result.model,
@@ -215,7 +215,7 @@ def check_plots() -> None:
 def draw_plots(report: Report) -> dict[str, str]:
     """Quality against steps, one plot per metric, and FID-lite against time: name -> SVG.
 
-    If exports during training were evaluated, FID-lite against training steps, too.
+    If exports during training were evaluated, also FID-lite against training steps.
     """
     trained = [result for result in report.results if result.training_steps is None]
     plots = {f"{key}-steps": _plot(trained, "steps", key) for key in report.metrics() if key not in _NOT_PLOTTED}
@@ -226,14 +226,14 @@ def draw_plots(report: Report) -> dict[str, str]:
 
 
 def _plot(results: Sequence[Result], across: str, key: str) -> str:
-    # Here, since matplotlib is an extra.
+    # Imported here, because matplotlib is optional.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     drawn = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     style: dict[Any, Any] = dict.fromkeys(drawn, _INK)
-    style |= {"text.parse_math": False}  # "$" in the name of a model is a dollar
+    style |= {"text.parse_math": False}  # "$" in a model's name is a literal dollar
     style |= {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "svg.hashsalt": "codi_jax"}
     with rc_context(style):
         figure = Figure(figsize=(5.2, 3.4), layout="constrained")
@@ -242,7 +242,7 @@ def _plot(results: Sequence[Result], across: str, key: str) -> str:
         for i, (name, line) in enumerate(_lines(results, across, key).items()):
             color = _COLORS[i % len(_COLORS)]
             is_level = across == "training_steps" and any(result.training_steps is None for result in line)
-            if is_level:  # what is not in training, as a level to reach
+            if is_level:  # models without training steps, as a reference level
                 drawn_as[name] = axes.axhline(line[0].mean(key), color=color, linestyle="--", linewidth=1.5)
                 continue
             drawn_as[name] = axes.errorbar(
@@ -263,7 +263,7 @@ def _plot(results: Sequence[Result], across: str, key: str) -> str:
         axes.set_ylabel(f"{METRICS[key].label}  ({METRICS[key].better} is better)")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.18, color=_INK)
-        # Not by their labels, of which matplotlib leaves out those that begin with "_".
+        # Not by their labels: matplotlib skips labels that begin with "_".
         axes.legend([*drawn_as.values()], [*drawn_as], frameon=False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -271,7 +271,7 @@ def _plot(results: Sequence[Result], across: str, key: str) -> str:
 
 
 def _lines(results: Sequence[Result], across: str, key: str) -> dict[str, list[Result]]:
-    """The results that each line of a plot connects, by the name of the line.
+    """The results that each line of a plot connects, by the line's name.
 
     Across training steps, a line is a model at one number of sampling steps; models without exports have one line each.
     """
@@ -283,7 +283,7 @@ def _lines(results: Sequence[Result], across: str, key: str) -> dict[str, list[R
             if result.model in in_training and result.training_steps is None:
                 continue  # the last of its exports
             name = f"{result.model}, {result.steps} step{'s' * (result.steps > 1)}"
-        line = lines.setdefault(name, [])  # empty if it was not measured, so that colors are those of other plots
+        line = lines.setdefault(name, [])  # empty if it was not measured, so that colors match other plots
         if key in result.values:
             line.append(result)
     return lines
@@ -293,7 +293,7 @@ def _lines(results: Sequence[Result], across: str, key: str) -> dict[str, list[R
 
 
 def page(report: Report, plots: Mapping[str, str]) -> str:
-    """The page: inline styles, and pictures as data, so that nothing is fetched."""
+    """The page: inline styles and images as data, so that nothing is fetched."""
     template = string.Template(_TEMPLATE.read_text(encoding="utf-8"))
     return template.substitute(
         title=html.escape(report.title),
@@ -341,7 +341,7 @@ def _figure(name: str, svg: str) -> str:
     key, _, across = name.partition("-")
     label = f"{METRICS[key].label} against {_ACROSS[across]}"
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    # Ids of several plots would meet on one page.
+    # Ids of several plots would collide on one page.
     prefix = re.sub(r"\W", "_", name)
     svg = re.sub(r'( id="|href="#|url\(#)', rf"\1{prefix}_", svg)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)

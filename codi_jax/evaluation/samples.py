@@ -1,4 +1,4 @@
-"""The pictures that models are compared on: a folder with ``metadata.jsonl``."""
+"""The images that models are compared on: a folder with ``metadata.jsonl``."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +17,14 @@ _EDIT_COLUMNS = ("input_image", "edited_image", "edit_prompt")
 
 @dataclass(frozen=True)
 class Samples:
-    """What the models are given, and what they should make of it; every field that is present has one entry a picture.
+    """The models' inputs and the wanted outputs; every present field has one entry per image.
 
     Attributes:
-      prompts: captions, or instructions of edits.
-      truth: the real pictures, or those after the edit.
-      conditions: of ControlNets.
-      inputs: the pictures before the edit.
-      variants: for each edit, all pictures that could have been made of its input, the input included.
+      prompts: captions, or edit instructions.
+      truth: the real images, or the images after the edit.
+      conditions: the ControlNets' conditions.
+      inputs: the images before the edit.
+      variants: for each edit, all images that could have been made from its input, including the input.
       wanted: the index of the right one among them.
     """
 
@@ -40,12 +40,12 @@ def read_samples(folder: Path, most: int | None = None) -> Samples:
     """Reads a folder with ``metadata.jsonl``: captions with or without edges, or edits.
 
     Args:
-      folder: of the pictures.
-      most: use at most so many samples, evenly spread over the folder; ``None`` for all.
+      folder: the images' folder.
+      most: use at most this many samples, evenly spread over the folder. Default: all.
 
     Raises:
-      ValueError: if there is no such file, a column is missing, or the pictures differ in size.
-      FileNotFoundError: if a picture is missing.
+      ValueError: if there is no such file, a column is missing, or the images differ in size.
+      FileNotFoundError: if an image is missing.
     """
     rows = _read_rows(folder)
     if most is not None and most < len(rows):
@@ -80,7 +80,7 @@ def _edits(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Samples:
 
 
 def _reader(folder: Path) -> Callable[[Sequence[str]], UInt8[np.ndarray, "n h w 3"]]:
-    """Reads pictures by name, each file once."""
+    """Reads images by name, each file once."""
     files: dict[str, np.ndarray] = {}
 
     def read(names: Sequence[str]) -> UInt8[np.ndarray, "n h w 3"]:

@@ -1,1 +1,1 @@
-"""Reading and writing: models and their weights, images, the hub, and what the processes of a run tell each other."""
+"""Reading and writing: models and their weights, images, the hub, and communication between the processes of a run."""

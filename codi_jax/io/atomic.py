@@ -1,6 +1,6 @@
-"""Writing whole or not at all: what is being written has a hidden name beside its target, which it gets when complete.
+"""Atomic writes: data is written under a hidden name next to its target and renamed when complete.
 
-After an error or an interrupt nothing is left. After a kill a hidden ``.<name>.partial-*`` is left, which the next
+After an error or an interrupt, nothing is left. After a kill, a hidden ``.<name>.partial-*`` is left, which the next
 attempt to write the same target removes.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 def staged_file(target: Path) -> Iterator[Path]:
     """A path to write to, which becomes ``target`` when the block ends, or is removed after an error.
 
-    The ending is that of ``target``, for libraries that choose a format by it. Missing parent folders are made.
+    It has the extension of ``target``, for libraries that choose a format by it. Missing parent folders are created.
     """
     with staged_files([target]) as (stage,):
         yield stage
@@ -47,9 +47,9 @@ def staged_folder(target: Path, *, last: str | None = None, keep_others: bool = 
     """An empty folder to write into, which becomes ``target`` when the block ends, or is removed after an error.
 
     Args:
-      target: the folder; missing parents are made, and removed again after an error.
-      last: the name of the file that is moved last into a folder that exists, for readers that look for it first.
-      keep_others: whether a folder that exists keeps its files of other names, or is replaced as a whole.
+      target: the folder; missing parents are created, and removed again after an error.
+      last: the name of the file that is moved last into an existing folder, for readers that look for it first.
+      keep_others: whether an existing folder keeps its other files, or is replaced completely.
     """
     target = target.resolve()
     created = [parent for parent in target.parents if not parent.exists()]
@@ -69,7 +69,7 @@ def staged_folder(target: Path, *, last: str | None = None, keep_others: bool = 
 
 
 def write_bytes(target: Path, data: bytes) -> None:
-    """Writes a file, and waits until it is on the disk."""
+    """Writes a file, and waits until it is on disk."""
     with staged_file(target) as stage, stage.open("wb") as file:
         file.write(data)
         file.flush()
@@ -87,7 +87,7 @@ def write_json(target: Path, contents: Mapping[str, Any], *, indent: int | None 
 
 
 def _partial_path(target: Path) -> Path:
-    """A new hidden path beside ``target``; what killed attempts at the same target have left is removed."""
+    """A new hidden path next to ``target``; removes leftovers of killed attempts at the same target."""
     prefix = f".{target.name}.partial-"
     for left in target.parent.glob(f"{_escaped(prefix)}*"):
         if left.is_dir():

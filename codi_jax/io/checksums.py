@@ -1,4 +1,4 @@
-"""Digests of files and of parameters, and the checksums of a folder, written beside its files to find damage."""
+"""Digests of files and parameters, and a folder's checksums, written next to its files to detect damage."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ _THREADS = 8
 
 
 class DamagedError(ValueError):
-    """A file that is missing, or differs from what was written."""
+    """A file is missing, or differs from what was written."""
 
 
 def file_digest(path: Path) -> str:
@@ -28,7 +28,7 @@ def file_digest(path: Path) -> str:
 
 
 def folder_digest(folder: Path, pattern: str) -> str:
-    """SHA-256 of the contents of all files in a folder that match a pattern, one after the other, sorted by name."""
+    """SHA-256 of the contents of all files in a folder that match a pattern, one after another, sorted by name."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob(pattern)):
         with path.open("rb") as file:
@@ -37,10 +37,10 @@ def folder_digest(folder: Path, pattern: str) -> str:
 
 
 def digest_of(tree: Any) -> str:
-    """SHA-256 of parameters, names included; if they are split among processes, all of them must call it.
+    """SHA-256 of parameters, including names; if they are split among processes, all of them must call it.
 
     Args:
-      tree: of arrays, on devices or in host memory.
+      tree: a tree of arrays, on devices or in host memory.
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -52,11 +52,11 @@ def digest_of(tree: Any) -> str:
 def update_with_values(digest: Any, tree: Any) -> None:
     """Feeds the values of a tree, in its own order and without names, to a digest of several things.
 
-    The fingerprints of cached latents are made of it, so their values must stay what they are.
+    The fingerprints of cached latents depend on it, so its result must never change.
 
     Args:
-      digest: of `hashlib`.
-      tree: of arrays; all processes that these are split among must call it.
+      digest: a `hashlib` digest.
+      tree: a tree of arrays; all processes that these are split among must call it.
     """
     for leaf in jax.tree.leaves(tree):
         digest.update(sharding.fetch(leaf).tobytes())
@@ -66,7 +66,7 @@ def write_checksums(folder: Path, leave_out: Collection[str] = ()) -> None:
     """Writes ``checksums.json``: the size and SHA-256 of every file below ``folder``.
 
     Args:
-      folder: of the files.
+      folder: the files' folder.
       leave_out: names of files to skip, because they may still change.
 
     Raises:
@@ -100,7 +100,7 @@ def verify_checksums(folder: Path) -> None:
         if not file.is_file():
             raise DamagedError(f"{file} is missing")
         if file.stat().st_size != entries[name]["size"]:
-            raise DamagedError(f"{file} has {file.stat().st_size} bytes in place of {entries[name]['size']}")
+            raise DamagedError(f"{file} has {file.stat().st_size} bytes instead of {entries[name]['size']}")
     with ThreadPoolExecutor(_THREADS) as pool:
         for name, digest in zip(names, pool.map(file_digest, [folder / name for name in names]), strict=True):
             if digest != entries[name]["sha256"]:

@@ -1,7 +1,7 @@
-"""Picture files to pictures: the reader that training, the data tools, validation and generation share.
+"""Decodes image files: the reader that training, the data tools, validation and generation share.
 
-Every file goes through `decode`, so that all of them agree on the formats, on the largest size, on the orientation, and
-on what lies under a transparent pixel. A file is rejected by its header, before any pixel is decoded.
+Every file goes through `decode`, so that all of them agree on formats, largest size, orientation, and the background of
+transparent pixels. A file is rejected by its header, before any pixel is decoded.
 """
 
 import io

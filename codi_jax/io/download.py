@@ -1,9 +1,9 @@
 """Downloading from untrusted hosts: many files at a time, bounded in time, size and number.
 
 Only http and https are allowed and, by default, only public addresses: a list of URLs must not reach the network of the
-machine that works through it. Every redirect is checked like the first address, and so is every address that a name
-resolves to, in the same look-up that the connection uses. The server is sent each address byte for byte as it stands in
-the list or in a redirect, because signatures cover these bytes.
+machine that processes it. Every redirect is checked like the first address, and so is every address that a name
+resolves to, in the same lookup that the connection uses. Each address is sent to the server byte for byte as in the
+list or redirect, because signatures cover these bytes.
 """
 
 import asyncio
@@ -47,8 +47,8 @@ class DownloadFlags(Flags):
     timeout: float | int = 20.0
     """Seconds after which an attempt is abandoned."""
     retries: int = 2
-    """Further attempts after a time-out, a broken connection or a temporary refusal (429, 5xx), with waits of 1, 2, 4 …
-    seconds in between."""
+    """Retries after a timeout, a broken connection or a temporary refusal (429, 5xx), with waits of 1, 2, 4 … seconds
+    in between."""
     max_megabytes: float | int = 20.0
     """Size limit of a file; the download of a larger one is aborted."""
     allow_private_addresses: bool = False
@@ -68,8 +68,8 @@ def download(
     """Downloads all files and calls a function with each as it arrives; each connection holds at most one in memory.
 
     Args:
-      urls: addresses.
-      flags: the user's.
+      urls: the addresses.
+      flags: the user's flags.
       then: called with the index of a URL and its contents, or the reason why it was rejected. Calls are sequential, in
         a thread.
 
@@ -85,7 +85,7 @@ def download(
         raise ValueError('downloading needs aiohttp: pip install "codi_jax[data]".') from None
     if not _has_loop():
         return asyncio.run(_download(urls, flags, then))
-    with ThreadPoolExecutor(1) as thread:  # a notebook has one in its own
+    with ThreadPoolExecutor(1) as thread:  # a notebook already has an event loop in its own
         return thread.submit(lambda: asyncio.run(_download(urls, flags, then))).result()
 
 
@@ -102,7 +102,7 @@ def fetch(address: str, flags: DownloadFlags) -> bytes:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is public: neither this machine's nor that of a private network."""
+    """Whether an IP address is public: neither this machine's nor a private network's."""
     ip = ipaddress.ip_address(address.split("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour
@@ -120,7 +120,7 @@ async def _download(urls: Sequence[str], flags: DownloadFlags, then: Callable[[i
     session = aiohttp.ClientSession(
         connector=connector,
         timeout=aiohttp.ClientTimeout(total=None),
-        auto_decompress=False,  # pictures are compressed already; data that unpacks to gigabytes is an attack
+        auto_decompress=False,  # images are already compressed; data that unpacks to gigabytes is an attack
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"User-Agent": "Mozilla/5.0 (compatible; codi_jax)", "Accept-Encoding": "identity"},
     )
@@ -190,7 +190,7 @@ class _Downloads:
         except (aiohttp.ClientError, OSError):
             self._failures[host] += 1
             raise _TemporaryError("no connection") from None
-        except ValueError:  # aiohttp and yarl have no error of their own for some of what a server may send
+        except ValueError:  # aiohttp and yarl have no specific error for some invalid answers
             raise RejectedError("no valid answer") from None
         self._failures[host] = 0
         return data
@@ -247,7 +247,7 @@ def _parse(address: str) -> Any:
 
 
 def _sendable(text: str) -> str:
-    """The text as it can stand in a request: percent-encoded where it is not printable ASCII, unchanged elsewhere."""
+    """The text as allowed in a request: percent-encoded where it is not printable ASCII, unchanged elsewhere."""
     encoded = text.encode("utf-8", "surrogateescape")  # as aiohttp decodes header fields
     return "".join(chr(byte) if 0x20 < byte < 0x7F else f"%{byte:02X}" for byte in encoded)
 
@@ -274,7 +274,7 @@ def _has_loop() -> bool:
 
 
 class _TemporaryError(RejectedError):
-    """A failure that another attempt may not meet."""
+    """A failure that may not recur in another attempt."""
 
 
 def _is_address(host: str) -> bool:

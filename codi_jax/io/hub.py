@@ -1,4 +1,4 @@
-"""The folders that models are read from: on this machine, or on the Hugging Face Hub."""
+"""The folders that models are read from, local or on the Hugging Face Hub."""
 
 import contextlib
 import re
@@ -26,9 +26,9 @@ class ModelFolder:
 
     Attributes:
       source: a folder, or the id of a repository.
-      subfolder: of the part; ``None`` for the whole model.
+      subfolder: the part's folder; ``None`` for the complete model.
       revision: branch, tag or commit on the hub.
-      cache_dir: folder of the hub's files; ``None`` for the hub's default.
+      cache_dir: folder for the hub's files. Default: the hub's.
       local_files_only: never contact the hub.
     """
 
@@ -74,7 +74,7 @@ class ModelFolder:
         """The local path of a file that must exist.
 
         Raises:
-          WeightsError: if it does not, saying what the folder holds.
+          WeightsError: if it does not exist, saying what the folder holds.
         """
         path = self.find(name)
         if path is None:
@@ -85,7 +85,7 @@ class ModelFolder:
         """The contents of a JSON file.
 
         Raises:
-          WeightsError: if the file does not exist, or holds no JSON object.
+          WeightsError: if the file does not exist, or is not a JSON object.
         """
         path = self.require(name)
         try:
@@ -94,7 +94,7 @@ class ModelFolder:
             raise WeightsError(str(error)) from None
 
     def pinned(self, path: Path) -> "ModelFolder":
-        """The same folder at the commit that ``path`` was downloaded from, so that all files are of one version."""
+        """The same folder at the commit that ``path`` was downloaded from, so that all files are from one version."""
         commit = re.search(r"/snapshots/([0-9a-f]{40})/", path.as_posix())
         return self if self._is_local or commit is None else replace(self, revision=commit[1])
 

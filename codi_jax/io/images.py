@@ -39,7 +39,7 @@ def open_image(source: str | Path) -> Image.Image:
 
 
 def _download(address: str) -> bytes:
-    """The file at an address that the user has given, which may be of any host."""
+    """The file at an address given by the user, on any host."""
     from codi_jax.io.download import DownloadFlags, fetch  # slow to import, and not needed for files
 
     return fetch(address, DownloadFlags(allow_private_addresses=True, retries=0))
@@ -64,7 +64,7 @@ def to_pixels(picture: Picture, size: tuple[int, int] | None = None) -> Float[np
 
 
 def to_mask(picture: Picture, size: tuple[int, int]) -> Float[np.ndarray, "h w 1"]:
-    """A picture as a mask: 1 where it is bright, which is to be repainted, 0 elsewhere."""
+    """A picture as a mask: 1 where it is bright, to be repainted, 0 elsewhere."""
     pixels = to_pixels(picture, size)
     return (pixels.mean(axis=-1, keepdims=True) >= 0.5).astype(np.float32)
 
@@ -73,7 +73,7 @@ def canny(picture: Picture, low: int = 30, high: int = 90) -> UInt8[np.ndarray, 
     """The edges of a picture (Canny, 1986): 255 on lines one pixel wide, 0 elsewhere.
 
     Args:
-      picture: of any size, at which edges are detected.
+      picture: a picture of any size, at which edges are detected.
       low: gradient (3 x 3 Sobel, the sum of both directions' magnitudes) that continues an edge; the default is for
         small drawings, 100 is usual for photographs.
       high: gradient that begins an edge; 200 is usual for photographs.
@@ -103,13 +103,13 @@ def as_list(pictures: Picture | Sequence[Picture]) -> list[Picture]:
 def stack_pictures(
     pictures: Picture | Sequence[Picture], batch: int, convert: Callable[[Picture], np.ndarray], name: str
 ) -> Float[np.ndarray, "b h w c"]:
-    """One picture for the whole batch, or one for each of its members, as one array.
+    """One picture for the entire batch, or one per element, as one array.
 
     Args:
       pictures: see `as_list`.
       batch: the size of the batch.
       convert: `to_pixels` or `to_mask`, to one size.
-      name: of the argument, for error messages.
+      name: the argument's name, for error messages.
 
     Raises:
       ValueError: if the number of pictures is neither 1 nor ``batch``.
@@ -133,7 +133,7 @@ def grid(images: UInt8[np.ndarray, "n h w 3"]) -> Image.Image:
 
 
 def save_images(path: str | Path, images: UInt8[np.ndarray, "n h w 3"]) -> list[Path]:
-    """Writes one image to ``path``; several as a grid to ``path`` and as ``<stem>_0``, ``<stem>_1``, … beside it.
+    """Writes one image to ``path``; several as a grid to ``path`` and as ``<stem>_0``, ``<stem>_1``, … next to it.
 
     After an error none of them is left, and files that existed before are unchanged.
 
@@ -151,7 +151,7 @@ def save_images(path: str | Path, images: UInt8[np.ndarray, "n h w 3"]) -> list[
 
 
 def _single_names(path: Path, count: int) -> list[Path]:
-    """The paths of several images, beside their grid; a single image has none of its own."""
+    """The paths of several images, next to their grid; a single image has only one path."""
     return [path.with_stem(f"{path.stem}_{i}") for i in range(count)] if count > 1 else []
 
 
@@ -159,11 +159,11 @@ def check_output(path: str | Path, count: int = 1) -> None:
     """Rejects a path that `save_images` could not write, before any work is done.
 
     Args:
-      path: of the file.
-      count: number of images.
+      path: the file's path.
+      count: the number of images.
 
     Raises:
-      ValueError: if the extension is not that of an image format, or the folder cannot be written.
+      ValueError: if the extension is not an image format's, or the folder cannot be written.
     """
     path = Path(path).expanduser()
     if path.suffix.lower() not in _ENDINGS:
@@ -180,7 +180,7 @@ def check_output(path: str | Path, count: int = 1) -> None:
 def labeled_rows(
     rows: Mapping[str, Sequence[np.ndarray] | np.ndarray | None],
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Batches of images as one picture: a row for each, preceded by its name; ``None`` makes no row."""
+    """Batches of images as one picture: one row each, preceded by its name; ``None`` gives no row."""
     shown = {name: np.concatenate(list(images), axis=1) for name, images in rows.items() if images is not None}
     height = sum(max(row.shape[0], _LABEL_HEIGHT) for row in shown.values())
     font = ImageFont.load_default(11)

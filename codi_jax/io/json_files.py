@@ -1,4 +1,4 @@
-"""JSON objects from files, read in one way: whatever is wrong with one is told in a sentence that says what to do."""
+"""Reads JSON objects from files, with one-sentence errors that say what to do."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -9,7 +9,7 @@ from codi_jax.cli.messages import first_line
 
 
 class JsonError(ValueError):
-    """A file or a text that holds no JSON object."""
+    """A file or a text is not a JSON object."""
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
@@ -20,14 +20,14 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
       remedy: what to do about a damaged file, which ends the sentence: "download it again".
 
     Raises:
-      JsonError: naming the file, if it holds no JSON object.
+      JsonError: naming the file, if it is not a JSON object.
       OSError: if it cannot be read; `FileNotFoundError` if it does not exist.
     """
     return parse_object(path.read_bytes(), str(path), remedy)
 
 
 def parse_object(text: bytes | str, where: str, remedy: str, *, allow_nan: bool = False) -> dict[str, Any]:
-    """The JSON object that a text holds.
+    """The JSON object in a text.
 
     Args:
       text: the contents of a file, or a line of it.
@@ -36,8 +36,7 @@ def parse_object(text: bytes | str, where: str, remedy: str, *, allow_nan: bool 
       allow_nan: whether a value may be NaN.
 
     Raises:
-      JsonError: if the text is not UTF-8, not valid JSON, nested too deeply, holds NaN, or holds something else than an
-        object.
+      JsonError: if the text is not UTF-8, not valid JSON, nested too deeply, contains NaN, or is not an object.
     """
     constant = float if allow_nan else _constant
     try:
@@ -57,7 +56,7 @@ def parse_object(text: bytes | str, where: str, remedy: str, *, allow_nan: bool 
 def parse_lines(lines: Iterable[bytes], where: str, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The JSON objects of a file of lines, and the number of each line; blank ones are skipped. See `parse_object`.
 
-    A table may have NaN in columns that nobody reads.
+    A table may have NaN in unused columns.
     """
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -65,7 +64,7 @@ def parse_lines(lines: Iterable[bytes], where: str, remedy: str) -> Iterator[tup
 
 
 def _constant(name: str) -> float:
-    """Infinity means "no limit" in saved flags; NaN means nothing, and equals nothing that it is compared with."""
+    """Infinity means "no limit" in saved flags; NaN has no meaning, and never compares equal."""
     if name == "NaN":
         raise ValueError("it holds NaN")
     return float(name)

@@ -1,8 +1,8 @@
-"""LoRA files: those of kohya's trainer, of diffusers and of PEFT in, those of kohya and diffusers out.
+"""LoRA files: reads the formats of kohya's trainer, diffusers and PEFT, and writes those of kohya and diffusers.
 
-All of them name a layer after its module. The differences (dots or underscores, prefixes, former names of diffusers,
-block numbers of SDXL's original code) are resolved against the layers of the model: every name that a file can have for
-a layer is listed, and keys are looked up in that list.
+All of them name a layer after its module. The differences (dots or underscores, prefixes, diffusers' former names,
+block numbers of SDXL's original code) are resolved against the model's layers: every name that a file can have for a
+layer is listed, and keys are looked up in that list.
 """
 
 import json
@@ -57,7 +57,7 @@ _FACTORS = {
 }  # fmt: skip
 # OneTrainer adds embeddings of new words to a LoRA, which prompts can use in its own programs.
 _WORDS = "bundle_emb."
-# The regular expressions that names of layers need. A file could hold others, which take forever to match.
+# The regular expressions that layer names need. A file could contain others, which take forever to match.
 _NAME_PATTERN = re.compile(r"\^?(\.\*)?[\w.\\-]+(\.\*)?\$?")
 _OTHER_ADAPTERS = {
     r"\.hada_": "LoHa", r"\.lokr_": "LoKr", r"\.oft_": "OFT",
@@ -106,9 +106,9 @@ def load_lora(
       weight_name: the file in the folder or repository; ``None`` takes the one that ``source`` names
         (``owner/name/file.safetensors``), the usual name, or the only safetensors file.
       dtype: precision of the factors.
-      subfolder: of the folder or repository.
+      subfolder: a subfolder of the folder or repository.
       revision: branch, tag or commit on the hub.
-      cache_dir: folder of the hub's files; ``None`` for the hub's default.
+      cache_dir: folder for the hub's files. Default: the hub's.
       local_files_only: never contact the hub.
 
     Returns:
@@ -146,7 +146,7 @@ def save_lora(
 ) -> Path:
     """Writes a LoRA as safetensors, for ``pipe.load_lora_weights`` and `load_lora`.
 
-    The file is written beside its target and then moved. In a run of several processes all must call it, and the first
+    The file is written next to its target and then moved. In a run of several processes all must call it, and the first
     one writes.
 
     Example:
@@ -155,9 +155,9 @@ def save_lora(
     Args:
       path: a file ``*.safetensors``, or a folder, which gets ``pytorch_lora_weights.safetensors``.
       loras: ``unet``, ``text_encoder`` and ``text_encoder_2`` -> LoRA.
-      naming: ``"diffusers"`` keeps α in the metadata, as diffusers does. ``"kohya"`` stores an α beside each layer,
-        which other programs need unless α is r; diffusers reads them correctly if they are all equal.
-      dtype: precision in the file; ``None`` keeps that of each factor.
+      naming: ``"diffusers"`` keeps α in the metadata, as diffusers does. ``"kohya"`` stores an α with each layer, which
+        other programs need unless α is r; diffusers reads them correctly if they are all equal.
+      dtype: precision in the file. Default: each factor's own.
 
     Returns:
       The file.
@@ -215,7 +215,7 @@ def _find_file(source: str, weight_name: str | None, subfolder: str | None, *hub
 
 
 def _named_file(source: str, path: Path) -> tuple[str, str]:
-    """The repository and the file in it of ``owner/name/file.safetensors``, which may lie in folders of it.
+    """The repository and the file in it of ``owner/name/file.safetensors``, which may be in a subfolder.
 
     Raises:
       WeightsError: if the text is the path of a file that does not exist.
@@ -251,7 +251,7 @@ def _match(
             "trained on, and pass every part that it adapts."
         )
     found: dict[tuple[str, ModulePath], dict[str, StoredTensor]] = {}
-    # Some files name each layer twice, as diffusers and as SDXL's original code do: the names of diffusers count.
+    # Some files name each layer twice, as in diffusers and as in SDXL's original code: diffusers' names count.
     for _, part, path, factor, key in sorted(matches):
         found.setdefault((part, path), {}).setdefault(factor, file[key])
     if halves := [
@@ -270,7 +270,7 @@ def _split_part(name: str, models: Mapping[str, Params | None]) -> tuple[str, st
     for prefix, part in {**_KOHYA_PREFIXES, **{f"lora_{part}": part for part in models}}.items():
         if name.startswith((f"{prefix}_", f"{prefix}.")):
             return part, name[len(prefix) + 1 :].replace(".", "_")
-    # A file without parts is of the UNet, or of the one model that is asked for.
+    # A file without parts is for the UNet, or for the one requested model.
     return "unet" if "unet" in models or len(models) != 1 else next(iter(models)), name.replace(".", "_")
 
 
@@ -283,7 +283,7 @@ def _layer_names(model: Params) -> dict[str, ModulePath]:
         aliases = {path, (*parent, last.removesuffix("_0") if last == "to_out_0" else last)}
         if parent and parent[-1] == "self_attn":
             aliases.add((*parent, _OLD_TEXT_ATTENTION[last]))
-        if path[0] == "text_model":  # a level that transformers 5 has no longer
+        if path[0] == "text_model":  # a level that transformers 5 no longer has
             aliases |= {alias[1:] for alias in aliases}
         for depth in range(1, len(path) + 1):
             if path[:depth] in sgm:
@@ -357,7 +357,7 @@ def _without_words(file: WeightFile) -> WeightFile:
 
 
 def _adapter_config(folder: ModelFolder, file: WeightFile) -> dict[str, Any]:
-    """PEFT's configuration: in the metadata of a file of diffusers, or beside a file of PEFT."""
+    """PEFT's configuration: in the metadata of a diffusers file, or next to a PEFT file."""
     if any(key.startswith(_PEFT_PREFIX) for key in file):
         return folder.read_json("adapter_config.json")
     if file.path.suffix != ".safetensors":
@@ -386,12 +386,12 @@ def _alpha(config: Mapping[str, Any], part: str, module: ModulePath, rank: int, 
             break
     if not isinstance(alpha, int | float):
         raise WeightsError(f"the LoRA's α of {part}.{module_name(module)} is {alpha!r:.40}, not a number.")
-    # Rank-stabilised LoRA (Kalajdzievski, 2023) divides by √r.
+    # Rank-stabilized LoRA (Kalajdzievski, 2023) divides by √r.
     return float(alpha) * (math.sqrt(rank) if config.get(f"{prefix}use_rslora") else 1.0)
 
 
 def _peft_config(layers: Mapping[ModulePath, LoraLayer], alphas: Mapping[ModulePath, float]) -> dict[str, Any]:
-    # Without the level that transformers 5 dropped: PEFT compares the ends of names.
+    # Without the level that transformers 5 dropped: PEFT compares name suffixes.
     names = {module: module_name(module).removeprefix("text_model.") for module in layers}
     ranks = {module: layer["down"].shape[-1] for module, layer in layers.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))

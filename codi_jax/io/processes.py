@@ -1,4 +1,4 @@
-"""The processes of one run: how they join, check that they run the same thing, and end together.
+"""The processes of one run: how they join, check that they agree, and end together.
 
 JAX connects them and lets them compute together, but reports failures poorly: a process that waits for another one is
 silent for minutes and then aborts, and a process that has raised an error leaves the others waiting forever. Therefore
@@ -34,7 +34,7 @@ _SILENT = 60.0  # seconds without a sign of life after which a process counts as
 _LAST_WORDS = 10.0  # seconds that process 0 gives the others to learn why the run ends
 _ROOT = "codi_jax"
 
-_numbers = itertools.count()  # of meetings: every process has the same ones in the same order
+_numbers = itertools.count()  # for barriers: every process has the same ones in the same order
 
 
 def initialize() -> None:
@@ -135,7 +135,7 @@ class _Watch:
         self.index, self.count = 0, 1
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
-        self._beats: dict[int, tuple[str, float]] = {}  # of each process: the last one, and when it came
+        self._beats: dict[int, tuple[str, float]] = {}  # for each process: the last one, and when it came
 
     @property
     def is_running(self) -> bool:
@@ -173,7 +173,7 @@ class _Watch:
                 if self.index == 0 and (silent := self._silent()) is not None:
                     self.end(f"error: {_named(silent)} has been silent for {_SILENT:.0f} s: see its output.")
             except jax.errors.JaxRuntimeError:
-                return  # the service has gone; JAX itself ends the process
+                return  # the service is gone; JAX itself ends the process
             if self._stopped.wait(_BEAT):
                 return
 
@@ -212,7 +212,7 @@ _watch = _Watch()
 
 
 def _state() -> Any:
-    """JAX's state of the processes, which has no public name; Orbax reads it, too."""
+    """JAX's state of the processes, which has no public name; Orbax reads it too."""
     from jax._src import distributed
 
     return distributed.global_state
@@ -316,7 +316,7 @@ def _has_several_processes() -> bool:
         or "," in hosts
         # JAX asks the metadata server which slice the machine belongs to.
         or (not hosts and _is_tpu_machine())
-        # Not in a job of one task: there JAX would take one device and leave the others.
+        # Not in a job of one task: there JAX would only use one device.
         or ("SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1)
         or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
         or ("KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env)
@@ -329,7 +329,7 @@ def _is_tpu_machine() -> bool:
 
 
 def _given_processes() -> dict[str, Any]:
-    """The number and index of processes in the environment, where JAX reads only the coordinator's address."""
+    """The number and index of processes from the environment, where JAX only reads the coordinator's address."""
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     return {name: _number(variable) for name, variable in names.items() if variable in os.environ}
 

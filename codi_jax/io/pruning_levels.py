@@ -1,4 +1,4 @@
-"""Levels of pruning by name: the published ones, and those of a user's file."""
+"""Pruning levels by name: the published ones, and a user's own."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ def find_level(name: str, table: Path | None = None) -> KeptBlocks:
     """The blocks that a level keeps.
 
     Args:
-      name: of the level.
-      table: a YAML file of levels by name, in the notation of `KeptBlocks.from_dict`; ``None`` for `LEVELS`.
+      name: the level's name.
+      table: a YAML file of levels by name, in the notation of `KeptBlocks.from_dict`. Default: `LEVELS`.
 
     Raises:
       ConfigError: if the definition of the level is not valid.

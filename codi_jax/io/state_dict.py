@@ -31,7 +31,7 @@ class NamedLeaf(NamedTuple):
     """One parameter of a tree, as its state dict sees it.
 
     Attributes:
-      path: in the tree.
+      path: the path in the tree.
       leaf: the array, or a `jax.ShapeDtypeStruct`.
       shape: in PyTorch's layout.
     """
@@ -64,7 +64,7 @@ def _torch_axes(leaf: str, ndim: int) -> list[int]:
 
 
 def to_state_dict(params: Params) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
-    """The state dict of a tree, one tensor at a time: names and layouts of PyTorch, in host memory.
+    """The state dict of a tree, one tensor at a time: PyTorch's names and layouts, in host memory.
 
     Args:
       params: nested dict of arrays. Sharded arrays are gathered; if several processes hold them, all must iterate.
@@ -90,9 +90,9 @@ def from_state_dict(
     Args:
       abstract_params: the tree of shapes that ``module.abstract_params()`` returns.
       named_arrays: name -> NumPy array, or anything with ``shape`` and ``dtype`` that ``np.asarray`` reads.
-      dtype: precision of the parameters; ``None`` keeps that of the arrays.
+      dtype: precision of the parameters. Default: the arrays'.
       place: puts each parameter on devices. Default: on the default device.
-      layout: of the kernels in ``named_arrays``.
+      layout: the layout of the kernels in ``named_arrays``.
       where: the file, for error messages.
 
     Returns:
@@ -103,10 +103,11 @@ def from_state_dict(
     """
     leaves = leaves_by_name(abstract_params)
     expected = {name: shape if layout == "torch" else leaf.shape for name, (_, leaf, shape) in leaves.items()}
-    require_match(expected, named_arrays, f"{where} does not fit its config.json; check that they are of one model")
+    require_match(expected, named_arrays, f"{where} does not fit its config.json; check that they are from one model")
     place = place or (lambda _, array: jax.device_put(array))
     placed = {}
-    # Large ones first: a tensor is in memory two or three times while it is converted, which then hides in the total.
+    # Large ones first: a tensor is in memory two or three times during conversion, which does not raise the peak early
+    # on.
     for name in sorted(leaves, key=lambda name: -math.prod(expected[name])):
         path = leaves[name][0]
         array = np.asarray(named_arrays[name])
@@ -115,7 +116,7 @@ def from_state_dict(
             raise WeightsError(f"{file}: {name} holds NaN or infinity: the file is damaged, use another version of it.")
         array = to_flax_layout(path[-1], array) if layout == "torch" else array
         kept = np.dtype(array.dtype if dtype is None else dtype)
-        # Waiting keeps one tensor in flight; a queue of transfers would hold the host copies of all that are in it.
+        # Waiting keeps one tensor in flight; a queue of transfers would hold the host copies of all of them.
         placed[name] = jax.block_until_ready(place(path, convert(array, kept, name, file)))
     return jax.tree.unflatten(jax.tree.structure(abstract_params), [placed[name] for name in leaves])
 
@@ -131,11 +132,11 @@ def leaves_by_name(params: Params) -> dict[str, NamedLeaf]:
 
 
 def require_match(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Any], problem: str) -> None:
-    """Compares the names, shapes and kinds of tensors with those that are expected.
+    """Compares the names, shapes and kinds of tensors with the expected ones.
 
     Args:
       expected: shapes by name.
-      found: by name, anything with ``shape`` and ``dtype``.
+      found: tensors by name, anything with ``shape`` and ``dtype``.
       problem: the start of the message.
 
     Raises:
@@ -159,7 +160,7 @@ def require_match(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, A
 
 
 def _is_finite(array: Shaped[np.ndarray, "..."]) -> bool:
-    # On the bits: half the time of np.isfinite on 16-bit floats. NaN and infinity are those with all exponent bits set.
+    # On the bits: half the time of np.isfinite on 16-bit floats. NaN and infinity have all exponent bits set.
     bits = array.reshape(-1).view(f"u{array.dtype.itemsize}")
     exponent = np.array(np.inf, array.dtype).view(bits.dtype)
     chunks = (bits[start : start + (1 << 20)] for start in range(0, bits.size, 1 << 20))

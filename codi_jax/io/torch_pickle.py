@@ -1,9 +1,9 @@
-"""PyTorch's pickles of tensors, read without Python's unpickler: opcodes are interpreted here, one after the other.
+"""PyTorch's pickles of tensors, read without Python's unpickler: opcodes are interpreted here, one after another.
 
-The standard library's unpickler can be kept from calling functions, but not from wasting resources: an index of its
-memo allocates that many slots, and a key of nested tuples takes forever to hash. This interpreter refuses every opcode
-that tensors do not need, allows only strings as keys, lets calls make only dictionaries and tensors, and bounds what is
-read.
+The standard library's unpickler can be kept from calling functions, but not from wasting resources: a memo index
+allocates that many slots, and a key of nested tuples takes forever to hash. This interpreter refuses every opcode that
+tensors do not need, allows only strings as keys, lets calls create only dictionaries and tensors, and limits how much
+is read.
 """
 
 import io
@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 MAX_BYTES = 1 << 25
-"""Of one pickle: a hundred thousand tensors take no more."""
+"""The limit for one pickle: a hundred thousand tensors take no more."""
 MAX_DIMENSIONS = 32
-"""Of one tensor. Those of networks have four."""
-_MAX_ARGUMENTS = 16  # of a call, which may be made again and again with the same
-_MAX_ITEMS = 1 << 20  # of lists that calls are given, all together
-_MAX_LINE = 1 << 12  # of opcodes whose argument ends with its line: names of modules
+"""The limit for one tensor. Networks' tensors have four."""
+_MAX_ARGUMENTS = 16  # of one call, which may be repeated with the same ones
+_MAX_ITEMS = 1 << 20  # of all lists passed to calls, in total
+_MAX_LINE = 1 << 12  # for opcodes whose argument ends with its line: module names
 
 _STORAGES = {
     "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16",
@@ -27,7 +27,7 @@ _STORAGES = {
 
 
 class RefusedError(ValueError):
-    """A pickle that names something that is neither a tensor nor made of tensors; the message is its name."""
+    """A pickle names something that is neither a tensor nor made of tensors; the message is its name."""
 
 
 class Storage(NamedTuple):
@@ -52,11 +52,11 @@ def load(file: io.BufferedIOBase, size: int) -> tuple[Any, dict[str, str]]:
     """Reads the pickle at the position of a file and moves behind it.
 
     Args:
-      file: open for reading.
-      size: of the file, in bytes; no argument of an opcode is longer than what is left of it.
+      file: a file open for reading.
+      size: the file size in bytes; no opcode's argument is longer than the rest of the file.
 
     Returns:
-      What it holds, dictionaries with `PickledTensor` at their leaves, and the dtype of every storage by its key.
+      The contents, dictionaries with `PickledTensor` at their leaves, and the dtype of every storage by its key.
 
     Raises:
       RefusedError: if it names anything that tensors do not need.
@@ -85,7 +85,7 @@ def checked_shape(shape: Any) -> tuple[int, ...]:
 
 
 class _Bounded:
-    """A file of which no more is read than a pickle may have, and no more is asked for than there is."""
+    """A file that is read no further than a pickle's limit and the end of the file."""
 
     def __init__(self, file: io.BufferedIOBase, size: int) -> None:
         self._file = file
@@ -148,7 +148,7 @@ def _dictionary(items: Any = ()) -> dict[str, Any]:
 
 
 def _set_item(target: Any, key: Any, value: Any) -> None:
-    # Of other keys, hashing alone could take forever.
+    # For other keys, hashing alone could take forever.
     if not isinstance(target, dict) or not (isinstance(key, str) or _is_int(key)):
         raise ValueError("it sets something other than a named entry of a dictionary")
     target[key] = value
@@ -192,7 +192,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.storages: dict[str, str] = {}
         self._items = 0
-        self._memo: dict[int, Any] = {}  # whatever its indices are, as large as what is in it
+        self._memo: dict[int, Any] = {}  # a dictionary, so that large indices take no memory
 
     def run(self, opcode: str, argument: Any) -> None:
         if opcode in _VALUES:
@@ -279,7 +279,7 @@ class _Machine:
         self.stack.append(function.function(*arguments))
 
     def _build(self, _: None) -> None:
-        self._pop()  # attributes of a state dict, such as versions of modules: nothing that is needed
+        self._pop()  # attributes of a state dict, such as module versions: not needed
         if not isinstance(self._top(), dict):
             raise ValueError("it sets attributes of something other than a dictionary")
 

@@ -50,10 +50,10 @@ class StoredTensor:
 
     Attributes:
       path: the file.
-      dtype: of the elements.
-      shape: of the array.
-      spans: (offset, size) in bytes of the pieces of the file that hold the data, one after the other.
-      strides: in elements, for a tensor that is not stored in C order; ``None`` if it is.
+      dtype: the elements' dtype.
+      shape: the array's shape.
+      spans: (offset, size) in bytes of the pieces of the file that hold the data, one after another.
+      strides: the strides in elements, for a tensor that is not stored in C order; ``None`` if it is.
     """
 
     path: Path
@@ -131,7 +131,7 @@ class WeightFile(Mapping[str, StoredTensor]):
 
 
 def open_weights(path: str | Path) -> WeightFile:
-    """Indexes a weight file; data are read later, one tensor at a time.
+    """Indexes a weight file; data is read later, one tensor at a time.
 
     Args:
       path: ``*.safetensors``, ``*.msgpack``, a PyTorch file (``.bin``, ``.pt``, ``.pth``, ``.ckpt``; zip or the format
@@ -183,7 +183,7 @@ def write_safetensors(
       arrays: the tensors.
     """
     names = {np.dtype(dtype): name for name, dtype in _SAFETENSORS_DTYPES.items()}
-    # "pt" makes transformers take the file for PyTorch's, the only layout of kernels that it knows.
+    # "pt" makes transformers read the file as PyTorch's, the only kernel layout it knows.
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in header.items():
@@ -211,12 +211,12 @@ def shard_names(path: Path) -> list[str]:
     """The files that an index of shards names.
 
     Raises:
-      WeightsError: if the file is not such an index, or a shard lies outside its folder.
+      WeightsError: if the file is not such an index, or a shard is outside its folder.
     """
     names = sorted(set(_weight_map(path).values()))
     for name in names:
         if Path(name).name != name or name.endswith(".json"):
-            raise WeightsError(f"{path} names the shard {name!r:.80}; shards must lie beside their index.")
+            raise WeightsError(f"{path} names the shard {name!r:.80}; shards must be next to their index.")
     return names
 
 
@@ -245,7 +245,7 @@ def _open_shards(path: Path) -> WeightFile:
 
 
 def _dtype(path: Path, name: Any) -> np.dtype:
-    """The numeric dtype of that name; names of other dtypes of NumPy (objects, texts, records) are refused."""
+    """The numeric dtype with this name; NumPy's other dtypes (objects, texts, records) are refused."""
     if isinstance(name, str) and (name in _NUMBERS or hasattr(ml_dtypes, name)):
         return np.dtype(name)
     shown = name if isinstance(name, str) and name.isprintable() else type(name).__name__
@@ -253,7 +253,7 @@ def _dtype(path: Path, name: Any) -> np.dtype:
 
 
 def _index_safetensors(path: Path) -> dict[str, StoredTensor]:
-    # The library checks the header and that it accounts for the whole file; it does not tell where tensors begin.
+    # The library checks the header and that it covers the entire file; it does not expose where tensors begin.
     with safe_open(path, framework="np"):
         pass
     with path.open("rb") as file:
@@ -270,7 +270,7 @@ def _index_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 # PyTorch: a pickle of nested dictionaries whose tensors are calls of `_rebuild_tensor_v2` on storages, and the bytes of
-# the storages: as members of a zip archive, or (before 1.6) one after the other behind the pickle.
+# the storages: as members of a zip archive, or (before 1.6) one after another behind the pickle.
 
 
 def _index_torch(path: Path) -> dict[str, StoredTensor]:
@@ -378,7 +378,7 @@ def _scan_msgpack(file: io.BufferedIOBase, path: Path) -> Any:
         tensor = _flax_array(path, window[header_size:], start + header_size, size)
         file.seek(start + header_size + size)
         return tensor
-    # What does not fit into the window is refused, not allocated for.
+    # Values that do not fit into the window are refused; no memory is allocated for them.
     unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=_MSGPACK_WINDOW)
     unpacker.feed(window)
     is_map = window[0] & 0xF0 == 0x80 or window[0] in (0xDE, 0xDF)

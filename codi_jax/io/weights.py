@@ -1,7 +1,7 @@
 """Models as diffusers folders: a folder or hub id -> (module, parameters), and back.
 
-`codi_jax.io.state_dict` translates between parameter trees and state dicts by two rules. Whatever does not follow them
-is handled by `_modern_names`: the names that older versions of diffusers and transformers wrote.
+`codi_jax.io.state_dict` translates between parameter trees and state dicts by two rules. `_modern_names` handles the
+exceptions: names that older versions of diffusers and transformers wrote.
 """
 
 import importlib.metadata
@@ -66,14 +66,14 @@ def load_model(
       source: a local folder, or a repository on the Hugging Face Hub (``HF_HUB_OFFLINE`` and the cache are respected).
       subfolder: ``unet``, ``controlnet``, ``vae``, ``text_encoder`` or ``text_encoder_2``; ``None`` if ``source``
         itself holds ``config.json``, as it does for a ControlNet or VAE published on its own.
-      dtype: storage precision of the parameters; ``None`` keeps that of the file.
+      dtype: storage precision of the parameters. Default: the file's.
       revision: branch, tag or commit on the hub.
-      variant: of the weights, such as ``"fp16"`` for ``diffusion_pytorch_model.fp16.safetensors``; a part that lacks it
-        is read from the plain file, with a warning.
-      cache_dir: folder of the hub's files; ``None`` for the hub's default.
+      variant: the variant of the weights, such as ``"fp16"`` for ``diffusion_pytorch_model.fp16.safetensors``; a part
+        that lacks it is read from the plain file, with a warning.
+      cache_dir: folder for the hub's files. Default: the hub's.
       local_files_only: never contact the hub.
       compute_dtype: precision of the module. Default: ``dtype``, or float32.
-      attention: the attention kernel of the module.
+      attention: the module's attention kernel.
       remat: whether the module recomputes activations in the backward pass.
       place: puts each parameter on devices. Default: on the default device.
 
@@ -114,16 +114,16 @@ def open_model(
 
     Args:
       source: a local folder, or a repository on the Hugging Face Hub.
-      subfolder: of the network, see `load_model`.
+      subfolder: the network's folder, see `load_model`.
       revision: branch, tag or commit on the hub.
-      variant: of the weights, see `load_model`.
-      cache_dir: folder of the hub's files; ``None`` for the hub's default.
+      variant: the variant of the weights, see `load_model`.
+      cache_dir: folder for the hub's files. Default: the hub's.
 
     Returns:
       The module, and its tensors by their name in the PyTorch state dict.
 
     Raises:
-      WeightsError: under the conditions of `load_model`, and for Flax's msgpack.
+      WeightsError: as in `load_model`, and for Flax's msgpack.
       ConfigError: for a value in ``config.json`` that codi_jax cannot build.
     """
     folder = ModelFolder(str(Path(source).expanduser()), subfolder, revision, cache_dir)
@@ -134,7 +134,7 @@ def open_model(
         raise WeightsError(f"{weights.path} is a Flax file: load the model and save it as safetensors first.")
     tensors = _modern_names(weights, module.config)
     expected = {name: shape for name, (_, _, shape) in leaves_by_name(module.abstract_params()).items()}
-    require_match(expected, tensors, f"{weights.path} does not fit its config.json; check that they are of one model")
+    require_match(expected, tensors, f"{weights.path} does not fit its config.json; check that they are from one model")
     return module, tensors
 
 
@@ -144,7 +144,7 @@ def build_module(
     """The network that a folder's ``config.json`` describes, without its weights.
 
     Args:
-      folder: where ``config.json`` lies.
+      folder: the folder with ``config.json``.
       dtype: precision of the computation.
       attention: the attention kernel.
       remat: whether the network recomputes activations in the backward pass.
@@ -169,20 +169,20 @@ def save_model(
 ) -> None:
     """Writes one network as diffusers and transformers do: safetensors and ``config.json``.
 
-    The files are written beside the target and then moved, so an error or an interrupt leaves nothing behind. In a
-    folder that exists, files of the same names and older safetensors of the model are replaced, and all others are
-    kept. In a run of several processes all must call it (tensors are gathered), and the first one writes.
+    The files are written next to the target and then moved, so an error or an interrupt leaves nothing behind. In an
+    existing folder, files with the same names and older safetensors of the model are replaced, and all others are kept.
+    In a run of several processes all must call it (tensors are gathered), and the first one writes.
 
     Example:
       >>> save_model("runs/mine", "unet", unet, params, dtype="float16")
 
     Args:
-      folder: of the whole model.
-      subfolder: of the network; ``None`` writes into ``folder`` itself.
+      folder: the complete model's folder.
+      subfolder: the network's folder; ``None`` writes into ``folder`` itself.
       module: the network, whose ``config`` is written.
       params: its parameters, possibly sharded; fetched one at a time.
-      dtype: precision in the file; ``None`` keeps that of each parameter.
-      max_shard_size: in bytes, or as ``"5GB"``; larger models are split.
+      dtype: precision in the file. Default: each parameter's own.
+      max_shard_size: the limit in bytes, or as ``"5GB"``; larger models are split.
 
     Raises:
       WeightsError: if ``params`` is not a tree of ``module``, overflows ``dtype``, or cannot be written.
@@ -204,18 +204,18 @@ def write_model(
     *,
     max_shard_size: int | str = "10GB",
 ) -> None:
-    """Writes one network whose tensors are produced one after the other; see `save_model`.
+    """Writes one network whose tensors are produced one after another; see `save_model`.
 
     Args:
-      folder: of the whole model.
-      subfolder: of the network; ``None`` writes into ``folder`` itself.
+      folder: the complete model's folder.
+      subfolder: the network's folder; ``None`` writes into ``folder`` itself.
       module: the network, whose ``config`` is written.
       header: dtype and shape of the tensors, by their name in the PyTorch state dict.
       arrays: the tensors, in the order of ``header``.
-      max_shard_size: in bytes, or as ``"5GB"``.
+      max_shard_size: the limit in bytes, or as ``"5GB"``.
 
     Raises:
-      WeightsError: if the tensors are not those of ``module``, or cannot be written.
+      WeightsError: if the tensors are not ``module``'s, or cannot be written.
     """
     target = Path(folder, subfolder or "").expanduser().resolve()
     expected = {name: shape for name, (_, _, shape) in leaves_by_name(module.abstract_params()).items()}
@@ -249,7 +249,7 @@ def _network_class(mapping: Mapping[str, Any], where: str) -> tuple[type[ModelCo
 
 
 def _file_stems(config: ModelConfig) -> tuple[str, str, str]:
-    """The names that safetensors, PyTorch and Flax files begin with: those of transformers or of diffusers."""
+    """The names that safetensors, PyTorch and Flax files begin with, in transformers or diffusers."""
     if isinstance(config, CLIPTextConfig):
         return "model", "pytorch_model", "flax_model"
     return "diffusion_pytorch_model", "diffusion_pytorch_model", "diffusion_flax_model"
@@ -258,7 +258,7 @@ def _file_stems(config: ModelConfig) -> tuple[str, str, str]:
 def _choose_file(folder: ModelFolder, config: ModelConfig, variant: str | None) -> Path:
     """The best weight file of a folder: safetensors, else PyTorch's, else Flax's. Downloads the shards of an index.
 
-    A part without the variant has its plain file read: in published models some parts have variants and others not.
+    For a part without the variant, the plain file is read: in published models only some parts may have variants.
     """
     safe, torch, _ = _file_stems(config)
     for tried in dict.fromkeys((variant, None)):
@@ -283,7 +283,7 @@ def _choose_file(folder: ModelFolder, config: ModelConfig, variant: str | None) 
 
 
 def _file_names(config: ModelConfig, variant: str | None) -> list[str]:
-    """The names that the weight file of a model can have, the best first."""
+    """The possible names of a model's weight file, the best first."""
     safe, torch, flax = _file_stems(config)
     dot = f".{variant}" if variant else ""
     return [
@@ -296,7 +296,7 @@ def _file_names(config: ModelConfig, variant: str | None) -> list[str]:
 
 
 def _modern_names(weights: WeightFile, config: ModelConfig) -> dict[str, StoredTensor]:
-    """The tensors of a file under the names that diffusers gives them today."""
+    """The tensors of a file under diffusers' current names."""
     named = dict(weights)
     if weights.layout == "flax":
         named = {torch_name(tuple(name.split("/"))): tensor for name, tensor in named.items()}
@@ -318,12 +318,12 @@ def _modern_vae_attention(name: str, tensor: StoredTensor) -> tuple[str, StoredT
     if not re.search(r"\.attentions\.\d+(\.to_out)?$", module):
         return name, tensor
     projection = _LEGACY_VAE_ATTENTION.get(projection, projection)
-    # Latent diffusion's original code had 1 × 1 convolutions where diffusers has linear layers.
+    # Latent diffusion's original code has 1 × 1 convolutions where diffusers has linear layers.
     return f"{module}.{projection}.{leaf}", tensor.squeezed() if len(tensor.shape) == 4 else tensor
 
 
 def _remove_stale_weights(target: Path, written: Collection[str]) -> None:
-    """Removes safetensors of an earlier save, whole or in shards, which would be loaded in place of the new ones."""
+    """Removes safetensors of an earlier save, single or sharded, which would be loaded instead of the new ones."""
     stem = min({*written} - {"config.json"}).partition(".")[0].partition("-")[0]
     stale = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
     for path in target.iterdir():

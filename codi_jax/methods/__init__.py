@@ -1,1 +1,1 @@
-"""The methods: one file each, of pure functions, to be read against the paper that it names."""
+"""The methods: one file of pure functions each, to be read next to the paper it names."""

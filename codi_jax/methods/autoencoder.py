@@ -2,8 +2,8 @@
 
     L = mean|x − D(z)| + β KL(q(z|x) ‖ N(0, I)),    z ~ q(z|x) = N(μ(x), σ(x)²)
 
-The KL term is only to keep the latents from drifting: β is about 1e-6. The paper's perceptual and adversarial terms are
-left out; they need networks of their own.
+The KL term only keeps the latents from drifting: β is about 1e-6. The paper's perceptual and adversarial terms are
+omitted; they need networks of their own.
 """
 
 from dataclasses import dataclass, replace
@@ -27,9 +27,9 @@ class AutoencoderFlags(EmaFlags):
     """The flags of training an autoencoder."""
 
     rec_loss: Literal["l1", "l2"] = "l1"
-    """Error of the reconstruction: mean absolute (which keeps edges sharper) or mean squared, of pixels in [-1, 1]."""
+    """Reconstruction error: mean absolute (keeps edges sharper) or mean squared, of pixels in [-1, 1]."""
     kl_scale: float = 1e-6
-    """Weight of the divergence of the latents from a standard normal distribution, summed over a sample."""
+    """Weight of the latents' divergence from a standard normal distribution, summed over a sample."""
 
     def check(self) -> None:
         super().check()
@@ -38,13 +38,13 @@ class AutoencoderFlags(EmaFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderSetup(Setup):
-    """What the compiled step depends on besides arrays."""
+    """Everything that the compiled step depends on besides arrays."""
 
     flags: AutoencoderFlags
 
 
 def configure(networks: Networks, flags: AutoencoderFlags, *, remat: bool = False) -> AutoencoderSetup:
-    """Trains the VAE, the only network that there is."""
+    """Trains the VAE, the only network."""
     networks = networks.recomputing("vae", remat=remat)
     return AutoencoderSetup(
         networks=networks,
@@ -75,12 +75,12 @@ def loss(
     """L, with the signal-to-noise ratio of the reconstruction in dB (of pixels in [0, 255]) as ``psnr``.
 
     Args:
-      params: of the VAE.
+      params: the VAE's parameters.
       state: not read.
       frozen: not read.
       batch: ``pixels``.
-      key: of the latents' sample.
-      setup: of the method.
+      key: for sampling the latents.
+      setup: the method's setup.
     """
     del state, frozen
     vae, flags = setup.networks.vae, setup.flags
@@ -103,22 +103,22 @@ def result(state: TrainState, setup: AutoencoderSetup, load: Load) -> dict[str, 
 def reconstruct(
     vae: Any, params: Params, pixels: UInt8[Array, "b hp wp 3"]
 ) -> tuple[UInt8[Array, "b hp wp 3"], Float[Array, "b h w c"]]:
-    """Images as they come back from the mode of their latents, and those latents, not scaled."""
+    """The images decoded from the mode of their latents, and these latents, unscaled."""
     z = posterior(vae, {"vae": params}, {"pixels": pixels}).mode()
     decoded = vae.apply({"params": params}, z, method="decode").astype(jnp.float32)
     return jnp.round(jnp.clip(decoded * 0.5 + 0.5, 0, 1) * 255).astype(jnp.uint8), z
 
 
 def with_scaling_factor(vae: Any, latents: Float[Array, "b h w c"]) -> Any:
-    """The VAE whose latents, as a UNet sees them, have a variance of about one.
+    """The VAE with a scaling factor that gives its latents, as a UNet sees them, a variance of about one.
 
     Args:
-      vae: its module.
-      latents: not scaled; their standard deviation is measured.
+      vae: the VAE's module.
+      latents: unscaled latents, whose standard deviation is measured.
     """
     factor = float(1 / jax.device_get(jnp.std(latents)))
     return replace(vae, config=replace(vae.config, scaling_factor=factor))
 
 
 METHOD = Method(flags=AutoencoderFlags, configure=configure, init=init, loss=loss, result=result)
-"""What is exported needs the latents of held-out images, for their scale: see ``train_autoencoder_flax.py``."""
+"""The export needs the latents of held-out images, for their scale: see ``train_autoencoder_flax.py``."""

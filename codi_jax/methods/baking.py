@@ -1,6 +1,6 @@
-"""Guidance baked in: a student that takes its guidance as an input, made into one for a single guidance scale.
+"""Baked-in guidance: turns a student that takes guidance as an input into one for a single guidance scale.
 
-Beyond LCM, its neighbor, this trains nothing: it is arithmetic on two layers' weights.
+Unlike LCM, its neighbor, this trains nothing: it is arithmetic on two layers' weights.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from codi_jax.models.config import Params
 def bake_guidance(
     unet: Any, params: Params, guidance_scale: float | int, image_guidance_scale: float | int | None = None
 ) -> tuple[Any, Params]:
-    """The student for one guidance, without the input for it: what stock diffusers pipelines sample rightly.
+    """The student for one guidance scale, without the guidance input, which stock diffusers pipelines sample correctly.
 
     Exactly the same function: the projection is linear and enters before ``linear_1``, so for a fixed w it raises that
     layer's bias by W₁ · cond_proj(embedding of w).
@@ -26,15 +26,15 @@ def bake_guidance(
 
     Args:
       unet: the student's module.
-      params: of the student.
-      guidance_scale: of the text, w + 1.
-      image_guidance_scale: of the image, for a student that takes it.
+      params: the student's parameters.
+      guidance_scale: the text's scale, w + 1.
+      image_guidance_scale: the image's scale, for a student that takes it.
 
     Returns:
-      The module without ``time_cond_proj_dim``, and its parameters; those of ``linear_1``'s bias in the dtype it had.
+      The module without ``time_cond_proj_dim``, and its parameters; ``linear_1``'s bias keeps its dtype.
 
     Raises:
-      ValueError: if the UNet takes no guidance, or image guidance is given to one that takes none, or missing.
+      ValueError: if the UNet takes no guidance, or if image guidance is missing, or given to a student that takes none.
     """
     config = unet.config
     if config.time_cond_proj_dim is None:

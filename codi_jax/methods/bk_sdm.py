@@ -2,12 +2,12 @@
 
     L = L_task + λ_out · mean‖F_θ(z_t, t, c) − F_T(z_t, t, c)‖² + λ_feat · Σ_l mean‖f_θ^l − f_T^l‖²
 
-with F the outputs of student and teacher, and f^l those of their blocks, for the pairs of blocks l of
-`codi_jax.models.pruning.feature_pairs`. L_task is that of plain training. θ starts as the blocks of the teacher that
-stay, see `codi_jax.models.pruning.prune`.
+with F the outputs of student and teacher, and f^l the outputs of their blocks, for the pairs of blocks l of
+`codi_jax.models.pruning.feature_pairs`. L_task is the loss of plain training. θ starts as the teacher's remaining
+blocks, see `codi_jax.models.pruning.prune`.
 
-Nothing bounds the scale of features, and where it is large their term decides alone. With ``feature_normalize``, which
-is this project's own, the distance of each pair and sample is divided by mean‖f_T^l‖².
+Nothing bounds the scale of features, and where it is large their term dominates. With ``feature_normalize``, an
+extension of this project, the distance of each pair and sample is divided by mean‖f_T^l‖².
 
 Beyond plain training, its neighbor: the teacher.
 """
@@ -40,10 +40,10 @@ class BkSdmFlags(NoiseFlags):
     output_weight: float = 1.0
     """Weight of the distance between the outputs of student and teacher."""
     feature_weight: float = 1.0
-    """Weight of the distance between the outputs of their blocks. With both weights 0 it is plain training."""
+    """Weight of the distance between the outputs of their blocks. With both weights 0 this is plain training."""
     feature_normalize: bool = False
-    """Take the distance of each pair of blocks relative to the size of the teacher's features, so that no pair, and not
-    the features together, decides alone."""
+    """Divide the distance of each pair of blocks by the size of the teacher's features, so that neither a single pair
+    nor all features together dominate the loss."""
 
     def check(self) -> None:
         super().check()
@@ -52,12 +52,12 @@ class BkSdmFlags(NoiseFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class BkSdmSetup(DenoisingSetup):
-    """What the compiled step depends on besides arrays.
+    """Everything that the compiled step depends on besides arrays.
 
     Attributes:
-      flags: of the method.
+      flags: the method's flags.
       kept_blocks: which blocks stay.
-      features: the intermediates that are compared, the student's and the teacher's.
+      features: the intermediates to compare, the student's and the teacher's.
     """
 
     flags: BkSdmFlags
@@ -68,16 +68,16 @@ class BkSdmSetup(DenoisingSetup):
 def configure(
     networks: Networks, flags: BkSdmFlags, *, kept_blocks: KeptBlocks | None = None, remat: bool = False
 ) -> BkSdmSetup:
-    """The student without the blocks that go, and what is compared.
+    """The student without the pruned blocks, and the features to compare.
 
     Args:
-      networks: of the teacher.
-      flags: of the method.
-      kept_blocks: which blocks stay; ``None`` is all of them.
+      networks: the teacher's networks.
+      flags: the method's flags.
+      kept_blocks: which blocks stay. Default: all.
       remat: whether the student recomputes activations.
 
     Raises:
-      ConfigError: if they do not fit the teacher.
+      ConfigError: if the blocks do not fit the teacher.
       ValueError: if the teacher takes its guidance as an input, or is not a plain text-to-image model.
     """
     refuse_guidance_input(
@@ -113,7 +113,7 @@ def init(
     *,
     mixed_precision: MixedPrecision = "no",
 ) -> TrainState:
-    """The state before the first step: θ is what stays of the teacher."""
+    """The state before the first step: θ starts as the teacher's remaining blocks."""
     _, unet = prune(setup.networks.unet, load("unet"), setup.kept_blocks)
     ema = setup.ema_decay is not None
     return optim.init_state({"unet": unet}, optimizer, key, ema=ema, mixed_precision=mixed_precision)
@@ -132,17 +132,17 @@ def loss(
     Args:
       params: θ: ``unet``.
       state: not read.
-      frozen: the teacher; its schedule is the student's, which may say that it predicts something else.
+      frozen: the teacher; its schedule is the student's, whose prediction type may differ.
       batch: see `codi_jax.methods.denoising.draw`.
-      key: for all that is random.
-      setup: of the method.
+      key: for all randomness.
+      setup: the method's setup.
 
     Returns:
-      The loss, and its terms before their weights: ``task``, ``output``, ``features``, and of each block
-      ``features/NAME``. Where both weights are 0 the teacher is not computed, and only ``task`` is there.
+      The loss, and its terms before their weights: ``task``, ``output``, ``features``, and ``features/NAME`` for each
+      block. If both weights are 0, the teacher is not evaluated and there is only ``task``.
 
     Raises:
-      ValueError: if features are not of the same shape.
+      ValueError: if features differ in shape.
     """
     del state
     flags = setup.flags
@@ -161,7 +161,7 @@ def loss(
 
 
 def _as_student(prediction: Array, frozen: Frozen, task: DenoisingTask) -> Array:
-    """The teacher's output in terms of what the student predicts."""
+    """The teacher's output, converted to what the student predicts."""
     teacher, student = frozen.teacher_schedule, frozen.schedule
     if teacher is None or teacher.prediction_type == student.prediction_type:
         return prediction
@@ -186,7 +186,7 @@ def _feature_distances(setup: BkSdmSetup, student: Mapping[str, Array], teacher:
 
 
 def method(kept_blocks: KeptBlocks | None) -> Method[BkSdmFlags, BkSdmSetup]:
-    """BK-SDM with these blocks; ``None`` is all of them."""
+    """BK-SDM with these blocks. Default: all."""
     return Method(
         flags=BkSdmFlags,
         sampling=denoising.sampling,

@@ -1,22 +1,22 @@
 """CoDi: conditional diffusion distillation in a single stage (Mei et al., 2024, arXiv:2310.01407, section 3).
 
-A text-to-image model learns a new condition, and to be sampled in a few steps, at once. At a time t = t_n of the grid
-that the student will be sampled on, and s the one before it,
+A text-to-image model learns a new condition and few-step sampling at the same time. At a time t = t_n of the grid that
+the student will be sampled on, with s the time before it,
 
     ẑ_s = α_s x̂ + σ_s ε̂,    x̂, ε̂ of the frozen teacher at z_t                   (one DDIM step)
     L   = w_snr · mean‖f_θ(z_t, t) − sg f_θ⁻(ẑ_s, s)‖² + λ · mean‖f_θ(z_t, t) − z_0‖²
 
 with f(z, t) = c_skip(t) z + c_out(t) x̂(z, t), and θ⁻ the moving average of θ. θ is a ControlNet on the frozen UNet
-(parameter-efficient CoDi), or the UNet too. A new ControlNet puts out zeros, so that the student starts as the teacher.
+(parameter-efficient CoDi), or the UNet too. A new ControlNet outputs zeros, so the student starts as the teacher.
 
-Departures from the reference code. ``consistency_epsilon`` has ε̂ in place of x̂ in the first term, and there f(ẑ_0, 0)
-is the clean latent: a target for x̂, but none for a noise. The reference trains on it (a perfect network has a loss of
-mean‖ε − z_0‖² there, in one draw of N); here w = 0 where s = 0. And w_snr, which is 1 without ``snr_gamma``, weighs by
-what the term compares, min(SNR, γ) for x̂ and min(SNR, γ)/SNR for ε̂, while the reference weighs by what the network puts
-out, although the term is not a loss on that (``snr_weight_space``).
+Differences from the reference code. ``consistency_epsilon`` has ε̂ instead of x̂ in the first term, where f(ẑ_0, 0) is
+the clean latent: a target for x̂, but not for noise. The reference trains on it (even a perfect network has a loss of
+mean‖ε − z_0‖² there, in one of N draws); here w = 0 where s = 0. And w_snr, which is 1 without ``snr_gamma``, weighs by
+what the term compares, min(SNR, γ) for x̂ and min(SNR, γ)/SNR for ε̂, while the reference weighs by what the network
+predicts, although the term is not a loss on that (``snr_weight_space``).
 
-Beyond LCM, its neighbor: the condition, the second term, which teaches it, and guidance that stays a choice at
-sampling time instead of an input of the network.
+New compared with LCM, its neighbor: the condition, the second term, which teaches it, and guidance that is chosen at
+sampling time instead of being an input of the network.
 """
 
 import warnings
@@ -52,40 +52,41 @@ class CodiFlags(Flags):
     """The flags of CoDi."""
 
     distill_type: Literal["conditional", "unconditional"] = "conditional"
-    """unconditional distills without condition images: the UNet alone, on text."""
+    """unconditional distills without condition images: only the UNet, on text."""
     train: Literal["controlnet", "unet"] = "controlnet"
     """controlnet: parameter-efficient CoDi, which leaves the UNet as it is; unet: full CoDi, which trains both."""
     distill_loss: Literal["consistency_x", "consistency_epsilon"] = "consistency_x"
-    """What is made consistent: the estimate of the clean latents, or that of the noise."""
+    """Which estimate is made consistent: the clean latents or the noise."""
     distill_x0_weight: float = 1.0
     """λ, the weight of the distance to the true clean latents."""
     distill_learning_steps: int = 50
-    """N, the times of the grid that the student is trained and sampled on."""
+    """N, the number of times on the grid that the student is trained and sampled on."""
     distill_grid: DistillationGrid = "trailing"
-    """trailing: up to the last training time; leading: from 0, as the reference code has it."""
+    """trailing: up to the last training time; leading: from 0, as in the reference code."""
     distill_timestep_scaling: float = 10.0
     """The factor on time in the boundary scalings."""
     onestepode: Literal["control", "uncontrol"] = "control"
-    """Whether the teacher's step is taken with the ControlNet."""
+    """Use the ControlNet in the teacher's step."""
     onestepode_control_params: Literal["target", "online", "initial"] = "target"
-    """Which ControlNet that is: the moving average, the one in training, or the one that training started from (which
-    must then be a trained one)."""
+    """Which ControlNet the teacher's step uses: the moving average, the one in training, or the one that training
+    started from (which must then be a trained one)."""
     onestepode_cfg: bool = False
     """Guide the teacher's step."""
     onestepode_sample_eps: SampleEps | None = None
-    """epsilon: step along the true noise, not the teacher's estimate. The others only name the teacher's output."""
+    """epsilon: step along the true noise, not the teacher's estimate. The other values only name the teacher's
+    output."""
     cfg_aware_distill: bool = False
-    """Guide the student and its target, both by the same random weight."""
+    """Guide the student and its target, both with the same random weight."""
     distill_guidance_min: float = 2.0
     """The lowest guidance scale."""
     distill_guidance_max: float = 14.0
-    """The guidance scale that all are below."""
+    """The highest guidance scale (exclusive)."""
     snr_gamma: float | None = None
     """γ of min-SNR weights on the consistency term; 5 is usual."""
     snr_weight_space: Literal["loss", "prediction"] = "loss"
     """What --snr_gamma weighs by. loss: what the consistency term compares, clean latents or noise. prediction: what
-    the network predicts, as in the reference code, where models that predict noise have the opposite order of
-    weights."""
+    the network predicts, as in the reference code, where models that predict noise get weights in the opposite
+    order."""
     ema_decay: float = 0.999
     """Decay of the moving average, which is the target and the result."""
 
@@ -99,7 +100,7 @@ class CodiFlags(Flags):
         )
         self.require_at_least(1, "distill_learning_steps")
         if self.distill_loss == "consistency_epsilon":
-            least = 2 if self.distill_grid == "trailing" else 3  # or every step of the teacher ends at s = 0
+            least = 2 if self.distill_grid == "trailing" else 3  # otherwise every step of the teacher ends at s = 0
             what = f"at least {least} with --distill_loss consistency_epsilon"
             self.require("distill_learning_steps", self.distill_learning_steps >= least, what)
         self.require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
@@ -114,14 +115,14 @@ class CodiFlags(Flags):
 
 @dataclass(frozen=True, kw_only=True)
 class CodiSetup(Setup):
-    """What the compiled step depends on besides arrays; made by `configure`."""
+    """Everything that the compiled step depends on besides arrays; created by `configure`."""
 
     flags: CodiFlags
     starts_from_controlnet: bool
 
 
 def sampling(schedule: NoiseSchedule, flags: CodiFlags) -> NoiseSchedule:
-    """The schedule to train with, and to save with the student: the teacher's, with the grid.
+    """The schedule to train with and to save with the student: the teacher's, with the grid.
 
     Raises:
       ConfigError: if the grid is impossible.
@@ -139,23 +140,23 @@ def sampling(schedule: NoiseSchedule, flags: CodiFlags) -> NoiseSchedule:
 
 
 def grid(schedule: NoiseSchedule) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
-    """The times t_n that are trained, and s_n where the teacher's step from each ends.
+    """The training times t_n, and s_n, where the teacher's step from each ends.
 
     Raises:
-      ValueError: if the schedule is not one of `sampling`.
+      ValueError: if the schedule is not from `sampling`.
     """
     spec = schedule.sampling
     if spec.sampler != "codi" or spec.grid_steps is None:
-        raise ValueError("This schedule has no distillation grid: take that of codi.sampling.")
+        raise ValueError("This schedule has no distillation grid: use the one from codi.sampling.")
     return distillation_grid(schedule.num_train_timesteps, spec.grid_steps, spec.grid)
 
 
 def configure(networks: Networks, flags: CodiFlags, *, remat: bool = False) -> CodiSetup:
-    """Completes the networks with the ControlNet of the UNet, unless one is given or there is no condition.
+    """Adds the UNet's ControlNet to the networks, unless one is given or there is no condition.
 
     Raises:
-      ValueError: if the teacher's step needs a ControlNet that has been trained, and none is given, or if the teacher
-        takes its guidance as an input.
+      ValueError: if the teacher's step needs a trained ControlNet and none is given, or if the teacher takes its
+        guidance as an input.
     """
     refuse_guidance_input(
         networks.unet,
@@ -194,9 +195,9 @@ def init(
     *,
     mixed_precision: MixedPrecision = "no",
 ) -> TrainState:
-    """The state before the first step: θ, which is all that is trained, and θ⁻, which starts there.
+    """The state before the first step: θ, all trained parameters, and θ⁻, which starts there.
 
-    A new ControlNet is made from the UNet.
+    A new ControlNet is initialized from the UNet.
     """
     params, unet = {}, load("unet")
     init_key, key = jax.random.split(key)
@@ -218,11 +219,11 @@ def loss(
       state: its ``ema`` is θ⁻.
       frozen: the teacher, with the schedule of `sampling`; ``controlnet`` if the flags need the initial one.
       batch: see `codi_jax.pipeline.conditions.prepare`.
-      key: for all that is random.
-      setup: of the method.
+      key: for all randomness.
+      setup: the method's setup.
 
     Returns:
-      The loss, and its two parts before γ and λ weigh them: ``consistency`` and ``reconstruction``.
+      The loss, and its two parts before weighting by γ and λ: ``consistency`` and ``reconstruction``.
     """
     networks, flags, schedule = setup.networks, setup.flags, frozen.schedule
     z0_key, t_key, noise_key, w_key = jax.random.split(key, 4)
@@ -252,7 +253,7 @@ def loss(
         distance, space = losses.mse(f, jax.lax.stop_gradient(f_target)), "sample"
     else:
         distance, space = losses.mse(f_eps, jax.lax.stop_gradient(f_eps_target)), "epsilon"
-        distance = jnp.where(s > 0, distance, 0)  # f(z, 0) = z is no target for a noise
+        distance = jnp.where(s > 0, distance, 0)  # f(z, 0) = z is not a target for noise
     reconstruction = losses.mse(f, z0)
 
     space = schedule.prediction_type if flags.snr_weight_space == "prediction" else space
@@ -264,7 +265,7 @@ def loss(
 def consistency(
     schedule: NoiseSchedule, prediction: Latents, z: Latents, t: Int[Array, " b"]
 ) -> tuple[Latents, Latents]:
-    """The consistency function f = c_skip z + c_out x̂ and its like for ε̂, from the network's output at z."""
+    """The consistency function f = c_skip z + c_out x̂ and its counterpart for ε̂, from the network's output at z."""
     x0, eps = schedule.to_x0_eps(prediction, z, t)
     return schedule.consistency(z, x0, t), schedule.consistency(z, eps, t)
 
@@ -279,4 +280,4 @@ def _teacher(params: Params, ema: Params, frozen: Frozen, flags: CodiFlags) -> d
 
 
 METHOD = Method(flags=CodiFlags, sampling=sampling, configure=configure, init=init, loss=loss)
-"""The student is the moving average: what `codi_jax.training.method.export_result` writes."""
+"""The student is the moving average, which `codi_jax.training.method.export_result` writes."""

@@ -1,11 +1,11 @@
-"""Plain training of a diffusion model: what every other method here distills.
+"""Plain training of a diffusion model, the teacher of every other method here.
 
     L = w(t) mean‖F_θ(z_t, t, c) − y‖²,    z_t = α_t z_0 + σ_t ε,    t uniform in 0 … T−1
 
-where y is ε, v or z_0, as the model's schedule says (Ho et al., 2020, equation 14; Salimans and Ho, 2022). One method
-for the UNet (text to image; Rombach et al., 2022), for the UNet together with its text encoder, for an editor
-(InstructPix2Pix; Brooks et al., 2023) and for a ControlNet on a frozen UNet (Zhang et al., 2023, equation 1): what is
-trained is what ``params`` holds.
+where y is ε, v or z_0, depending on the model's schedule (Ho et al., 2020, equation 14; Salimans and Ho, 2022). One
+method for the UNet (text to image; Rombach et al., 2022), for the UNet together with its text encoder, for an editor
+(InstructPix2Pix; Brooks et al., 2023) and for a ControlNet on a frozen UNet (Zhang et al., 2023, equation 1): it trains
+whatever ``params`` holds.
 """
 
 from collections.abc import Mapping
@@ -42,10 +42,10 @@ class DenoisingFlags(EmaFlags):
     """The flags of plain training, whatever is trained."""
 
     snr_gamma: float | None = None
-    """Gamma of the min-SNR weights of the loss, usually 5. Default: no weights. With a model that predicts v they leave
-    the noisiest times next to untrained."""
+    """Gamma of the loss's min-SNR weights, usually 5. Default: no weights. For a model that predicts v, they leave the
+    noisiest times almost untrained."""
     ema_decay: float = 0.9999
-    """Decay of the moving average of --use_ema, for each update."""
+    """Decay of the moving average of --use_ema, per update."""
 
     def check(self) -> None:
         super().check()
@@ -53,7 +53,7 @@ class DenoisingFlags(EmaFlags):
 
     @property
     def noise(self) -> "NoiseOptions":
-        """How z_t is noised, beyond the schedule."""
+        """Changes to z_t's noise, beyond the schedule."""
         return NoiseOptions()
 
     @property
@@ -63,12 +63,12 @@ class DenoisingFlags(EmaFlags):
 
 
 class NoiseOptions(NamedTuple):
-    """Changes of the noise.
+    """Changes to the noise.
 
     Attributes:
-      offset: strength of a noise that is the same all over a channel of a sample (a help for very bright and very dark
+      offset: strength of noise that is constant over each channel of a sample (helps with very bright and very dark
         images: https://www.crosslabs.org/blog/diffusion-with-offset-noise).
-      perturbation: strength of further noise on z_t alone (Ning et al., 2023).
+      perturbation: strength of additional noise on z_t only (Ning et al., 2023).
     """
 
     offset: float = 0.0
@@ -77,14 +77,14 @@ class NoiseOptions(NamedTuple):
 
 @dataclass(frozen=True)
 class NoiseFlags(DenoisingFlags):
-    """Flags about the noise, and about what the network predicts of it."""
+    """Flags for the noise and the network's prediction type."""
 
     noise_offset: float = 0.0
-    """Strength of a noise that is the same all over a channel."""
+    """Strength of noise that is constant over each channel."""
     input_perturbation: float = 0.0
-    """Strength of further noise on the network's input."""
+    """Strength of additional noise on the network's input."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
-    """What the trained network predicts. Default: what the model's scheduler says."""
+    """What the trained network predicts. Default: from the model's scheduler."""
 
     def check(self) -> None:
         super().check()
@@ -105,10 +105,10 @@ class TextToImageFlags(NoiseFlags):
 
 @dataclass(frozen=True)
 class DropoutFlags(Flags):
-    """The flag of what guidance of edits needs."""
+    """The flag that guidance of edits needs."""
 
     conditioning_dropout_prob: float = 0.0
-    """Probability p of training without the instruction, without the image, and without both, each; 0.05 is usual for
+    """Probability p of each of training without the instruction, without the image, and without both; 0.05 is usual for
     teachers, whose guidance needs it."""
 
     def check(self) -> None:
@@ -127,14 +127,14 @@ class EditFlags(DenoisingFlags, DropoutFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingSetup(Setup):
-    """What the compiled step depends on besides arrays."""
+    """Everything that the compiled step depends on besides arrays."""
 
     flags: DenoisingFlags
     starts_from_given: bool = True
 
 
 def many_steps(schedule: NoiseSchedule, flags: DenoisingFlags) -> NoiseSchedule:
-    """The schedule of a model whose UNet is trained at all times, whatever few steps it was distilled for."""
+    """The schedule for training a UNet at all times, even if it was distilled for few steps."""
     del flags
     return schedule.with_many_steps()
 
@@ -143,7 +143,7 @@ def sampling(schedule: NoiseSchedule, flags: NoiseFlags) -> NoiseSchedule:
     """`many_steps`, for a network that predicts what the flags say.
 
     Raises:
-      ConfigError: if it cannot predict that on this schedule.
+      ConfigError: if the network cannot predict that on this schedule.
     """
     if flags.prediction_type is not None:
         schedule = schedule.with_config(prediction_type=flags.prediction_type)
@@ -181,14 +181,14 @@ def configure_text_to_image(networks: Networks, flags: TextToImageFlags, *, rema
 
 
 def configure_controlnet(networks: Networks, flags: DenoisingFlags, *, remat: bool = False) -> DenoisingSetup:
-    """Trains a ControlNet on the frozen UNet: the one of the model, or a new one."""
+    """Trains a ControlNet on the frozen UNet: the model's, or a new one."""
     is_given = networks.controlnet is not None
     networks = networks if is_given else add_controlnet(networks)
     return configure(networks, flags, trained=("controlnet",), remat=remat, starts_from_given=is_given)
 
 
 def configure_edit(networks: Networks, flags: EditFlags, *, remat: bool = False) -> DenoisingSetup:
-    """Trains an InstructPix2Pix UNet: the one of the model, or that of a text-to-image model, widened.
+    """Trains an InstructPix2Pix UNet: the model's, or a text-to-image model's UNet, widened.
 
     Raises:
       ValueError: if the model is for another task.
@@ -220,12 +220,12 @@ def init(
 
 
 class DenoisingTask(NamedTuple):
-    """What a network is asked, and what it should answer.
+    """A network's inputs, and the target of its output.
 
     Attributes:
       z_t: noisy latents.
-      t: one time for each.
-      conditions: of the samples.
+      t: one time per sample.
+      conditions: the samples' conditions.
       target: y.
       weights: w(t).
     """
@@ -237,21 +237,21 @@ class DenoisingTask(NamedTuple):
     weights: Float[Array, " b"]
 
     def distance(self, prediction: Latents) -> Float[Array, ""]:
-        """L of an answer, as a mean over the batch."""
+        """L of an output, as a mean over the batch."""
         return jnp.mean(self.weights * mse(prediction, self.target))
 
 
 def draw(
     params: Mapping[str, Any], frozen: Frozen, batch: Batch, key: Key[Array, ""], setup: DenoisingSetup
 ) -> DenoisingTask:
-    """Latents, times and noise.
+    """Draws latents, times and noise.
 
     Args:
-      params: of all networks that encode the batch, by name.
-      frozen: its schedule, and its null text where conditions are dropped.
+      params: the parameters of all networks that encode the batch, by name.
+      frozen: provides the schedule, and the null text if conditions are dropped.
       batch: see `codi_jax.pipeline.conditions.prepare`.
-      key: of latents, times and noise.
-      setup: of the method.
+      key: for latents, times and noise.
+      setup: the method's setup.
     """
     latents_key, time_key, noise_key, offset_key, perturbation_key = jax.random.split(key, 5)
     flags, schedule = setup.flags, frozen.schedule
@@ -280,12 +280,12 @@ def loss(
     """L, without further metrics.
 
     Args:
-      params: of the networks that are trained, by name.
+      params: the trained networks' parameters, by name.
       state: not read.
       frozen: the other networks, and the schedule.
       batch: see `draw`.
-      key: for all that is random.
-      setup: of the method.
+      key: for all randomness.
+      setup: the method's setup.
     """
     del state
     everything = {**frozen.params, **params}
@@ -298,6 +298,6 @@ TEXT_TO_IMAGE = Method(
 )
 """The UNet of a text-to-image model, and its text encoder."""
 CONTROLNET = Method(flags=DenoisingFlags, configure=configure_controlnet, init=init, loss=loss)
-"""A ControlNet, which changes nothing of how the UNet that it is for is sampled."""
+"""A ControlNet, which does not change how its UNet is sampled."""
 INSTRUCT_PIX2PIX = Method(flags=EditFlags, sampling=many_steps, configure=configure_edit, init=init, loss=loss)
 """The UNet of an InstructPix2Pix model."""

@@ -1,15 +1,15 @@
 """DisBack: distribution backtracking on distribution matching distillation (Zhang et al., 2024, arXiv:2408.15991).
 
-Distribution matching asks of the teacher's score where an untrained generator's samples should go, which are far from
-anything that the teacher knows. DisBack gives it nearer targets (section 4):
+Distribution matching relies on the teacher's score at an untrained generator's samples, which are far from anything the
+teacher has seen. DisBack provides closer targets (section 4):
 
 1. *Degradation recording*: φ starts as the teacher and is trained on the samples of the untrained generator G, by L_φ,
-   with G at rest. Every so many steps it is a node of the path from the teacher to the score of G: s'_1 … s'_M.
-2. *Distribution backtracking*: φ goes on as s'_M, G is trained by L_G, and its target θ walks the path backwards:
-   s'_M−1, …, s'_1, and at last the teacher itself, where it stays.
+   with G fixed. Every few steps it becomes a node of the path from the teacher to the score of G: s'_1 … s'_M.
+2. *Distribution backtracking*: φ continues as s'_M, G is trained by L_G, and its target θ walks the path backward:
+   s'_M−1, …, s'_1, and finally the teacher itself, where it stays.
 
-L_G and L_φ are those of `codi_jax.methods.dmd`, and without stage 1, with the teacher as the target
-throughout, this is plain DMD. Which node θ is does not concern the step: it is the target among what is frozen.
+L_G and L_φ come from `codi_jax.methods.dmd`; without stage 1, with the teacher as the target throughout, this is plain
+DMD. The step does not know which node θ is: it only sees the frozen target.
 """
 
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ from codi_jax.training.method import Export, Load, MakeOptimizer, Method
 from codi_jax.training.optim import Metrics, MixedPrecision, TrainState
 
 Optimizers = tuple[optax.GradientTransformation, optax.GradientTransformation]
-"""Of the generator, and of the fake score."""
+"""The learning rates of the generator and the fake score."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class DisbackFlags(DmdFlags):
     """The flags of DisBack."""
 
     num_nodes: int = 10
-    """Nodes of the path that stage 1 records."""
+    """Number of nodes of the path that stage 1 records."""
     degradation_interval: int = 100
-    """Steps of stage 1 from one node to the next."""
+    """Steps between two nodes in stage 1."""
     interval: int = 1000
-    """Updates of the generator for which a node is the target in stage 2; then comes the next one, at last the
+    """Updates of the generator per target node in stage 2; then the next node is the target, and finally the
     teacher."""
 
     generator_lr: Adjustable[float | None] = None
     """The learning rate of the generator. Default: --learning_rate."""
     guidance_lr: Adjustable[float | None] = None
-    """That of the fake score, in both stages. Default: --learning_rate."""
+    """The learning rate of the fake score, in both stages. Default: --learning_rate."""
 
     def check(self) -> None:
         super().check()
@@ -60,14 +60,14 @@ class DisbackFlags(DmdFlags):
 
 
 def target_index(step: int, flags: DisbackFlags, num_nodes: int) -> int:
-    """Which score of the reversed path s'_M, …, s'_1, teacher is the target after ``step`` steps: 1 to M.
+    """The index of the target on the reversed path s'_M, …, s'_1, teacher after ``step`` steps: 1 to M.
 
-    φ starts as the 0th. The index follows from how often the generator was updated, ⌈step / k⌉, so that a run which is
-    resumed has the same; at M it is the teacher, and stays.
+    φ starts as the 0th. The index depends only on the number of generator updates, ⌈step / k⌉, so that a resumed run
+    has the same; from M on it is the teacher.
 
     Args:
-      step: steps of stage 2 that were made.
-      flags: of the method.
+      step: completed steps of stage 2.
+      flags: the method's flags.
       num_nodes: M.
     """
     updates = -(-step // flags.dfake_gen_update_ratio)
@@ -89,17 +89,17 @@ class DisbackState:
 
     @property
     def step(self) -> Int[Array, ""]:
-        """Steps that were tried: the fake score takes one in each."""
+        """Attempted steps: the fake score takes one in each."""
         return self.fake.step
 
 
 @dataclass(frozen=True, kw_only=True)
 class DisbackSetup(DmdSetup):
-    """What the compiled steps depend on besides arrays.
+    """Everything that the compiled steps depend on besides arrays.
 
     Attributes:
-      flags: of the method.
-      has_path: whether there is a path to walk back; else this is plain DMD.
+      flags: the method's flags.
+      has_path: whether there is a path to walk back; otherwise this is plain DMD.
     """
 
     flags: DisbackFlags
@@ -117,9 +117,9 @@ def configure(
     """The generator and the scores, all with the teacher's UNet.
 
     Args:
-      networks: of the teacher.
-      flags: of the method.
-      side: of the images, in pixels: prompts do not say it.
+      networks: the teacher's networks.
+      flags: the method's flags.
+      side: the side of the images in pixels, which prompts do not tell.
       has_path: whether stage 1 has recorded a path.
       remat: whether UNets recompute activations.
 
@@ -148,7 +148,7 @@ def configure(
 
 
 def optimizers(flags: DisbackFlags, make: MakeOptimizer, num_steps: int) -> Optimizers:
-    """One for the generator, which is updated in every k-th step, and one for the fake score."""
+    """One optimizer for the generator, which is updated every k-th step, and one for the fake score."""
     updates = -(-num_steps // flags.dfake_gen_update_ratio)
     return make(updates, flags.generator_lr), make(num_steps, flags.guidance_lr)
 
@@ -163,7 +163,7 @@ def init(
 ) -> DisbackState:
     """The state before the first step of stage 2: G starts as the teacher, φ as the end of the path, ``path_end``.
 
-    In plain DMD, φ starts as the teacher, too.
+    In plain DMD, φ starts as the teacher too.
     """
     flags, unet = setup.flags, load("unet")
     generator_key, fake_key, lora_key, head_key = jax.random.split(key, 4)
@@ -186,15 +186,15 @@ def train_step(
     optimizer: Optimizers,
     accumulation: int = 1,
 ) -> tuple[DisbackState, Metrics]:
-    """Stage 2: an update of G in every k-th step, and then one of φ, on what G makes now.
+    """Stage 2: an update of G in every k-th step, then an update of φ on the new G's samples.
 
-    One program: the update of G is a branch that the device takes or not. φ's update comes after it and sees the new G,
-    so that nothing of the old one has to be kept.
+    One program: the update of G is a branch on the device. φ's update comes after it and sees the new G, so nothing of
+    the old one has to be kept.
 
     Returns:
-      The state, and as metrics those of φ's step, and ``generator_loss``, ``generator_grad_norm`` and
-      ``generator_learning_rate``. The first two are infinite where G was not updated, which means over several steps
-      leave out.
+      The state, and as metrics those of φ's step plus ``generator_loss``, ``generator_grad_norm`` and
+      ``generator_learning_rate``. The first two are infinite if G was not updated; averages over several steps skip
+      such values.
     """
     common: dict[str, Any] = {"setup": setup, "accumulation": accumulation}
 
@@ -225,7 +225,7 @@ def generator_step(
     optimizer: optax.GradientTransformation,
     accumulation: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """One update of G by L_G, with φ at rest."""
+    """One update of G by L_G, with φ fixed."""
     return optim.step(
         state,
         lambda params, batch, key: generator_loss(params, fake, frozen, batch, key, setup),
@@ -246,7 +246,7 @@ def fake_step(
     optimizer: optax.GradientTransformation,
     accumulation: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """One update of φ by L_φ, with G at rest."""
+    """One update of φ by L_φ, with G fixed."""
     return optim.step(
         state,
         lambda params, batch, key: fake_loss(params, generator, frozen, batch, key, setup),
@@ -269,7 +269,7 @@ def export(state: DisbackState, setup: DisbackSetup, load: Load) -> Export:
 
 
 def backtracking(side: int, has_path: bool) -> Method[DisbackFlags, DisbackSetup]:
-    """Stage 2, or plain DMD, for images of this side in pixels."""
+    """Stage 2, or plain DMD, for images with this side in pixels."""
     return Method(
         flags=DisbackFlags,
         sampling=sampling,
@@ -286,13 +286,13 @@ def backtracking(side: int, has_path: bool) -> Method[DisbackFlags, DisbackSetup
 
 
 def configure_degradation(networks: Networks, flags: DisbackFlags, *, side: int, remat: bool = False) -> DisbackSetup:
-    """As `configure`; all of the teacher is frozen, since it is the generator."""
+    """Like `configure`; all of the teacher is frozen, since it is the generator."""
     setup = configure(networks, flags, side=side, remat=remat)
     return replace(setup, frozen=tuple(networks.by_name()), target=None, needs_null_text=False, ema_decay=None)
 
 
 def degradation_optimizer(flags: DisbackFlags, make: MakeOptimizer, num_steps: int) -> optax.GradientTransformation:
-    """The one of the fake score."""
+    """The fake score's optimizer."""
     return make(num_steps, flags.guidance_lr)
 
 
@@ -318,13 +318,13 @@ def degradation_step(
     optimizer: optax.GradientTransformation,
     accumulation: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """Stage 1: one update of φ on what the untrained generator makes, which is the frozen teacher."""
+    """Stage 1: one update of φ on samples of the untrained generator, which is the frozen teacher."""
     generator = {"unet": frozen.params["unet"]}
     return fake_step(state, generator, frozen, batch, setup=setup, optimizer=optimizer, accumulation=accumulation)
 
 
 def degradation(side: int) -> Method[DisbackFlags, DisbackSetup]:
-    """Stage 1, for images of this side in pixels. What it leaves is the path, and no model."""
+    """Stage 1, for images with this side in pixels. Its result is the path, not a model."""
     return Method(
         flags=DisbackFlags,
         sampling=sampling,

@@ -1,13 +1,13 @@
 """DMD: distribution matching distillation (Yin et al., 2024, arXiv:2311.18828), the losses of generator and fake score.
 
-A generator's x (see `codi_jax.methods.generator`) is moved toward the distribution of a target score θ, away from its
-own, whose score is a network φ that is trained beside it. At x_t = α_t x + σ_t ε,
+A generator's x (see `codi_jax.methods.generator`) is moved toward the distribution of a target score θ and away from
+its own, whose score is a network φ that is trained alongside. At x_t = α_t x + σ_t ε,
 
-    g   = (x̂_φ(x_t) − x̂_θ(x_t)) / mean|x − x̂_θ(x_t)|     (equations 7 and 8; the mean of each sample)
+    g   = (x̂_φ(x_t) − x̂_θ(x_t)) / mean|x − x̂_θ(x_t)|     (equations 7 and 8; mean per sample)
     L_G = ½ mean‖x − sg(x − g)‖²
     L_φ = mean‖F_φ(x_t, t) − y‖²,  y = ε, v or x           (equation 6: denoising of sg(x))
 
-θ is guided, φ is not. From DMD2 (Yin et al., 2024, arXiv:2405.14867): several steps of φ for one of G, and a GAN loss
+θ is guided, φ is not. From DMD2 (Yin et al., 2024, arXiv:2405.14867): several steps of φ per step of G, and a GAN loss
 on φ's lowest features, the only part that needs real images.
 """
 
@@ -32,7 +32,7 @@ from codi_jax.training.optim import EmaFlags, Metrics
 
 @dataclass(frozen=True)
 class DmdFlags(GeneratorFlags, EmaFlags):
-    """The flags of distribution matching, with the names of DMD2's reference code.
+    """The flags of distribution matching, named as in DMD2's reference code.
 
     The moving average is the generator's.
     """
@@ -40,31 +40,31 @@ class DmdFlags(GeneratorFlags, EmaFlags):
     real_guidance_scale: float = 6.0
     """Guidance scale of the target; 8 for SDXL. 1 or less is no guidance."""
     real_image_guidance_scale: float = 1.5
-    """Guidance scale of the image, for an InstructPix2Pix target. Less than 1 is no guidance at all."""
+    """Image guidance scale, for an InstructPix2Pix target. Less than 1 is no guidance at all."""
     fake_guidance_scale: float = 1.0
-    """Guidance scale of the fake score where it is compared with the target. 1 or less is no guidance."""
+    """Guidance scale of the fake score when compared with the target. 1 or less is no guidance."""
     dfake_gen_update_ratio: int = 1
-    """Steps of the fake score for one of the generator; 5 in the recipes for full-size models."""
+    """Steps of the fake score per step of the generator; 5 in the recipes for full-size models."""
     min_step_percent: float = 0.02
-    """The least noisy time at which the two scores are compared, as a share of all times."""
+    """The least noisy time at which the two scores are compared, as a fraction of all times."""
     max_step_percent: float = 0.98
-    """The noisiest one."""
+    """The noisiest time at which they are compared, as a fraction."""
     dm_loss_weight: float = 1.0
     """Weight of the distribution matching loss."""
     cls_on_clean_image: bool = False
     """Train a head on the fake score's features to tell real images from generated ones; needs real images."""
     gen_cls_loss: bool = False
-    """Train the generator against that head, too: the GAN loss."""
+    """Also train the generator against that head: the GAN loss."""
     gen_cls_loss_weight: float = 5e-3
-    """Weight of the GAN loss of the generator."""
+    """Weight of the generator's GAN loss."""
     guidance_cls_loss_weight: float = 1e-2
-    """Weight of the loss of the head."""
+    """Weight of the head's loss."""
     diffusion_gan: bool = False
     """Show the head noised images."""
     diffusion_gan_max_timestep: int = 1000
-    """The time that their noise stays below."""
+    """Upper limit (exclusive) of their noise's time."""
     gan_alone: bool = False
-    """Train the generator by the GAN loss alone."""
+    """Train the generator with the GAN loss only."""
 
     def check(self) -> None:
         super().check()
@@ -83,17 +83,17 @@ class DmdFlags(GeneratorFlags, EmaFlags):
 
     @property
     def needs_images(self) -> bool:
-        """Whether the data must have real images, beside prompts."""
+        """Whether the data must have real images in addition to prompts."""
         return self.cls_on_clean_image or (self.denoising and not self.backward_simulation)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DmdSetup(Setup):
-    """What the losses depend on besides arrays.
+    """Everything that the losses depend on besides arrays.
 
     Attributes:
-      flags: of the method.
-      generator: whose networks all three scores share.
+      flags: the method's flags.
+      generator: the generator, whose networks all three scores share.
     """
 
     flags: DmdFlags
@@ -112,12 +112,12 @@ def generator_loss(
     """L_G, and the GAN loss; a mean over the batch.
 
     Args:
-      params: of G.
-      fake: of φ, which gets no gradient here.
+      params: G's parameters.
+      fake: φ's parameters, which get no gradient here.
       frozen: the teacher with the null text, whose ``unet`` a LoRA adapts; its ``target`` is θ.
-      batch: see `prepare`; real images for the GAN loss, and for a generator that starts from them, only.
-      key: for all that is random.
-      setup: of the method.
+      batch: see `prepare`; has real images only for the GAN loss or a generator that starts from them.
+      key: for all randomness.
+      setup: the method's setup.
     """
     flags = setup.flags
     inputs_key, x_key, matching_key, logits_key = jax.random.split(key, 4)
@@ -136,9 +136,9 @@ def generator_loss(
 def matching_gradient(
     fake: Params, frozen: Frozen, x: Latents, inputs: Inputs, key: Key[Array, ""], setup: DmdSetup
 ) -> Latents:
-    """The direction g in which x leaves the generator's distribution for the target's.
+    """The direction g from the generator's distribution to the target's at x.
 
-    Not finite where x = x̂_θ exactly: the step is then skipped and counted, and not passed off as one without gradient.
+    Not finite where x = x̂_θ exactly: the step is then counted as skipped instead of passing as one with zero gradient.
     """
     networks, flags, schedule = setup.networks, setup.flags, frozen.schedule
     B, T = len(x), schedule.num_train_timesteps
@@ -154,8 +154,8 @@ def matching_gradient(
     assert frozen.target is not None
     target = output(frozen.target, flags.real_guidance_scale, flags.real_image_guidance_scale)
     difference = output(fake["unet"], flags.fake_guidance_scale, 1.0) - target
-    # x̂ is linear in z and the output, so x̂_φ − x̂_θ is that of the difference at z = 0. To subtract the two would leave
-    # little of float32 at noisy times, where both are (z − σε̂)/α with a small α.
+    # x̂ is linear in z and the output, so x̂_φ − x̂_θ is x̂ of the difference at z = 0. Subtracting the two would lose
+    # most float32 precision at noisy times, where both are (z − σε̂)/α with a small α.
     distance, _ = schedule.to_x0_eps(difference, jnp.zeros_like(x_t), t)
     x0, _ = schedule.to_x0_eps(target, x_t, t)
     return distance / jnp.mean(jnp.abs(x - x0), axis=(1, 2, 3), keepdims=True)
@@ -174,15 +174,15 @@ def _guidance(batch: int, scale: float, image_scale: float | None) -> Guidance:
 def fake_loss(
     params: Params, generator: Params, frozen: Frozen, batch: Batch, key: Key[Array, ""], setup: DmdSetup
 ) -> tuple[Float[Array, ""], Metrics]:
-    """L_φ, and the loss of the head; a mean over the batch.
+    """L_φ, and the head's loss; a mean over the batch.
 
     Args:
-      params: of φ.
-      generator: of G, which gets no gradient here.
+      params: φ's parameters.
+      generator: G's parameters, which get no gradient here.
       frozen: as in `generator_loss`.
-      batch: likewise.
-      key: for all that is random.
-      setup: of the method.
+      batch: as in `generator_loss`.
+      key: for all randomness.
+      setup: the method's setup.
     """
     networks, schedule = setup.networks, frozen.schedule
     inputs_key, x_key, t_key, noise_key, logits_key = jax.random.split(key, 5)
@@ -205,7 +205,7 @@ def fake_loss(
 def _logits(
     fake: Params, frozen: Frozen, x: Latents, cond: Condition, key: Key[Array, ""], setup: DmdSetup
 ) -> Float[Array, " b"]:
-    """Whether φ's head takes x for real; at random times if the GAN is one of noised images."""
+    """The logits of φ's head for x being real; at random times if the GAN sees noised images."""
     t_key, noise_key = jax.random.split(key)
     t = jnp.zeros(len(x), jnp.int32)
     if setup.flags.diffusion_gan:

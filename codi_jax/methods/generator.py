@@ -1,8 +1,8 @@
-"""A generator of one step, or of few: what distribution matching trains, and how it makes samples of noise.
+"""A generator of one or a few steps: what distribution matching trains, and how it turns noise into samples.
 
 One step (Yin et al., 2024, arXiv:2311.18828): x = x̂(z, t*; G), a teacher's network asked at one time t* for the clean
-latents of pure noise z. Several (DMD2, arXiv:2405.14867, section 4.4): the same at descending times, with fresh noise
-up to the next one in between, which is the sampler of consistency models.
+latents of pure noise z. Several steps (DMD2, arXiv:2405.14867, section 4.4): the same at descending times, adding fresh
+noise up to the next time in between, as the sampler of consistency models does.
 """
 
 import dataclasses
@@ -25,25 +25,25 @@ from codi_jax.pipeline.prediction import predict
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorFlags(Flags):
-    """What the generator is. The names are those of DMD2's reference code."""
+    """What the generator is. The names are from DMD2's reference code."""
 
     conditioning_timestep: int = 399
-    """t*, the time at which the generator takes noise."""
+    """t*, the time at which the generator receives noise."""
     denoising: bool = False
-    """Train a generator of --num_denoising_step steps. Where it starts between them: from noised real images, or as
+    """Train a generator of --num_denoising_step steps. Intermediate steps start from noised real images, or as
     --backward_simulation says."""
     num_denoising_step: int = 1
-    """Steps of such a generator."""
+    """Number of steps of such a generator."""
     denoising_timestep: int = 1000
     """Its times are spread evenly below this one."""
     backward_simulation: bool = False
-    """Let such a generator start from what it made itself in the steps before, as it does when it is sampled."""
+    """Let such a generator start from its own output of the previous steps, as in sampling."""
     generator_lora: bool = False
     """Train a LoRA on the teacher as the generator."""
     lora_rank: int = 64
     """Rank of the LoRA."""
     lora_alpha: float = 8.0
-    """Its factor is alpha / rank."""
+    """The LoRA's factor is alpha / rank."""
 
     def check(self) -> None:
         super().check()
@@ -73,7 +73,7 @@ def generator_schedule(schedule: NoiseSchedule, flags: GeneratorFlags) -> NoiseS
     """The schedule to save with the generator: the teacher's, for the LCM sampler at the generator's times.
 
     Raises:
-      ValueError: if the schedule has not these times.
+      ValueError: if the schedule does not have these times.
     """
     last = schedule.num_train_timesteps - 1
     if not 0 <= flags.timesteps[-1] <= flags.timesteps[0] <= last:
@@ -85,11 +85,11 @@ def generator_schedule(schedule: NoiseSchedule, flags: GeneratorFlags) -> NoiseS
 
 
 def init_generator(flags: GeneratorFlags, teacher_params: Params, key: Key[Array, ""]) -> Params:
-    """The generator as the teacher: ``unet``, or ``unet_lora``, which changes nothing yet.
+    """The generator initialized as the teacher: ``unet``, or ``unet_lora``, which changes nothing yet.
 
     Args:
-      flags: which of them.
-      teacher_params: of the teacher's UNet.
+      flags: the generator's flags.
+      teacher_params: the parameters of the teacher's UNet.
       key: for the LoRA.
     """
     if flags.generator_lora:
@@ -98,18 +98,18 @@ def init_generator(flags: GeneratorFlags, teacher_params: Params, key: Key[Array
 
 
 def generator_unet(params: Params, teacher_params: Params) -> Params:
-    """The generator's UNet as one network: a LoRA is merged into the teacher's."""
+    """The generator's UNet as one network, with a LoRA merged into the teacher's."""
     return params["unet"] if "unet" in params else merge_lora(teacher_params, params["unet_lora"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """How samples are made, for all parameters.
+    """How samples are generated, for any parameters.
 
     Attributes:
-      networks: of the teacher.
-      flags: of the generator.
-      latent_shape: of one sample, [h, w, c]: prompts do not say it.
+      networks: the teacher's networks.
+      flags: the generator's flags.
+      latent_shape: the shape of one sample, [h, w, c], which prompts do not tell.
     """
 
     networks: Networks
@@ -117,13 +117,13 @@ class Generator:
     latent_shape: tuple[int, int, int]
 
     def __call__(self, params: Params, frozen: Frozen, inputs: Inputs, key: Key[Array, ""]) -> Latents:
-        """One x for each condition: of noise, or from where the generator's step before would have ended.
+        """One x per condition: from noise, or from where the generator's previous step would have ended.
 
         Args:
-          params: of `init_generator`.
+          params: from `init_generator`.
           frozen: the teacher, whose ``unet`` a LoRA adapts.
-          inputs: the conditions, and real latents for a generator that starts from them.
-          key: of the noise.
+          inputs: the conditions, and the real latents for a generator that starts from them.
+          key: for the noise.
         """
         everything = {**frozen.params, **params}
         z, t = self._start(everything, frozen.schedule, inputs, key)
@@ -138,7 +138,7 @@ class Generator:
     def _start(
         self, params: Mapping[str, Any], schedule: NoiseSchedule, inputs: Inputs, key: Key[Array, ""]
     ) -> tuple[Latents, Int[Array, " b"]]:
-        """What the network is given, and at which time."""
+        """The network's input, and its time."""
         c, B = inputs.conditions, len(inputs.conditions.full.context)
         noise_key, n_key, steps_key = jax.random.split(key, 3)
         noise = jax.random.normal(noise_key, (B, *self.latent_shape))
@@ -149,7 +149,7 @@ class Generator:
             n = jax.random.randint(n_key, (B,), 0, len(times))
             z = schedule.add_noise(inputs.z0, noise, times[n])
             return jnp.where((n == 0)[:, None, None, None], noise, z), times[n]
-        # One n for all: the loop over the steps before is as long for one sample as for the others.
+        # One n for all: the loop over the previous steps has the same length for every sample.
         n = jax.random.randint(n_key, (), 0, len(times))
         params = jax.lax.stop_gradient(params)
 

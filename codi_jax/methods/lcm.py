@@ -1,23 +1,23 @@
 """LCM: latent consistency distillation (Luo et al., 2023, arXiv:2310.04378, algorithm 1).
 
-A model with guidance becomes a student of one pass a step, 1 to 8 steps, which takes the guidance weight w as an input.
-At a time t = t_n of an N-step DDIM grid, and s the one before it,
+A model with guidance becomes a student with one pass per step and 1 to 8 steps, which takes the guidance weight w as an
+input. At a time t = t_n of an N-step DDIM grid, with s the time before it,
 
-    x̂, ε̂ = those of the frozen teacher at z_t, guided by w          (two passes; three if the image has a weight)
+    x̂, ε̂ = the frozen teacher's at z_t, guided by w                  (two passes; three if the image has a weight)
     ẑ_s   = α_s x̂ + σ_s ε̂                                            (one DDIM step, of length T/N)
     L     = mean d(f_θ(z_t, t, w), sg f_θ⁻(ẑ_s, s, w))
 
 with f(z, t) = c_skip(t) z + c_out(t) x̂(z, t), d the squared or the pseudo-Huber distance, and θ⁻ the moving average of
-θ. θ starts as the teacher, and the projection of w's embedding with zeros, so the student starts as the teacher too.
+θ. θ starts as the teacher, with zeros for the projection of w's embedding, so the student starts as the teacher too.
 
 w is the guidance scale *minus one*: x̂ = x̂_c + w (x̂_c − x̂_u). For InstructPix2Pix u has neither text nor image; with
-``w_image_min`` and ``w_image_max`` the image has a weight of its own, and x̂ = x̂_u + s_I (x̂_i − x̂_u) + s_T (x̂_c − x̂_i)
-with s = w + 1 (Brooks et al., 2023, equation 3). That is this project's own extension. A sample whose image is dropped
+``w_image_min`` and ``w_image_max`` the image has its own weight, and x̂ = x̂_u + s_I (x̂_i − x̂_u) + s_T (x̂_c − x̂_i)
+with s = w + 1 (Brooks et al., 2023, equation 3). This is an extension of this project. A sample whose image is dropped
 has none in any branch, so there x̂_i is x̂_u.
 
-LCM-LoRA (Luo et al., 2023, arXiv:2311.05556): θ is a LoRA on the teacher, w is no input, and θ⁻ is θ.
+LCM-LoRA (Luo et al., 2023, arXiv:2311.05556): θ is a LoRA on the teacher, w is not an input, and θ⁻ is θ.
 
-Beyond CoDi, its neighbor: guidance is distilled, and no condition is learned.
+Unlike in CoDi, its neighbor, guidance is distilled, and no condition is learned.
 """
 
 from collections.abc import Mapping
@@ -55,12 +55,12 @@ class LcmFlags(Flags):
     w_max: float = 15.0
     """The highest guidance weight."""
     w_image_min: float | None = None
-    """The lowest weight of the image guidance (its scale minus 1), to distill it as a second input. If left out: text
-    and image have the same weight."""
+    """The lowest weight of the image guidance (its scale minus 1), to distill it as a second input. Default: text and
+    image have the same weight."""
     w_image_max: float | None = None
     """The highest weight of the image guidance."""
     num_ddim_timesteps: int = 50
-    """N, the times of the grid that the student is trained and sampled on."""
+    """N, the number of times on the grid that the student is trained and sampled on."""
     loss_type: Literal["l2", "huber"] = "l2"
     """The distance: squared, or pseudo-Huber."""
     huber_c: float = 0.001
@@ -73,7 +73,7 @@ class LcmFlags(Flags):
     """Width of the embedding of a guidance weight."""
     bake_guidance_scale: Adjustable[float | None] = None
     """Fold this guidance scale into the exported weights, exactly. diffusers' InstructPix2Pix and text-to-image
-    pipelines, which never pass guidance to the network, then give the right images: call them with guidance_scale=1."""
+    pipelines, which never pass guidance to the network, then give correct images: call them with guidance_scale=1."""
     bake_image_guidance_scale: Adjustable[float | None] = None
     """The same for the image guidance of a student that takes it."""
 
@@ -101,12 +101,12 @@ class LcmFlags(Flags):
 
     @property
     def weighs_image(self) -> bool:
-        """Whether the image has a guidance weight of its own."""
+        """Whether the image has its own guidance weight."""
         return self.w_image_min is not None
 
     @property
     def lora(self) -> "LoraShape | None":
-        """The LoRA that is trained in place of the whole UNet."""
+        """The LoRA that is trained instead of the full UNet."""
         return None
 
     @property
@@ -126,17 +126,17 @@ class LoraShape:
 
 @dataclass(frozen=True)
 class LcmTextFlags(LcmFlags):
-    """The flags of LCM for text-to-image models, of which a LoRA can be trained in place of the UNet."""
+    """The flags of LCM for text-to-image models, which can train a LoRA instead of the UNet."""
 
     use_lora: bool = False
-    """Train a LoRA in place of the UNet (LCM-LoRA): it takes no guidance weights, so sample it with guidance 1."""
+    """Train a LoRA instead of the UNet (LCM-LoRA): it takes no guidance weights, so sample it with guidance 1."""
     lora_rank: int = 64
     """Rank of the LoRA."""
     lora_alpha: float | None = None
-    """Its factor is alpha / rank. Default: the rank."""
+    """The LoRA's factor is alpha / rank. Default: the rank."""
     lora_target_modules: tuple[str, ...] = ()
-    """Ends of the names of the layers that it adapts, as in diffusers: to_q, ff.net.2. Default: attention, feed-forward
-    and convolutions."""
+    """Name suffixes of the layers that the LoRA adapts, as in diffusers: to_q, ff.net.2. Default: attention,
+    feed-forward and convolutions."""
 
     def check(self) -> None:
         super().check()
@@ -161,13 +161,13 @@ class LcmEditFlags(LcmFlags, DropoutFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class LcmSetup(Setup):
-    """What the compiled step depends on besides arrays; made by `configure`."""
+    """Everything that the compiled step depends on besides arrays; created by `configure`."""
 
     flags: LcmFlags
 
 
 def sampling(schedule: NoiseSchedule, flags: LcmFlags) -> NoiseSchedule:
-    """The schedule to train with, and to save with the student: the teacher's noise, for the LCM sampler.
+    """The schedule to train with and to save with the student: the teacher's noise, for the LCM sampler.
 
     Raises:
       ValueError: if the grid is impossible.
@@ -179,16 +179,16 @@ def configure(networks: Networks, flags: LcmFlags, *, remat: bool = False) -> Lc
     """Gives the student its embedding of guidance weights, unless it is a LoRA.
 
     Raises:
-      ValueError: if the teacher has one already, or the image is to be weighed and there is none, or by a LoRA.
+      ValueError: if the teacher already has one, or an image weight is requested without an image or for a LoRA.
     """
     unet = networks.unet
     refuse_guidance_input(unet, "so it has been distilled already: give the model that it was distilled from")
     if flags.weighs_image and not networks.is_instruct_pix2pix:
-        raise ValueError("--w_image_min is for InstructPix2Pix models, and the teacher takes no image: leave it out.")
+        raise ValueError("--w_image_min is for InstructPix2Pix models, but the teacher takes no image: omit it.")
     if flags.lora is not None:
         if flags.weighs_image:
-            raise ValueError("--w_image_min is of no use to a LoRA, which takes no guidance weights: leave it out.")
-        # A LoRA finds layers by their names, which scanned ones do not have.
+            raise ValueError("--w_image_min is of no use to a LoRA, which takes no guidance weights: omit it.")
+        # A LoRA finds layers by name, and scanned layers have no names.
         student = replace(unet, scan_layers=False, remat=remat)
     else:
         widths = 2 if flags.weighs_image else 1
@@ -207,7 +207,7 @@ def configure(networks: Networks, flags: LcmFlags, *, remat: bool = False) -> Lc
 
 
 def configure_for_text(networks: Networks, flags: LcmFlags, *, remat: bool = False) -> LcmSetup:
-    """`configure`, for text-to-image models alone, with or without a ControlNet."""
+    """`configure`, for text-to-image models only, with or without a ControlNet."""
     if networks.task == "edit":
         raise ValueError(
             "the teacher is an InstructPix2Pix model: distill it with train_lcm_distil_instruct_pix2pix_sdxl.py."
@@ -218,7 +218,7 @@ def configure_for_text(networks: Networks, flags: LcmFlags, *, remat: bool = Fal
 
 
 def configure_for_edits(networks: Networks, flags: LcmFlags, *, remat: bool = False) -> LcmSetup:
-    """`configure`, for InstructPix2Pix models alone."""
+    """`configure`, for InstructPix2Pix models only."""
     require_instruct_pix2pix(networks, "--pretrained_teacher_model")
     return configure(networks, flags, remat=remat)
 
@@ -227,8 +227,8 @@ def init_student(student: Any, teacher_params: Params) -> Params:
     """The teacher's parameters, and zeros for the projection of the embedding of guidance weights.
 
     Args:
-      student: the module of its UNet.
-      teacher_params: of the teacher's UNet.
+      student: the module of the student's UNet.
+      teacher_params: the parameters of the teacher's UNet.
     """
     wanted = student.abstract_params()["time_embedding"]
     time_embedding = {"cond_proj": jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), wanted["cond_proj"])}
@@ -263,12 +263,12 @@ class TeacherStep(NamedTuple):
 
     Attributes:
       z_t: noisy latents of the data.
-      t: their times.
+      t: the times of z_t.
       z_s: ẑ_s.
-      s: its times.
-      n: their number on the grid, from 0.
-      conditions: of the samples.
-      guidance: of the student.
+      s: the times of ẑ_s.
+      n: the indices of t on the grid, from 0.
+      conditions: the samples' conditions.
+      guidance: the student's guidance.
     """
 
     z_t: Latents
@@ -286,8 +286,8 @@ def teacher_step(frozen: Frozen, batch: Batch, key: Key[Array, ""], setup: LcmSe
     Args:
       frozen: the teacher with the null text.
       batch: see `codi_jax.pipeline.conditions.prepare`.
-      key: for all that is random.
-      setup: of the method.
+      key: for all randomness.
+      setup: the method's setup.
     """
     flags, schedule = setup.flags, frozen.schedule
     z0_key, drop_key, n_key, noise_key, w_key, w_image_key = jax.random.split(key, 6)
@@ -320,8 +320,8 @@ def loss(
       state: its ``ema`` is θ⁻.
       frozen: the teacher with the null text, and the schedule of `sampling`.
       batch: see `codi_jax.pipeline.conditions.prepare`.
-      key: for all that is random.
-      setup: of the method.
+      key: for all randomness.
+      setup: the method's setup.
     """
     step, schedule = teacher_step(frozen, batch, key, setup), frozen.schedule
 
@@ -335,7 +335,7 @@ def loss(
 
 
 def distance(x: Latents, y: Latents, flags: LcmFlags) -> Float[Array, " b"]:
-    """D of each sample: squared, or pseudo-Huber."""
+    """The distance d per sample: squared, or pseudo-Huber."""
     return losses.huber(x, y, flags.huber_c) if flags.loss_type == "huber" else losses.mse(x, y)
 
 

@@ -1,16 +1,16 @@
 """TCD: trajectory consistency distillation (Zheng et al., 2024, arXiv:2402.19159, section 4).
 
-A student that leads from any time t to any earlier time r on the teacher's trajectory, not to its end alone. At a time
-t = t_n of an N-step DDIM grid, s the one before it, and r uniform among the times of the grid up to s,
+A student that leads from any time t to any earlier time r on the teacher's trajectory, not only to its end. At a time t
+= t_n of an N-step DDIM grid, with s the time before it and r uniform among the times of the grid up to s,
 
     ẑ_s = α_s x̂ + σ_s ε̂,    x̂, ε̂ of the teacher at z_t, guided by w              (one DDIM step, as in LCM)
     L   = mean d(f_θ^{→r}(z_t, t, w), sg f_θ⁻^{→r}(ẑ_s, s, w))
 
 with f^{→r}(z_t, t) = α_r x̂ + σ_r ε̂, the first-order exponential integrator of the semi-linear ODE:
-f^{→t}(z_t, t) = z_t holds by itself, and no boundary scalings are needed. The sampler is
+f^{→t}(z_t, t) = z_t holds by construction, so no boundary scalings are needed. The sampler is
 `codi_jax.diffusion.samplers.tcd`.
 
-Beyond LCM, its neighbor, whose flags, student and exports it has: r, which is 0 there.
+It shares flags, student and exports with LCM, its neighbor; new is r, which is 0 there.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ from codi_jax.training.optim import Metrics, TrainState
 
 
 def sampling(schedule: NoiseSchedule, flags: LcmFlags) -> NoiseSchedule:
-    """The schedule to train with, and to save with the student: the teacher's noise, for the TCD sampler.
+    """The schedule to train with and to save with the student: the teacher's noise, for the TCD sampler.
 
     Raises:
       ValueError: if the grid is impossible.
@@ -41,13 +41,13 @@ def sampling(schedule: NoiseSchedule, flags: LcmFlags) -> NoiseSchedule:
 
 
 def end_times(key: Key[Array, ""], n: Int[Array, " b"], schedule: NoiseSchedule, flags: LcmFlags) -> Int[Array, " b"]:
-    """R of each sample: uniform among the ends of the teacher's steps from t_0, …, t_n.
+    """The r of each sample: uniform among the ends of the teacher's steps from t_0, …, t_n.
 
     Args:
-      key: of the draw.
-      n: the number of t on the grid, from 0.
-      schedule: has T.
-      flags: have N.
+      key: for the draw.
+      n: the index of t on the grid, from 0.
+      schedule: the noise schedule, with T.
+      flags: the method's flags, with N.
     """
     _, ends = distillation_grid(schedule.num_train_timesteps, flags.num_ddim_timesteps)
     return jnp.asarray(ends)[jax.random.randint(key, n.shape, 0, n + 1)]
@@ -63,11 +63,11 @@ def loss(
       state: its ``ema`` is θ⁻.
       frozen: the teacher with the null text, and the schedule of `sampling`.
       batch: see `codi_jax.pipeline.conditions.prepare`.
-      key: for all that is random.
-      setup: of the method.
+      key: for all randomness.
+      setup: the method's setup.
     """
     step, schedule = lcm.teacher_step(frozen, batch, key, setup), frozen.schedule
-    r_key = jax.random.fold_in(key, 6)  # the teacher's step has split the key in six: those are 0 to 5
+    r_key = jax.random.fold_in(key, 6)  # the teacher's step splits the key in six: 0 to 5
     r = end_times(r_key, step.n, schedule, setup.flags)
 
     def f(theta: Mapping[str, Any], z: Latents, t: Array) -> Latents:

@@ -1,12 +1,12 @@
-"""Weight deltas: an editor made fast without training, by what distillation changed in another model.
+"""Weight deltas: make an editor fast without training, by adding what distillation changed in another model.
 
     W* = W_edit + λ (W_distilled − W_base)
 
-where W_base is the text-to-image model that the editor was fine-tuned from, and W_distilled a student of it: "Fast
+where W_base is the text-to-image model that the editor was fine-tuned from, and W_distilled is a student of it: "Fast
 InstructPix2Pix using Distilled Text-conditional Diffusion Models" (Starodubcev, 2023). A LoRA of the student is a delta
-by itself, λ · α/r · B A. The result is sampled as the student is, in 4 or 5 LCM steps at image guidance 1.
+by itself, λ · α/r · B A. The result is sampled like the student, in 4 or 5 LCM steps at image guidance 1.
 
-Unlike its neighbors it sees no data. Functions of one tensor at a time, so that models of any size are adapted in the
+Unlike its neighbors, it sees no data. Its functions take one tensor at a time, so a model of any size is adapted in the
 memory of a few tensors.
 """
 
@@ -21,7 +21,7 @@ ConvIn = Literal["skip", "add"]
 CONV_IN = "conv_in.weight"
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""The shapes of a model's tensors, by their name in the PyTorch state dict."""
+"""The shapes of a model's tensors, by name in the PyTorch state dict."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,10 @@ class Plan:
     """What happens to each tensor.
 
     Attributes:
-      adapted: names of those that get a delta.
-      skipped: of those of the editor that do not, though the others have them too: the first convolution.
-      one_sided: of those that are missing somewhere, and where they are.
+      adapted: names of the tensors that get a delta.
+      skipped: names of the editor's tensors that get none although the other models have them too: the first
+        convolution.
+      one_sided: names of the tensors that some models lack, and which models have them.
     """
 
     adapted: tuple[str, ...]
@@ -40,13 +41,13 @@ class Plan:
 
 
 def plan(editor: Shapes, base: Shapes, distilled: Shapes, conv_in: ConvIn = "skip") -> Plan:
-    """Compares the tensors of the three models, all of them: what is in one only is neither lost nor an error.
+    """Compares all tensors of the three models: a tensor that is in only one of them is neither lost nor an error.
 
     Args:
-      editor: to be adapted.
-      base: what distillation started from.
-      distilled: where it ended.
-      conv_in: what to do with the first convolution, which in an editor has more input channels: leave it as it is, as
+      editor: the model to adapt.
+      base: the model that distillation started from.
+      distilled: the model that it produced.
+      conv_in: what to do with the first convolution, which has more input channels in an editor: leave it unchanged, as
         the original does, or add the delta to the channels that the others have.
 
     Raises:
@@ -90,7 +91,7 @@ def adapt(
     """W* of one tensor, computed in float32.
 
     Args:
-      editor: W_edit. Where its second axis is longer than that of the others, the delta goes to the first channels.
+      editor: W_edit. If its second axis is longer than the others', the delta is added to the first channels.
       base: W_base.
       distilled: W_distilled.
       weight: λ.

@@ -27,7 +27,7 @@ class CLIPTextConfig(ModelConfig):
         "FlaxCLIPTextModel",
         "FlaxCLIPTextModelWithProjection",
     )
-    # How a transformers model was made, named, returned or generated from: nothing that a forward pass depends on.
+    # How a transformers model was made, named, returned or generated from: none of it affects a forward pass.
     ignored_keys: ClassVar[frozenset[str]] = frozenset({
         "model_type", "transformers_version", "torch_dtype", "dtype", "initializer_factor", "initializer_range",
         "attention_dropout", "dropout", "use_cache", "return_dict", "output_hidden_states", "output_attentions",
@@ -56,7 +56,7 @@ class CLIPTextConfig(ModelConfig):
                 f"num_attention_heads = {self.num_attention_heads}."
             )
         if self.eos_token_id >= self.vocab_size:
-            raise ConfigError(f"eos_token_id = {self.eos_token_id} is none of vocab_size = {self.vocab_size} tokens.")
+            raise ConfigError(f"eos_token_id = {self.eos_token_id} is not among vocab_size = {self.vocab_size} tokens.")
 
     @property
     def with_projection(self) -> bool:
@@ -86,7 +86,7 @@ class CLIPTextOutput:
     Attributes:
       last_hidden_state: ``[b, s, d]``, after the final layer norm. SD 1.x and 2.x condition on it.
       hidden_states: the embeddings and every layer's output, without the final norm. SDXL conditions on ``[-2]``.
-      pooled: ``[b, d]``, the state at the end-of-text token, projected where the model has a projection.
+      pooled: ``[b, d]``, the state at the end-of-text token, projected if the model has a projection.
     """
 
     last_hidden_state: Float[Array, "b s d"]
@@ -210,7 +210,7 @@ class CLIPTextModel(Network):
 
     Attributes:
       config: a `CLIPTextConfig`.
-      dtype: of the computation.
+      dtype: the computation's dtype.
       attention: accepted for symmetry with the other models; 77 tokens always take the plain kernel.
       remat: recompute layers in the backward pass.
     """
@@ -248,7 +248,7 @@ class CLIPTextModel(Network):
         return out
 
     def random_params(self, key: PRNGKeyArray) -> Params:
-        """Parameters to train from nothing, float32."""
+        """Parameters for training from scratch, float32."""
         return dict(self.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
 
 
@@ -260,14 +260,14 @@ def encode_text(
 ) -> tuple[Float[Array, "b s d"], Float[Array, "b p"]]:
     """Encodes token ids as Stable Diffusion does.
 
-    SD 1.x and 2.x attend to the last hidden state. SDXL attends to the last but one of both encoders, side by side, and
-    adds the pooled output of the second to the time embedding (Podell et al., 2023, section 2.1).
+    SD 1.x and 2.x attend to the last hidden state. SDXL attends to the second-to-last of both encoders, concatenated,
+    and adds the pooled output of the second to the time embedding (Podell et al., 2023, section 2.1).
 
     Args:
       text_encoders: ``text_encoder``, and for SDXL ``text_encoder_2``.
       params: their parameters, under the same names.
       ids: token ids for each, under the same names.
-      is_xl: whether to read them as SDXL does.
+      is_xl: whether to use them as SDXL does.
 
     Returns:
       The features, and the pooled output of the last encoder.

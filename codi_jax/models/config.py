@@ -1,8 +1,8 @@
 """Model configurations: the ``config.json`` of diffusers and transformers, read strictly.
 
-A configuration is a frozen dataclass with one field for each key of the file. The annotation of a field says what this
+A configuration is a frozen dataclass with one field per key of the file. The annotation of a field says what this
 package can compute: ``Literal[False]`` or ``None`` marks a feature that the file may name but that is not implemented,
-so that a model which uses it is refused by name instead of giving wrong images.
+so that a model that uses it is refused by name instead of giving wrong images.
 """
 
 import dataclasses
@@ -19,33 +19,33 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a field may have, both ends included: far beyond those of any model, and quick to build with."""
+    """The allowed range of a field, inclusive: far beyond any real model, but quick to build with."""
 
     low: float | int
     high: float | int
 
     def __contains__(self, value: float | int) -> bool:
-        return self.low <= value <= self.high  # not of NaN
+        return self.low <= value <= self.high  # false for NaN
 
 
 Channels = Annotated[int, Range(1, 1 << 16)]
 """How wide something is: features, or heads, or groups of them."""
 Layers = Annotated[int, Range(1, 10)]
-"""Residual blocks of a resolution."""
+"""The number of residual blocks per resolution."""
 Depth = Annotated[int, Range(0, 64)]
-"""Transformer blocks in a row."""
+"""The number of consecutive transformer blocks."""
 Side = Annotated[int, Range(1, 1 << 16)]
-"""Of a picture, or of its latents."""
+"""The size of an image or its latents."""
 Token = Annotated[int, Range(0, 1 << 24)]
-"""The number of a token."""
+"""A token id."""
 Epsilon = Annotated[float, Range(1e-12, 0.1)]
-"""What is added to a variance."""
+"""A constant added to a variance."""
 
-_MAX_ENTRIES = 12  # of lists, which have one for each block
+_MAX_ENTRIES = 12  # of lists, which have one entry per block
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be found, read, matched or written; the message names the file and the remedy."""
+    """Weights cannot be found, read, matched or written; the message names the file and the remedy."""
 
 
 class ConfigError(ValueError):
@@ -60,12 +60,12 @@ class ModelConfig:
     """Values of ``_class_name`` that this configuration reads; the first is the one that it writes."""
 
     ignored_keys: ClassVar[frozenset[str]] = frozenset()
-    """Keys that are known to change nothing in what the network computes."""
+    """Keys that are known not to affect what the network computes."""
 
     averaging_keys: ClassVar[frozenset[str]] = frozenset({
         "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power",
     })  # fmt: skip
-    """How diffusers made a moving average of parameters, which it writes into the configuration of the average."""
+    """How diffusers made a moving average of parameters, which it writes into the average's configuration."""
 
     @classmethod
     def from_dict(cls: type[Config], mapping: Mapping[str, Any], where: str = "config.json") -> Config:
@@ -104,7 +104,7 @@ class ModelConfig:
             raise ConfigError(f"{where}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the complete ``config.json`` mapping: every key, defaults included, plain JSON values."""
+        """Returns the complete ``config.json`` mapping: every key, including defaults, as plain JSON values."""
         values = {field.name: _thaw(getattr(self, field.name)) for field in dataclasses.fields(self)}
         return {"_class_name": self.class_names[0], **values}
 
@@ -129,7 +129,7 @@ def per_block(value: Any, num_blocks: int, key: str) -> tuple:
 
 
 def require_even(config: Any, *keys: str) -> None:
-    """Raises `ConfigError` unless these widths, of sinusoidal embeddings, are even or not there."""
+    """Raises `ConfigError` unless these widths of sinusoidal embeddings are even or ``None``."""
     for key in keys:
         if (getattr(config, key) or 0) % 2:
             raise ConfigError(f"{key} = {getattr(config, key)} must be even: half of it are sines, half cosines.")

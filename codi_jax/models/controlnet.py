@@ -69,10 +69,10 @@ class ControlNet(UNetEncoder):
 
     Attributes:
       config: a `ControlNetConfig`.
-      dtype: of the computation.
+      dtype: the computation's dtype.
       attention: the attention kernel.
       remat: recompute blocks in the backward pass.
-      scan_layers: compile transformer blocks in a row as a loop.
+      scan_layers: compile consecutive transformer blocks as a loop.
     """
 
     config: ControlNetConfig
@@ -103,7 +103,7 @@ class ControlNet(UNetEncoder):
 
         Args:
           sample: noisy latents.
-          timesteps: training times, one for each sample.
+          timesteps: training times, one per sample.
           encoder_hidden_states: text features.
           controlnet_cond: the condition image in [0, 1], RGB, at the size of the final image.
           conditioning_scale: a factor on every output.
@@ -137,7 +137,7 @@ class ControlNet(UNetEncoder):
             )
 
     def random_params(self, key: PRNGKeyArray) -> Params:
-        """Parameters to train from nothing, float32."""
+        """Parameters for training from scratch, float32."""
         config = self.config
         size = 2**config.num_blocks
         pixels = size * config.conditioning_downscale
@@ -188,6 +188,6 @@ def controlnet_from_unet(
             params[name] = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
         elif name != "controlnet_cond_embedding":
             params[name] = unet_params[name]
-    # The guidance embedding of a distilled UNet is not the ControlNet's business.
+    # The ControlNet has no use for a distilled UNet's guidance embedding.
     params["time_embedding"] = {k: v for k, v in unet_params["time_embedding"].items() if k != "cond_proj"}
     return module, params

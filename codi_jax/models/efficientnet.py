@@ -1,7 +1,7 @@
 """EfficientNet-Lite0, a small ImageNet classifier, as a source of image features for metrics.
 
-Tan & Le, 2019 (arXiv 1905.11946), in the Lite form of TensorFlow's repository: no squeeze-and-excitation, and ReLU6 in
-place of swish. Inference only, so batch normalizations are joined with the convolutions before them.
+Tan & Le, 2019 (arXiv 1905.11946), in the Lite form of TensorFlow's repository: no squeeze-and-excitation, and ReLU6
+instead of swish. Inference only, so batch normalizations are folded into the convolutions before them.
 """
 
 import itertools
@@ -21,7 +21,7 @@ _STAGES = (
     (1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80),
     (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320),
 )  # fmt: skip
-_EPSILON = 1e-3  # of the batch normalizations
+_EPSILON = 1e-3  # of batch normalization
 
 Layers = Mapping[str, Mapping[str, Array]]
 """Name of a convolution -> its ``kernel`` (HWIO) and ``bias``."""
@@ -58,7 +58,7 @@ def _layers() -> Iterator[tuple[str, str]]:
 
 
 def fold_batch_norms(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
-    """Joins each convolution with the batch normalization behind it.
+    """Folds the batch normalization behind each convolution into it.
 
     Args:
       state_dict: arrays, or what NumPy reads as such, by their PyTorch names: ``_conv_stem.weight`` (OIHW),
@@ -78,11 +78,11 @@ def fold_batch_norms(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Array
 
 
 def efficientnet_lite0(layers: Layers, images: Float[Array, "b h w 3"]) -> Float[Array, "b 1280"]:
-    """The features that the classifier sees: the last feature map, averaged over space.
+    """The classifier's input features: the last feature map, averaged over space.
 
     Args:
-      layers: of `fold_batch_norms`.
-      images: in [0, 1], of `RESOLUTION` pixels for the published weights.
+      layers: from `fold_batch_norms`.
+      images: images in [0, 1], of `RESOLUTION` pixels for the published weights.
     """
     x = _relu6(_conv(layers["_conv_stem"], (images * 255 - 127) / 128, stride=2))
     for block in _blocks():
@@ -102,7 +102,7 @@ def _relu6(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def _conv(layer: Mapping[str, Array], x: Float[Array, "b h w c"], stride: int = 1) -> Float[Array, "b h2 w2 d"]:
-    # TensorFlow's padding, which is not symmetric where the stride is 2.
+    # TensorFlow's padding, which is asymmetric if the stride is 2.
     y = jax.lax.conv_general_dilated(
         x, layer["kernel"], (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -110,7 +110,7 @@ def _conv(layer: Mapping[str, Array], x: Float[Array, "b h w c"], stride: int = 
 
 
 def _depthwise(layer: Mapping[str, Array], x: Float[Array, "b h w c"], stride: int) -> Float[Array, "b h2 w2 c"]:
-    # One multiplication for each tap: XLA's depthwise convolution takes seven times as long on a CPU.
+    # One multiplication per tap: XLA's depthwise convolution takes seven times as long on a CPU.
     size, sides = layer["kernel"].shape[0], [-(-side // stride) for side in x.shape[1:3]]
     spans = [(side - 1) * stride + 1 for side in sides]
     padding = [max(span + size - 1 - side, 0) for span, side in zip(spans, x.shape[1:3], strict=True)]

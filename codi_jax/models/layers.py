@@ -1,7 +1,7 @@
 """The layers that the UNet, the ControlNet and the VAE are made of.
 
-Attribute names are those of the diffusers state dict, and a list in ``setup`` becomes ``name_0, name_1, …``: this alone
-makes the parameter tree the diffusers tree (see `codi_jax.io.weights`).
+Attribute names follow the diffusers state dict, and a list in ``setup`` becomes ``name_0, name_1, …``: this alone makes
+the parameter tree the diffusers tree (see `codi_jax.io.weights`).
 """
 
 from typing import Any
@@ -63,7 +63,7 @@ def timestep_embedding(
     Args:
       timesteps: times, in units of training steps (0 to 999), not necessarily whole.
       dim: the width of the embedding, even.
-      flip_sin_to_cos: cosines first, as Stable Diffusion has them.
+      flip_sin_to_cos: cosines first, as in Stable Diffusion.
       freq_shift: subtracted from the number of frequencies in the exponent's denominator.
 
     Returns:
@@ -79,7 +79,7 @@ def timestep_embedding(
 class TimestepEmbedding(nn.Module):
     """Two dense layers over a sinusoidal embedding; optionally the guidance embedding enters before the first.
 
-    The guidance projection is initialized with zeros, so that a student which gains one starts as its teacher.
+    The guidance projection is initialized with zeros, so that a student that gains one starts as its teacher.
     """
 
     features: int
@@ -90,7 +90,7 @@ class TimestepEmbedding(nn.Module):
         self.linear_1 = dense(self.features, dtype=self.dtype)
         self.linear_2 = dense(self.features, dtype=self.dtype)
         if self.cond_proj_dim is not None:
-            self.cond_proj: nn.Dense | None = dense(  # as wide as the embedding that it is added to
+            self.cond_proj: nn.Dense | None = dense(  # as wide as the embedding it is added to
                 self.features // 4, use_bias=False, kernel_init=nn.initializers.zeros, dtype=self.dtype
             )
         else:
@@ -105,7 +105,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock2D(nn.Module):
-    """Residual block: (norm, SiLU, conv) twice, the time embedding added in between."""
+    """Residual block: (norm, SiLU, conv) twice, with the time embedding added in between."""
 
     features: int
     num_groups: int
@@ -250,7 +250,7 @@ class Transformer2DModel(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"], context: Float[Array, "b s d"]) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
         residual = x
-        # A 1 x 1 convolution and a dense layer do the same to a pixel: the order of reshape and projection is free.
+        # A 1 x 1 convolution and a dense layer are equivalent per pixel: reshape and projection commute.
         x = self.proj_in(self.norm(x)).reshape(b, h * w, c)
         if self.scan_layers and self.num_layers > 1 and not self.is_initializing():
             x = self._scan(x, context)
@@ -260,10 +260,10 @@ class Transformer2DModel(nn.Module):
         return self.proj_out(x.reshape(b, h, w, c)) + residual
 
     def _scan(self, x: Float[Array, "b t c"], context: Float[Array, "b s d"]) -> Float[Array, "b t c"]:
-        """The blocks one after the other, in a loop over their stacked parameters.
+        """Runs the blocks in a loop over their stacked parameters.
 
-        The compiler sees one block in place of ten, and where parameters are split among devices, those of one block
-        are gathered at a time. The stack is a copy, of the matrices in the precision that they are multiplied in.
+        The compiler sees one block instead of ten, and if parameters are split among devices, one block's are gathered
+        at a time. The stack is a copy, with the matrices in the precision of their products.
         """
         block: Any = self._block(parent=None)
 

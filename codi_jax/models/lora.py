@@ -11,10 +11,10 @@ dense   ``[in, r]``             ``[r, out]``
 conv    ``[kh, kw, in, r]``     ``[1, 1, r, out]``
 ======  ======================  =====================
 
-``alpha`` is a float32 scalar and no weight: its gradient is zero, and an optimizer's weight decay must leave it out.
-A file of DoRA (Liu et al., 2024, equation 5) has a fourth array, ``magnitude`` m: with W' = W + scale · α/r · B A the
-layer computes with m W' / ‖W'‖, where the norm is over the axes that m has one entry of. Such layers are merged only.
-Models know nothing of LoRA; `apply_lora` adds the branch to their layers from outside.
+``alpha`` is a float32 scalar, not a weight: its gradient is zero, and an optimizer's weight decay must skip it. A DoRA
+file (Liu et al., 2024, equation 5) has a fourth array, ``magnitude`` m: with W' = W + scale · α/r · B A the layer
+computes with m W' / ‖W'‖, where the norm is over the axes where m has one entry. Such layers can only be merged. Models
+know nothing of LoRA; `apply_lora` adds the branch to their layers from outside.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,12 +34,12 @@ from codi_jax.models.names import torch_name
 
 ModulePath = tuple[str, ...]
 LoraLayer = dict[str, Any]
-"""``{"down": kernel, "up": kernel, "alpha": scalar}`` of one layer, and ``"magnitude"`` if it is of DoRA."""
+"""``{"down": kernel, "up": kernel, "alpha": scalar}`` of one layer, and ``"magnitude"`` for DoRA."""
 
 LARGEST_RANK = 2**14
-"""Of a LoRA to train: no layer of a known model is as wide."""
+"""The largest rank of a trained LoRA: no layer of a known model is as wide."""
 
-# What LCM-LoRA adapts (Luo et al., 2023b), and the attention of the text encoders, as DreamBooth with LoRA does.
+# The layers that LCM-LoRA adapts (Luo et al., 2023b), and the text encoders' attention, as in DreamBooth with LoRA.
 DEFAULT_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
@@ -61,11 +61,11 @@ def init_lora(
 
     Args:
       key: for A.
-      params: of the model, or ``module.abstract_params()``.
+      params: the model's parameters, or ``module.abstract_params()``.
       rank: r.
-      alpha: α; ``None`` is ``rank``, which makes the factor α/r one.
-      target_modules: ends of layer names as in diffusers, such as ``"to_q"`` or ``"ff.net.0.proj"``; ``None`` is those
-        of `DEFAULT_TARGETS` that the model has.
+      alpha: α. Default: ``rank``, which makes the factor α/r one.
+      target_modules: suffixes of layer names as in diffusers, such as ``"to_q"`` or ``"ff.net.0.proj"``. Default: those
+        in `DEFAULT_TARGETS` that the model has.
 
     Returns:
       The LoRA, in float32.
@@ -74,7 +74,7 @@ def init_lora(
       WeightsError: if a target matches no layer that has a kernel, or ``rank`` is not positive.
     """
     if rank < 1:
-        raise WeightsError(f"rank = {rank} is no rank of a LoRA: choose 1 or more.")
+        raise WeightsError(f"rank = {rank} is not a valid LoRA rank: choose 1 or more.")
     kernels = _target_kernels(params, DEFAULT_TARGETS if target_modules is None else target_modules)
     if target_modules is not None and (unused := _unused(target_modules, kernels)):
         raise WeightsError(
@@ -96,23 +96,23 @@ def apply_lora(
     scale: float | Float[Array, ""] = 1.0,
     **kwargs: Any,
 ) -> Any:
-    """``module.apply({"params": params}, *args, **kwargs)`` with the LoRA beside its layers.
+    """``module.apply({"params": params}, *args, **kwargs)`` with the LoRA alongside its layers.
 
     W is neither changed nor copied, and the result is differentiable with respect to ``lora``.
 
     Args:
       module: UNet, ControlNet or text encoder.
-      params: of the module.
-      lora: for these parameters.
-      *args: of the call.
-      scale: a factor for the whole LoRA.
-      **kwargs: of the call, or of ``apply``, such as ``method``.
+      params: the module's parameters.
+      lora: a LoRA for these parameters.
+      *args: the call's arguments.
+      scale: a factor for the entire LoRA.
+      **kwargs: arguments of the call, or of ``apply``, such as ``method``.
 
     Returns:
-      What ``module.apply`` returns.
+      The result of ``module.apply``.
 
     Raises:
-      WeightsError: if the LoRA is not one for these parameters.
+      WeightsError: if the LoRA is not for these parameters.
     """
     require_fit(params, lora)
     with nn.intercept_methods(lora_interceptor(lora, scale)):
@@ -122,19 +122,19 @@ def apply_lora(
 def lora_interceptor(lora: Params, scale: float | Float[Array, ""] = 1.0) -> Callable[..., Any]:
     """The interceptor behind `apply_lora`, for ``flax.linen.intercept_methods``.
 
-    It adapts whichever module runs in its context and has layers of these paths; what matches none has no effect.
+    It adapts every module that runs in its context and has layers at these paths; unmatched entries have no effect.
 
     Raises:
       WeightsError: when a network with ``scan_layers`` runs in its context, or for DoRA.
     """
     layers = lora_layers(lora)
     if any("magnitude" in layer for layer in layers.values()):
-        raise WeightsError("DoRA cannot run beside the layers of a model: merge it into the model's weights.")
+        raise WeightsError("DoRA cannot run alongside the layers of a model: merge it into the model's weights.")
 
     def intercept(next_call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
         module = context.module
         if getattr(module, "scan_layers", False):
-            raise WeightsError("a LoRA finds layers by their names, which scanned ones do not have: scan no layers.")
+            raise WeightsError("a LoRA finds layers by name, and scanned layers have no names: scan no layers.")
         out = next_call(*args, **kwargs)
         if not isinstance(module, nn.Dense | nn.Conv) or context.method_name != "__call__" or module.path not in layers:
             return out
@@ -144,26 +144,26 @@ def lora_interceptor(lora: Params, scale: float | Float[Array, ""] = 1.0) -> Cal
 
 
 def adapted(lora: Params | None) -> AbstractContextManager[Any]:
-    """A context in which modules run with the LoRA beside their layers, see `lora_interceptor`; or without."""
+    """A context where modules run with the LoRA, if any, alongside their layers, see `lora_interceptor`."""
     return nullcontext() if lora is None else nn.intercept_methods(lora_interceptor(lora))
 
 
 def merge_lora(params: Params, lora: Params, scale: float | Float[Array, ""] = 1.0) -> Params:
-    """The parameters with W + scale · α/r · B A (or what DoRA makes of it) in place of W, stored in W's dtype.
+    """The parameters with W + scale · α/r · B A (or its DoRA form) instead of W, stored in W's dtype.
 
     Example:
       >>> params = merge_lora(params, lora, scale=0.7)
 
     Args:
-      params: of the model; left as they are.
-      lora: for these parameters.
-      scale: a factor for the whole LoRA.
+      params: the model's parameters; left unchanged.
+      lora: a LoRA for these parameters.
+      scale: a factor for the entire LoRA.
 
     Returns:
-      A new tree, which shares all arrays but the adapted kernels with ``params``.
+      A new tree, which shares all arrays except the adapted kernels with ``params``.
 
     Raises:
-      WeightsError: if the LoRA is not one for these parameters.
+      WeightsError: if the LoRA is not for these parameters.
     """
     require_fit(params, lora)
     flat: dict[ModulePath, Any] = flatten_dict(params, keep_empty_nodes=True)
@@ -200,18 +200,18 @@ def require_fit(params: Params, lora: Params, where: str = "The LoRA") -> None:
     """Checks that every layer of a LoRA adapts a layer of the model.
 
     Args:
-      params: of the model, or their shapes.
-      lora: in question.
-      where: its file, for messages.
+      params: the model's parameters, or their shapes.
+      lora: the LoRA to check.
+      where: the LoRA's file, for messages.
 
     Raises:
-      WeightsError: naming the layers that do not, with the shapes of both sides.
+      WeightsError: naming the layers that do not fit, with the shapes of both sides.
     """
     kernels, problems = kernels_of(params), []
     for path, layer in lora_layers(lora).items():
         kernel, name = kernels.get(path), module_name(path)
         if kernel is None:
-            problems.append(f"{name} is no layer with a kernel")
+            problems.append(f"{name} is not a layer with a kernel")
         elif not _fits(kernel.shape, layer["down"].shape, layer["up"].shape):
             down, up, shape = (list(x.shape) for x in (layer["down"], layer["up"], kernel))
             problems.append(f"{name} has down {down} and up {up} for a kernel {shape}")
@@ -255,7 +255,7 @@ def _unused(targets: Sequence[str], kernels: dict[ModulePath, Any]) -> list[str]
 
 def _init_layer(key: Key[Array, ""], kernel: Any, rank: int, alpha: float) -> LoraLayer:
     *window, _, features = kernel.shape
-    # Bounds of ±1/√fan_in: torch's kaiming_uniform_(a=√5), which PEFT takes.
+    # Bounds of ±1/√fan_in: torch's kaiming_uniform_(a=√5), as in PEFT.
     kaiming = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
     return {
         "down": kaiming(key, (*kernel.shape[:-1], rank), jnp.float32),

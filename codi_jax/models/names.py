@@ -6,7 +6,7 @@ import re
 def torch_name(path: tuple[str, ...]) -> str:
     """The name in the state dict of the parameter at ``path`` in the tree.
 
-    A number at the end of a name is an index of a list (``resnets_1`` -> ``resnets.1``), but in ``linear_1``, a name.
+    A number at the end of a name is a list index (``resnets_1`` -> ``resnets.1``), except in ``linear_1``, a name.
     ``kernel``, ``scale`` and ``embedding`` are ``weight``; every other leaf keeps its name.
     """
     *modules, leaf = path

@@ -1,7 +1,7 @@
-"""Prompt-to-prompt: pictures of two prompts that share attention, and so their layout (Hertz et al., 2022).
+"""Prompt-to-prompt: images of two prompts that share attention, and so their layout (Hertz et al., 2022).
 
-A variant takes where its source looks, softmax(q kᵀ/√h), and applies it to values of its own. With q and k taken over,
-that is what any attention kernel computes.
+A variant uses its source's attention map, softmax(q kᵀ/√h), with its own values. With the source's q and k, any
+attention kernel computes this.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,19 +13,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 Layers = Literal["self", "cross"]
-"""Where attention is shared: among pixels, as Brooks et al. (2023) made their data, or over the words, as Hertz et al.
-swap words of prompts whose other words stand in the same places."""
+"""Where attention is shared: among pixels, as in the data of Brooks et al. (2023), or over the words, as Hertz et al.
+swap words of prompts whose other words are in the same places."""
 
 _NAMES: Mapping[Layers, str] = {"self": "attn1", "cross": "attn2"}
 
 
 def shared_attention(shares: Bool[Array, "n"], branches: int, layers: Layers = "self") -> AbstractContextManager[Any]:
-    """A context in which networks are applied to n sources and, behind them, n variants, in each of some branches.
+    """A context where networks are applied to n sources followed by n variants, in each of several branches.
 
     Args:
-      shares: whether each variant takes its source's attention.
-      branches: of guidance, stacked along the batch: [branches · 2 · n, …].
-      layers: which.
+      shares: whether each variant uses its source's attention.
+      branches: the number of branches of guidance, stacked along the batch: [branches · 2 · n, …].
+      layers: the layers that share attention.
     """
 
     def intercept(compute: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:

@@ -1,10 +1,10 @@
-"""Pruned UNets: which blocks of a UNet stay, as data, and how they are kept (Kim et al., 2023, section 3).
+"""Pruned UNets: which blocks of a UNet stay, and how they are kept (Kim et al., 2023, section 3).
 
-A `KeptBlocks` lists, from the largest resolution to the lowest, the layers that stay: of the down block, and of the up
-block of the same resolution. A layer is a residual block and, where there is one, the attention behind it; the layers
-that stay close up, so that the student's layer 1 may be the teacher's layer 2. Without its lowest resolutions a student
-has fewer blocks: its first up block is then a later one of the teacher. `LEVELS` has the published ones in the notation
-in which users write their own (`KeptBlocks.from_dict`).
+A `KeptBlocks` lists, from the highest resolution to the lowest, the layers that stay in the down block and in the up
+block of the same resolution. A layer is a residual block and the attention behind it, if any; the remaining layers are
+renumbered, so that the student's layer 1 may be the teacher's layer 2. Without its lowest resolutions a student has
+fewer blocks: its first up block is then a later one of the teacher. `LEVELS` has the published levels in the notation
+for user-defined ones (`KeptBlocks.from_dict`).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from codi_jax.models.unet_config import UNetConfig
 
 Mid = Literal["keep", "first", "drop"]
 Features = tuple[tuple[str, str], ...]
-"""Names of intermediates that are compared: the student's, and the teacher's."""
+"""Names of intermediates to compare: the student's and the teacher's."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Layer:
     """A layer of the teacher that stays.
 
     Attributes:
-      index: in its block.
-      transformer_blocks: those that stay of its attention; ``None`` for all.
+      index: the layer's index in its block.
+      transformer_blocks: the attention's transformer blocks that stay. Default: all.
     """
 
     index: int
@@ -45,13 +45,14 @@ class Resolution:
 
 @dataclass(frozen=True)
 class KeptBlocks:
-    """What stays of a UNet.
+    """The blocks of a UNet that stay.
 
     Attributes:
-      name: in messages.
-      resolutions: one for each of the teacher's, from the largest; ``None`` for the lowest ones, if they go.
-      mid: the mid block stays, or its first residual block, or nothing of it.
-      features: teacher's intermediates by the student's, where they are not those of `feature_pairs`.
+      name: the name in messages.
+      resolutions: one entry per resolution of the teacher, from the highest; ``None`` for the lowest ones, if they are
+        removed.
+      mid: whether the mid block stays, or its first residual block, or nothing of it.
+      features: the teacher's intermediates by the student's, if they differ from `feature_pairs`.
     """
 
     name: str
@@ -64,15 +65,15 @@ class KeptBlocks:
         """Reads the notation of `LEVELS`.
 
         ``{"resolutions": [{"down": LAYERS, "up": LAYERS} or None, …], "mid": "keep" | "first" | "drop", "features":
-        {student's tap: teacher's tap}}``, of which the last two may be left out. LAYERS is a list of numbers, or, where
-        transformer blocks go, ``{number: [numbers of those that stay]}``.
+        {student's tap: teacher's tap}}``; the last two are optional. LAYERS is a list of numbers, or, where transformer
+        blocks are removed, ``{number: [numbers of those that stay]}``.
 
         Args:
-          name: for messages.
-          mapping: the notation, from a YAML file for instance.
+          name: the name for messages.
+          mapping: the notation, for instance from a YAML file.
 
         Raises:
-          ConfigError: if it is something else.
+          ConfigError: if it is invalid.
         """
         known = {"resolutions", "mid", "features"}
         if not isinstance(mapping, Mapping) or "resolutions" not in mapping or not mapping.keys() <= known:
@@ -114,7 +115,7 @@ def _is_rising(numbers: Any) -> bool:
     return numbers[0] >= 0 and all(low < high for low, high in itertools.pairwise(numbers))
 
 
-# ---- The levels that are published
+# ---- The published levels
 
 
 _PLAIN = {"down": [0], "up": [0, 2]}
@@ -123,7 +124,7 @@ _WHOLE = {"down": [0, 1], "up": [0, 1, 2]}
 
 
 def _shallow(down: tuple[int, ...], up: tuple[int, ...]) -> dict[str, dict[int, list[int]]]:
-    """A resolution with all its layers, and so many transformer blocks of each, the first ones."""
+    """A resolution with all its layers, and the first few transformer blocks of each."""
     return {"down": {i: [*range(n)] for i, n in enumerate(down)}, "up": {i: [*range(n)] for i, n in enumerate(up)}}
 
 
@@ -132,15 +133,16 @@ LEVELS: dict[str, dict[str, Any]] = {
     "bk_base": {"resolutions": [_PLAIN] * 4},
     "bk_small": {"resolutions": [_PLAIN] * 4, "mid": "drop"},
     "bk_tiny": _BK_TINY,
-    # segmind/small-sd and segmind/tiny-sd; in the second, what stands in for the first up block is trained to be it.
+    # segmind/small-sd and segmind/tiny-sd; in the second, the block that replaces the first up block is trained to
+    # match it.
     "sd_small": {"resolutions": [_PLAIN] * 4},
     "sd_tiny": {**_BK_TINY, "features": {"down_blocks_2": "up_blocks_0"}},
     # SDXL (Gupta et al., 2024). The configurations of segmind/SSD-1B and segmind/Segmind-Vega say how many transformer
-    # blocks stay, and not which.
+    # blocks stay, but not which.
     "ssd_1b": {"resolutions": [_WHOLE, _shallow((2, 2), (2, 1, 1)), _shallow((4, 4), (4, 4, 10))], "mid": "first"},
     "vega": {"resolutions": [_WHOLE, _shallow((1, 1), (1, 1, 1)), _shallow((2, 2), (2, 2, 2))], "mid": "first"},
 }
-"""The levels by name. Those of the seed, ``sd_small`` and ``sd_tiny``, are BK-SDM's base and tiny."""
+"""The levels by name. The original code's ``sd_small`` and ``sd_tiny`` are BK-SDM's base and tiny."""
 
 
 def whole(config: UNetConfig) -> KeptBlocks:
@@ -154,18 +156,18 @@ def whole(config: UNetConfig) -> KeptBlocks:
 
 
 def prune(unet: UNet2DCondition, params: Params, kept_blocks: KeptBlocks) -> tuple[UNet2DCondition, Params]:
-    """The student that starts as what stays of the teacher.
+    """The student that starts as the teacher's remaining blocks.
 
     Args:
       unet: the teacher's module.
-      params: of the teacher; the student's share their arrays. Abstract ones work too.
-      kept_blocks: what stays.
+      params: the teacher's parameters; the student's share their arrays. Abstract ones work too.
+      kept_blocks: the blocks that stay.
 
     Returns:
       The student's module, with a complete configuration, and its parameters.
 
     Raises:
-      ConfigError: if they are of another architecture, or the blocks that stay do not fit each other.
+      ConfigError: if they are for another architecture, or the remaining blocks do not fit each other.
     """
     config = pruned_config(unet.config, kept_blocks)
     offset = unet.config.num_blocks - config.num_blocks
@@ -208,11 +210,11 @@ def pruned_config(config: UNetConfig, kept_blocks: KeptBlocks) -> UNetConfig:
     """The student's ``config.json``.
 
     Args:
-      config: the teacher's.
-      kept_blocks: what stays.
+      config: the teacher's configuration.
+      kept_blocks: the blocks that stay.
 
     Raises:
-      ConfigError: as `prune`.
+      ConfigError: as in `prune`.
     """
     _check(config, kept_blocks)
     count = len(kept_blocks.kept)
@@ -242,12 +244,12 @@ _PER_BLOCK = (
 
 
 def _as_one(values: Sequence[Any]) -> Any:
-    """The value that all of them are, or all of them."""
+    """The common value if all are equal, else all of them."""
     return values[0] if len(set(values)) == 1 else tuple(values)
 
 
 def _depths(config: UNetConfig, kept_blocks: KeptBlocks) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
-    """How many transformer blocks stay of each attention, going down and going up; one number without attention."""
+    """How many transformer blocks of each attention stay, going down and going up; one number without attention."""
 
     def of_layers(depths: tuple[int, ...], layers: tuple[Layer, ...], i: int) -> tuple[Any, ...]:
         if not depths:
@@ -263,17 +265,17 @@ def _depths(config: UNetConfig, kept_blocks: KeptBlocks) -> tuple[list[tuple[Any
 
 
 def feature_pairs(config: UNetConfig, kept_blocks: KeptBlocks) -> Features:
-    """The intermediates to compare: of every block that stays, its output in the student and in the teacher.
+    """The intermediates to compare: the output of every remaining block in the student and in the teacher.
 
-    What a student's lowest block puts out goes through no downsampler, so it is compared with what the teacher's has
-    before its own (Kim et al., 2023, section 3.2).
+    The output of the student's lowest block has no downsampler, so it is compared with the teacher's output before its
+    downsampler (Kim et al., 2023, section 3.2).
 
     Args:
-      config: the teacher's.
-      kept_blocks: what stays.
+      config: the teacher's configuration.
+      kept_blocks: the blocks that stay.
 
     Raises:
-      ConfigError: as `prune`, or if ``kept_blocks.features`` names a tap that is not there.
+      ConfigError: as in `prune`, or if ``kept_blocks.features`` names a tap that does not exist.
     """
     student = pruned_config(config, kept_blocks)
     lowest, offset = student.num_blocks - 1, config.num_blocks - student.num_blocks
@@ -297,11 +299,11 @@ def _intermediates(config: UNetConfig) -> set[str]:
     return intermediates
 
 
-# ---- What does not fit
+# ---- Checks
 
 
 def _check(config: UNetConfig, kept_blocks: KeptBlocks) -> None:
-    """Refuses blocks that this UNet does not have, and those that would leave skip connections over."""
+    """Refuses blocks that this UNet does not have, and blocks that would leave skip connections unused."""
     n, kept = config.num_blocks, kept_blocks.kept
     if len(kept_blocks.resolutions) != n:
         fitting = [name for name, level in LEVELS.items() if len(level["resolutions"]) == n]
@@ -344,7 +346,7 @@ def _check_layers(name: str, block: str, layers: tuple[Layer, ...], count: int, 
 
 
 def _check_widths(config: UNetConfig, student: UNetConfig, kept_blocks: KeptBlocks) -> None:
-    """Refuses layers that would read other inputs than they were made for."""
+    """Refuses layers that would get inputs they were not made for."""
     offset = config.num_blocks - student.num_blocks
     teachers, students = _inputs(config), _inputs(student)
     for i, resolution in enumerate(kept_blocks.kept):
@@ -367,7 +369,7 @@ def _check_widths(config: UNetConfig, student: UNetConfig, kept_blocks: KeptBloc
 
 
 def _inputs(config: UNetConfig) -> dict[tuple[str, int], str]:
-    """What each layer of each block reads, in words."""
+    """The input of each layer of each block, in words."""
     channels, skips = config.block_out_channels, [config.block_out_channels[0]]
     inputs, below = {}, channels[0]
     for i, width in enumerate(channels):

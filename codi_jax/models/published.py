@@ -1,6 +1,6 @@
-"""The published architectures, as their ``config.json`` files describe them: to plan and measure without weights.
+"""The published architectures, as in their ``config.json`` files: to plan and measure without weights.
 
-Only keys that differ from diffusers' defaults are written, as the files themselves list more of the defaults.
+Only keys that differ from diffusers' defaults are listed; the files themselves list more of the defaults.
 """
 
 from typing import Any

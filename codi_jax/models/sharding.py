@@ -1,8 +1,8 @@
-"""The devices as a mesh, and what lies where on it.
+"""The devices as a mesh, and the placement of arrays on it.
 
-The mesh has two axes: ``"data"`` and ``"fsdp"``. Every device gets its own share of the batch. Parameters, and whatever
-has their shapes, are replicated along ``"data"`` and split along ``"fsdp"``; with ``--fsdp 1`` that is plain data
-parallelism.
+The mesh has two axes: ``"data"`` and ``"fsdp"``. Every device gets its own share of the batch. Parameters, and
+everything with their shapes, are replicated along ``"data"`` and split along ``"fsdp"``; with ``--fsdp 1`` that is
+plain data parallelism.
 """
 
 import math
@@ -37,8 +37,8 @@ def make_mesh(fsdp: int = 1) -> Mesh:
 def partition_spec(shape: tuple[int, ...], fsdp: int) -> P:
     """Where an array of this shape is split: the rule for parameters, their averages and the optimizer's moments.
 
-    Along the largest axis that ``fsdp`` divides, the last one of several; not at all if there is none, or if the array
-    is small.
+    Along the largest axis that ``fsdp`` divides, the last one if there are several; not at all if there is none or the
+    array is small.
     """
     divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
     if fsdp == 1 or math.prod(shape) < MIN_SHARDED_SIZE or not divisible:
@@ -48,13 +48,13 @@ def partition_spec(shape: tuple[int, ...], fsdp: int) -> P:
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
-    """The tree with a `NamedSharding` in place of each array, abstract or not, by the rule of `partition_spec`."""
+    """The tree with a `NamedSharding` instead of each array, abstract or not, by the rule of `partition_spec`."""
     fsdp = mesh.shape["fsdp"]
     return jax.tree.map(lambda leaf: NamedSharding(mesh, partition_spec(np.shape(leaf), fsdp)), tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Everything everywhere."""
+    """The sharding that replicates an array on all devices."""
     return NamedSharding(mesh, P())
 
 
@@ -64,9 +64,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def context_of(tree: Any) -> AbstractContextManager[Any]:
-    """The context to trace programs in that compute with these arrays.
+    """The context for tracing programs that compute with these arrays.
 
-    Kernels that XLA cannot split among devices learn from it which there are, see `codi_jax.models.kernels.attention`.
+    It tells kernels that XLA cannot split which devices there are, see `codi_jax.models.kernels.attention`.
     """
     of_first = getattr(next(iter(jax.tree.leaves(tree)), None), "sharding", None)
     mesh = of_first.mesh if isinstance(of_first, NamedSharding) else None
@@ -77,7 +77,7 @@ def to_global(mesh: Mesh, local_batch: Any) -> Any:
     """Puts this process's share of a batch, a tree of NumPy arrays, on its devices, as a part of the global batch.
 
     Raises:
-      ValueError: if the examples cannot be shared out evenly among the devices.
+      ValueError: if the examples cannot be divided evenly among the devices.
     """
     sharding = batch_sharding(mesh)
     local_devices = len(sharding.addressable_devices)
@@ -94,12 +94,12 @@ def to_global(mesh: Mesh, local_batch: Any) -> Any:
 
 
 def put(mesh: Mesh, tree: Any) -> Any:
-    """Puts a tree where the rule wants it; what is there already stays. Every process gives the same arrays."""
+    """Places a tree by the rule; arrays already in place stay. Every process passes the same arrays."""
     return jax.tree.map(_put, tree, shardings(mesh, tree))
 
 
 def place(mesh: Mesh) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
-    """For `codi_jax.io.weights.load_model`: puts each parameter where the rule wants it, without a detour."""
+    """For `codi_jax.io.weights.load_model`: places each parameter by the rule, directly."""
     return lambda _, array: put(mesh, array)
 
 
@@ -118,7 +118,7 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     is_global = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
     if sharding.is_fully_addressable or is_global:
         return jax.device_put(leaf, sharding)
-    # From here on the devices are those of several processes, and the array is this process's own.
+    # From here on the devices belong to several processes, and the array is this process's own.
     if jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
     array = np.asarray(leaf)

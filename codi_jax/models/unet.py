@@ -26,11 +26,11 @@ class UNetEncoder(Network):
 
     Attributes:
       config: the model's ``config.json``.
-      dtype: of the computation; parameters may be stored in another.
+      dtype: the computation's dtype; parameters may be stored in another.
       attention: the kernel, see `codi_jax.models.kernels.attention`.
       remat: whether each residual and each transformer block is recomputed in the backward pass instead of stored.
-      scan_layers: whether transformer blocks in a row, of which SDXL has up to ten, are compiled as a loop: that takes
-        much less time.
+      scan_layers: whether consecutive transformer blocks (up to ten in SDXL) are compiled as a loop, which takes much
+        less time.
     """
 
     config: Any
@@ -107,7 +107,7 @@ class UNetEncoder(Network):
         """Runs the down blocks and the mid block on the output of ``conv_in``.
 
         Returns:
-          The lowest features, the skip connections in the order of their making, and the intermediates.
+          The lowest features, the skip connections in the order of creation, and the intermediates.
         """
         skips, intermediates = (x,), {}
         for i, block in enumerate(self.down_blocks):
@@ -121,7 +121,7 @@ class UNetEncoder(Network):
         return x, skips, intermediates
 
     def check_inputs(self, sample: Array, encoder_hidden_states: Array) -> None:
-        """Refuses inputs of a wrong width in words, before a matrix product does in numbers."""
+        """Refuses inputs with a wrong width, in a clearer message than a failing matrix product gives."""
         config = self.config
         if sample.shape[-1] != config.in_channels:
             raise ValueError(
@@ -141,10 +141,10 @@ class UNet2DCondition(UNetEncoder):
 
     Attributes:
       config: a `UNetConfig`.
-      dtype: of the computation.
+      dtype: the computation's dtype.
       attention: the attention kernel.
       remat: recompute blocks in the backward pass.
-      scan_layers: compile transformer blocks in a row as a loop.
+      scan_layers: compile consecutive transformer blocks as a loop.
     """
 
     config: UNetConfig
@@ -180,8 +180,8 @@ class UNet2DCondition(UNetEncoder):
         """Predicts the noise, the velocity or the clean latent, whichever the model was trained for.
 
         Args:
-          sample: noisy latents, with the image or mask latents behind them in the channels for 8 and 9-channel models.
-          timesteps: training times, 0 to 999, one for each sample.
+          sample: noisy latents, followed by the image or mask latents in the channels for 8- and 9-channel models.
+          timesteps: training times, 0 to 999, one per sample.
           encoder_hidden_states: text features.
           timestep_cond: guidance embedding, for models with ``time_cond_proj_dim``.
           added_cond: for SDXL, ``{"text_embeds": [b, d], "time_ids": [b, 6]}``.
@@ -230,7 +230,7 @@ class UNet2DCondition(UNetEncoder):
         return self.conv_out(nn.silu(self.conv_norm_out(x))), intermediates
 
     def random_params(self, key: PRNGKeyArray) -> Params:
-        """Parameters to train from nothing, float32."""
+        """Parameters for training from scratch, float32."""
         config = self.config
         size = 2**config.num_blocks  # small, and divisible by every downsampler
         cond = None if config.time_cond_proj_dim is None else jnp.zeros((1, config.time_cond_proj_dim))

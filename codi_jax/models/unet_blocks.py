@@ -65,7 +65,7 @@ class UpBlock2D(nn.Module):
     dtype: Any
 
     def setup(self) -> None:
-        # Concatenation widens every input, so that each residual block needs its shortcut.
+        # Concatenation widens every input, so each residual block needs its shortcut.
         self.resnets = [_resnet(self, self.features, True) for _ in range(self.num_layers)]
         self.attentions = [_transformer(self, depth) for depth in self.transformer_layers]
         self.upsamplers = [Upsample2D(self.features, self.dtype)] if self.add_upsample else []

@@ -28,10 +28,10 @@ _MAX_DEPTH = 400  # SDXL has 34
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig(ModelConfig):
-    """What a UNet and a ControlNet have in common: the keys of the contracting half, with diffusers' defaults."""
+    """The keys that UNet and ControlNet share, for the contracting half, with diffusers' defaults."""
 
     ignored_keys: ClassVar[frozenset[str]] = frozenset({
-        "dtype", "use_memory_efficient_attention", "split_head_dim",  # of diffusers' former Flax models
+        "dtype", "use_memory_efficient_attention", "split_head_dim",  # from diffusers' former Flax models
     })  # fmt: skip
 
     in_channels: Channels = 4
@@ -86,7 +86,7 @@ class EncoderConfig(ModelConfig):
         if self.addition_embed_type and self.text_embeds_dim < 1:
             raise ConfigError(
                 f"projection_class_embeddings_input_dim = {self.projection_class_embeddings_input_dim} has no room for "
-                f"the text beside six embeddings of addition_time_embed_dim = {self.addition_time_embed_dim}."
+                f"the text next to six embeddings of addition_time_embed_dim = {self.addition_time_embed_dim}."
             )
         require_even(self, "addition_time_embed_dim")
         if self.block_out_channels[0] % 2:
@@ -118,7 +118,7 @@ class EncoderConfig(ModelConfig):
 
     @property
     def transformer_layers(self) -> tuple[int | tuple[int, ...], ...]:
-        """The number of transformer blocks of each down block, one number or one for each of its attentions."""
+        """The number of transformer blocks of each down block, one number or one per attention."""
         return per_block(self.transformer_layers_per_block, self.num_blocks, "transformer_layers_per_block")
 
     def example_added_cond(self) -> dict[str, Array] | None:
@@ -129,7 +129,7 @@ class EncoderConfig(ModelConfig):
 
     @property
     def text_embeds_dim(self) -> int:
-        """The width of SDXL's pooled text: what six embedded sizes leave of the projection's input."""
+        """The width of SDXL's pooled text: the projection's input minus six embedded sizes."""
         assert self.projection_class_embeddings_input_dim is not None
         assert self.addition_time_embed_dim is not None
         return self.projection_class_embeddings_input_dim - 6 * self.addition_time_embed_dim
@@ -167,7 +167,7 @@ class UNetConfig(EncoderConfig):
     class_embeddings_concat: Literal[False] = False
     mid_block_only_cross_attention: Literal[False] | None = None
     cross_attention_norm: None = None
-    # Not diffusers': the guidance embedding is that of two weights, of the text and of the image.
+    # Not in diffusers: the guidance embedding is for two weights, the text's and the image's.
     embeds_image_guidance: bool = False
 
     def __post_init__(self) -> None:
@@ -191,12 +191,12 @@ class UNetConfig(EncoderConfig):
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         if not self.embeds_image_guidance:
-            del values["embeds_image_guidance"]  # diffusers warns of keys that it does not know
+            del values["embeds_image_guidance"]  # diffusers warns about unknown keys
         return values
 
     @property
     def transformer_layers_are_nested(self) -> bool:
-        """Whether attentions of one block have depths of their own, as in SSD-1B."""
+        """Whether the attentions of one block differ in depth, as in SSD-1B."""
         return any(isinstance(layers, tuple) for layers in self.transformer_layers)
 
     def up_transformer_layers(self, block: int) -> tuple[int, ...]:

@@ -60,7 +60,7 @@ class VAEConfig(ModelConfig):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DiagonalGaussian:
-    """The encoder's output: a normal distribution for each latent.
+    """The encoder's output: a normal distribution per latent.
 
     Attributes:
       mean: ``[b, h, w, c]``, float32.
@@ -228,11 +228,11 @@ class Decoder(nn.Module):
 class AutoencoderKL(Network):
     """The variational autoencoder; ``encode`` and ``decode`` are called with ``method=``.
 
-    Latents are those of the network itself: multiply by ``config.scaling_factor`` before diffusion, divide after it.
+    Latents are the network's own, unscaled: multiply by ``config.scaling_factor`` before diffusion, divide after it.
 
     Attributes:
       config: a `VAEConfig`.
-      dtype: of the computation.
+      dtype: the computation's dtype.
       attention: the attention kernel.
       remat: recompute residual blocks in the backward pass.
     """
@@ -255,7 +255,7 @@ class AutoencoderKL(Network):
         """Encodes images.
 
         Args:
-          pixels: in [-1, 1]; height and width divisible by ``config.downscale``.
+          pixels: images in [-1, 1]; height and width divisible by ``config.downscale``.
 
         Returns:
           The distribution of the latents, float32, ``[b, h, w, c]``.
@@ -275,7 +275,7 @@ class AutoencoderKL(Network):
         return DiagonalGaussian(mean, jnp.clip(logvar, -30.0, 20.0))
 
     def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b hp wp c_pixels"]:
-        """Decodes latents to pixels, about in [-1, 1] and not clipped, in the module's dtype."""
+        """Decodes latents to pixels, roughly in [-1, 1] and not clipped, in the module's dtype."""
         x = latents.astype(self.dtype)
         if self.config.use_post_quant_conv:
             x = self.post_quant_conv(x)
@@ -286,6 +286,6 @@ class AutoencoderKL(Network):
         return self.decode(self.encode(pixels).mode())
 
     def random_params(self, key: PRNGKeyArray) -> Params:
-        """Parameters to train from nothing, float32."""
+        """Parameters for training from scratch, float32."""
         size = self.config.downscale
         return dict(self.init(key, jnp.zeros((1, size, size, self.config.in_channels)))["params"])

@@ -1,10 +1,10 @@
-"""A whole model: its networks together, what they are conditioned on, and the program that makes images."""
+"""A complete model: its networks, what they are conditioned on, and the program that generates images."""
 
 from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("DiffusionPipeline", "Model"):  # the former is the name that earlier versions had for it
+    if name in ("DiffusionPipeline", "Model"):  # the former is its name in earlier versions
         from codi_jax.pipeline.model import Model
 
         return Model

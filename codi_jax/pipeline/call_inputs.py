@@ -1,4 +1,4 @@
-"""From the arguments of a call to the arrays of its program: sizes, pictures, noise, checked against the model."""
+"""Turns the arguments of a call into the arrays of its program: sizes, images, noise, checked against the model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from codi_jax.diffusion.scheduler_config import SamplerName
 from codi_jax.io.images import as_list, stack_pictures, to_mask, to_pixels
 from codi_jax.pipeline.networks import Networks
 
-_ROOMS = (8, 64)  # numbers of steps that programs are compiled for, where a sampler can stop before
+_ROOMS = (8, 64)  # step counts that programs are compiled for, if a sampler can stop earlier
 
 
 def make_inputs(
@@ -36,17 +36,17 @@ def make_inputs(
     """The arrays of `codi_jax.pipeline.generation.generate`.
 
     Args:
-      networks: of the model.
-      sampler: its name.
-      times: at which it evaluates the network.
+      networks: the model's networks.
+      sampler: the sampler's name.
+      times: the times at which it evaluates the network.
       ids: token ids, ``ids`` and ``null_ids``, by text encoder.
-      size: of the images in pixels, see `image_size`.
-      image: this and the others are those of `codi_jax.pipeline.model.Model.__call__`.
+      size: the image size in pixels, see `image_size`.
+      image: this and the following arguments are as in `codi_jax.pipeline.model.Model.__call__`.
       mask_image: the mask of an inpainting model.
       control_image: the ControlNet's condition.
       control_scale: a factor on the ControlNet's outputs.
-      gamma: of the sampler tcd.
-      seed: of the first image.
+      gamma: γ of the sampler tcd.
+      seed: the first image's seed.
       latents: noise to start from.
       noise: what a stochastic sampler adds.
       shared_attention: for prompt-to-prompt.
@@ -74,13 +74,13 @@ def make_inputs(
 
 
 def image_size(networks: Networks, height: int | None, width: int | None, picture: Any) -> tuple[int, int]:
-    """The size of the images in pixels, checked against what the VAE can halve.
+    """The image size in pixels, checked against what the VAE can downsample.
 
     Args:
-      networks: of the model.
-      height: ``None`` is that of the picture, or the model's own.
-      width: likewise.
-      picture: the first of those that are given, or ``None``.
+      networks: the model's networks.
+      height: in pixels. Default: the image's height, or else the model's.
+      width: in pixels. Default: the image's width, or else the model's.
+      picture: the first of the given images, or ``None``.
 
     Raises:
       ValueError: if the model cannot make images of this size.
@@ -104,16 +104,16 @@ def image_size(networks: Networks, height: int | None, width: int | None, pictur
 
 
 def check_images(networks: Networks, image: Any, mask_image: Any, control_image: Any) -> None:
-    """Refuses pictures that the model does not take, and their absence where it needs them.
+    """Refuses images that the model does not take, and missing images that it needs.
 
     Args:
-      networks: of the model.
+      networks: the model's networks.
       image: to edit or to paint into.
       mask_image: where to paint.
       control_image: the ControlNet's condition.
 
     Raises:
-      ValueError: naming what is missing, or too much.
+      ValueError: naming the missing or superfluous image.
     """
     task, takes_control = networks.task, networks.controlnet is not None
     if image is None and task != "text-to-image":
@@ -125,7 +125,7 @@ def check_images(networks: Networks, image: Any, mask_image: Any, control_image:
         )
     if (mask_image is not None) != (task == "inpaint"):
         raise ValueError(
-            "an inpainting model needs mask_image, white where it shall paint."
+            "an inpainting model needs mask_image, white where it should paint."
             if task == "inpaint"
             else f"mask_image is for inpainting models (9 channels), and this one is for the task {task!r}."
         )
@@ -149,7 +149,7 @@ def _image_inputs(
     if control_image is not None:
         inputs["control"] = stack_pictures(control_image, batch, lambda each: to_pixels(each, size), "control_image")
     if networks.is_sdxl:
-        # Original size, crop corner, target size: what SDXL was told of its training images.
+        # Original size, crop corner, target size: SDXL's inputs about its training images.
         inputs["time_ids"] = np.asarray([[*size, 0, 0, *size]] * batch, np.float32)
     return inputs
 
@@ -182,7 +182,7 @@ def _noise_inputs(
 
 
 def _sharing_inputs(batch: int, times: np.ndarray, shared_attention: Sequence[float] | None) -> dict[str, Any]:
-    """For each pair the time down to which attention is shared, itself not included."""
+    """For each pair, the time down to which (exclusive) attention is shared."""
     if shared_attention is None:
         return {}
     if 2 * len(shared_attention) != batch or not all(0 <= share <= 1 for share in shared_attention):
@@ -195,13 +195,13 @@ def _sharing_inputs(batch: int, times: np.ndarray, shared_attention: Sequence[fl
 
 
 def _of_sources(noise: Any, axis: int) -> Array:
-    """The noise of the first half of a batch, for both halves."""
+    """The first half's noise, for both halves of a batch."""
     first, _ = jnp.split(noise, 2, axis=axis)
     return jnp.concatenate([first, first], axis=axis)
 
 
 def _padded(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs with room for more steps, so that the same program serves other numbers of them."""
+    """The inputs padded to more steps, so that one program serves several step counts."""
     steps = len(inputs["timesteps"])
     room = next((room for room in _ROOMS if steps <= room), steps)
     noise = inputs["noise"]

@@ -1,7 +1,7 @@
-"""From a batch of data to what a method computes with: latents and conditions.
+"""Turns a batch of data into what a method computes with: latents and conditions.
 
-All of it runs inside the compiled step. The networks are static and their parameters are arguments; a gradient reaches
-those that it is taken for, such as those of a text encoder that is trained.
+All of it runs inside the compiled step. The networks are static and their parameters are arguments; gradients reach the
+parameters they are taken for, such as the parameters of a trained text encoder.
 """
 
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ Batch = Mapping[str, Any]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NullText:
-    """The features of the text that guidance leads away from, computed once before training; see `encode_null_text`.
+    """The features of the text that guidance points away from, computed once before training; see `encode_null_text`.
 
     Attributes:
-      context: of one prompt.
+      context: the features of one prompt.
       pooled: SDXL's pooled output.
     """
 
@@ -39,18 +39,18 @@ class NullText:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Frozen:
-    """What a training step reads and does not change: the teacher, whatever the method.
+    """What a training step reads but does not change: the teacher, for any method.
 
     Example:
       >>> Frozen({"unet": teacher_params, "vae": vae_params}, model.schedule)
 
     Attributes:
-      params: parameters by the name of the network. The teacher's UNet is ``unet``; networks that are trained from
-        their own parameters, and not beside the teacher's, are not here.
-      schedule: the noise schedule, with what the student predicts and how it is sampled.
+      params: parameters by network name. The teacher's UNet is ``unet``; networks that are trained directly, without a
+        frozen teacher copy, are not here.
+      schedule: the noise schedule, including what the student predicts and how it is sampled.
       teacher_schedule: the teacher's own.
-      null_text: where guidance needs it.
-      target: for distribution matching, the UNet whose distribution a generator is led to.
+      null_text: the null text, if guidance needs it.
+      target: for distribution matching, the UNet whose distribution the generator should match.
     """
 
     params: Mapping[str, Params] | Any
@@ -63,14 +63,14 @@ class Frozen:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Condition:
-    """What a prediction is conditioned on. A tree of arrays, so branches of guidance can be stacked.
+    """What a prediction is conditioned on: a tree of arrays, so that branches of guidance can be stacked.
 
     Attributes:
       context: text features.
       added_cond: SDXL's ``{"text_embeds": [b, p], "time_ids": [b, 6]}``.
       control: a ControlNet's condition images in [0, 1], [b, H, W, 3].
-      image: latents that are put beside the noisy ones: of the source image of an edit, *not* times the scaling factor;
-        or the mask and the latents of an image to paint into.
+      image: latents to concatenate to the noisy ones: the source image's for an edit, *not* times the scaling factor;
+        or the mask and the latents of an image to inpaint.
     """
 
     context: Float[Array, "b s d"] | Any
@@ -82,18 +82,18 @@ class Condition:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Conditions:
-    """The condition of each sample, and what guidance leads away from.
+    """The condition of each sample, and the conditions that guidance points away from.
 
     Example:
       >>> Conditions(full=Condition(text_features), null=Condition(null_features))
 
     Attributes:
       full: the condition.
-      null: the null text in place of the prompt, and for an edit zeros in place of the image; ``None`` where there is
-        no null text.
+      null: the null text instead of the prompt, and for an edit zeros instead of the image; ``None`` if there is no
+        null text.
       image_only: for an edit, the null text and the image.
       control_scale: a factor on the ControlNet's outputs; ``None`` is 1.
-      shared_until: for prompt-to-prompt, the time of each pair down to which the second half of the batch takes the
+      shared_until: for prompt-to-prompt, the time of each pair down to which the second half of the batch uses the
         attention of the first; see `codi_jax.models.prompt_to_prompt`.
     """
 
@@ -111,7 +111,7 @@ class Conditions:
         """
         condition = getattr(self, branch)
         if condition is None:
-            raise ValueError("Guidance needs the null text: give null_text with what is frozen.")
+            raise ValueError("Guidance needs the null text: give null_text with the frozen networks.")
         return condition
 
 
@@ -121,8 +121,8 @@ class Inputs:
     """A batch, ready for a method.
 
     Attributes:
-      z0: clean latents, times the scaling factor, float32; ``None`` where the batch has none, but prompts alone.
-      conditions: the conditions of its samples.
+      z0: clean latents, times the scaling factor, float32; ``None`` if the batch has only prompts.
+      conditions: the conditions of the batch's samples.
     """
 
     z0: Float[Array, "b h w c"] | Any
@@ -132,16 +132,15 @@ class Inputs:
 def prepare(
     networks: Networks, params: Mapping[str, Any], batch: Batch, key: Key[Array, ""], null_text: NullText | None = None
 ) -> Inputs:
-    """Encodes a batch, or takes what is cached in it.
+    """Encodes a batch, or uses what is cached in it.
 
     Args:
-      networks: of the model.
-      params: of ``vae``, ``text_encoder`` and ``text_encoder_2``, unless the batch has their outputs.
-      batch: ``pixels`` or ``moments``, or neither; ``input_ids`` or ``context`` (and ``pooled``); ``conditioning``
-        where the task has condition images, or for an edit ``conditioning_moments``; ``time_ids`` for SDXL, and only
-        for SDXL.
-      key: for the latents' sample.
-      null_text: where guidance needs it.
+      networks: the model's networks.
+      params: the parameters of ``vae``, ``text_encoder`` and ``text_encoder_2``, unless the batch has their outputs.
+      batch: ``pixels`` or ``moments``, or neither; ``input_ids`` or ``context`` (and ``pooled``); ``conditioning`` if
+        the task has condition images, or for an edit ``conditioning_moments``; ``time_ids`` for SDXL only.
+      key: for sampling the latents.
+      null_text: the null text, if guidance needs it.
 
     Raises:
       ValueError: if an edit has no source image.
@@ -161,12 +160,12 @@ def prepare(
 
 
 def with_null_text(full: Condition, null_text: NullText | None, batch: Batch) -> Conditions:
-    """The conditions of all branches, from that of the prompts.
+    """The conditions of all branches, from the prompts' condition.
 
     Args:
-      full: the condition.
-      null_text: ``None`` if nothing is guided.
-      batch: has ``time_ids`` for SDXL.
+      full: the prompts' condition.
+      null_text: the null text; ``None`` without guidance.
+      batch: the batch, with ``time_ids`` for SDXL.
     """
     if null_text is None:
         return Conditions(full)
@@ -178,11 +177,11 @@ def with_null_text(full: Condition, null_text: NullText | None, batch: Batch) ->
 
 
 def image_latents(vae: Any, params: Mapping[str, Any], batch: Batch, parts: int = 1) -> Float[Array, "b h w c"]:
-    """The latents of the source image of an edit: the *mode*, and not times the scaling factor (Brooks et al., 2023).
+    """The latents of an edit's source image: the *mode*, not times the scaling factor (Brooks et al., 2023).
 
     Args:
-      vae: its module.
-      params: ``vae``, its parameters.
+      vae: the VAE's module.
+      params: the parameters; only ``vae`` is read.
       batch: ``conditioning``, uint8, or ``conditioning_moments``.
       parts: see `posterior`.
 
@@ -200,19 +199,19 @@ def image_latents(vae: Any, params: Mapping[str, Any], batch: Batch, parts: int 
 
 
 def drop_conditions(inputs: Inputs, key: Key[Array, ""], probability: float | int) -> Inputs:
-    """Takes text and image from some of the samples of an edit, so that guidance can do without (Brooks et al., 2023).
+    """Drops text and image from some samples of an edit, so that guidance can do without them (Brooks et al., 2023).
 
-    With r uniform in [0, 1): the text goes if r < 2p, the image if p ≤ r < 3p. So of all samples p lose the text alone,
-    p both, and p the image alone. What replaces the text is the null text, pooled output included.
+    With r uniform in [0, 1): the text is dropped if r < 2p, the image if p ≤ r < 3p. So a fraction p of all samples
+    loses the text only, p both, and p the image only. The null text replaces the text, pooled output included.
 
     Args:
-      inputs: with the null condition.
-      key: of the draw.
+      inputs: the inputs, with the null condition.
+      key: for the draw.
       probability: p, at most 1/3.
 
     Returns:
-      The same, but for the full condition, and `Conditions.image_only`: a sample that has lost its image has none in
-      any branch.
+      The same, except for the full condition and `Conditions.image_only`: a sample that lost its image has none in any
+      branch.
     """
     conditions = inputs.conditions
     full, null, image_only = conditions.full, conditions.of("null"), conditions.image_only
@@ -244,10 +243,10 @@ def posterior(vae: Any, params: Mapping[str, Any], batch: Batch, parts: int = 1)
     """The distribution of the latents, without the scaling factor: from the VAE, or from cached ``moments``.
 
     Args:
-      vae: its module.
-      params: ``vae``, its parameters.
-      batch: ``pixels``, uint8, or ``moments``, mean beside log-variance.
-      parts: in how many parts, one after the other, the images are encoded; it divides their number.
+      vae: the VAE's module.
+      params: the parameters; only ``vae`` is read.
+      batch: ``pixels``, uint8, or ``moments``, mean and log-variance concatenated.
+      parts: the number of chunks in which the images are encoded, one after another; it divides the batch size.
     """
     if "moments" in batch:
         mean, logvar = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
@@ -258,7 +257,7 @@ def posterior(vae: Any, params: Mapping[str, Any], batch: Batch, parts: int = 1)
 
     if parts == 1:
         return encode(batch["pixels"])
-    # Each part takes a sample of every so many, so that it lies on all devices.
+    # Each part is a strided slice of the batch, so that it lies on all devices.
     pixels = batch["pixels"].reshape(-1, parts, *batch["pixels"].shape[1:]).swapaxes(0, 1)
     encoded = jax.lax.map(lambda part: jax.tree.leaves(encode(part)), pixels)
     mean, logvar = (x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for x in encoded)
@@ -268,13 +267,13 @@ def posterior(vae: Any, params: Mapping[str, Any], batch: Batch, parts: int = 1)
 def encode_null_text(
     networks: Networks, params: Mapping[str, Params], ids: Mapping[str, Array], *, zeros: bool = False
 ) -> NullText:
-    """The text that guidance leads away from; computed once, before training.
+    """The features of the text that guidance points away from; computed once, before training.
 
     Args:
-      networks: with the text encoders.
-      params: of the text encoders, by name.
-      ids: of the empty prompt, [1, s], by the name of the encoder.
-      zeros: whether it is zeros of that shape instead: SDXL's ``force_zeros_for_empty_prompt``.
+      networks: the model's networks, with the text encoders.
+      params: the text encoders' parameters, by name.
+      ids: the empty prompt's token ids, [1, s], by encoder name.
+      zeros: whether to return zeros of that shape instead: SDXL's ``force_zeros_for_empty_prompt``.
     """
     context, pooled = encode_prompts(networks, params, ids)
     null = NullText(context, pooled if networks.text_encoder_2 is not None else None)

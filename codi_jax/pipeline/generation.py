@@ -1,6 +1,6 @@
-"""The program that makes images: token ids, images and noise in, pictures out, compiled as one.
+"""The program that generates images: token ids, images and noise in, images out, compiled as one.
 
-Pure functions of arrays; what decides the shape of the computation is in `Program`, which is static.
+Pure functions of arrays; everything that shapes the computation is in `Program`, which is static.
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ from codi_jax.pipeline.networks import Networks
 from codi_jax.pipeline.prediction import predict
 
 Text = tuple[Float[Array, "b s d"], Float[Array, "b p"]]
-"""Features of prompts, and their pooled output."""
+"""Prompt features and their pooled output."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """All that a compiled program depends on besides its inputs.
+    """Everything that a compiled program depends on besides its inputs.
 
     Attributes:
-      networks: of the model.
-      sampler: its name.
+      networks: the model's networks.
+      sampler: the sampler's name.
       zero_null_text: whether the null text is zeros (SDXL) instead of the encoded negative prompt.
       on_step: called after every step, or ``None``.
     """
@@ -53,14 +53,14 @@ def generate(
     """Encodes the prompts, samples and decodes.
 
     Args:
-      params: of every network of ``program``.
-      schedule: of the model.
-      guidance: with one scale for all images.
-      inputs: arrays. Always ``ids`` and ``null_ids`` (token ids by text encoder, [b, s]), ``z`` (noise, [b, h, w, c]),
-        ``timesteps`` [n], ``num_steps`` (how many of them to visit, or ``None``) and ``noise`` ([n-1, b, h, w, c] or
-        ``None``). By the kind of model: ``image`` [b, H, W, 3] in [-1, 1]; ``mask`` [b, H, W, 1] with it for
-        inpainting; ``control`` [b, H, W, 3] in [0, 1] and ``control_scale`` (scalar); ``time_ids`` [b, 6]. For
-        the sampler tcd: ``gamma`` (scalar). For prompt-to-prompt: ``shared_until`` [b/2], see
+      params: the parameters of every network of ``program``.
+      schedule: the model's noise schedule.
+      guidance: the guidance, with one scale for all images.
+      inputs: the arrays. Always ``ids`` and ``null_ids`` (token ids by text encoder, [b, s]), ``z`` (noise, [b, h, w,
+        c]), ``timesteps`` [n], ``num_steps`` (how many of them to visit, or ``None``) and ``noise`` ([n-1, b, h, w, c]
+        or ``None``). Depending on the model: ``image`` [b, H, W, 3] in [-1, 1]; ``mask`` [b, H, W, 1] with it for
+        inpainting; ``control`` [b, H, W, 3] in [0, 1] and ``control_scale`` (scalar); ``time_ids`` [b, 6]. For the
+        sampler tcd: ``gamma`` (scalar). For prompt-to-prompt: ``shared_until`` [b/2], see
         `codi_jax.pipeline.conditions.Conditions`.
       program: what to compute.
 
@@ -93,7 +93,7 @@ def generate(
 def _conditions(
     params: Mapping[str, Params], inputs: Mapping[str, Any], program: Program, guidance: Guidance
 ) -> Conditions:
-    """The conditions of all branches: what does not change from step to step is computed here."""
+    """The conditions of all branches: computes everything that does not change from step to step."""
     null_text, text = _encode_texts(params, inputs, program, guidance)
     image = _image_latents(params, inputs, program.networks)
 
@@ -115,7 +115,7 @@ def _conditions(
 def _encode_texts(
     params: Mapping[str, Params], inputs: Mapping[str, Any], program: Program, guidance: Guidance
 ) -> tuple[Text, Text]:
-    """The features of the null text, and of the prompts."""
+    """The features of the null text and of the prompts."""
     networks = program.networks
     if program.zero_null_text or guidance.branches == ("full",):
         text = encode_text(networks.text_encoders, params, inputs["ids"], networks.is_sdxl)
@@ -129,10 +129,10 @@ def _encode_texts(
 def _image_latents(
     params: Mapping[str, Params], inputs: Mapping[str, Any], networks: Networks
 ) -> Float[Array, "b h w c"] | None:
-    """What is concatenated to the noisy latents.
+    """The latents to concatenate to the noisy ones.
 
-    InstructPix2Pix: the mode of the image's latents, *not* multiplied by the scaling factor (Brooks et al., 2023).
-    Inpainting: the mask, and the scaled latents of the image with the masked pixels gray.
+    InstructPix2Pix: the mode of the image's latents, *not* times the scaling factor (Brooks et al., 2023). Inpainting:
+    the mask, and the scaled latents of the image with the masked pixels gray.
     """
     if "image" not in inputs:
         return None
@@ -141,5 +141,5 @@ def _image_latents(
         return vae.apply({"params": params["vae"]}, image, method="encode").mode()
     latents = vae.apply({"params": params["vae"]}, image * (1.0 - inputs["mask"]), method="encode").mode()
     step = vae.config.downscale
-    mask = inputs["mask"][:, ::step, ::step]  # nearest neighbor, as PyTorch's interpolate takes it
+    mask = inputs["mask"][:, ::step, ::step]  # nearest neighbor, as in PyTorch's interpolate
     return jnp.concatenate([mask, latents * vae.config.scaling_factor], axis=-1)

@@ -1,4 +1,4 @@
-"""Loading the parts of a model: what ``model_index.json`` names, from a diffusers folder or the Hugging Face Hub."""
+"""Loads the parts of a model that ``model_index.json`` names, from a diffusers folder or the Hugging Face Hub."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -22,9 +22,9 @@ from codi_jax.pipeline.networks import Networks
 from codi_jax.pipeline.text import find_tokenizer
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-"""Precision of weights and computation, as a flag says it."""
+"""Precision of weights and computation, as given by a flag."""
 
-# What a model must have, and which class each may be: others' configurations would be read as if they were of these.
+# Required parts and their allowed classes: other classes' configurations would be misread as one of these.
 _REQUIRED = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
@@ -33,7 +33,7 @@ _REQUIRED = {
 }
 _SUPPORTED = "text-to-image, InstructPix2Pix, inpainting and ControlNet pipelines of Stable Diffusion 1.x, 2.x and XL"
 ALL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet")
-"""The networks that a model may have, by name."""
+"""The names of the networks that a model may have."""
 
 
 def load_parts(
@@ -88,22 +88,22 @@ def load_parts(
 
 
 def _vae_dtype(folder: ModelFolder, dtype: DTypeLike) -> DTypeLike:
-    """float16 leaves a VAE that asks for it in float32."""
+    """With float16, a VAE that asks for float32 stays in float32."""
     if jnp.dtype(dtype) != jnp.float16:
         return dtype
     return jnp.float32 if folder.part("vae").read_json("config.json").get("force_upcast", True) else dtype
 
 
 def check_controlnet(networks: Networks) -> None:
-    """Refuses a ControlNet of another family than the UNet.
+    """Refuses a ControlNet of a different family than the UNet's.
 
     Raises:
-      ConfigError: naming what differs.
+      ConfigError: naming the difference.
     """
     unet, controlnet = networks.unet.config, networks.controlnet.config
     if controlnet.in_channels != networks.vae.config.latent_channels:
         raise ConfigError(
-            f"the ControlNet has in_channels = {controlnet.in_channels}, but it gets the noisy latents alone, "
+            f"the ControlNet has in_channels = {controlnet.in_channels}, but it only gets the noisy latents, "
             f"{networks.vae.config.latent_channels} channels."
         )
     for key in ("block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type"):
@@ -116,24 +116,24 @@ def check_controlnet(networks: Networks) -> None:
 
 
 def resolve_dtype(name: DType) -> DTypeLike:
-    """The dtype of that name; auto is bfloat16 on GPU and TPU, float32 on a CPU."""
+    """The dtype with this name; ``auto`` is bfloat16 on GPU and TPU, float32 on a CPU."""
     if name == "auto":
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     return jnp.dtype(name)
 
 
 def read_index(folder: ModelFolder) -> dict[str, Any]:
-    """The ``model_index.json`` of a model, which says what its parts are.
+    """The ``model_index.json`` of a model, which lists its parts.
 
     Raises:
-      WeightsError: if there is none, or it is that of a pipeline which is not supported.
+      WeightsError: if there is none, or it describes an unsupported pipeline.
     """
     index = folder.read_json("model_index.json")
     what, absent = index.get("_class_name"), [name for name in _REQUIRED if not _is_present(index, name)]
     if absent:
         raise WeightsError(
-            f"{folder}/model_index.json describes a {what} without {' and '.join(absent)}: it is no Stable Diffusion "
-            f"1.x, 2.x or XL model; supported are {_SUPPORTED}."
+            f"{folder}/model_index.json describes a {what} without {' and '.join(absent)}: it is not a Stable "
+            f"Diffusion 1.x, 2.x or XL model; supported are {_SUPPORTED}."
         )
     for name, classes in _REQUIRED.items():
         found = str(index[name][-1])
@@ -146,11 +146,11 @@ def read_index(folder: ModelFolder) -> dict[str, Any]:
 
 
 def load_schedule(folder: ModelFolder) -> NoiseSchedule:
-    """The noise schedule of a model, without the rest of it.
+    """The noise schedule of a model, without the rest of the model.
 
     Raises:
       WeightsError: if the folder has none.
-      ConfigError: if it cannot be computed.
+      ConfigError: if the schedule cannot be computed.
     """
     scheduler = folder.part("scheduler")
     return NoiseSchedule.from_config(scheduler.read_json(CONFIG_NAME), f"{scheduler}/{CONFIG_NAME}")
@@ -159,7 +159,7 @@ def load_schedule(folder: ModelFolder) -> NoiseSchedule:
 def _load_tokenizers(
     folder: ModelFolder, index: Mapping[str, Any], other: str | Path | None, cache_dir: str | Path | None
 ) -> tuple[dict[str, CLIPTokenizer], dict[str, tuple[Path, ...]]]:
-    """The tokenizers, the first one perhaps from elsewhere, and their files."""
+    """The tokenizers (the first may come from another source) and their files."""
     tokenizers, files = {}, {}
     for name in ("tokenizer", "tokenizer_2"):
         if _is_present(index, name):
@@ -174,7 +174,7 @@ def _is_present(index: Mapping[str, Any], name: str) -> bool:
 
 
 def _controlnet_source(source: str | Path, hub: Mapping[str, Any], variant: str | None) -> dict[str, Any]:
-    """Where `load_model` finds it. It is published on its own; a training run's output has it among other parts."""
+    """Where `load_model` finds it: published ControlNets stand alone; a training run's output has other parts too."""
     folder = ModelFolder(str(Path(source).expanduser()), **hub)
     subfolder = "controlnet" if folder.find("config.json") is None else None
     return {"source": folder.source, "subfolder": subfolder, "variant": variant, **hub}

@@ -1,7 +1,7 @@
-"""A whole Stable Diffusion model: generate with it, save it.
+"""A complete Stable Diffusion model: generate with it, save it.
 
-The task follows from the model: text-to-image (as many input channels as latents have, 4), InstructPix2Pix editing (8)
-or inpainting (9), each with or without a ControlNet; SD 1.x, 2.x and SDXL.
+The model determines the task: text-to-image (4 input channels, as many as the latents), InstructPix2Pix editing (8) or
+inpainting (9), each with or without a ControlNet; SD 1.x, 2.x and SDXL.
 """
 
 import dataclasses
@@ -39,13 +39,12 @@ _ADAPTABLE = ("unet", "text_encoder", "text_encoder_2")
 
 
 class Programs:
-    """Compiled programs, kept from call to call, and what the last call took.
+    """Compiled programs, kept between calls, and the timing of the last call.
 
-    Models that differ in parameters alone share them.
+    Models that differ only in their parameters share them.
 
     Attributes:
-      compile_seconds: what compiling took in the last call; 0 if the program was there already.
-      seconds: what the last call took without compilation.
+      compile_seconds: compile time of the last call; 0 if the program was already compiled.
     """
 
     def __init__(self) -> None:
@@ -54,7 +53,7 @@ class Programs:
         self.reporter = _StepReporter()
 
     def run(self, program: Program, *arguments: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Runs `codi_jax.pipeline.generation.generate`, compiled once for each kind of input."""
+        """Runs `codi_jax.pipeline.generation.generate`, compiled once per kind of input."""
         leaves, tree = jax.tree.flatten(arguments)
         key = (program, tree, *map(jax.typeof, leaves))
         start = time.perf_counter()
@@ -70,7 +69,7 @@ class Programs:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A model in all its parts. Immutable: methods that change something return another model.
+    """A model with all its parts. Immutable: methods that change something return a new model.
 
     Example:
       >>> model = Model.from_pretrained("assets/emoji")
@@ -78,11 +77,11 @@ class Model:
 
     Attributes:
       networks: the networks, static.
-      params: their parameters, by name. A model may lack some, or all: it then only tells and saves what it is.
+      params: their parameters, by name. A model without some or all of them can still be inspected and saved.
       schedule: the noise schedule, with `sampling`.
       tokenizers: ``tokenizer`` and, for SDXL, ``tokenizer_2``.
       tokenizer_files: the files of each tokenizer, which `save_pretrained` copies.
-      sources: where each network was loaded from, as the arguments of `codi_jax.io.weights.load_model` that say so.
+      sources: where each network was loaded from, as arguments of `codi_jax.io.weights.load_model`.
       zeros_for_empty_prompt: whether the null text is zeros, SDXL's ``force_zeros_for_empty_prompt``.
       programs: compiled programs.
     """
@@ -132,23 +131,23 @@ class Model:
 
         Args:
           source: a diffusers folder, or a repository on the Hugging Face Hub.
-          controlnet: a ControlNet's folder or repository; the one in ``source`` if that has one.
+          controlnet: a ControlNet's folder or repository. Default: the one in ``source``, if any.
           lora: LoRA files, folders or repositories, or files in one (``owner/name/file.safetensors``), merged into the
-            weights one after the other.
-          dtype: of the parameters and of the computation; float16 leaves a VAE that asks for it in float32.
-          lora_scale: a factor on every LoRA.
+            weights one after another.
+          dtype: the dtype of parameters and computation; with float16, a VAE that asks for float32 stays in float32.
+          lora_scale: a factor for every LoRA.
           attention: the attention kernel.
-          revision: branch, tag or commit of ``source``.
-          variant: of the weight files, such as ``"fp16"``, for the parts and the ControlNet that have it.
-          cache_dir: of the hub's files.
+          revision: a branch, tag or commit of ``source``.
+          variant: the variant of the weight files, such as ``"fp16"``, for the parts and the ControlNet that have it.
+          cache_dir: the cache for the hub's files.
           local_files_only: never ask the hub.
           controlnet_revision: branch, tag or commit of ``controlnet``.
-          tokenizer: folder or repository of another (first) tokenizer than the one in ``source``.
-          without_params: networks whose weights are not read, by name: only their ``config.json`` has to be there.
+          tokenizer: a folder or repository whose tokenizer replaces the (first) one in ``source``.
+          without_params: names of networks whose weights are not read: only their ``config.json`` has to exist.
           place: puts each loaded parameter on devices; ``None`` is the default device.
 
         Raises:
-          WeightsError: if something is missing, or of another family, or does not fit.
+          WeightsError: if something is missing, of another family, or does not fit.
           ConfigError: if a configuration cannot be built.
         """
         model = cls(
@@ -173,66 +172,66 @@ class Model:
 
     @classmethod
     def open(cls, source: str | Path, controlnet: str | Path | None = None, **options: Any) -> "Model":
-        """A model without its weights: what can be checked before they are downloaded and read.
+        """A model without its weights, for checks before they are downloaded and read.
 
         Args:
           source: see `from_pretrained`.
-          controlnet: likewise.
-          **options: of `from_pretrained`.
+          controlnet: see `from_pretrained`.
+          **options: other arguments of `from_pretrained`.
 
         Raises:
-          WeightsError: as `from_pretrained`.
-          ConfigError: likewise.
+          WeightsError: as in `from_pretrained`.
+          ConfigError: as in `from_pretrained`.
         """
         return cls.from_pretrained(source, controlnet, without_params=loading.ALL_PARTS, **options)
 
     @property
     def task(self) -> str | None:
-        """``"text-to-image"``, ``"edit"`` or ``"inpaint"``; ``None`` for a UNet that is for none of them."""
+        """``"text-to-image"``, ``"edit"`` or ``"inpaint"``; ``None`` for any other UNet."""
         return self.networks.task
 
     @property
     def sampling(self) -> SamplingSpec:
-        """How the model wants to be sampled."""
+        """How to sample the model."""
         return self.schedule.sampling
 
     @property
     def compile_seconds(self) -> float:
-        """What compiling took in the last call; 0 if the program was there already."""
+        """Compile time of the last call; 0 if the program was already compiled."""
         return self.programs.compile_seconds
 
     @property
     def seconds(self) -> float:
-        """What the last call took without compilation."""
+        """Run time of the last call, without compilation."""
         return self.programs.seconds
 
     def replace(self, **changes: Any) -> "Model":
-        """The model with other values of these attributes."""
+        """The model with these attributes replaced."""
         return dataclasses.replace(self, **changes)
 
     def with_params(self, params: Mapping[str, Params]) -> "Model":
-        """The model with these parameters in place of its own, by the name of the network."""
+        """The model with these parameters instead of its own, by network name."""
         return self.replace(params={**self.params, **params})
 
     def without_params(self, *names: str) -> "Model":
-        """The model without the parameters of these networks, so that they do not stay in memory."""
+        """The model without the parameters of these networks, to free their memory."""
         return self.replace(params={name: params for name, params in self.params.items() if name not in names})
 
     def with_network(self, name: str, network: Any, params: Params | None = None, source: Any = None) -> "Model":
-        """The model with another network in place of one of its own.
+        """The model with one of its networks replaced.
 
         Args:
-          name: of the network.
-          network: ``None`` takes it away.
-          params: ``None`` if they are given later.
-          source: where it was loaded from, see `sources`; ``None`` keeps the former.
+          name: the network's name.
+          network: the new network; ``None`` removes it.
+          params: its parameters; ``None`` if they are given later.
+          source: where it was loaded from, see `sources`. Default: unchanged.
         """
         model = self.without_params(name) if params is None else self.with_params({name: params})
         sources = self.sources if source is None else {**self.sources, name: source}
         return model.replace(networks=dataclasses.replace(self.networks, **{name: network}), sources=sources)
 
     def check_lora(self, source: str | Path, **hub: Any) -> None:
-        """Refuses what `merge_lora` would refuse with `WeightsError`; needs the LoRA, but not the model's weights."""
+        """Raises the `WeightsError` that `merge_lora` would raise; needs the LoRA, but not the model's weights."""
         networks = self.networks.by_name()
         load_lora(source, {name: networks[name].abstract_params() for name in _ADAPTABLE if name in networks}, **hub)
 
@@ -265,34 +264,34 @@ class Model:
         shared_attention: Sequence[float] | None = None,
         on_step: Callable[[int], Any] | None = None,
     ) -> UInt8[np.ndarray, "b height width 3"]:
-        """Generates one image for each prompt.
+        """Generates one image per prompt.
 
         Args:
           prompt: one text, or several.
-          image: what to edit or to paint into, one for all prompts or one for each (a list, or an array with four
+          image: the image to edit or inpaint, one for all prompts or one per prompt (a list, or an array with four
             axes); for models that take it.
-          control_image: the ControlNet's condition, likewise.
-          mask_image: white where an inpainting model shall paint.
-          negative_prompt: the text that guidance leads away from; ``None`` is the model's null text.
-          steps: network evaluations of the sampler; ``None`` is 4 for the samplers of few-step students, or as many as
-            a generator was trained for, else 50.
-          guidance_scale: of the text; 1 or less is no guidance. A model with a guidance embedding takes it as an input.
-            ``None`` is 7.5, and none for a generator, which was trained to need none.
-          image_guidance_scale: of the image, for InstructPix2Pix; 1 needs two passes a step instead of three, and less
-            is no guidance, neither of image nor of text. ``None`` is 1.5, and none for a generator.
+          control_image: the ControlNet's condition, as for ``image``.
+          mask_image: white where an inpainting model should paint.
+          negative_prompt: the text that guidance points away from. Default: the model's null text.
+          steps: network evaluations of the sampler. Default: 4 for the samplers of few-step students, or as many as a
+            generator was trained for, else 50.
+          guidance_scale: the text's scale; 1 or less is no guidance. A model with a guidance embedding takes it as an
+            input. Default: 7.5, or none for a generator, which was trained to need none.
+          image_guidance_scale: the image's scale, for InstructPix2Pix; 1 needs two passes per step instead of three,
+            and less turns off all guidance. Default: 1.5, or none for a generator.
           controlnet_conditioning_scale: a factor on the ControlNet's outputs.
-          sampler: ``None`` is what the folder's scheduler says.
-          gamma: of the sampler tcd: 0 is deterministic, and more steps want more (diffusers' ``eta``).
-          timesteps: times of one's own instead of ``steps``, see `times`.
-          height: in pixels; ``None`` is the given image's, or the model's own.
-          width: likewise.
-          seed: image i is that of seed + i, whatever the size of the batch.
-          latents: noise to start from instead, N(0, I), [b, h, w, c].
-          noise: what a stochastic sampler adds instead, [steps - 1, b, h, w, c].
-          shared_attention: makes pairs by prompt-to-prompt: the first half of the prompts are the sources, the second
-            half, in the same order, the variants. Each starts from the noise of its source, and takes its attention in
-            this part of the steps, from the first on; see `codi_jax.models.prompt_to_prompt`.
-          on_step: called with the index of every step that is done.
+          sampler: the sampler's name. Default: from the folder's scheduler.
+          gamma: γ of the sampler tcd: 0 is deterministic; use more for more steps (diffusers' ``eta``).
+          timesteps: custom times instead of ``steps``, see `times`.
+          height: in pixels. Default: the given image's, or else the model's.
+          width: in pixels. Default: as for ``height``.
+          seed: image i has seed + i, whatever the batch size.
+          latents: noise to start from, N(0, I), [b, h, w, c]. Default: random.
+          noise: the noise that a stochastic sampler adds, [steps - 1, b, h, w, c]. Default: random.
+          shared_attention: generates pairs by prompt-to-prompt: the first half of the prompts are the sources and the
+            second half, in the same order, the variants. Each variant starts from its source's noise and uses its
+            source's attention in this initial fraction of the steps; see `codi_jax.models.prompt_to_prompt`.
+          on_step: called with the index of every finished step.
 
         Returns:
           The images.
@@ -379,17 +378,17 @@ class Model:
         """Refuses arguments of a call that do not fit the model or each other, as the call would; needs no weights.
 
         Args:
-          image: this and the others are those of `__call__`.
-          control_image: likewise.
-          mask_image: likewise.
-          steps: likewise.
-          sampler: likewise.
-          timesteps: likewise.
-          height: likewise.
-          width: likewise.
+          image: see `__call__`, as for all arguments.
+          control_image: see `__call__`.
+          mask_image: see `__call__`.
+          steps: see `__call__`.
+          sampler: see `__call__`.
+          timesteps: see `__call__`.
+          height: see `__call__`.
+          width: see `__call__`.
 
         Raises:
-          ValueError: if the call would raise it.
+          ValueError: if the call would raise one.
         """
         self.times(steps, sampler, timesteps)
         self._size(height, width, image if image is not None else control_image)
@@ -402,20 +401,20 @@ class Model:
 
         Args:
           steps: see `__call__`.
-          sampler: likewise.
-          timesteps: descending times of one's own, such as ``[399]`` of a one-step generator.
+          sampler: see `__call__`.
+          timesteps: custom descending times, such as ``[399]`` for a one-step generator.
 
         Raises:
-          ValueError: if the sampler has not so many times, or cannot visit those given.
+          ValueError: if the sampler does not have that many times, or cannot visit the given ones.
         """
         sampler = sampler or default_sampler(self.schedule)
         if timesteps is None:
             return timesteps_for(sampler, self.schedule, self._default_steps(sampler) if steps is None else steps)
         times, T = np.asarray(timesteps, np.int32), self.schedule.num_train_timesteps
         if steps not in (None, len(times)):
-            raise ValueError(f"steps = {steps}, but timesteps has {len(times)} times: leave out one of the two.")
+            raise ValueError(f"steps = {steps}, but timesteps has {len(times)} times: give only one of the two.")
         if not len(times) or np.any(np.diff(times) >= 0) or times[0] >= T or times[-1] < 0:
-            raise ValueError(f"timesteps = {times.tolist()}: they must descend, and lie in 0 to {T - 1}.")
+            raise ValueError(f"timesteps = {times.tolist()}: they must descend, and be in 0 to {T - 1}.")
         if sampler == "pndm" or (sampler == "ddim" and len(times) > 1):
             raise ValueError(f"the sampler {sampler} takes even steps only: with timesteps use another, such as lcm.")
         return times
@@ -427,17 +426,18 @@ class Model:
         """Writes the model as a diffusers folder, which diffusers loads with the class that fits the task.
 
         Args:
-          folder: new, or one whose parts are replaced; what the model has no parameters of stays as it is.
-          dtype: of the weight files, of all networks or of each by its name; ``None`` keeps each parameter's own.
+          folder: a new folder, or one whose parts are replaced; parts that the model has no parameters for stay as they
+            are.
+          dtype: the dtype of the weight files, for all networks or by network name. Default: each parameter's own.
 
         Raises:
-          WeightsError: if something cannot be written. Every part is written whole or not at all, ``model_index.json``
-            last.
+          WeightsError: if something cannot be written. Every part is written completely or not at all,
+            ``model_index.json`` last.
         """
         saving.save(self, Path(folder).expanduser(), dtype)
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Int[np.ndarray, "n s"]]:
-        """Token ids for every text encoder, by its name; raises as `codi_jax.pipeline.text.tokenize`."""
+        """Token ids for every text encoder, by name; raises as `codi_jax.pipeline.text.tokenize` does."""
         encoders = self.networks.text_encoders
         by_encoder = {name.replace("tokenizer", "text_encoder"): each for name, each in self.tokenizers.items()}
         return {name: tokenize(tokenizer, prompts, encoders[name]) for name, tokenizer in by_encoder.items()}
@@ -452,7 +452,7 @@ class Model:
 
 
 class _StepReporter:
-    """Tells the caller about steps. JAX keeps it with the compiled program, so it must not hold the pipeline."""
+    """Reports steps to the caller. JAX keeps it with the compiled program, so it must not hold the pipeline."""
 
     listener: Callable[[int], Any] | None = None
 

@@ -1,4 +1,4 @@
-"""What the networks predict at z_t: the only place where UNet, ControlNet, LoRA and guidance meet.
+"""The networks' prediction at z_t: the only place where UNet, ControlNet, LoRA and guidance meet.
 
 Every loss and every sampler calls `predict`.
 """
@@ -29,27 +29,27 @@ def predict(
     conditions: Conditions,
     guidance: Guidance | None = None,
 ) -> Latents:
-    """The raw output of the UNet, guided; the network is evaluated once, on the stack of the guidance's branches.
+    """The UNet's raw output, guided; evaluates the network once, on the stacked branches of the guidance.
 
-    To guide x̂ or ε̂ would be the same: they are linear in the output, and the weights add up to one.
+    Guiding x̂ or ε̂ would give the same result: they are linear in the output, and the weights sum to one.
 
     Example:
       >>> eps = predict(networks, params, z, t, conditions, Guidance.classifier_free(7.5))
 
     Args:
-      networks: of the model.
-      params: ``unet``, and ``controlnet`` where the ControlNet shall take part; ``unet_lora`` adapts the UNet alone.
-        Others are left alone.
+      networks: the model's networks.
+      params: ``unet``, and ``controlnet`` if the ControlNet takes part; ``unet_lora`` adapts only the UNet. Others are
+        ignored.
       z: noisy latents.
-      t: one time for each.
-      conditions: of the samples; with the null condition if guidance needs it.
-      guidance: ``None`` is `Guidance.none`.
+      t: one time per sample.
+      conditions: the samples' conditions; with the null condition if guidance needs it.
+      guidance: the guidance. Default: `Guidance.none`.
 
     Returns:
       The prediction, float32.
 
     Raises:
-      ValueError: if there is a ControlNet and no condition image, or guidance and no null text.
+      ValueError: if there is a ControlNet but no condition image, or guidance but no null text.
     """
     guidance = Guidance.none() if guidance is None else guidance
     count = len(guidance.branches)
@@ -62,14 +62,14 @@ def predict(
 def predict_with_intermediates(
     networks: Networks, params: Mapping[str, Any], z: Latents, t: Times, condition: Condition
 ) -> tuple[Latents, dict[str, Array]]:
-    """The output without guidance, and the outputs of the UNet's blocks by name, for features; otherwise `predict`.
+    """Like `predict`, without guidance, but also returns the outputs of the UNet's blocks by name, for features.
 
     Args:
-      networks: of the model.
+      networks: the model's networks.
       params: as in `predict`.
       z: noisy latents.
-      t: one time for each.
-      condition: one for each.
+      t: one time per sample.
+      condition: one condition per sample.
     """
     return _evaluate(networks, params, z, t, condition, Guidance.none())
 
@@ -104,10 +104,10 @@ def _control_residuals(
     condition: Condition,
     scale: Array | None,
 ) -> tuple[tuple[Array, ...] | None, Array | None]:
-    """What the ControlNet adds to the UNet's features; ``None`` twice if ``params`` has no ``controlnet``.
+    """The ControlNet's residuals for the UNet's features; ``None`` twice if ``params`` has no ``controlnet``.
 
     Raises:
-      ValueError: if there is a ControlNet and no condition image.
+      ValueError: if there is a ControlNet but no condition image.
     """
     if "controlnet" not in params:
         return None, None

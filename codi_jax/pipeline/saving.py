@@ -1,4 +1,4 @@
-"""Saving a model as a diffusers folder."""
+"""Saves a model as a diffusers folder."""
 
 import importlib.metadata
 import shutil
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def save(model: "Model", folder: Path, dtype: DTypeLike | Mapping[str, DTypeLike] | None) -> None:
-    """Writes the model; arguments and errors are those of `codi_jax.pipeline.model.Model.save_pretrained`."""
+    """Writes the model; arguments and errors as in `codi_jax.pipeline.model.Model.save_pretrained`."""
     networks = model.networks.by_name()
     for name, params in model.params.items():
         of_file = dtype.get(name) if isinstance(dtype, Mapping) else dtype
@@ -73,7 +73,7 @@ def _diffusers_class(model: "Model") -> str:
     is_sdxl = model.networks.is_sdxl
     family = "StableDiffusionXL" if is_sdxl else "StableDiffusion"
     task = {"text-to-image": "", "edit": "InstructPix2Pix", "inpaint": "Inpaint"}[model.task or ""]
-    # diffusers has no InstructPix2Pix with a ControlNet: it then loads the model without.
+    # diffusers has no InstructPix2Pix pipeline with a ControlNet: it loads the model without it.
     control = "ControlNet" if model.networks.controlnet is not None and model.task != "edit" else ""
     embeds_guidance = model.networks.unet.config.time_cond_proj_dim is not None
     if embeds_guidance and not (is_sdxl or control or task):

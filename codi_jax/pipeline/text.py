@@ -1,4 +1,4 @@
-"""Prompts to token ids."""
+"""Turns prompts into token ids."""
 
 import warnings
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _TOKENIZER_FILES = (
 
 
 def find_tokenizer(folder: ModelFolder) -> tuple[Path, ...]:
-    """The files of a CLIP tokenizer, all in one folder on this machine.
+    """The files of a CLIP tokenizer, all in one local folder.
 
     Raises:
       WeightsError: if there is none.
@@ -36,7 +36,7 @@ def find_tokenizer(folder: ModelFolder) -> tuple[Path, ...]:
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], text_encoder: CLIPTextModel) -> Int[np.ndarray, "b s"]:
-    """Turns prompts into padded token ids; warns of every prompt that is too long, and says what was cut off.
+    """Turns prompts into padded token ids; warns about every prompt that is too long and says what was cut off.
 
     Args:
       tokenizer: a CLIP tokenizer of transformers.
@@ -49,13 +49,13 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], text_encoder: CLIPTextModel
     config = text_encoder.config
     length = min(tokenizer.model_max_length, config.max_position_embeddings)
     if length < 2:  # the tokens that begin and end a text
-        raise WeightsError(f"the tokenizer's model_max_length = {length} has no room for a text; that of CLIP is 77.")
+        raise WeightsError(f"the tokenizer's model_max_length = {length} has no room for a text; CLIP's is 77.")
     options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "np"}
     ids = tokenizer(list(prompts), **options).input_ids.astype(np.int32)
     if ids.max() >= config.vocab_size:
         raise ValueError(
             f"the tokenizer made token {ids.max()}, but the text encoder knows {config.vocab_size}: "
-            "they are not of the same model."
+            "they are not from the same model."
         )
     for prompt, whole in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
         if len(whole) > length:

@@ -1,1 +1,1 @@
-"""One training run: the loop, the optimizer, checkpoints, logging and validation. It knows no method."""
+"""One training run: the loop, the optimizer, checkpoints, logging and validation, independent of the method."""

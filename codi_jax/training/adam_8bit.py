@@ -1,6 +1,6 @@
 """Adam with its moments in 8 bits (Dettmers et al., 2022: 8-bit optimizers via block-wise quantization).
 
-Each moment is cut into blocks of 256 numbers. A block is divided by its largest magnitude, and each of its numbers is
+Each moment is split into blocks of 256 numbers. A block is divided by its largest magnitude, and each of its numbers is
 replaced by the nearest of 256 values of the *dynamic* data type, whose steps are fine near zero: see `dynamic_map`.
 """
 
@@ -22,10 +22,10 @@ MIN_SIZE = 4096
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Quantized:
-    """A tensor as codes of 8 bits; what is missing to the last block is zeros.
+    """A tensor as 8-bit codes; the last block is padded with zeros.
 
     Attributes:
-      codes: places in the `dynamic_map`.
+      codes: indices into the `dynamic_map`.
       scales: the largest magnitude of each block, float32.
     """
 
@@ -45,8 +45,8 @@ def dynamic_map(signed: bool) -> Float[np.ndarray, "256"]:
     """The values of the dynamic data type, ascending in [-1, 1] or [0, 1] (Dettmers et al., 2022, section 1.3 and 2.2).
 
     A code is a sign, then zeros that count decades down from 1, then an indicator bit, then a fraction: the fewer
-    decades, the more bits of fraction. A fraction of k bits is the middle of one of 2^k equal parts of its decade, from
-    0.1 to 1. Without a sign, its bit is one more of the fraction. 0 and 1 are two codes more.
+    decades, the more fraction bits. A fraction of k bits is the middle of one of 2^k equal parts of its decade, from
+    0.1 to 1. Unsigned codes have one more fraction bit. 0 and 1 are two additional codes.
     """
     bits = 7
     values = [np.array([0.0, 1.0])]
@@ -62,13 +62,13 @@ _SIGNED, _UNSIGNED = dynamic_map(True), dynamic_map(False)
 
 
 def quantize(x: Float[Array, "*shape"], signed: bool) -> Quantized:
-    """The nearest codes.
+    """Quantizes a tensor to the nearest codes.
 
-    A positive number without a sign never becomes 0: Adam divides by the root of its second moment, and where that
-    were rounded to nothing, a first moment that was not would make a step of m/ε.
+    An unsigned code of a positive number is never 0: Adam divides by the root of its second moment, and if that were
+    rounded to 0, a nonzero first moment would give a step of m/ε.
 
     Args:
-      x: float32.
+      x: the tensor, float32.
       signed: whether it has negative numbers.
     """
     values = _SIGNED if signed else _UNSIGNED
@@ -83,7 +83,7 @@ def quantize(x: Float[Array, "*shape"], signed: bool) -> Quantized:
 
 
 def dequantize(quantized: Quantized, shape: tuple[int, ...], signed: bool) -> Float[Array, "*shape"]:
-    """The tensor of that shape, float32; `quantize` backwards."""
+    """The tensor with this shape, float32; the inverse of `quantize`."""
     values = jnp.asarray(_SIGNED if signed else _UNSIGNED)
     blocks = values[quantized.codes] * quantized.scales[:, None]
     return blocks.reshape(-1)[: int(np.prod(shape))].reshape(shape)

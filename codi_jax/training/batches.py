@@ -1,4 +1,4 @@
-"""The batches of a run: its data, opened before the model is, and encoded by the model's networks if cached."""
+"""The batches of a run: its data, opened before the model, and encoded by the model's networks if cached."""
 
 import hashlib
 from collections.abc import Callable
@@ -19,14 +19,14 @@ from codi_jax.training.loop import global_batch_size
 
 
 def open_training_data(flags: RunFlags, *, has_text: bool = True) -> Source:
-    """The data, before the model is loaded.
+    """Opens the data, before the model is loaded.
 
     Args:
-      flags: of the run.
+      flags: the run's flags.
       has_text: whether captions are read.
 
     Raises:
-      ValueError: as `codi_jax.data.open_data`, or if the processes of the run do not see the same data.
+      ValueError: as in `codi_jax.data.open_data`, or if the processes of the run do not see the same data.
     """
     source = open_data(
         flags,
@@ -44,12 +44,12 @@ def load_batches(flags: RunFlags, model: Model, source: Source) -> Loader:
     """This process's share of the batches, with latents and text features cached if ``--cache_latents`` says so.
 
     Args:
-      flags: of the run.
-      model: for its tokenizers, and its VAE and text encoders.
-      source: of `open_training_data`.
+      flags: the run's flags.
+      model: the model, for its tokenizers, VAE and text encoders.
+      source: from `open_training_data`.
 
     Raises:
-      ValueError: as `codi_jax.data.load_data`.
+      ValueError: as in `codi_jax.data.load_data`.
     """
     without_params = model.replace(params={})  # the loader lives as long as the run
     return load_data(
@@ -67,7 +67,7 @@ def load_batches(flags: RunFlags, model: Model, source: Source) -> Loader:
 
 
 def encoders_of(model: Model, caches_text: bool = True) -> Encoders:
-    """The networks whose results are cached: the VAE and, unless they are trained, the text encoders."""
+    """The networks whose outputs are cached: the VAE and, unless they are trained, the text encoders."""
     networks, params = model.networks, model.params
 
     @jax.jit
@@ -108,5 +108,5 @@ def _digest(model: Model, params: dict[str, Any]) -> str:
 
 
 def _own_copy(leaf: Array) -> Array:
-    """An array on devices of this process: itself, unless it lies on those of several."""
+    """The array on this process's devices: the array itself, unless it is spread over several processes."""
     return leaf if leaf.is_fully_addressable else jnp.asarray(sharding.fetch(leaf))

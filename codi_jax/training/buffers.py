@@ -1,4 +1,4 @@
-"""Which buffers the arrays of a state lie in: each its own, and only as long as they are needed."""
+"""The buffers of a state's arrays: each array has its own, kept only as long as needed."""
 
 from typing import Any, TypeVar
 
@@ -9,13 +9,13 @@ State = TypeVar("State")
 
 
 def own_buffers(state: State, frozen: Any) -> State:
-    """The state with arrays that nothing else holds, since the step overwrites them.
+    """The state with arrays that nothing else holds, because the step overwrites them.
 
     A student starts as its teacher and an average as its student, often as the same arrays.
 
     Args:
       state: a tree of arrays on devices.
-      frozen: trees that the step reads.
+      frozen: the trees that the step reads.
     """
     taken = {_address(leaf) for leaf in jax.tree.leaves(frozen)}
 
@@ -34,7 +34,7 @@ def _address(leaf: jax.Array) -> int:
 
 
 def forget(state: State) -> State:
-    """What the arrays of a state were, to restore others in their place: there may be no room for both."""
+    """The shapes of a state's arrays, which are freed to restore others instead: both may not fit in memory."""
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     for leaf in jax.tree.leaves(state):
         leaf.delete()

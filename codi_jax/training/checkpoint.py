@@ -1,8 +1,8 @@
-"""Checkpoints, from which a run goes on as if it had never stopped.
+"""Checkpoints, from which a run resumes as if it had never stopped.
 
 A checkpoint is a folder ``checkpoint-<step>`` that Orbax writes: the training state, the position in the data, and the
-settings that the next run must share. It is written beside the training and appears at once when it is whole, with the
-checksums of its files. Frozen networks are not in it.
+settings that the next run must share. It is written in the background and appears atomically when it is complete, with
+the checksums of its files. It does not contain frozen networks.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ State = TypeVar("State")
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _STATE, _DATA, _RUN = "state", "data", "run_config"
 _POSITIONS = "of_processes"
-_ORBAX_TIMES = "_CHECKPOINT_METADATA"  # written last, and of no use to a restore
-_ASIDE = ".damaged"  # what the folder of a damaged checkpoint is renamed to ends with
+_ORBAX_TIMES = "_CHECKPOINT_METADATA"  # written last, and not needed for restoring
+_ASIDE = ".damaged"  # suffix of the folder that a damaged checkpoint is renamed to
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not there, or does not fit the run."""
+    """A checkpoint is missing, or does not fit the run."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class CheckpointFlags(Flags):
     """Flags about checkpoints."""
 
     checkpointing_steps: Operational[int] = 5000
-    """Steps between two checkpoints; 0 writes none, not even at the end."""
+    """Steps between checkpoints; 0 writes none, not even at the end."""
     checkpoints_total_limit: Operational[int | None] = None
-    """How many checkpoints to keep; an old one goes when a new one is whole. If left out: all."""
+    """How many checkpoints to keep; an old one is deleted when a new one is complete. Default: all."""
     resume_from_checkpoint: Operational[str | None] = None
-    """Go on from a checkpoint: "latest" (the newest that is whole; from the start if there is none), the name of one in
+    """Resume from a checkpoint: "latest" (the newest intact one; from the start if there is none), the name of one in
     --output_dir, or a folder."""
 
     def check(self) -> None:
@@ -59,28 +59,28 @@ class CheckpointFlags(Flags):
 
 
 def list_checkpoints(output_dir: Path) -> list[int]:
-    """The steps of the whole checkpoints in a folder, ascending."""
+    """The steps of the complete checkpoints in a folder, ascending."""
     names = (_NAME.fullmatch(path.name) for path in (output_dir.iterdir() if output_dir.is_dir() else ()))
     return sorted(int(name[1]) for name in names if name)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The steps that were done when a checkpoint was made, from the name of its folder."""
+    """The number of steps done when a checkpoint was made, from its folder's name."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
-    """The folder of the checkpoint that ``--resume_from_checkpoint`` means; ``None`` to start afresh.
+    """The folder of the checkpoint that ``--resume_from_checkpoint`` means; ``None`` to start from scratch.
 
     Raises:
-      CheckpointError: if it is not there, or if ``output_dir`` holds checkpoints that the run would run into.
+      CheckpointError: if it does not exist, or if ``output_dir`` holds checkpoints that the run would overwrite.
     """
     steps = list_checkpoints(output_dir)
     latest = output_dir / f"checkpoint-{steps[-1]}" if steps else None
     if resume is None:
         if latest is not None:
             raise CheckpointError(
-                f"{output_dir} holds {latest.name} of an earlier run: go on from it with --resume_from_checkpoint "
+                f"{output_dir} holds {latest.name} of an earlier run: resume from it with --resume_from_checkpoint "
                 "latest, or choose another --output_dir."
             )
         return None
@@ -91,39 +91,39 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
     if not folder.is_dir() or not _NAME.fullmatch(folder.name):
         known = ", ".join(f"checkpoint-{step}" for step in steps) or "no checkpoints"
         raise CheckpointError(
-            f"--resume_from_checkpoint {resume} is no checkpoint: give latest, or a folder checkpoint-<step>; "
+            f"--resume_from_checkpoint {resume} is not a checkpoint: give latest, or a folder checkpoint-<step>; "
             f"{output_dir} holds {known}."
         )
     if latest is not None and latest.resolve() != folder.resolve():
         raise CheckpointError(
             f"--resume_from_checkpoint {resume} would write over {latest}: move the later checkpoints away, or choose "
-            "another --output_dir and give the whole path of the checkpoint."
+            "another --output_dir and give the full path of the checkpoint."
         )
     return folder
 
 
 def require_whole(checkpoint: Path) -> None:
-    """Compares the files of a checkpoint with their checksums; one that was written without any passes.
+    """Compares the files of a checkpoint with their checksums; a checkpoint without checksums passes.
 
     Raises:
-      CheckpointError: naming the file that is missing or differs.
+      CheckpointError: naming the missing or differing file.
     """
     try:
         verify_checksums(checkpoint)
     except DamagedError as error:
         raise CheckpointError(
-            f"{checkpoint} is damaged ({error}): --resume_from_checkpoint latest goes on from the newest that is whole."
+            f"{checkpoint} is damaged ({error}): --resume_from_checkpoint latest resumes from the newest intact one."
         ) from None
 
 
 def set_damaged_aside(output_dir: Path) -> list[str]:
-    """Renames the newest checkpoints of a folder as long as they are damaged, so that the newest left is whole.
+    """Renames the newest checkpoints of a folder as long as they are damaged, so that the newest left is intact.
 
     Returns:
-      A line about each of them, for the user.
+      A line about each renamed one, for the user.
 
     Raises:
-      CheckpointError: if all of them are damaged; they are not renamed then.
+      CheckpointError: if all checkpoints are damaged; none is renamed then.
       OSError: if one cannot be renamed.
     """
     damaged: dict[Path, DamagedError] = {}
@@ -148,15 +148,15 @@ def set_damaged_aside(output_dir: Path) -> list[str]:
 
 
 def check_run_config(checkpoint: Path, run_config: Mapping[str, Any], if_both: Collection[str] = ()) -> None:
-    """Compares the settings of a run with those that a checkpoint was made with.
+    """Compares a run's settings with a checkpoint's.
 
     Args:
-      checkpoint: its folder.
-      run_config: the settings, JSON.
-      if_both: names of settings that are compared only where both have them.
+      checkpoint: the checkpoint's folder.
+      run_config: the run's settings, JSON.
+      if_both: names of settings that are compared only if both have them.
 
     Raises:
-      CheckpointError: naming the first that differs, and both values.
+      CheckpointError: naming the first setting that differs, and both values.
     """
     saved = _saved_run_config(checkpoint)
     # Tuples become lists on the way through JSON.
@@ -166,7 +166,7 @@ def check_run_config(checkpoint: Path, run_config: Mapping[str, Any], if_both: C
         if saved.get(name) != given.get(name):
             raise CheckpointError(
                 f"{checkpoint} was made with {name} = {json.dumps(saved.get(name))}, but this run has "
-                f"{json.dumps(given.get(name))}: give the same to go on, or start in another --output_dir."
+                f"{json.dumps(given.get(name))}: give the same to resume, or start in another --output_dir."
             )
 
 
@@ -181,7 +181,7 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-      output_dir: the run's folder; what is left of a checkpoint that was not finished is removed.
+      output_dir: the run's folder; leftovers of an unfinished checkpoint are removed.
       total_limit: how many to keep.
     """
 
@@ -195,22 +195,22 @@ class Checkpoints:
                 max_to_keep=total_limit,
                 cleanup_tmp_directories=True,
                 save_root_metadata=False,
-                # Called by the first process, when all files are there and the folder does not have its name yet.
+                # Called by the first process, when all files exist but the folder does not have its final name yet.
                 async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
 
     def save(self, step: int, state: Any, data: Mapping[str, Any], run_config: Mapping[str, Any]) -> None:
-        """Starts to write a checkpoint; returns as soon as ``state`` may be donated.
+        """Starts writing a checkpoint; returns as soon as ``state`` may be donated.
 
         Args:
-          step: updates done.
+          step: the number of updates done.
           state: a tree of arrays.
           data: this process's position in the data, JSON.
-          run_config: what the next run must share, JSON.
+          run_config: the settings that the next run must share, JSON.
 
         Raises:
-          OSError: if this one cannot be written, or the last one could not.
+          OSError: if this checkpoint cannot be written, or writing the last one failed.
         """
         with self._explained(step):
             self._manager.wait_until_finished()
@@ -231,14 +231,14 @@ class Checkpoints:
         """Reads a checkpoint.
 
         Args:
-          checkpoint: its folder, from `find_checkpoint`.
-          like: the state as a tree of `jax.ShapeDtypeStruct` with the shardings that the arrays shall have.
+          checkpoint: the checkpoint's folder, from `find_checkpoint`.
+          like: the state as a tree of `jax.ShapeDtypeStruct` with the shardings that the arrays should have.
 
         Returns:
-          The state and this process's position in the data; the first one's if there were other processes.
+          The state and this process's position in the data; the first process's if the processes were different.
 
         Raises:
-          CheckpointError: if the state has other arrays than ``like``, or cannot be read.
+          CheckpointError: if the state's arrays differ from ``like``, or cannot be read.
         """
         args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(like), _DATA: ocp.args.JsonRestore()})
         try:
@@ -250,21 +250,21 @@ class Checkpoints:
             raise
         except Exception as error:
             raise CheckpointError(
-                f"{checkpoint} cannot be read ({_reason(error)}): move it away to go on from the one before."
+                f"{checkpoint} cannot be read ({_reason(error)}): move it away to resume from the one before."
             ) from error
         return restored[_STATE], positions[jax.process_index() if len(positions) == jax.process_count() else 0]
 
     def wait(self) -> None:
-        """Waits until the last checkpoint is on the disk.
+        """Waits until the last checkpoint is on disk.
 
         Raises:
-          OSError: if it could not be written; the one before is still there.
+          OSError: if it could not be written; the one before still exists.
         """
         with self._explained(None):
             self._manager.wait_until_finished()
 
     def check(self) -> None:
-        """Raises what `wait` would raise if the last checkpoint has failed already, without waiting."""
+        """Raises `wait`'s error if the last checkpoint has already failed, without waiting."""
         if not self._manager.is_saving_in_progress():
             self.wait()
 
@@ -284,15 +284,15 @@ class Checkpoints:
             yield
         except Exception as error:
             steps = list_checkpoints(self._folder)
-            whole = f"checkpoint-{steps[-1]} is whole" if steps else "there is no earlier one"
+            whole = f"checkpoint-{steps[-1]} is complete" if steps else "there is no earlier one"
             raise OSError(
                 f"Writing a checkpoint in {self._folder} failed ({_reason(error)}); {whole}. Make room, or choose "
-                "fewer with --checkpoints_total_limit, then go on with --resume_from_checkpoint latest."
+                "fewer with --checkpoints_total_limit, then resume with --resume_from_checkpoint latest."
             ) from error
 
 
 class _Names(step_lib.NameFormat[step_lib.Metadata]):
-    """``checkpoint-<step>``, as diffusers' scripts have it; Orbax's own prefixes end with an underscore."""
+    """``checkpoint-<step>``, as in diffusers' scripts; Orbax's own prefixes end with an underscore."""
 
     def build_name(self, step: int) -> str:
         return f"checkpoint-{step}"
@@ -313,14 +313,14 @@ def _free_name(checkpoint: Path) -> Path:
 
 
 def _check_arrays(checkpoint: Path, like: Any) -> None:
-    """Compares the names and shapes of the arrays in a checkpoint with those of a state."""
+    """Compares the names and shapes of the arrays in a checkpoint with a state's."""
     saved = _shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(checkpoint.absolute() / _STATE)).tree)
-    # A key is stored as the numbers that it consists of.
+    # A key is stored as its numbers.
     wanted = _shapes(jax.eval_shape(partial(jax.tree.map, _numbers), like))
     for name in sorted(saved.keys() | wanted.keys()):
         if saved.get(name) != wanted.get(name):
             raise CheckpointError(
-                f"{checkpoint} does not fit: its state has {name} with shape {saved.get(name)}, that of this run "
+                f"{checkpoint} does not fit: its state has {name} with shape {saved.get(name)}, this run's has "
                 f"{wanted.get(name)} (None: no such array); give the flags that it was made with."
             )
 

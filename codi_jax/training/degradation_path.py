@@ -1,8 +1,8 @@
-"""The path from the teacher to a degraded score that DisBack records and walks back: on disk, and on the device.
+"""The path from the teacher to a degraded score that DisBack records and walks back, on disk and on the device.
 
 On disk it is a folder with ``node_00``, ``node_01``, … (UNets as diffusers writes them, the most degraded last) and
-``path.json``, which is written when all of them are there, and says what the path is of. On the device there is one
-node at a time.
+``path.json``, which is written when all nodes exist and identifies the path's models. On the device there is one node
+at a time.
 """
 
 import hashlib
@@ -36,8 +36,8 @@ class DegradationPath:
     """A path on disk.
 
     Attributes:
-      folder: of its nodes.
-      identity: what it is of: the teacher and the generator, and how far apart nodes are.
+      folder: the folder of its nodes.
+      identity: what the path was recorded for: the teacher, the generator, and the distance between nodes.
       nodes: names of the nodes, the most degraded last, and the SHA-256 of their weight files.
     """
 
@@ -47,18 +47,18 @@ class DegradationPath:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when anything of the path does."""
+        """A value that changes when anything in the path does."""
         return hashlib.sha256(json.dumps([dict(self.identity), dict(self.nodes)]).encode()).hexdigest()
 
     def load(self, number: int, dtype: DTypeLike) -> Params:
         """The parameters of a node in host memory.
 
         Args:
-          number: of the node, from 0; -1 is the most degraded one.
-          dtype: of the parameters.
+          number: the node's index, from 0; -1 is the most degraded one.
+          dtype: the parameters' dtype.
 
         Raises:
-          ValueError: if its files are not those that were recorded.
+          ValueError: if its files are not the recorded ones.
         """
         name = list(self.nodes)[number]
         if folder_digest(self.folder / name, _WEIGHTS) != self.nodes[name]:
@@ -74,7 +74,7 @@ def node_name(number: int) -> str:
 
 
 def write_node(folder: Path, number: int, module: Network, params: Params, dtype: DTypeLike) -> None:
-    """Writes a node, whole or not at all, and makes what is in the folder no path until it is finished again.
+    """Writes a node completely or not at all; until `finish_path`, the folder no longer counts as a path.
 
     All processes must call it.
 
@@ -87,13 +87,13 @@ def write_node(folder: Path, number: int, module: Network, params: Params, dtype
 
 
 def finish_path(folder: Path, num_nodes: int, identity: Mapping[str, Any]) -> None:
-    """Writes ``path.json``, which makes a path of the nodes that are there.
+    """Writes ``path.json``, which turns the existing nodes into a path.
 
-    All processes must call it; they go on when it is there.
+    All processes must call it; they continue when the file exists.
 
     Args:
-      folder: of the nodes.
-      num_nodes: how many there are.
+      folder: the nodes' folder.
+      num_nodes: the number of nodes.
       identity: see `DegradationPath`, JSON.
     """
     if jax.process_index() == 0:
@@ -103,10 +103,10 @@ def finish_path(folder: Path, num_nodes: int, identity: Mapping[str, Any]) -> No
 
 
 def open_path(folder: Path) -> DegradationPath:
-    """A path that has been recorded.
+    """Opens a recorded path.
 
     Raises:
-      ValueError: if there is none, or nodes of it are missing.
+      ValueError: if there is none, or some of its nodes are missing.
     """
     try:
         content = read_object(folder / PATH_NAME, "record the path again")
@@ -127,10 +127,10 @@ def open_path(folder: Path) -> DegradationPath:
 
 
 def check_identity(path: DegradationPath, identity: Mapping[str, Any]) -> None:
-    """Compares what a path is of with what a run needs; keys that the run does not name may be anything.
+    """Compares a path's identity with what a run needs; keys that the run does not name may have any value.
 
     Raises:
-      ValueError: naming what differs.
+      ValueError: naming the difference.
     """
     if path.identity.get("teacher") != identity["teacher"]:
         raise ValueError(
@@ -146,16 +146,16 @@ def check_identity(path: DegradationPath, identity: Mapping[str, Any]) -> None:
 
 
 class MovingTarget:
-    """What is frozen, with a target that is one of several UNets in turn: a `codi_jax.training.loop.Moving`.
+    """Frozen trees whose target is one of several UNets in turn: a `codi_jax.training.loop.Moving`.
 
-    One of them is on the device, and the next one in host memory, read ahead by a thread. Where they change there are
-    two on the device until the steps that are under way have finished.
+    One of them is on the device, and the next one in host memory, read ahead by a thread. When they change, two are on
+    the device until the steps in flight have finished.
 
     Args:
-      frozen: what stays the same.
-      unets: reads each; into host memory, or onto the mesh.
-      index_at: which of them a step needs, by the number of steps before it.
-      mesh: where they go.
+      frozen: the trees that stay the same.
+      unets: functions that read the UNets into host memory or onto the mesh.
+      index_at: the index of the UNet that a step needs, by the number of steps before it.
+      mesh: the mesh to put them on.
     """
 
     def __init__(
@@ -173,15 +173,15 @@ class MovingTarget:
         self._current: Frozen | None = None
 
     def at(self, step: int) -> Frozen:
-        """What is frozen in the step after so many; reads if the target that is needed was not read ahead.
+        """The frozen trees after this many steps; reads the target if it was not read ahead.
 
         Raises:
-          ValueError: if it cannot be read.
+          ValueError: if the target cannot be read.
         """
         index = self._index_at(step)
         if self._current is not None and index == self._index:
             return self._current
-        self._current = None  # or three UNets would be on the device
+        self._current = None  # otherwise three UNets would be on the device
         current = replace(self._constant, target=sharding.put(self._mesh, self._read(index)))
         self._current, self._index = current, index
         if index + 1 < len(self._unets):

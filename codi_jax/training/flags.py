@@ -1,4 +1,4 @@
-"""The flags of a training run that starts from a model, in groups that scripts inherit from."""
+"""The flags of a training run that starts from a model, as groups that scripts inherit from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,10 +19,10 @@ class Replacement:
     """Where one network of a model comes from, instead of the model's folder.
 
     Attributes:
-      flag: that asks for it, for messages.
-      source: folder or repository with its config.json; ``None`` is the model's own.
-      revision: branch, tag or commit, if another than the model's.
-      dtype: of its computation; ``None`` is that of the other networks.
+      flag: the flag that asks for it, for messages.
+      source: a folder or repository with its config.json. Default: the model's.
+      revision: branch, tag or commit, if different from the model's.
+      dtype: its computation dtype. Default: as for the other networks.
     """
 
     flag: str
@@ -36,19 +36,19 @@ class ComputeFlags(Flags):
     """Flags about how networks are computed and saved."""
 
     gradient_checkpointing: Adjustable[bool] = False
-    """Recompute activations in the backward pass: slower, in less memory."""
+    """Recompute activations in the backward pass: slower, but takes less memory."""
     save_dtype: Adjustable[Literal["float32", "float16", "bfloat16"]] = "float32"
     """Precision in which trained networks are saved."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """How the models of a run are sampled for validation pictures.
+    """How the models of a run are sampled for validation images.
 
     Attributes:
-      steps: of the student, a row of pictures each; ``None`` is its sampler's default.
-      scales: guidance scales of the student, as arguments of `codi_jax.pipeline.model.Model.__call__`.
-      teacher_scales: of the teacher, likewise; ``None`` shows no teacher.
+      steps: numbers of steps of the student, one row of images each. Default: its sampler's.
+      scales: the student's guidance scales, as arguments of `codi_jax.pipeline.model.Model.__call__`.
+      teacher_scales: the teacher's guidance scales; ``None`` shows no teacher.
     """
 
     steps: tuple[int | None, ...] = (None,)
@@ -58,20 +58,20 @@ class Shown:
 
 @dataclass(frozen=True)
 class ValidationFlags(Flags):
-    """Flags about validation pictures."""
+    """Flags about validation images."""
 
     validation_data_dir: Operational[str | None] = None
-    """Folder of samples to show that are not trained on, like --train_data_dir. Default: training samples."""
+    """Folder of held-out samples to show, in the format of --train_data_dir. Default: training samples."""
     validation_prompt: Operational[tuple[str, ...]] = ()
     """Prompts to show instead of samples of the data."""
     validation_image: Operational[
         Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--val_image_url_or_path", "--val_image_url"])]
     ] = ()
-    """Condition images (files or URLs) for these prompts, or images to edit: one for each prompt, one for all prompts,
-    or several for one prompt."""
+    """Condition images (files or URLs) for these prompts, or images to edit: one per prompt, one for all prompts, or
+    several for one prompt."""
     num_validation_images: Operational[int] = 8
-    """Pictures of each prompt of --validation_prompt, or of each prompt with its image; without prompts, the samples of
-    the data that are shown."""
+    """Images per prompt of --validation_prompt, or per pair of prompt and image; without prompts, the number of data
+    samples to show."""
 
     @property
     def shown(self) -> Shown:
@@ -95,7 +95,7 @@ class ValidationFlags(Flags):
 
 @dataclass(frozen=True, kw_only=True)
 class RunFlags(ComputeFlags, LoopFlags, OptimizerFlags, DataFlags, ValidationFlags):
-    """The flags of every run, and what follows from a script's further ones.
+    """The flags of every run, and the properties that follow from a script's own flags.
 
     A script overrides the properties that its flags change.
     """
@@ -107,22 +107,22 @@ class RunFlags(ComputeFlags, LoopFlags, OptimizerFlags, DataFlags, ValidationFla
 
     @property
     def reads_images(self) -> bool:
-        """Whether the data has images, or prompts alone."""
+        """Whether the data has images, or only prompts."""
         return True
 
     @property
     def caches_text(self) -> bool:
-        """Whether text features may be cached; not where the text encoder is trained."""
+        """Whether text features may be cached: not if the text encoder is trained."""
         return True
 
     @property
     def vae_parts(self) -> int:
-        """In how many parts a batch of images is encoded."""
+        """The number of chunks in which a batch of images is encoded."""
         return 1
 
     @property
     def network_options(self) -> Mapping[str, Any]:
-        """Options of computation for the networks that have them."""
+        """Computation options for the networks that have them."""
         return {}
 
 
@@ -133,24 +133,24 @@ class ModelFlags(ComputeFlags):
     pretrained_model_name_or_path: str
     """Model to start from: a folder in diffusers' layout, or an id on the Hugging Face Hub."""
     revision: str | None = None
-    """Branch, tag or commit of it on the hub."""
+    """Branch, tag or commit of the model on the hub."""
     variant: str | None = None
-    """Variant of the weight files, such as fp16, for each part of the model that has it; the ControlNet, too."""
+    """Variant of the weight files, such as fp16, for each part of the model that has it, including the ControlNet."""
     tokenizer_name: str | None = None
-    """Folder or id of another tokenizer than the model's own."""
+    """Folder or id of a tokenizer to use instead of the model's."""
     from_pt: Operational[bool] = False
-    """Has no effect: PyTorch and Flax files are told apart by themselves."""
+    """Has no effect: PyTorch and Flax files are detected automatically."""
     scan_layers: Adjustable[bool] = False
-    """Compile transformer blocks in a row, of which SDXL has up to ten, as a loop: ready much sooner."""
+    """Compile consecutive transformer blocks (up to ten in SDXL) as a loop: compiles much faster."""
     attention: Adjustable[Implementation] = "auto"
-    """Attention kernel. auto: the fastest that the device has."""
+    """Attention kernel. auto: the fastest one for the device."""
     enable_xformers_memory_efficient_attention: Operational[bool] = False
-    """Has no effect: --attention auto chooses a flash kernel where there is one."""
+    """Has no effect: --attention auto chooses a flash kernel if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFlags(ModelFlags, RunFlags):
-    """The flags of every run that starts from a model, and what follows from a script's further ones."""
+    """The flags of every run that starts from a model, and the properties that follow from a script's own flags."""
 
     @property
     def controlnet(self) -> str | None:
@@ -159,7 +159,7 @@ class TrainingFlags(ModelFlags, RunFlags):
 
     @property
     def controlnet_revision_on_hub(self) -> str | None:
-        """Branch, tag or commit of it."""
+        """Branch, tag or commit of the ControlNet."""
         return None
 
     @property
@@ -182,10 +182,10 @@ class ConditionFlags(Flags):
     """What the images of a ControlNet are."""
 
     task: ConditionTask = "column"
-    """Where condition images come from. column, edit: --conditioning_image_column, whatever it holds: edges, depth, for
-    edit the image before it (with the edited one in --image_column and the instruction in --caption_column). The others
-    are made from the image itself: its edges (unless there is a column of them), a quarter of its resolution, or a hole
-    in it."""
+    """Where condition images come from. column, edit: --conditioning_image_column, whatever it holds: edges, depth, or
+    for edit the image before the edit (with the edited one in --image_column and the instruction in --caption_column).
+    The others are computed from the image itself: its edges (unless there is a column of them), a quarter of its
+    resolution, or a hole in it."""
 
     @property
     def condition(self) -> ConditionOf:
@@ -195,7 +195,7 @@ class ConditionFlags(Flags):
 
 @dataclass(frozen=True, kw_only=True)
 class EditDataFlags(DataFlags):
-    """Which data, for editors: each sample has an image before and after the edit, and the instruction."""
+    """The data flags for editors: each sample has an image before and after the edit, and the instruction."""
 
     conditioning_image_column: Annotated[
         str, tyro.conf.arg(name="original_image_column", aliases=["--conditioning_image_column"])
@@ -219,9 +219,9 @@ class ManyStepsFlags(TrainingFlags):
     """The flags of a run whose model is sampled in many steps, with guidance."""
 
     validation_sampling_steps: Operational[int] = 50
-    """Steps of the sampler for validation pictures."""
+    """Steps of the sampler for validation images."""
     guidance_scale: Operational[float] = 7.5
-    """Guidance scale of the text in validation pictures."""
+    """Guidance scale of the text in validation images."""
 
     def check(self) -> None:
         super().check()

@@ -1,7 +1,7 @@
-"""The training loop, the only one: data, step, metrics, validation, checkpoints.
+"""The only training loop: data, step, metrics, validation, checkpoints.
 
-It does not know which method it trains. It is handed a step, ``train_step(state, frozen, batch) -> (state, metrics)``,
-and knows of the state that it is a tree with a ``step``, and of the metrics that they are scalars by name.
+It does not know which method it trains. It is given a step, ``train_step(state, frozen, batch) -> (state, metrics)``,
+and only knows that the state is a tree with a ``step``, and that the metrics are scalars by name.
 """
 
 import contextlib
@@ -43,18 +43,18 @@ State = TypeVar("State")
 Pictures = dict[str, UInt8[np.ndarray, "h w 3"]]
 TrainStep = Callable[[State, Any, Any], tuple[State, Metrics]]
 
-# Steps that may be under way while the host prepares the next: enough to keep the device busy, few enough that times
-# are true and that a stop comes soon.
+# Steps that may be in flight while the host prepares the next: enough to keep the device busy, few enough for accurate
+# timing and a prompt stop.
 _IN_FLIGHT = 2
 _MAX_SKIPPED_IN_A_ROW = 25
-# XLA hands products and convolutions for CPUs to YNNPACK, where a training step takes 1.1 times as long as with Eigen.
-# That is JAX 0.10; another may not know the option.
+# On CPUs, XLA uses YNNPACK for products and convolutions, with which a training step takes 1.1 times as long as with
+# Eigen. This is for JAX 0.10; other versions may not know the option.
 CPU_OPTIONS: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 @runtime_checkable
 class Loader(Protocol):
-    """Batches without end, and the position in them."""
+    """An endless stream of batches, and the position in it."""
 
     samples_per_epoch: int | None
 
@@ -63,38 +63,38 @@ class Loader(Protocol):
         ...
 
     def get_state(self) -> dict[str, Any]:
-        """The position after the batches handed out so far, JSON."""
+        """The position after the batches returned so far, JSON."""
         ...
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a position."""
+        """Moves to a position."""
         ...
 
     def close(self) -> None:
-        """Ends whatever reads ahead."""
+        """Stops reading ahead."""
         ...
 
 
 @runtime_checkable
 class Moving(Protocol):
-    """Frozen trees that are not the same in every step, such as a target that moves."""
+    """Frozen trees that can change between steps, such as a moving target."""
 
     def at(self, step: int) -> Any:
-        """The trees for the step that follows ``step`` steps.
+        """The trees for the step after ``step`` steps.
 
-        On the mesh already, and of the same structure, shapes and shardings at every step, since one program takes them
-        all. It is called before every step and must not wait for the device.
+        They are already on the mesh and have the same structure, shapes and shardings at every step, since one program
+        takes them all. This is called before every step and must not wait for the device.
         """
         ...
 
     def close(self) -> None:
-        """Ends whatever reads ahead."""
+        """Stops reading ahead."""
         ...
 
 
 @dataclass(frozen=True)
 class _Constant:
-    """Frozen trees that are."""
+    """Frozen trees that never change."""
 
     trees: Any
 
@@ -107,12 +107,12 @@ class _Constant:
 
 @dataclass(frozen=True)
 class Recorder:
-    """What is written every so often while a run goes on, besides its checkpoints.
+    """Writes something periodically during a run, besides its checkpoints.
 
     Attributes:
-      write: called with the state and the number of steps done; before the checkpoint of the same step, so that what a
-        run that is resumed does not write again is there.
-      every: steps between two calls.
+      write: called with the state and the number of steps done; before the checkpoint of the same step, so that
+        everything that a resumed run does not write again exists.
+      every: the number of steps between two calls.
     """
 
     write: Callable[[Any, int], None]
@@ -124,34 +124,34 @@ class LoopFlags(CheckpointFlags, TrackingFlags, HubFlags):
     """Flags of the training loop."""
 
     output_dir: Adjustable[str] = "runs/{timestamp}"
-    """Folder for checkpoints, logs and the trained model; {timestamp} is filled in."""
+    """Folder for checkpoints, logs and the trained model; {timestamp} is replaced by the time."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed for all randomness."""
     train_batch_size: Adjustable[int] = 1
-    """Examples per device and pass."""
+    """Examples per device and forward pass."""
     gradient_accumulation_steps: int = 1
-    """Passes whose gradients make one step."""
+    """Passes whose gradients are accumulated into one step."""
     num_train_epochs: Adjustable[int] = 100
-    """Passes through the data, if --max_train_steps is left out."""
+    """Passes through the data, if --max_train_steps is not given."""
     max_train_steps: Adjustable[int | None] = None
-    """Steps (updates of the parameters) in all, those before a resume included."""
+    """Total number of steps (parameter updates), including those before a resume."""
     validation_steps: Operational[int] = 100
-    """Steps between two validations, where there is something to validate; 0 validates at the end only."""
+    """Steps between validations, if there is something to validate; 0 validates only at the end."""
     validate_at_start: Operational[bool] = False
-    """Validate before the first step, too."""
+    """Also validate before the first step."""
     fsdp: Adjustable[int] = 1
-    """Devices among which parameters and optimizer are split; 1 keeps a copy on every device."""
+    """Number of devices to split parameters and optimizer over; 1 keeps a copy on every device."""
     ccache: Local[Path] = Path("~/.cache/codi_jax/xla")
-    """Folder that keeps compiled programs, so that the next start is faster."""
+    """Folder for caching compiled programs, which makes the next start faster."""
     allow_tf32: bool = False
-    """Let float32 products use TF32 on every GPU that has it; JAX does so by itself on most."""
+    """Let float32 products use TF32 on every GPU that has it; JAX does so by default on most."""
     debug: Operational[bool] = False
-    """End at the first NaN and say which operation made it, and wait for every step. Slow."""
+    """Stop at the first NaN and report which operation made it; waits for every step. Slow."""
     local_rank: Local[int] = -1
-    """Has no effect: JAX finds its processes by itself."""
+    """Has no effect: JAX finds its processes automatically."""
 
     def steps_between_validations(self, samples_per_epoch: int | None) -> int:
-        """``validation_steps``, unless a script has another flag for it."""
+        """``validation_steps``, unless a script uses another flag."""
         del samples_per_epoch
         return self.validation_steps
 
@@ -167,28 +167,28 @@ Args = TypeVar("Args", bound=LoopFlags)
 
 
 def global_batch_size(flags: LoopFlags) -> int:
-    """Examples in one step, on all devices and with all passes."""
+    """The number of examples in one step, over all devices and passes."""
     return flags.train_batch_size * flags.gradient_accumulation_steps * jax.device_count()
 
 
 def num_steps(flags: LoopFlags, samples_per_epoch: int | None) -> int:
-    """Steps of the whole run.
+    """The number of steps of the complete run.
 
     Raises:
-      ValueError: if ``--max_train_steps`` is left out, and the number of examples is not known or zero.
+      ValueError: if ``--max_train_steps`` is not given, and the number of examples is unknown or zero.
     """
     if flags.max_train_steps is not None:
         return flags.max_train_steps
     if samples_per_epoch is None:
-        raise ValueError("--max_train_steps is needed: with streaming, nobody knows how many steps an epoch has.")
+        raise ValueError("--max_train_steps is needed: with streaming, the number of steps in an epoch is unknown.")
     if samples_per_epoch < 1:
         raise ValueError("There is not a single example to train on: check the flags about data.")
-    # The passes of accumulation are in the batch already: the division by them happens once.
+    # The batch already includes the accumulation passes, so the division happens only once.
     return math.ceil(flags.num_train_epochs * samples_per_epoch / global_batch_size(flags))
 
 
 def start(flags: Args, run_config: Mapping[str, Any] | None = None) -> Args:
-    """Begins a run: everything that can be wrong with it, other than model and data, comes out here.
+    """Starts a run: checks everything that can be wrong with it, except model and data.
 
     Joins the other processes, sets JAX up, fills in ``output_dir``, and writes the arguments there.
 
@@ -196,8 +196,8 @@ def start(flags: Args, run_config: Mapping[str, Any] | None = None) -> Args:
       The flags with the folder filled in.
 
     Raises:
-      ValueError: if a flag makes no sense, the folder holds another run, or the checkpoint to resume from is not there
-        or does not fit.
+      ValueError: if a flag makes no sense, the folder holds another run, or the checkpoint to resume from is missing or
+        does not fit.
       OSError: if the folder cannot be written.
     """
     flags.check()
@@ -206,7 +206,7 @@ def start(flags: Args, run_config: Mapping[str, Any] | None = None) -> Args:
     processes.agree("flags", {f"--{name}": value for name, value in everything.items()}, "give all the same command")
     processes.agree("code", {"version": processes.code_version()}, "install the same version on all machines")
     if flags.local_rank != -1:
-        log("--local_rank has no effect: JAX finds its processes by itself")
+        log("--local_rank has no effect: JAX finds its processes automatically")
     _configure_jax(flags)
     sharding.make_mesh(flags.fsdp)
     flags = dataclasses.replace(flags, output_dir=run_folder.fill_in(flags.output_dir))
@@ -217,7 +217,7 @@ def start(flags: Args, run_config: Mapping[str, Any] | None = None) -> Args:
 
 
 def _open_folder(flags: LoopFlags, run_config: Mapping[str, Any]) -> None:
-    """Takes possession of the folder, unless it holds another run or cannot be resumed from."""
+    """Locks the folder, unless it holds another run or cannot be resumed from."""
     output_dir = Path(flags.output_dir)
     run_folder.lock(output_dir)
     if flags.resume_from_checkpoint == "latest":
@@ -225,12 +225,12 @@ def _open_folder(flags: LoopFlags, run_config: Mapping[str, Any]) -> None:
             log(line)
     checkpoint = find_checkpoint(flags.resume_from_checkpoint, output_dir)
     if checkpoint is not None:
-        if flags.resume_from_checkpoint != "latest":  # which is whole by now
+        if flags.resume_from_checkpoint != "latest":  # which is intact by now
             require_whole(checkpoint)
         _check_resumed(checkpoint, run_config, flags)
     else:
         if flags.resume_from_checkpoint is not None:
-            log(f"{output_dir} has no checkpoint: starting afresh")
+            log(f"{output_dir} has no checkpoint: starting from scratch")
         run_folder.check_arguments(flags, output_dir)
     if flags.push_to_hub:
         publish.create_repository(flags, output_dir)
@@ -253,16 +253,16 @@ def train(
     """Trains to the end, from the start or from a checkpoint.
 
     Args:
-      train_step: pure and not jitted; takes the state, the frozen trees and a batch, gives the state and scalars.
-      state: to start from; has a field ``step``. Its arrays are donated: use the returned state instead.
-      frozen: trees that the step reads and does not change; or an object that has those of each step, see `Moving`.
-      loader: gives batches; is closed at the end.
-      flags: of the loop.
+      train_step: pure and not jitted; takes the state, the frozen trees and a batch, and returns the state and scalars.
+      state: the initial state, with a field ``step``. Its arrays are donated: use the returned state instead.
+      frozen: trees that the step reads but does not change; or an object that has each step's trees, see `Moving`.
+      loader: yields batches; it is closed at the end.
+      flags: the loop's flags.
       mesh: from `codi_jax.models.sharding.make_mesh`.
-      validate: makes pictures by name from the state.
-      record: writes something of the state every so often.
+      validate: makes images by name from the state.
+      record: writes something of the state periodically.
       export: writes the trained model into a folder.
-      run_config: what a run that is resumed must share beyond its flags, JSON; goes into every checkpoint.
+      run_config: what a resumed run must share beyond its flags, JSON; saved in every checkpoint.
 
     Returns:
       The trained state.
@@ -270,8 +270,8 @@ def train(
     Raises:
       ValueError: if a checkpoint does not fit, or the batch does not divide among the devices.
       OSError: if a checkpoint cannot be written.
-      FloatingPointError: if steps in a row gave something that is not finite.
-      SystemExit: after SIGTERM or SIGINT, when the step is finished and a checkpoint is on the disk.
+      FloatingPointError: if consecutive steps gave non-finite values.
+      SystemExit: after SIGTERM or SIGINT, when the step is finished and a checkpoint is on disk.
     """
     output_dir, run_config = Path(flags.output_dir), run_config or {}
     total = num_steps(flags, loader.samples_per_epoch)
@@ -286,7 +286,7 @@ def train(
         if checkpoint is not None:
             state, position = checkpoints.restore(checkpoint, forget(state))
             loader.set_state(position)
-            log(f"going on from {checkpoint}")
+            log(f"resuming from {checkpoint}")
         tracker = Tracker(flags, output_dir, flags.values_within(Scope.PROCESS), first)
         stack.enter_context(contextlib.closing(tracker))
         if first < total:
@@ -306,19 +306,19 @@ def train(
 
 
 def _complete(run_config: Mapping[str, Any], flags: LoopFlags) -> dict[str, Any]:
-    """With what every run has: its flags, and the batch of all devices together, since their number may change."""
+    """Adds what every run has: its flags, and the global batch size, since the number of devices may change."""
     return {**flags.values_within(Scope.RUN), **run_config, "batch_size": global_batch_size(flags)}
 
 
 def _check_resumed(checkpoint: Path, run_config: Mapping[str, Any], flags: LoopFlags) -> None:
-    """Raises `CheckpointError` if a checkpoint is of a run with other settings."""
-    # It says nothing about flags that are younger than it is.
+    """Raises `CheckpointError` if a checkpoint is from a run with other settings."""
+    # An older checkpoint does not know newer flags.
     check_run_config(checkpoint, _complete(run_config, flags), if_both=flags.names())
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What stays the same from the first step to the last."""
+    """Everything that stays the same from the first step to the last."""
 
     flags: LoopFlags
     mesh: Mesh
@@ -345,7 +345,7 @@ def _loop(train_step: TrainStep[State], state: State, frozen: Moving, loader: Lo
     batch, position = _fetch(loader, run.mesh)
     with contextlib.ExitStack() as stack:
         if run.flags.debug:
-            # Not `jax.config.update`: JAX overlooks that in a thread that has used the context manager before.
+            # Not `jax.config.update`: JAX ignores that in a thread that has used the context manager before.
             stack.enter_context(jax.debug_nans(True))
         stack.enter_context(sharding.context_of(state))
         program = _compile(train_step, state, frozen.at(run.first), batch, run)
@@ -366,7 +366,7 @@ def _loop(train_step: TrainStep[State], state: State, frozen: Moving, loader: Lo
                     with monitor.waiting_for_data():
                         batch, position = _fetch(loader, run.mesh)
             except Exception:
-                # Ctrl-C reaches the processes of the loader, too.
+                # Ctrl-C also reaches the loader's processes.
                 if not stopped_by(step):
                     raise
             monitor.settle(0 if run.flags.debug else _IN_FLIGHT)
@@ -394,8 +394,8 @@ def _fetch(loader: Loader, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
 
 
 def _compile(train_step: TrainStep[State], state: State, frozen: Any, batch: Any, run: _Run) -> Any:
-    """The step as a program. Ahead of time, so that no step of the run has this in its time."""
-    # To find a NaN, JAX repeats the step, for which the state must still be there.
+    """Compiles the step ahead of time, so that no step's timing includes compilation."""
+    # To find a NaN, JAX repeats the step, so the state must still exist.
     jitted = jit_step(train_step, state, run.mesh, donate=not run.flags.debug)
     if run.flags.debug:
         return jitted
@@ -411,19 +411,19 @@ def jit_step(train_step: TrainStep[State], state: State, mesh: Mesh, *, donate: 
 
     Args:
       train_step: see `train`.
-      state: arrays, or their shapes with shardings.
-      mesh: that they lie on.
+      state: the arrays, or their shapes with shardings.
+      mesh: the mesh that they are on.
       donate: whether the state is overwritten.
     """
-    # The state comes out as it went in, or the next step would not accept it.
+    # The state must come out as it went in, or the next step would not accept it.
     out_shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh))
     return jax.jit(train_step, donate_argnums=0 if donate else (), out_shardings=out_shardings)
 
 
 def compile_for(platform: str, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles a training step with what makes it fast on this platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``."""
+    """Compiles a training step with options that make it fast on a platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``."""
     if platform == "cpu":
-        # Another version of XLA may not know the options. Any other error comes back from the line below.
+        # Another version of XLA may not know the options. Any other error recurs in the line below.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             return lowered.compile(CPU_OPTIONS)
     return lowered.compile()
@@ -455,7 +455,7 @@ def _exit_after_signal(step: int, number: int, run: _Run) -> None:
     message = f"stopped by {signal.Signals(number).name} after step {step}"
     if run.flags.checkpointing_steps:
         run.checkpoints.wait()
-        message += f" and saved checkpoint-{step}: go on with --resume_from_checkpoint latest"
+        message += f" and saved checkpoint-{step}: resume with --resume_from_checkpoint latest"
     log(message)
     raise SystemExit(128 + number)
 
@@ -464,7 +464,7 @@ def _check_finite(values: Mapping[str, float], step: int) -> None:
     if values.get("skipped_in_a_row", 0) >= _MAX_SKIPPED_IN_A_ROW:
         raise FloatingPointError(
             f"The last {int(values['skipped_in_a_row'])} steps up to {step} gave a loss or gradients that are not "
-            "finite, and changed nothing. Go on from an earlier checkpoint with a lower --learning_rate or "
+            "finite, and changed nothing. Resume from an earlier checkpoint with a lower --learning_rate or "
             "--max_grad_norm, or with --mixed_precision bf16 or no; --debug says where the first NaN comes from."
         )
 

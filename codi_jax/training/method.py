@@ -1,7 +1,7 @@
-"""What a method of training is: a value that names its pure functions.
+"""The interface of a training method: a value that names its pure functions.
 
-`codi_jax.training.run.run` trains by any of them and knows none. A method is one file in `codi_jax/methods/`, in the
-order of the fields below; see *Adding a method* in CONTRIBUTING.md.
+`codi_jax.training.run.run` trains with any method and depends on none. A method is one file in `codi_jax/methods/`, in
+the order of the fields below; see *Adding a method* in CONTRIBUTING.md.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,35 +24,35 @@ F = TypeVar("F", bound=Flags)
 S = TypeVar("S", bound="Setup")
 
 Load = Callable[[str], Params]
-"""Reads the float32 parameters of one of the teacher's networks, by its name."""
+"""Reads the float32 parameters of one of the teacher's networks, by name."""
 
 
 @runtime_checkable
 class MakeOptimizer(Protocol):
-    """Makes an optimizer from the flags of the run."""
+    """Makes an optimizer from the run's flags."""
 
     def __call__(self, num_updates: int, learning_rate: float | None = None) -> optax.GradientTransformation:
-        """An optimizer for so many updates; ``None`` is the learning rate of ``--learning_rate``."""
+        """An optimizer for this many updates. Default: the learning rate of ``--learning_rate``."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a method makes of a model and its flags: hashable, and static in the compiled step.
+    """A method's setup, made from a model and its flags: hashable, and static in the compiled step.
 
-    A method's own has more attributes.
+    A method's own setup has more attributes.
 
     Example:
       >>> Setup(networks=networks, student=networks, trained=("unet",), frozen=("vae", "text_encoder"))
 
     Attributes:
-      networks: of the teacher, as the loss computes with them.
-      student: the networks of the student, to compute with, to show and to save.
-      trained: the names of those of them that are trained.
+      networks: the teacher's networks, as the loss computes with them.
+      student: the student's networks, to compute with, to show and to save.
+      trained: the names of the trained networks among them.
       frozen: the names of the teacher's networks whose parameters the step reads.
-      target: the name of the network that `Frozen.target` is, for distribution matching.
+      target: the name of the network in `Frozen.target`, for distribution matching.
       needs_null_text: whether the step reads `Frozen.null_text`.
-      ema_decay: of the moving average of what is trained; ``None`` keeps none.
+      ema_decay: the decay of the trained parameters' moving average; ``None`` keeps none.
     """
 
     networks: Networks
@@ -66,17 +66,17 @@ class Setup:
 
 @dataclass(frozen=True)
 class Export:
-    """What a run leaves of a state.
+    """What a run writes of a state.
 
     Example:
       >>> Export({"unet": (setup.student.unet, state.ema["unet"])})
 
     Attributes:
-      networks: (network, parameters) by name, in place of the teacher's.
-      beside: further ones, each a folder of that name.
-      lora: adapters by the name of the network, in a file.
-      is_whole: whether the rest of the model is written too, so that the folder can be loaded by itself.
-      has_schedule: whether the noise schedule is written, where the folder is not whole.
+      networks: (network, parameters) by name, which replace the teacher's.
+      beside: additional networks, each in a folder with its name.
+      lora: adapters by network name, in a file.
+      is_whole: whether the rest of the model is written too, so that the folder can be loaded on its own.
+      has_schedule: whether the noise schedule is written, if the rest of the model is not.
     """
 
     networks: Mapping[str, tuple[Any, Params]] = field(default_factory=dict)
@@ -91,12 +91,12 @@ class Configure(Protocol[F, S]):
     """Makes the setup of a method."""
 
     def __call__(self, networks: Networks, flags: F, *, remat: bool = False) -> S:
-        """Needs no weights, so that what does not fit is refused before they are read.
+        """Needs no weights, so that misfits are refused before they are read.
 
         Args:
-          networks: of the teacher.
-          flags: of the method.
-          remat: whether what is trained recomputes activations in the backward pass.
+          networks: the teacher's networks.
+          flags: the method's flags.
+          remat: whether trained networks recompute activations in the backward pass.
 
         Raises:
           ValueError: if the method cannot train this model.
@@ -114,11 +114,11 @@ class Init(Protocol[S]):
         """The state: a `TrainState`, or a tree of several with a ``step``.
 
         Args:
-          setup: of the method.
-          load: reads parameters of the teacher.
-          optimizer: what `Method.optimizer` made.
-          key: of the run.
-          mixed_precision: of the computation.
+          setup: the method's setup.
+          load: reads the teacher's parameters.
+          optimizer: from `Method.optimizer`.
+          key: the run's key.
+          mixed_precision: the computation's precision.
         """
         ...
 
@@ -130,7 +130,7 @@ class Loss(Protocol[S]):
     def __call__(
         self, params: Params, state: TrainState, frozen: Frozen, batch: Batch, key: Key[Array, ""], setup: S
     ) -> tuple[Float[Array, ""], Metrics]:
-        """The loss as a mean over the batch, and further metrics."""
+        """The loss as a mean over the batch, and additional metrics."""
         ...
 
 
@@ -146,25 +146,25 @@ class TrainStep(Protocol[S]):
 
 
 def same_sampling(schedule: NoiseSchedule | Any, flags: Flags) -> NoiseSchedule | Any:
-    """The student is sampled as the teacher is; an autoencoder alone has no schedule."""
+    """Samples the student like the teacher; an autoencoder alone has no schedule."""
     del flags
     return schedule
 
 
 def one_optimizer(flags: Flags, make: MakeOptimizer, num_steps: int) -> optax.GradientTransformation:
-    """One optimizer, by the flags of the run."""
+    """One optimizer, from the run's flags."""
     del flags
     return make(num_steps)
 
 
 def result_of_state(state: TrainState, setup: Setup, load: Load) -> Mapping[str, Params]:
-    """The parameters to show: the moving average where one is kept."""
+    """The parameters to show: the moving average if there is one."""
     del setup, load
     return state.result
 
 
 def export_result(state: TrainState, setup: Setup, load: Load) -> Export:
-    """The networks that were trained, in place of the teacher's."""
+    """The trained networks, which replace the teacher's."""
     student = setup.student.by_name()
     return Export({name: (student[name], params) for name, params in result_of_state(state, setup, load).items()})
 
@@ -177,16 +177,16 @@ class Method(Generic[F, S]):
       >>> METHOD = Method(flags=LcmFlags, sampling=sampling, configure=configure, init=init, loss=loss, export=export)
 
     Attributes:
-      flags: the group of its flags.
-      sampling: from the teacher's schedule and the flags, the schedule to train with and to save with the student;
-        raises `ValueError` if it is impossible.
+      flags: the class of its flags.
+      sampling: from the teacher's schedule and the flags, makes the schedule to train with and to save with the
+        student; raises `ValueError` if it is impossible.
       configure: makes the setup.
       optimizer: makes the optimizer, or a tuple of several.
       init: makes the state.
-      loss: of a method that trains one set of parameters with one optimizer; or
-      train_step: of any other.
-      result: from a state, the parameters to show, by the name of the network.
-      export: from a state, what is written.
+      loss: the loss of a method that trains one set of parameters with one optimizer; or
+      train_step: the step of any other method.
+      result: from a state, the parameters to show, by network name.
+      export: from a state, what to write.
     """
 
     flags: type[F]
@@ -207,9 +207,9 @@ class Method(Generic[F, S]):
         """The function ``step(state, frozen, batch) -> (state, metrics)`` for a setup; pure.
 
         Args:
-          setup: of the method.
-          optimizer: what `optimizer` made.
-          accumulation: microbatches of an update.
+          setup: the method's setup.
+          optimizer: from `optimizer`.
+          accumulation: the number of microbatches per update.
         """
         train_step = self.train_step or partial(update, self.loss)
         return partial(train_step, setup=setup, optimizer=optimizer, accumulation=accumulation)
@@ -228,13 +228,13 @@ def update(
     """One update of one set of parameters, and of its moving average; see `codi_jax.training.optim.step`.
 
     Args:
-      loss: of the method.
-      state: before.
-      frozen: what the loss reads.
-      batch: samples of the update.
-      setup: of the method.
-      optimizer: the one that the state was made with.
-      accumulation: microbatches of the update.
+      loss: the method's loss.
+      state: the state before.
+      frozen: the frozen trees that the loss reads.
+      batch: the samples of the update.
+      setup: the method's setup.
+      optimizer: the optimizer that the state was made with.
+      accumulation: the number of microbatches.
     """
     return optim.step(
         state,

@@ -1,4 +1,4 @@
-"""The pace of a run: follows the steps on the device, and reports their metrics when they are due."""
+"""Monitors a run's progress: follows the steps on the device and reports their metrics when due."""
 
 import collections
 import contextlib
@@ -22,17 +22,17 @@ _SHOWN = ("loss", "grad_norm", "learning_rate")
 
 
 class Monitor:
-    """Follows the steps without holding up the device.
+    """Follows the steps without blocking the device.
 
-    A step's metrics stay on the device until those of ``every`` steps are fetched together, and they are fetched when
-    the step is long done.
+    A step's metrics stay on the device until ``every`` steps' metrics are fetched together, long after the step is
+    done.
 
     Args:
       tracker: where the metrics go.
-      every: steps between two reports.
-      first: steps that were done when the run started.
-      total: steps when it ends.
-      batch_size: examples in a step.
+      every: the number of steps between two reports.
+      first: the number of steps done when the run started.
+      total: the number of steps when it ends.
+      batch_size: the number of examples in a step.
       on_report: called with each report.
     """
 
@@ -56,11 +56,11 @@ class Monitor:
         self._bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, disable=not shown)
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics of a step that was just dispatched."""
+        """Adds the metrics of a step that was just dispatched."""
         self._in_flight.append((step, metrics))
 
     def settle(self, in_flight: int = 0) -> None:
-        """Waits until at most so many steps are under way, and reports those that are done."""
+        """Waits until at most this many steps are in flight, and reports the finished ones."""
         while len(self._in_flight) > in_flight:
             step, metrics = self._in_flight.popleft()
             jax.block_until_ready(metrics)
@@ -71,7 +71,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Lets the steps under way finish, and leaves what follows out of their time."""
+        """Lets the steps in flight finish, and excludes what follows from their time."""
         self.settle()
         paused = time.perf_counter()
         yield
@@ -79,7 +79,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Counts the time if the device runs out of work meanwhile."""
+        """Counts the time if the device runs out of work in the meantime."""
         began = time.perf_counter()
         yield
         if all(leaf.is_ready() for leaf in jax.tree.leaves(self._in_flight[-1][1])):
@@ -117,7 +117,7 @@ class Monitor:
 
 
 def _summary(metrics: list[Metrics]) -> dict[str, float]:
-    """One number for several steps: the mean of what is finite; of counters and the learning rate, the last."""
+    """One number for several steps: the mean of the finite values; for counters and the learning rate, the last."""
     summary = {}
     for name, last in metrics[-1].items():
         values = np.asarray([step[name] for step in metrics])
@@ -128,6 +128,6 @@ def _summary(metrics: list[Metrics]) -> dict[str, float]:
 
 
 def _memory_in_use() -> int:
-    """The most bytes that were in use: on the first device, or, of a CPU, by the process."""
+    """The peak memory in bytes: of the first device, or of the process on a CPU."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     return statistics.get("peak_bytes_in_use") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

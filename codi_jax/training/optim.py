@@ -2,7 +2,7 @@
 
 `step` is one update of one set of parameters: gradients, accumulated over microbatches inside the program; the update,
 unless a number is not finite; the moving average. A method that trains two networks against each other has a
-`TrainState` and an optimizer for each, and takes a `step` of each.
+`TrainState` and an optimizer for each, and calls `step` for each.
 """
 
 import math
@@ -25,11 +25,11 @@ MixedPrecision = Literal["no", "fp16", "bf16"]
 Batch = Mapping[str, Any]
 Metrics = dict[str, Any]
 LossFunction = Callable[[Params, Batch, Key[Array, ""]], tuple[Float[Array, ""], Metrics]]
-"""``loss(params, batch, key)``: a mean over the batch, float32, and what else is worth logging, scalars too."""
+"""``loss(params, batch, key)``: a mean over the batch, float32, and other scalars worth logging."""
 Tree = TypeVar("Tree")
 
-POLYNOMIAL_END = 1e-7  # where diffusers' polynomial schedule ends; no flag of its scripts changes it
-# Those of torch.amp.GradScaler.
+POLYNOMIAL_END = 1e-7  # the end of diffusers' polynomial schedule, which no flag of its scripts changes
+# From torch.amp.GradScaler.
 INITIAL_LOSS_SCALE = 2.0**16
 LOSS_SCALE_GROWTH_INTERVAL = 2000
 
@@ -41,7 +41,7 @@ class OptimizerFlags(Flags):
     learning_rate: Adjustable[float] = 1e-4
     """The learning rate, after warm-up."""
     scale_lr: Adjustable[bool] = False
-    """Multiply the learning rate by the number of samples of one update: devices, accumulation and batch size."""
+    """Multiply the learning rate by the number of samples per update: devices times accumulation times batch size."""
     lr_scheduler: Adjustable[Schedule] = "constant"
     """How the learning rate changes over the run."""
     lr_warmup_steps: Adjustable[int] = 500
@@ -49,9 +49,9 @@ class OptimizerFlags(Flags):
     lr_num_cycles: Adjustable[int] = 1
     """Restarts of cosine_with_restarts."""
     lr_power: Adjustable[float] = 1.0
-    """The power of polynomial."""
+    """The exponent of polynomial."""
     use_8bit_adam: bool = False
-    """Keep Adam's two moments in 8 bits: 2 bytes for each parameter instead of 8."""
+    """Keep Adam's two moments in 8 bits: 2 bytes per parameter instead of 8."""
     adam_beta1: float = 0.9
     """Decay of Adam's first moment."""
     adam_beta2: float = 0.999
@@ -63,7 +63,7 @@ class OptimizerFlags(Flags):
     max_grad_norm: Adjustable[float] = 1.0
     """Gradients are scaled down to this norm; inf for no limit."""
     mixed_precision: MixedPrecision = "no"
-    """Precision of the computation; trained parameters are float32 always. fp16 scales the loss dynamically."""
+    """Precision of the computation; trained parameters are always float32. fp16 scales the loss dynamically."""
 
     def check(self) -> None:
         super().check()
@@ -79,12 +79,12 @@ class OptimizerFlags(Flags):
 
 @dataclass(frozen=True)
 class EmaFlags(Flags):
-    """The flags of the moving average of the parameters, where a run may go without."""
+    """The flags of the parameters' moving average, for methods where it is optional."""
 
     use_ema: bool = False
-    """Keep a moving average of the parameters, and show and save that."""
+    """Keep a moving average of the parameters, and show and save it."""
     ema_decay: float = 0.999
-    """Its decay, for each update."""
+    """Decay of the moving average, per update."""
 
     def check(self) -> None:
         super().check()
@@ -92,7 +92,7 @@ class EmaFlags(Flags):
 
     @property
     def kept_ema_decay(self) -> float | None:
-        """The decay, as `step` takes it."""
+        """The decay, as `step` expects it."""
         return self.ema_decay if self.use_ema else None
 
 
@@ -105,12 +105,12 @@ def compute_dtype(mixed_precision: MixedPrecision) -> Any:
 
 
 def learning_rate_schedule(flags: OptimizerFlags, num_steps: int, *, batch_size: int = 1) -> optax.Schedule:
-    """The learning rate by step, as diffusers' ``get_scheduler`` has it.
+    """The learning rate by step, as in diffusers' ``get_scheduler``.
 
     Args:
-      flags: which schedule, and its numbers.
-      num_steps: of the whole run, warm-up included.
-      batch_size: samples of one update, for ``scale_lr``.
+      flags: the schedule and its parameters.
+      num_steps: the number of steps of the complete run, including warm-up.
+      batch_size: the number of samples per update, for ``scale_lr``.
 
     Returns:
       A function of the number of updates made so far.
@@ -135,7 +135,7 @@ def learning_rate_schedule(flags: OptimizerFlags, num_steps: int, *, batch_size:
 
 
 def _decay(flags: OptimizerFlags, peak: float, done: Array, steps: int) -> Array:
-    """The factor of the learning rate after ``done`` of the ``steps`` that follow warm-up."""
+    """The learning rate's factor after ``done`` of the ``steps`` after warm-up."""
     progress = done / steps
     match flags.lr_scheduler:
         case "constant" | "constant_with_warmup":
@@ -145,7 +145,7 @@ def _decay(flags: OptimizerFlags, peak: float, done: Array, steps: int) -> Array
         case "cosine":
             return 0.5 * (1 + jnp.cos(math.pi * progress))
         case "cosine_with_restarts":
-            # In integers, since in float32 the end of a cycle may round to the start of the next.
+            # In integers, because in float32 the end of a cycle may round to the start of the next.
             in_cycle = (flags.lr_num_cycles * done % steps) / steps
             return jnp.where(done < steps, 0.5 * (1 + jnp.cos(math.pi * in_cycle)), 0.0)
         case "polynomial":
@@ -154,17 +154,17 @@ def _decay(flags: OptimizerFlags, peak: float, done: Array, steps: int) -> Array
 
 
 def make_optimizer(flags: OptimizerFlags, num_steps: int, *, batch_size: int = 1) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, 2019) behind a limit on the global norm of the gradients.
+    """AdamW (Loshchilov and Hutter, 2019), after clipping the gradients by their global norm.
 
-    Leaves of no axes and leaves named ``alpha``, the constants of a LoRA, are neither decayed nor changed.
+    Leaves without axes and leaves named ``alpha``, the constants of a LoRA, are neither decayed nor changed.
 
     Args:
-      flags: its numbers.
-      num_steps: updates of the whole run.
-      batch_size: samples of one update, for ``scale_lr``.
+      flags: the optimizer's parameters.
+      num_steps: the number of updates of the complete run.
+      batch_size: the number of samples per update, for ``scale_lr``.
 
     Raises:
-      ValueError: as `learning_rate_schedule`.
+      ValueError: as in `learning_rate_schedule`.
     """
     scale_by_adam = scale_by_adam_8bit if flags.use_8bit_adam else optax.scale_by_adam
     return optax.chain(
@@ -172,7 +172,7 @@ def make_optimizer(flags: OptimizerFlags, num_steps: int, *, batch_size: int = 1
         optax.clip_by_global_norm(flags.max_grad_norm),
         scale_by_adam(b1=flags.adam_beta1, b2=flags.adam_beta2, eps=flags.adam_epsilon),
         optax.add_decayed_weights(flags.adam_weight_decay, mask=are_weights),
-        # Injected, it is part of the state, where the metrics find it.
+        # Injected, the learning rate is part of the state, where the metrics find it.
         optax.inject_hyperparams(optax.scale_by_learning_rate)(
             learning_rate=learning_rate_schedule(flags, num_steps, batch_size=batch_size)
         ),
@@ -180,7 +180,7 @@ def make_optimizer(flags: OptimizerFlags, num_steps: int, *, batch_size: int = 1
 
 
 def are_weights(params: Any) -> Any:
-    """``False`` for the constants in a tree of parameters, and ``True`` for what is trained."""
+    """``False`` for constants in a tree of parameters, ``True`` for trained leaves."""
 
     def is_weight(path: tuple[Any, ...], leaf: Any) -> bool:
         return leaf.ndim > 0 and getattr(path[-1], "key", None) != "alpha"
@@ -219,17 +219,17 @@ class LossScale:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that one update changes.
+    """Everything that one update changes.
 
     Attributes:
-      step: updates that were tried, int32; those that were skipped count.
-      params: what is trained, float32.
-      opt_state: of the optimizer.
+      step: the number of attempted updates, including skipped ones, int32.
+      params: the trained parameters, float32.
+      opt_state: the optimizer's state.
       ema: the moving average of ``params``, float32, or ``None``.
-      key: of the run. It never changes: the randomness of a step comes from ``fold_in(key, step)``.
+      key: the run's key. It never changes: the randomness of a step comes from ``fold_in(key, step)``.
       loss_scale: for float16 computation, else ``None``.
-      skipped: steps that were skipped because a number was not finite, int32.
-      skipped_in_a_row: those since the last update, int32.
+      skipped: the number of steps skipped because of non-finite numbers, int32.
+      skipped_in_a_row: the number of steps skipped since the last update, int32.
     """
 
     step: Int[Array, ""] | Any
@@ -243,7 +243,7 @@ class TrainState:
 
     @property
     def result(self) -> Any:
-        """The parameters to show and to save: the moving average where one is kept."""
+        """The parameters to show and to save: the moving average if there is one."""
         return self.params if self.ema is None else self.ema
 
 
@@ -257,15 +257,15 @@ def init_state(
 ) -> TrainState:
     """The state before the first update.
 
-    Every array of it is its own: state is donated to the compiled step, while ``params`` may be shared with a frozen
-    network (a ControlNet starts from the UNet's very arrays).
+    It owns all of its arrays: the state is donated to the compiled step, while ``params`` may be shared with a frozen
+    network (a ControlNet starts from the UNet's own arrays).
 
     Args:
-      params: what is trained.
+      params: the parameters to train.
       optimizer: from `make_optimizer`.
-      key: of the run.
+      key: the run's key.
       ema: whether to keep a moving average, which starts at ``params``.
-      mixed_precision: of the computation.
+      mixed_precision: the computation's precision.
     """
     params = _copy(params)
     is_fp16 = mixed_precision == "fp16"
@@ -304,19 +304,19 @@ def step(
     """One update of the parameters; pure, to be compiled with the state donated.
 
     Args:
-      state: before it.
-      loss: to be minimized.
-      batch: arrays with a leading axis of all the samples of the update.
-      optimizer: the one that the state was made with.
-      accumulation: how many microbatches the batch is computed in, one after the other.
-      ema_decay: of the moving average; ``None`` leaves it as it is.
+      state: the state before the update.
+      loss: the function to minimize.
+      batch: arrays with a leading axis of all samples of the update.
+      optimizer: the optimizer that the state was made with.
+      accumulation: the number of microbatches that the batch is computed in, one after another.
+      ema_decay: the moving average's decay; ``None`` leaves the average unchanged.
 
     Returns:
-      The state after it, and as metrics ``loss``, ``grad_norm`` (before it is limited), ``learning_rate``,
+      The state after the update, and as metrics ``loss``, ``grad_norm`` (before clipping), ``learning_rate``,
       ``skipped``, ``skipped_in_a_row``, and those of the loss.
 
     Raises:
-      ValueError: if the batch cannot be divided into so many.
+      ValueError: if the batch cannot be divided into this many.
     """
     grads, metrics = accumulate_gradients(
         loss, state.params, batch, step_key(state), accumulation=accumulation, loss_scale=state.loss_scale
@@ -338,21 +338,21 @@ def accumulate_gradients(
     accumulation: int = 1,
     loss_scale: LossScale | None = None,
 ) -> tuple[Params, Metrics]:
-    """The gradient of the loss, as the mean over microbatches, each with a key of its own: ``fold_in(key, i)``.
+    """The gradient of the loss, as the mean over microbatches, each with its own key: ``fold_in(key, i)``.
 
     Args:
       loss: the function.
-      params: where.
+      params: the point to evaluate it at.
       batch: arrays with a leading axis of all samples.
-      key: of the step.
+      key: the step's key.
       accumulation: the number of microbatches.
-      loss_scale: by how much to multiply the loss, and to divide the gradients.
+      loss_scale: the factor to multiply the loss with and to divide the gradients by.
 
     Returns:
       The gradients, and the means of ``loss`` and of its metrics.
 
     Raises:
-      ValueError: as `step`.
+      ValueError: as in `step`.
     """
     scale = jnp.float32(1) if loss_scale is None else loss_scale.scale
 
@@ -377,7 +377,7 @@ def accumulate_gradients(
 
 
 def _microbatches(batch: Batch, count: int) -> Batch:
-    """[B, …] to [count, B / count, …]. Every ``count``-th sample is together, so that no sample changes its device."""
+    """[B, …] to [count, B / count, …]. Groups every ``count``-th sample, so that no sample moves to another device."""
 
     def split(x: Array) -> Array:
         if x.shape[0] % count:
@@ -400,14 +400,14 @@ def apply_gradients(
     """Updates the parameters and their moving average, unless the loss or a gradient is not finite.
 
     Args:
-      state: before.
-      grads: of its ``params``.
-      metrics: with the ``loss``.
-      optimizer: the one that the state was made with.
+      state: the state before the update.
+      grads: the gradients of its ``params``.
+      metrics: metrics that include the ``loss``.
+      optimizer: the optimizer that the state was made with.
       ema_decay: as in `step`.
 
     Returns:
-      The state after, and the metrics of `step`.
+      The state after the update, and the metrics of `step`.
     """
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
@@ -430,7 +430,7 @@ def apply_gradients(
 
 
 def status(state: TrainState) -> Metrics:
-    """The metrics that follow from the state alone: ``learning_rate``, ``skipped`` and ``skipped_in_a_row``."""
+    """The metrics that depend only on the state: ``learning_rate``, ``skipped`` and ``skipped_in_a_row``."""
     injected = optax.tree.get(state.opt_state, "hyperparams", {})  # the learning rate
     return {**injected, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
 

@@ -1,4 +1,4 @@
-"""Trained models on the Hugging Face Hub."""
+"""Uploads trained models to the Hugging Face Hub."""
 
 import shlex
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from codi_jax.cli.flags import Flags, Operational, Secret
 from codi_jax.cli.messages import first_line
 
 _INDEX = "model_index.json"
-# What a model folder consists of, by diffusers' names. Whatever else a run leaves in its folder is nobody's business.
+# The contents of a model folder, by diffusers' names. Nothing else in a run's folder is uploaded.
 _TOP = (_INDEX, "README.md", "scheduler_config.json", "pytorch_lora_weights.safetensors")
 _PARTS = (
     "unet", "unet_target", "vae", "controlnet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2",
@@ -27,22 +27,22 @@ class HubFlags(Flags):
     push_to_hub: Operational[bool] = False
     """Upload the trained model to the Hugging Face Hub."""
     hub_token: Secret[str | None] = None
-    """Token for that. Better: `hf auth login`, or the environment variable HF_TOKEN, since a command line can be read
-    by others on the machine."""
+    """Token for the upload. Better: `hf auth login`, or the environment variable HF_TOKEN, because others on the
+    machine can read command lines."""
     hub_model_id: Operational[str | None] = None
-    """Repository for that, owner/name; if left out: the name of --output_dir."""
+    """Repository for the upload, owner/name. Default: the name of --output_dir."""
 
 
 def model_files(folder: Path) -> list[str]:
-    """The files in ``folder`` that belong to the model in it, as paths relative to it."""
+    """The files in ``folder`` that belong to its model, as paths relative to it."""
     return sorted(_top_files(folder)) + sorted(_part_files(folder))
 
 
 def create_repository(flags: HubFlags, folder: Path) -> None:
-    """Makes the repository that `upload` needs: without the right to, better to know before training.
+    """Creates the repository that `upload` needs, so that missing permissions show up before training.
 
     Raises:
-      ValueError: if the hub refuses, or is not reached.
+      ValueError: if the hub refuses, or cannot be reached.
     """
     name = _repository(flags, folder)
     try:
@@ -55,10 +55,10 @@ def create_repository(flags: HubFlags, folder: Path) -> None:
 
 
 def upload(flags: HubFlags, folder: Path) -> None:
-    """Uploads the model in ``folder``, and nothing else of what lies there.
+    """Uploads the model in ``folder``, and nothing else in it.
 
     Raises:
-      OSError: if the upload fails, with the command that does it later.
+      OSError: if the upload fails, with the command for uploading later.
     """
     name, files = _repository(flags, folder), model_files(folder)
     try:
@@ -72,7 +72,7 @@ def upload(flags: HubFlags, folder: Path) -> None:
 
 
 def _patterns(files: list[str]) -> list[str]:
-    """Patterns for a command line that match these files and nothing else of a run."""
+    """Command-line patterns that match these files and nothing else in a run's folder."""
     return list(dict.fromkeys(f"{file.partition('/')[0]}/*" if "/" in file else file for file in files))
 
 

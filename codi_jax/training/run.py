@@ -1,4 +1,4 @@
-"""A training run, whatever the method: data, model, state, loop, validation pictures and what is written."""
+"""A training run with any method: data, model, state, loop, validation images and exports."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -36,16 +36,16 @@ class Run(Generic[Args]):
     """A run whose model is loaded.
 
     Attributes:
-      args: of the run, with the folder filled in.
-      method: how it trains.
-      flags: of the method.
-      setup: of the method.
+      args: the run's arguments, with the folder filled in.
+      method: the training method.
+      flags: the method's flags.
+      setup: the method's setup.
       model: the teacher, with the parameters that are still needed.
-      student: the model as it will be, without the parameters of what is trained.
-      samples: to show.
-      mesh: that all of it lies on.
-      num_steps: of the whole run.
-      load: reads parameters of the teacher.
+      student: the student model, without the trained parameters.
+      samples: the samples to show.
+      mesh: the mesh that everything is on.
+      num_steps: the number of steps of the complete run.
+      load: reads the teacher's parameters.
     """
 
     args: Args
@@ -61,18 +61,18 @@ class Run(Generic[Args]):
 
     @functools.cached_property
     def by_teacher(self) -> np.ndarray:
-        """The teacher's pictures of the samples."""
+        """The teacher's images for the samples."""
         model, scales = teacher.load_missing(self.model, self.mesh), self.args.shown.teacher_scales or {}
         return generate_with(model, {}, self.samples, steps=self.teacher_steps, **scales)
 
     @property
     def teacher_steps(self) -> int:
-        """The steps in which the teacher is shown."""
+        """The number of steps with which the teacher is shown."""
         return self.model.sampling.most_steps(teacher.STEPS)
 
 
 def show_samples(run: Run, state: Any) -> loop.Pictures:
-    """The samples of the data, or of the user's prompts, as the student makes them, beside the teacher's."""
+    """The student's images for the data's samples or the user's prompts, along with the teacher's."""
     given, samples, shown = ("source" if run.model.task == "edit" else "condition"), run.samples, run.args.shown
     rows = {given: samples.conditions}
     if shown.teacher_scales is not None:
@@ -103,7 +103,7 @@ def write_export(run: Run, state: Any, folder: Path) -> None:
 
 
 def _write_whole(run: Run, export: Export, folder: Path) -> None:
-    """What was trained, and the rest of the model as it was."""
+    """Writes the trained networks, and the rest of the model unchanged."""
     model = run.student.replace(params={})
     for name, (network, params) in export.networks.items():
         model = model.with_network(name, network, params)
@@ -115,22 +115,22 @@ def _write_whole(run: Run, export: Export, folder: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """What a run does in another way than most; each default is what most do.
+    """What a run does differently from most; the defaults are what most runs do.
 
     Example:
       >>> run(method, args, hooks=Hooks(show=None))
 
     Attributes:
-      open_model: from the flags, the model without its weights.
-      load_model: from that, the flags and the mesh, the model with them.
-      samples: from the flags, what is shown.
+      open_model: from the flags, opens the model without its weights.
+      load_model: from that model, the flags and the mesh, loads the model with its weights.
+      samples: from the flags, reads the samples to show.
       has_text: whether the data has captions.
       load: reads trees by names that `codi_jax.training.method.Load` does not know.
-      check: refuses a run whose model is loaded.
-      frozen: what the step reads, from what most steps read; or a `codi_jax.training.loop.Moving`.
-      record: writes something every so many steps.
-      show: from a state, pictures by name; ``None`` shows nothing.
-      write: writes what is exported of a state into a folder.
+      check: refuses a run after its model is loaded.
+      frozen: from what most steps read, makes what this step reads; or a `codi_jax.training.loop.Moving`.
+      record: writes something every few steps.
+      show: from a state, makes images by name; ``None`` shows nothing.
+      write: writes a state's export into a folder.
     """
 
     open_model: Callable[[Any], Model] = teacher.open_teacher
@@ -148,16 +148,16 @@ class Hooks:
 def run(
     method: Method[Any, Any], args: Args, *, hooks: Hooks | None = None, identity: Mapping[str, Any] | None = None
 ) -> Args:
-    """Trains by a method, from the start or from a checkpoint, and writes what it exports.
+    """Trains with a method, from the start or from a checkpoint, and writes what it exports.
 
     Example:
       >>> run(lcm.TEXT, args)
 
     Args:
       method: one of `codi_jax.methods`.
-      args: of the script.
-      hooks: what this run does in another way than most.
-      identity: what a run that is resumed must share beyond its flags, JSON.
+      args: the script's arguments.
+      hooks: what this run does differently from most.
+      identity: what a resumed run must share beyond its flags, JSON.
 
     Returns:
       The arguments, with the folder filled in.
@@ -165,7 +165,7 @@ def run(
     Raises:
       ValueError: if flags, model and data do not fit each other.
       OSError: if something cannot be read or written.
-      FloatingPointError: if steps in a row gave something that is not finite.
+      FloatingPointError: if consecutive steps gave non-finite values.
     """
     hooks, args, flags = hooks or Hooks(), loop.start(args, identity), method.flags.of(args)
     source = batches.open_training_data(args, has_text=hooks.has_text)
@@ -185,7 +185,7 @@ def run(
         args=args, method=method, flags=flags, setup=setup, model=model, student=student, samples=samples, mesh=mesh,
         num_steps=num_steps, load=teacher.loader_of(model, mesh, hooks.load),
     )  # fmt: skip
-    del model  # `_release` could not let go of its parameters
+    del model  # otherwise `_release` could not free its parameters
     hooks.check(this)
     optimizer = method.optimizer(flags, functools.partial(_make_optimizer, args), num_steps)
     state = method.init(setup, this.load, optimizer, jax.random.key(args.seed), mixed_precision=args.mixed_precision)
@@ -219,13 +219,13 @@ def _make_optimizer(
 
 
 def _student_of(model: Model, setup: Setup, schedule: NoiseSchedule | Any) -> Model:
-    """The model that training makes of this one, without the parameters of what is trained."""
+    """The model that training turns this one into, without the trained parameters."""
     networks = replace(setup.student.with_options(remat=False), vae_parts=1)
     return model.without_params(*setup.trained).replace(networks=networks, schedule=schedule)
 
 
 def _frozen_of(run: Run, schedule: NoiseSchedule | Any) -> Frozen:
-    """What the step reads of the teacher."""
+    """The frozen trees: what the step reads of the teacher."""
     setup, params = run.setup, run.model.params
     return Frozen(
         params={name: params[name] for name in setup.frozen},
@@ -237,13 +237,13 @@ def _frozen_of(run: Run, schedule: NoiseSchedule | Any) -> Frozen:
 
 
 def null_text_of(model: Model) -> NullText:
-    """The text that guidance leads away from."""
+    """The text that guidance points away from."""
     ids = jax.tree.map(jnp.asarray, model.tokenize([""]))
     return encode_null_text(model.networks, model.params, ids, zeros=model.zeros_for_empty_prompt)
 
 
 def _release(run: Run) -> None:
-    """Lets go of parameters that would lie in memory beside those of the state; `Run.by_teacher` reads them again."""
+    """Frees parameters that would duplicate the state's in memory; `Run.by_teacher` reads them again."""
     setup = run.setup
     unused = [name for name in setup.trained if name not in setup.frozen]
     run.model = run.model.without_params(*unused)

@@ -1,4 +1,4 @@
-"""The folder of a run, ``--output_dir``: its name, its lock, and the arguments that were given for it."""
+"""A run's folder, ``--output_dir``: its name, its lock, and the run's arguments."""
 
 import contextlib
 import fcntl
@@ -19,11 +19,11 @@ from codi_jax.io.json_files import read_object
 ARGS_NAME = "args.json"
 _LOCK_NAME = ".lock"
 
-_held: dict[Path, int] = {}  # file descriptors of the folders that this process has locked
+_held: dict[Path, int] = {}  # file descriptors of folders locked by this process
 
 
 def fill_in(output_dir: str) -> str:
-    """The folder with the time in place of ``{timestamp}``, the same in all processes."""
+    """The folder with ``{timestamp}`` replaced by the time, the same in all processes."""
     if "{timestamp}" not in output_dir:
         return output_dir
     now = int(time.time())
@@ -33,12 +33,12 @@ def fill_in(output_dir: str) -> str:
 
 
 def lock(output_dir: Path) -> None:
-    """Keeps other runs out of a folder until `unlock`, or until this process ends; it may lock it again itself.
+    """Locks a folder against other runs until `unlock` or the end of this process, which may lock it again itself.
 
-    Where the file system has no locks, as some that show object stores, this does nothing.
+    If the file system has no locks, as for some object stores, this does nothing.
 
     Raises:
-      ValueError: if another process has it, naming that process.
+      ValueError: if another process holds the lock, naming that process.
       OSError: if the folder cannot be written.
     """
     key = output_dir.resolve()
@@ -66,7 +66,7 @@ def lock(output_dir: Path) -> None:
 
 
 def unlock(output_dir: Path) -> None:
-    """Lets other runs into a folder that this process has locked."""
+    """Unlocks a folder that this process has locked."""
     if (file := _held.pop(output_dir.resolve(), None)) is not None:
         with contextlib.suppress(OSError):
             os.ftruncate(file, 0)
@@ -86,13 +86,13 @@ def write_arguments(flags: Flags, output_dir: Path) -> None:
 
 
 def check_arguments(flags: Flags, output_dir: Path) -> None:
-    """Compares flags with those of the run whose files are in the folder, but not those that do not matter to it.
+    """Compares flags with those of the run whose files are in the folder, except flags that do not affect it.
 
     Raises:
-      ValueError: naming the first that differs, or ``args.json`` if it is damaged.
+      ValueError: naming the first flag that differs, or ``args.json`` if it is damaged.
     """
     path = output_dir / ARGS_NAME
-    # Alone in its folder, it is from a start that was refused later, for its model or its data.
+    # If it is alone in its folder, it is from a run that was later refused for its model or data.
     if not path.exists() or {file.name for file in output_dir.iterdir()} <= {ARGS_NAME, _LOCK_NAME}:
         return
     remedy = "it has the arguments of an earlier run; choose another --output_dir, or remove that file to use this one"

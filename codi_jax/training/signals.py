@@ -1,4 +1,4 @@
-"""Signals that end a run: SIGTERM and SIGINT, after the step that is under way."""
+"""Signals that end a run: SIGTERM and SIGINT, after the current step."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[int], int]]:
-    """Turns SIGTERM and SIGINT into a question to ask after each step: by which signal the run shall end, or 0.
+    """Turns SIGTERM and SIGINT into a function to call after each step: the signal to end the run with, or 0.
 
     All processes of a run get the same answer after the same step. A second SIGINT ends the process at once.
     """
@@ -23,7 +23,7 @@ def stop_signals() -> Iterator[Callable[[int], int]]:
         received.append(number)
         signal.signal(signal.SIGINT, before[signal.SIGINT])
         if several:
-            # JAX has a handler of its own for SIGTERM, and makes the processes agree on a step.
+            # JAX has its own SIGTERM handler, and makes the processes agree on a step.
             os.kill(os.getpid(), signal.SIGTERM)
 
     def answer(step: int) -> int:

@@ -20,20 +20,20 @@ from codi_jax.training import optim
 from codi_jax.training.flags import Replacement, TrainingFlags
 
 STEPS = 50
-"""Steps in which a teacher is shown, if it was not distilled for fewer."""
+"""The number of steps with which a teacher is shown, unless it was distilled for fewer."""
 
 
 def open_teacher(flags: TrainingFlags) -> Model:
-    """The model without its weights, for computing with: in half precision if training is.
+    """The model without its weights, for computing: in half precision if training is.
 
-    Everything that configurations say is checked here, before weights are downloaded and read.
+    Checks everything in the configurations, before weights are downloaded and read.
 
     Args:
-      flags: of the run.
+      flags: the run's flags.
 
     Raises:
-      ValueError: if it cannot be opened, the resolution is not one that its networks can take, or it cannot be sampled
-        as validation pictures need it.
+      ValueError: if the model cannot be opened, its networks cannot take the resolution, or it cannot be sampled as
+        validation images require.
     """
     model = Model.open(flags.pretrained_model_name_or_path, flags.controlnet, **_options(flags))
     for name, replacement in flags.replacements.items():
@@ -49,8 +49,8 @@ def load_teacher(opened: Model, flags: TrainingFlags, mesh: Mesh) -> Model:
     """The model with its weights on the mesh.
 
     Args:
-      opened: of `open_teacher`.
-      flags: of the run.
+      opened: from `open_teacher`.
+      flags: the run's flags.
       mesh: from `codi_jax.models.sharding.make_mesh`.
 
     Raises:
@@ -70,12 +70,12 @@ def load_teacher(opened: Model, flags: TrainingFlags, mesh: Mesh) -> Model:
 def loader_of(
     model: Model, mesh: Mesh, others: Mapping[str, Callable[[], Params]] | None = None
 ) -> Callable[[str], Params]:
-    """Makes what reads the float32 parameters of a network by its name: a `codi_jax.training.method.Load`.
+    """Makes a function that reads a network's float32 parameters by name: a `codi_jax.training.method.Load`.
 
     Args:
-      model: of `load_teacher`; its own arrays are given where they are in float32.
-      mesh: where they go.
-      others: reads further trees by other names.
+      model: from `load_teacher`; its own arrays are returned if they are float32.
+      mesh: the mesh to put them on.
+      others: functions that read additional trees, by other names.
     """
 
     def load(name: str) -> Params:
@@ -90,14 +90,14 @@ def loader_of(
 
 
 def load_missing(model: Model, mesh: Mesh) -> Model:
-    """The model with those of its parameters read again that it lacks, in the precision of its computation."""
+    """The model with its missing parameters read again, in the precision of its computation."""
     networks = model.networks.by_name()
     missing = {name: _load(model, name, networks[name].dtype, mesh) for name in networks if name not in model.params}
     return model.with_params(missing)
 
 
 def load_on_host(model: Model, name: str, dtype: DTypeLike | None = np.float32) -> Params:
-    """The parameters of one network in host memory, in this precision; ``None`` is that of their file."""
+    """The parameters of one network in host memory, in this precision. Default: their file's."""
     return load_model(**model.sources[name], dtype=dtype, place=lambda _, array: array)[1]
 
 
@@ -118,7 +118,7 @@ def _options(flags: TrainingFlags) -> dict[str, Any]:
 
 
 def _with_replacement(model: Model, name: str, replacement: Replacement) -> Model:
-    """The model with another network in place of one of its own, as yet without parameters."""
+    """The model with one of its networks replaced, without parameters yet."""
     former, source = model.networks.by_name()[name], dict(model.sources[name])
     if replacement.source is not None:
         source = {"source": replacement.source, "subfolder": None, "cache_dir": source.get("cache_dir")}
@@ -138,13 +138,13 @@ def _check_replacement(name: str, former: Any, config: Any, flag: str) -> None:
     if config.latent_channels != former.latent_channels or config.downscale != former.downscale:
         raise ValueError(
             f"{flag}: its latents have {config.latent_channels} channels and are {config.downscale} times smaller than "
-            f"images, those of the teacher {former.latent_channels} and {former.downscale}: take one of the teacher's "
+            f"images, the teacher's {former.latent_channels} and {former.downscale}: take one of the teacher's "
             "family."
         )
 
 
 def _check_validation(flags: TrainingFlags, model: Model) -> None:
-    """Before weights are read, and not at the first validation: can the model be sampled as its pictures need it?"""
+    """Checks, before weights are read, that the model can be sampled as validation images require."""
     shown = flags.shown
     if shown.teacher_scales is None:
         steps, flag = shown.steps[0] or STEPS, f"--validation_sampling_steps {shown.steps[0]}"

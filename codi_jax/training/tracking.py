@@ -1,4 +1,4 @@
-"""What a run reports: metrics and pictures to TensorBoard, Weights & Biases and files; profiles; lines for the user."""
+"""Reports of a run: metrics and images to TensorBoard, Weights & Biases and files; profiles; lines for the user."""
 
 import contextlib
 import importlib.util
@@ -27,21 +27,21 @@ class TrackingFlags(Flags):
     """Flags about what a run reports, and where."""
 
     logging_dir: Operational[str] = "logs"
-    """Folder of TensorBoard's files, in --output_dir."""
+    """Folder for TensorBoard's files, in --output_dir."""
     logging_steps: Operational[int] = 100
-    """Steps between two reports of the metrics."""
+    """Steps between reports of the metrics."""
     report_to: Operational[Literal["tensorboard", "wandb", "none"]] = "tensorboard"
-    """Where metrics and pictures go, besides metrics.jsonl and validation/ in --output_dir."""
+    """Where metrics and images go, besides metrics.jsonl and validation/ in --output_dir."""
     tracker_project_name: Operational[str] = "codi_jax"
     """Project on Weights & Biases."""
     wandb_entity: Operational[str | None] = None
     """User or team on Weights & Biases."""
     profile_steps: Operational[int] = 0
-    """Steps to profile, after the first few; TensorBoard's profile plugin shows the result."""
+    """Number of steps to profile, after the first few; TensorBoard's profile plugin shows the result."""
     profile_validation: Operational[bool] = False
     """Profile the first validation."""
     profile_memory: Operational[bool] = False
-    """Write what takes memory before and after training as memory_initial.prof and memory_final.prof, for pprof."""
+    """Write memory profiles before and after training, memory_initial.prof and memory_final.prof, for pprof."""
 
     def check(self) -> None:
         super().check()
@@ -60,13 +60,13 @@ class _Backend(Protocol):
 
 
 class Tracker:
-    """Writes a run's metrics and pictures. Only the first process does; in the others nothing happens.
+    """Writes a run's metrics and images, in the first process only.
 
     Args:
-      flags: where to.
+      flags: the flags that say where to.
       output_dir: the run's folder.
       config: the run's arguments, for Weights & Biases.
-      step: at which the run starts; what an earlier one wrote for later steps is taken back.
+      step: the step at which the run starts; entries of an earlier run for later steps are removed.
     """
 
     def __init__(self, flags: TrackingFlags, output_dir: Path, config: Mapping[str, Any], step: int = 0) -> None:
@@ -86,12 +86,12 @@ class Tracker:
             backend.scalars(values, step)
 
     def pictures(self, values: Mapping[str, UInt8[np.ndarray, "h w 3"]], step: int) -> None:
-        """Writes pictures by name."""
+        """Writes images by name."""
         for backend in self._backends:
             backend.pictures(values, step)
 
     def close(self) -> None:
-        """Writes what has not been written yet."""
+        """Writes everything that has not been written yet."""
         for backend in self._backends:
             backend.close()
 
@@ -102,8 +102,8 @@ class Profiler:
     Args:
       flags: what to profile.
       output_dir: the run's folder.
-      first: steps that were done when the run started.
-      pause: lets the steps under way finish.
+      first: the number of steps done when the run started.
+      pause: lets the steps in flight finish.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Profiler:
         self._validated = False
 
     def before(self, step: int) -> None:
-        """Starts or ends the profile of steps if it is time to."""
+        """Starts or ends the profile of steps if due."""
         if step == self._end:
             self.close()
         if step == self._start:
@@ -138,14 +138,14 @@ class Profiler:
 
     @contextlib.contextmanager
     def validation(self) -> Iterator[None]:
-        """Profiles the first validation if that is asked for."""
+        """Profiles the first validation if requested."""
         asked, self._validated = self._flags.profile_validation and not self._validated, True
         # There can be only one profile at a time.
         with jax.profiler.trace(self._folder) if asked and not self._is_running else contextlib.nullcontext():
             yield
 
     def memory(self, when: str) -> None:
-        """Writes what is in the memory of the devices if that is asked for."""
+        """Writes a profile of the devices' memory if requested."""
         if self._flags.profile_memory and jax.process_index() == 0:
             jax.profiler.save_device_memory_profile(str(self._output_dir / f"memory_{when}.prof"))
 
@@ -161,7 +161,7 @@ def log(message: str) -> None:
 
 
 class _Files:
-    """metrics.jsonl, one line a report, and validation/<name>-<step>.png."""
+    """metrics.jsonl, one line per report, and validation/<name>-<step>.png."""
 
     def __init__(self, output_dir: Path, step: int) -> None:
         self._folder = output_dir / "validation"
@@ -186,7 +186,7 @@ class _Files:
 
 class _TensorBoard:
     def __init__(self, folder: Path, step: int) -> None:
-        # Not at the top: it brings protobuf along, which takes its time.
+        # Not at the top: it imports protobuf, which is slow.
         from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None, flush_secs=30)
@@ -209,7 +209,7 @@ class _Wandb:
         import wandb
 
         self._wandb = wandb
-        # The id is the folder's, so that a resumed run goes on in the same curves.
+        # The id is the folder's, so that a resumed run continues the same curves.
         self._run = wandb.init(
             project=flags.tracker_project_name,
             entity=flags.wandb_entity,
@@ -230,14 +230,14 @@ class _Wandb:
 
 
 def _lines(path: Path) -> list[str]:
-    """What a run before has written, line by line."""
+    """The lines that a previous run has written."""
     if not path.exists():
         return []
     return [line + "\n" for line in path.read_text(encoding="utf-8", errors="replace").split("\n")]
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics; infinity if the line is damaged, as the last one is if the run was killed."""
+    """The step of a line of metrics; infinity if the line is damaged, as the last one may be if the run was killed."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: which samples, and what is made of them."""
+"""What a run shows during training: which samples, and the images generated for them."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,18 +16,18 @@ from codi_jax.training.flags import RunFlags
 
 Item = TypeVar("Item")
 
-_AT_A_TIME = 8  # pictures of a batch
+_AT_A_TIME = 8  # images per batch
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What is shown.
+    """The samples to show.
 
     Attributes:
-      prompts: n of them.
-      resolution: side of the pictures to make.
+      prompts: n prompts.
+      resolution: the side of the images to generate.
       pictures: the ground truth, if there is one.
-      conditions: condition images, or those to edit, if the task has them.
+      conditions: condition images, or images to edit, if the task has them.
     """
 
     prompts: list[str]
@@ -37,17 +37,17 @@ class Samples:
 
 
 def validation_samples(flags: RunFlags) -> Samples:
-    """The samples that the flags ask for: prompts of the user, else of a data set, in every run the same.
+    """The samples that the flags ask for: the user's prompts, else a data set's, the same in every run.
 
-    Prompts and images make pairs as in diffusers' ``train_controlnet.py``, and each pair is there
-    ``num_validation_images`` times: the noise of each is its own.
+    Prompts and images are paired as in diffusers' ``train_controlnet.py``, and each pair appears
+    ``num_validation_images`` times, each with its own noise.
 
     Args:
-      flags: of the run.
+      flags: the run's flags.
 
     Raises:
-      ValueError: if data or images cannot be read, or prompts lack the condition images that the task has, or have
-        some where it has none.
+      ValueError: if data or images cannot be read, or if condition images are missing for a task that needs them or
+        given for one that does not.
     """
     if not flags.validation_prompt:
         return held_out(flags, flags.num_validation_images)
@@ -68,21 +68,21 @@ def validation_samples(flags: RunFlags) -> Samples:
 
 
 def _repeated(items: Sequence[Item], pairs: int, count: int) -> list[Item]:
-    """One for each pair, or one for all of them, each ``count`` times in a row."""
+    """One per pair, or one for all of them, each repeated ``count`` times in a row."""
     of_pairs = items if len(items) == pairs else [*items] * pairs
     return [item for item in of_pairs for _ in range(count)]
 
 
 def held_out(flags: RunFlags, count: int, *, has_text: bool = True) -> Samples:
-    """The first samples of the shuffled validation data, without augmentation; all of them if there are not so many.
+    """The first samples of the shuffled validation data, without augmentation; all of them if there are fewer.
 
     Args:
-      flags: of the run; the data of ``validation_data_dir`` always has images.
+      flags: the run's flags; the data in ``validation_data_dir`` always has images.
       count: how many.
-      has_text: whether the data has captions; else prompts are empty.
+      has_text: whether the data has captions; otherwise prompts are empty.
 
     Raises:
-      ValueError: as `codi_jax.data.load_data`.
+      ValueError: as in `codi_jax.data.load_data`.
     """
     condition, has_images = flags.condition, flags.reads_images
     flags = replace(
@@ -126,15 +126,15 @@ def held_out(flags: RunFlags, count: int, *, has_text: bool = True) -> Samples:
 def generate_with(
     model: Model, params: Mapping[str, Params], samples: Samples, **options: Any
 ) -> UInt8[np.ndarray, "n h w 3"]:
-    """What the model makes of the samples with some of its parameters replaced; compiled once.
+    """The model's images for the samples, with some of its parameters replaced; compiled once.
 
-    Few at a time, since training leaves little memory. Image i is that of seed i, whatever the batch.
+    A few at a time, since training leaves little memory. Image i has seed i, whatever the batch.
 
     Args:
-      model: with its other parameters.
-      params: those that are trained, by the name of the network.
+      model: the model, with its other parameters.
+      params: the trained parameters, by network name.
       samples: prompts and conditions.
-      options: of the model's call, such as ``steps``.
+      options: arguments of the model's call, such as ``steps``.
     """
     model = model.with_params(params)
     size = {"height": samples.resolution, "width": samples.resolution}
@@ -149,7 +149,7 @@ def generate_with(
 
 
 def _batches(samples: Samples) -> Iterator[tuple[int, Samples]]:
-    """Where each batch begins, and its samples: all have one size, and the last is filled up with the last sample."""
+    """Where each batch begins, and its samples: all have one size; the last is padded with the last sample."""
     count = len(samples.prompts)
     if count <= _AT_A_TIME:
         yield 0, samples

@@ -172,7 +172,7 @@ def test_every_command_is_tried() -> None:
         ("train_lcm_flax", {"lora_rank": 10**9}, "--lora_rank 1000000000 is not possible: it must be between 1 and"),
         ("train_codi_flax", {"resolution": 10**8}, "--resolution 100000000 is not possible: it must be at most 16384"),
         ("train_codi_flax", {"dataloader_num_workers": 2000}, "--dataloader_num_workers 2000 is not possible"),
-        ("train_disback_flax", {"path": __file__}, "--path .* is not possible: .* is a file, where a folder is needed"),
+        ("train_disback_flax", {"path": __file__}, "--path .* is not possible: .* is a file, but must be a folder"),
         ("generate", {"seed": 2**63}, r"--seed 9223372036854775808 is not possible: it must be from 0 to 2\^63 - 1"),
         ("generate", {"seed": 2**63 - 1}, "--seed 9223372036854775807 is not possible: it must be smaller"),
         ("evaluate", {"seeds": (0, 2**62)}, "--seeds 0 4611686018427387904 is not possible: it must be below 2"),

@@ -67,7 +67,7 @@ def test_paths_elsewhere(data: Path, monkeypatch: pytest.MonkeyPatch):
         "memory://elsewhere/a.png",
     ]
     for name in outside:
-        with pytest.raises(RejectedError, match="lies outside of the folder of the data, where --allow_outside_paths"):
+        with pytest.raises(RejectedError, match="is outside of the data's folder, where only --allow_outside_paths"):
             Access(str(data)).read(name)
         assert Access(str(data), anywhere=True).read(name), name
     chained = [f"simplecache::file://{others}", "zip://a.png::memory://x.zip", "simplecache::http://127.0.0.1/x"]

@@ -474,7 +474,7 @@ def test_a_run_is_not_resumed_with_other_data_of_the_same_size(folder, tmp_path)
     lines = table.read_text().splitlines()
     other = json.loads(lines[-1]) | {"text": "something else"}
     table.write_text("\n".join([*lines[:-1], json.dumps(other)]) + "\n")
-    with pytest.raises(ValueError, match="the data is not that of the checkpoint: its content is"):
+    with pytest.raises(ValueError, match="the data is not the checkpoint's: its content is"):
         load(tmp_path / "moved").set_state(state)
     older = {name: value for name, value in state.items() if name != "content"}
     load(tmp_path / "moved").set_state(older)

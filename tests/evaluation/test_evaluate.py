@@ -298,7 +298,7 @@ def test_bad_data_is_named(rows: list[dict[str, str]], message: str, tmp_path: P
 
 def test_a_model_for_another_task_is_refused(models: Models, data: Path, tmp_path: Path) -> None:
     editor = (f"editor={models('instruct-pix2pix')}",)
-    with pytest.raises(ValueError, match=f"the model editor is for the task 'edit', and {data} is for another: "):
+    with pytest.raises(ValueError, match=f"the model editor is for the task 'edit', but {data} is for another: "):
         run(Args(editor, data, output_dir=tmp_path))
     write_rows(tmp_path / "plain", [{"file_name": f"{i}.png", "text": "a"} for i in range(2)])
     for i in range(2):

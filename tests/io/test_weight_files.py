@@ -148,7 +148,7 @@ def test_shards(tensors: dict, tmp_path: Path, format_: str):
     with pytest.raises(WeightsError, match="names 1 tensors that its shards lack, more first"):
         open_weights(index)
     index.write_text(json.dumps({"weight_map": {"a": f"../secret.{format_}"}}))
-    with pytest.raises(WeightsError, match="shards must lie beside their index"):
+    with pytest.raises(WeightsError, match="shards must be next to their index"):
         open_weights(index)
     index.write_text(json.dumps({"weight_map": weight_map}))
     (tmp_path / names_second(parts)).unlink()

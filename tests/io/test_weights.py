@@ -383,7 +383,7 @@ def test_mismatches_are_listed(copy: Path):
     with pytest.raises(WeightsError) as error:
         load_model(copy, "unet")
     first, *report = str(error.value).splitlines()
-    assert first == f"{path} does not fit its config.json; check that they are of one model:"
+    assert first == f"{path} does not fit its config.json; check that they are from one model:"
     missing, unexpected, shape, kind = report
     assert missing.startswith("  12 missing: down_blocks.1.resnets.0.conv1.bias [16], ")
     assert missing.endswith(" and 2 more")

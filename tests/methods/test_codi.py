@@ -356,7 +356,7 @@ def test_the_schedule_of_the_student_has_the_grid() -> None:
     assert schedule.sampling.timestep_scaling == 3
     t, s = codi.grid(codi.sampling(NoiseSchedule.from_config(SCHEDULER), CodiFlags()))
     assert (len(t), t[0], t[-1], s[0], s[-1]) == (50, 19, 999, 0, 979)
-    with pytest.raises(ValueError, match=r"take that of codi\.sampling"):
+    with pytest.raises(ValueError, match=r"use the one from codi\.sampling"):
         codi.grid(NoiseSchedule.from_config(SCHEDULER))
 
 

@@ -269,7 +269,7 @@ def test_models_that_cannot_be_distilled_are_named() -> None:
     for method, networks in ((lcm.TEXT, DISTILLED), (lcm.EDIT, edit_student)):
         with pytest.raises(ValueError, match="so it has been distilled already: give the model that it was distilled"):
             method.configure(networks, method.flags())
-    with pytest.raises(ValueError, match="--w_image_min is for InstructPix2Pix models, and the teacher takes no image"):
+    with pytest.raises(ValueError, match="--w_image_min is for InstructPix2Pix models, but the teacher takes no image"):
         lcm.TEXT.configure(TEXT_TO_IMAGE, LcmTextFlags(w_image_min=0.0, w_image_max=1.0))
     with pytest.raises(ValueError, match="--w_image_min is of no use to a LoRA, which takes no guidance weights"):
         lcm.configure(EDITING, LcmTextFlags(w_image_min=0.0, w_image_max=1.0, use_lora=True))

@@ -87,7 +87,7 @@ def test_numbers_that_no_model_has(kind: str, field: str, wrap: Any):
         ("controlnet", {"conditioning_embedding_out_channels": []}, "conditioning_embedding_out_channels"),
         ("vae", {"norm_num_groups": 7}, "block_out_channels = 16 is not divisible by norm_num_groups = 7"),
         ("vae", {"scaling_factor": 0.0}, "scaling_factor = 0.0"),
-        ("text_encoder", {"eos_token_id": 99}, "eos_token_id = 99 is none of vocab_size = 99"),
+        ("text_encoder", {"eos_token_id": 99}, "eos_token_id = 99 is not among vocab_size = 99"),
         ("text_encoder", {"num_attention_heads": 0}, "num_attention_heads = 0"),
     ],
 )

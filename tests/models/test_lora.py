@@ -352,7 +352,7 @@ def test_a_lora_for_another_model_is_refused(models):
         apply_lora(module, models["sd-1.x"]["unet"], wide, *unet_inputs(SD15)[:3])
     with pytest.raises(WeightsError, match="to_k has down"):
         merge_lora(models["sd-1.x"]["unet"], wide)
-    with pytest.raises(WeightsError, match=r"down_blocks\.1\.attentions.* is no layer with a kernel"):
+    with pytest.raises(WeightsError, match=r"down_blocks\.1\.attentions.* is not a layer with a kernel"):
         merge_lora(models["sd-1.x"]["unet"], random_lora(models["sdxl"]["unet"]))
     with pytest.raises(WeightsError, match="rank = 0"):
         init_lora(jax.random.key(0), models["sd-1.x"]["unet"], 0)
@@ -536,7 +536,7 @@ def test_dora_of_peft(targets, models, tmp_path):
     model.save_pretrained(tmp_path)
     params = models["sd-1.x"]["unet"]
     lora = load_lora(tmp_path, {"unet": params})["unet"]
-    with pytest.raises(WeightsError, match="DoRA cannot run beside the layers"):
+    with pytest.raises(WeightsError, match="DoRA cannot run alongside the layers"):
         apply_lora(UNet2DCondition(UNetConfig.from_dict(SD15)), params, lora)
     with pytest.raises(WeightsError, match="DoRA, which can be read but not written"):
         save_lora(tmp_path / "out.safetensors", {"unet": lora})

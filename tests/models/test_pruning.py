@@ -313,5 +313,5 @@ def test_a_folder_whose_config_does_not_fit_its_weights_is_refused(tmp_path: Any
     student, student_params = prune(module, params, level("bk_tiny"))
     save_model(tmp_path, "unet", student, student_params)
     (tmp_path / "unet" / "config.json").write_text(json.dumps(module.config.to_dict()))
-    with pytest.raises(ValueError, match=r"does not fit its config.json; check that they are of one model"):
+    with pytest.raises(ValueError, match=r"does not fit its config.json; check that they are from one model"):
         load_model(tmp_path, "unet")

@@ -34,7 +34,7 @@ BAD_CALLS = {
     "beyond-T": ("lcm", {"timesteps": [1000], "steps": None}, "lie in 0 to 999"),
     "no-times": ("lcm", {"timesteps": [], "steps": None}, "they must descend"),
     "uneven": ("text-to-image", {"timesteps": [999, 9]}, "the sampler ddim takes even steps only"),
-    "two-counts": ("lcm", {"timesteps": [399], "steps": 2}, "steps = 2, but timesteps has 1 times: leave out one"),
+    "two-counts": ("lcm", {"timesteps": [399], "steps": 2}, "steps = 2, but timesteps has 1 times: give only one"),
     "image": ("text-to-image", {"image": TINY}, "this model has 4 input channels and takes no image: use an Instruct"),
     "image-missing": ("instruct-pix2pix", {}, "this model is for the task 'edit': give it an image"),
     "image-count": ("instruct-pix2pix", {"image": [TINY] * 3}, "image has 3 images for 2 prompts"),

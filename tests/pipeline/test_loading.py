@@ -99,7 +99,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: (f / "model_index.json").write_text(
             '{"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}'
         ),
-        "describes a FluxPipeline without unet and vae and text_encoder and tokenizer: it is no Stable Diffusion .*; "
+        "describes a FluxPipeline without unet and vae and text_encoder and tokenizer: it is not a Stable .*; "
         "supported are text-to-image, InstructPix2Pix, inpainting and ControlNet pipelines of Stable Diffusion",
     ),
     "kolors": (
@@ -142,5 +142,5 @@ def test_bad_controlnets(pairs: Pairs, tmp_path: Path) -> None:
         Model.from_pretrained(model, pairs("sdxl-controlnet").folder)
     widened = make_torch("controlnet", {**pairs("controlnet").theirs.controlnet.config, "in_channels": 8})
     widened.save_pretrained(tmp_path / "widened")
-    with pytest.raises(ConfigError, match=r"the ControlNet has in_channels = 8, but .* latents alone, 4 channels"):
+    with pytest.raises(ConfigError, match=r"the ControlNet has in_channels = 8, but .* noisy latents, 4 channels"):
         Model.from_pretrained(model, tmp_path / "widened")

@@ -65,7 +65,7 @@ def test_a_widened_unet_does_not_look_at_the_source_image_yet(pairs: Pairs) -> N
     np.testing.assert_array_equal(kernel[:, :, :4], ours.params["unet"]["conv_in"]["kernel"])
     assert not np.any(kernel[:, :, 4:])
     require_instruct_pix2pix(dataclasses.replace(ours.networks, unet=unet), "--flag")
-    with pytest.raises(ValueError, match=r"--flag: its UNet has 4 input channels, and that of an Instruct.* has 8"):
+    with pytest.raises(ValueError, match=r"--flag: its UNet has 4 input channels, but an Instruct.*'s has 8"):
         require_instruct_pix2pix(ours.networks, "--flag")
 
 

@@ -178,5 +178,5 @@ def test_missing_conditions_are_named(given: Given) -> None:
     without = Conditions(dataclasses.replace(conditions.full, control=None))
     with pytest.raises(ValueError, match=r"needs condition images.*--conditioning_image_column"):
         jax.eval_shape(lambda p: prediction.predict(networks, p, z, t, without), params)
-    with pytest.raises(ValueError, match="Guidance needs the null text: give null_text with what is frozen"):
+    with pytest.raises(ValueError, match="Guidance needs the null text: give null_text with the frozen networks"):
         prediction.predict(networks, params, z, t, without, Guidance.classifier_free(jnp.ones(2)))

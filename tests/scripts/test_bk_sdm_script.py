@@ -265,7 +265,7 @@ def test_a_student_whose_config_does_not_fit_its_weights_is_refused(
 ) -> None:
     spoilt = Path(shutil.copytree(student, tmp_path / "student"))
     shutil.copy(inputs.model / "unet" / "config.json", spoilt / "unet" / "config.json")
-    with pytest.raises(ValueError, match=r"does not fit its config\.json; check that they are of one model"):
+    with pytest.raises(ValueError, match=r"does not fit its config\.json; check that they are from one model"):
         run(codi, inputs._replace(model=spoilt), tmp_path / "out")
 
 

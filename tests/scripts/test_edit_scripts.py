@@ -252,7 +252,7 @@ def test_cached_latents_train_the_same(models: Models, tmp_path: Path, monkeypat
 
 
 BAD: dict[str, tuple[Any, str, dict[str, Any], str]] = {
-    "teacher": (lcm_edit, "text-to-image", OF_DATA, r"its UNet has 4 input channels, and that of an InstructPix2Pix"),
+    "teacher": (lcm_edit, "text-to-image", OF_DATA, r"its UNet has 4 input channels, but an InstructPix2Pix"),
     "editor": (lcm, "instruct-pix2pix", {}, "distill it with train_lcm_distil_instruct_pix2pix_sdxl.py"),
     "distilled": (lcm, "lcm", {}, "so it has been distilled already"),
     "weights": (lcm_edit, "instruct-pix2pix", {**OF_DATA, "w_min": 9.0}, "--w_min 9.0 is not possible"),

@@ -181,7 +181,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "condition image": ({"validation_prompt": ("a",), "validation_image": ("no.png",)}, r"no\.png"),
     "model": ({"pretrained_model_name_or_path": "/nowhere"}, "/nowhere"),
     "controlnet": ({"controlnet_model_name_or_path": "/nowhere"}, "/nowhere"),
-    "checkpoint": ({"resume_from_checkpoint": "checkpoint-7"}, "checkpoint-7 is no checkpoint"),
+    "checkpoint": ({"resume_from_checkpoint": "checkpoint-7"}, "checkpoint-7 is not a checkpoint"),
     "grid": ({"distill_learning_steps": 3000}, "distill_learning_steps"),
     "steps of validation": (
         {"distill_learning_steps": 4, "validation_sampling_steps": (8,)},
@@ -247,7 +247,7 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (empty, r"meta.jsonl is empty: it needs one JSON object for each image"),
     "nothing": (without_anything, r"holds no data set: it has no meta.jsonl or metadata.jsonl.* \(it holds nothing\)"),
     "unreadable": (without_images, r"20 images in a row could not be read; the last was row \d of .*No such file"),
-    "condition": (with_other_conditions, "one cannot be laid over the other; give both the same aspect ratio"),
+    "condition": (with_other_conditions, "they do not align; give both the same aspect ratio"),
     "caption": (lambda folder: meta(folder, lambda row: row.update(text=3)), "line 1 has 3 under 'text', which is no"),
 }
 

@@ -112,7 +112,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
     try:
         with pytest.raises(
-            OSError, match=r"checkpoint-4 is whole.*Make room.*--resume_from_checkpoint latest"
+            OSError, match=r"checkpoint-4 is complete.*Make room.*--resume_from_checkpoint latest"
         ) as error:
             save_and_wait(checkpoints, 8, large)
     finally:
@@ -131,9 +131,9 @@ def test_a_state_of_another_shape_is_refused(tmp_path):
     save(tmp_path, 4)
     checkpoints = Checkpoints(tmp_path)
     for other, wanted in (
-        (init_state(width=4), r"has ema/first/bias with shape \(8,\), that of this run \(4,\)"),
-        (dataclasses.replace(init_state(), ema=None), r"has ema/first/bias with shape \(8,\), that of this run None"),
-        (dataclasses.replace(init_state(), key=None), r"has key with shape \(2,\), that of this run None"),
+        (init_state(width=4), r"has ema/first/bias with shape \(8,\), this run's has \(4,\)"),
+        (dataclasses.replace(init_state(), ema=None), r"has ema/first/bias with shape \(8,\), this run's has None"),
+        (dataclasses.replace(init_state(), key=None), r"has key with shape \(2,\), this run's has None"),
     ):
         with pytest.raises(CheckpointError, match=wanted):
             checkpoints.restore(tmp_path / "checkpoint-4", abstract(other))
@@ -165,11 +165,11 @@ def test_which_checkpoint_is_meant(tmp_path):
     assert find_checkpoint(str(other / "checkpoint-3"), tmp_path / "new") == other / "checkpoint-3"
     assert find_checkpoint("latest", tmp_path / "new") is None
     assert find_checkpoint(None, tmp_path / "new") is None
-    with pytest.raises(CheckpointError, match=r"holds checkpoint-10 of an earlier run: go on .* latest, or choose"):
+    with pytest.raises(CheckpointError, match=r"holds checkpoint-10 of an earlier run: resume .* latest, or choose"):
         find_checkpoint(None, mine)
-    with pytest.raises(CheckpointError, match=r"checkpoint-7 is no checkpoint.*holds checkpoint-9, checkpoint-10"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-7 is not a checkpoint.*holds checkpoint-9, checkpoint-10"):
         find_checkpoint("checkpoint-7", mine)
-    with pytest.raises(CheckpointError, match="unet is no checkpoint"):
+    with pytest.raises(CheckpointError, match="unet is not a checkpoint"):
         find_checkpoint(str(tmp_path / "unet"), mine)
     for resume in ("checkpoint-9", str(other / "checkpoint-3")):
         with pytest.raises(CheckpointError, match=r"would write over .*checkpoint-10"):

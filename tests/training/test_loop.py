@@ -323,7 +323,7 @@ def test_a_killed_run_ends_bit_for_bit_like_one_that_never_stopped(tmp_path, kil
     (unfinished,) = parts.glob("*.orbax-checkpoint-tmp")
     last, whole = child(parts, **flags), child(tmp_path / "whole", **flags)
     assert last.returncode == whole.returncode == 0, last.stderr + whole.stderr
-    assert f"going on from {parts / f'checkpoint-{left[-1]}'}" in last.stderr
+    assert f"resuming from {parts / f'checkpoint-{left[-1]}'}" in last.stderr
     assert last.stdout == whole.stdout
     assert not unfinished.exists()
 
@@ -384,7 +384,7 @@ def test_several_processes(tmp_path):
 
 def test_latest_starts_afresh_where_there_is_none(tmp_path, capsys):
     run(tmp_path, resume_from_checkpoint="latest")
-    assert f"{tmp_path} has no checkpoint: starting afresh" in capsys.readouterr().err
+    assert f"{tmp_path} has no checkpoint: starting from scratch" in capsys.readouterr().err
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path):
@@ -491,10 +491,10 @@ def test_damage_sends_a_run_back_to_the_checkpoint_before(tmp_path, capsys):
     resumed = run(tmp_path / "parts", resume_from_checkpoint="latest")
     said = capsys.readouterr().err
     assert f"{tmp_path / 'parts' / 'checkpoint-8'} is damaged and was set aside: " in said
-    assert f"going on from {tmp_path / 'parts' / 'checkpoint-4'}" in said
+    assert f"resuming from {tmp_path / 'parts' / 'checkpoint-4'}" in said
     assert fingerprint(resumed) == fingerprint(whole)
     assert list_checkpoints(tmp_path / "parts") == [4, 8, 10]
     for path in (tmp_path / "parts" / "checkpoint-10" / "state").rglob("d/*"):
         path.unlink()
-    with pytest.raises(CheckpointError, match=r"checkpoint-10 is damaged .*is missing.*latest goes on from the newest"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-10 is damaged .*is missing.*latest resumes from the newest"):
         run(tmp_path / "parts", resume_from_checkpoint="checkpoint-10")

@@ -22,7 +22,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path, capsys
     assert ended.value.code == status
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert list_checkpoints(tmp_path / "parts") == [4, 5]
-    message = f"stopped by {signal.Signals(number).name} after step 5 and saved checkpoint-5: go on with"
+    message = f"stopped by {signal.Signals(number).name} after step 5 and saved checkpoint-5: resume with"
     assert message in capsys.readouterr().err
     resumed = run(tmp_path / "parts", resume_from_checkpoint="latest")
     assert fingerprint(resumed) == fingerprint(whole)

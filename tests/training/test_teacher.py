@@ -141,7 +141,7 @@ def test_a_network_from_elsewhere_takes_the_place_of_the_models_own(model: Path,
     assert dtypes(loaded.params["unet"]) == {jnp.dtype(jnp.bfloat16)}
     config = json.loads((tmp_path / "vae" / "config.json").read_text())
     (tmp_path / "vae" / "config.json").write_text(json.dumps({**config, "latent_channels": 3}))
-    with pytest.raises(ValueError, match=r"--other_vae: its latents have 3 channels .*those of the teacher 4 and 4"):
+    with pytest.raises(ValueError, match=r"--other_vae: its latents have 3 channels .*the teacher's 4 and 4"):
         open_teacher(flags_of(model, other_vae=str(tmp_path / "vae")))
 
 

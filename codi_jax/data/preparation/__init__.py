@@ -1,1 +1,1 @@
-"""Data sets made of URLs and captions, of folders, or of pairs. Start reading at `codi_jax.data.preparation.job`."""
+"""Data sets made from URLs and captions, folders, or pairs. Start reading at `codi_jax.data.preparation.job`."""

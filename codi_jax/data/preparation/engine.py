@@ -1,6 +1,6 @@
-"""The engines of the work: processes of this machine by `datasets`, or a cluster by Ray Data.
+"""The engines that run the work: local processes by `datasets`, or a cluster by Ray Data.
 
-Both are given the same tasks and the same function.
+Both get the same tasks and the same function.
 """
 
 import gc
@@ -31,14 +31,15 @@ class EngineFlags(Flags):
     engine: Literal["datasets", "ray"] = "datasets"
     """datasets: processes of this machine. ray: a Ray cluster, or a local one that is started for the work."""
     num_proc: int | None = None
-    """Number of processes, by default one per core; with --ray_address concurrent tasks, by default all that fit."""
+    """Number of processes, by default one per core; with --ray_address, of concurrent tasks, by default all that
+    fit."""
     ray_address: str | None = None
     """Address of a running Ray cluster, or auto. Its machines must see the same input and output folders."""
 
     def check(self) -> None:
         super().check()
         self.require_at_least(1, "num_proc")
-        self.require("ray_address", self.ray_address is None or self.engine == "ray", "left out, or add --engine ray")
+        self.require("ray_address", self.ray_address is None or self.engine == "ray", "omitted, or add --engine ray")
 
     @property
     def processes(self) -> int:
@@ -52,7 +53,7 @@ def run(function: Function, tasks: Sequence[Any], flags: EngineFlags) -> list[An
     Args:
       function: see `Function`.
       tasks: its arguments, which are pickled.
-      flags: the user's.
+      flags: the user's flags.
 
     Returns:
       The results, in any order.
@@ -83,7 +84,7 @@ def _with_datasets(function: _Packed, tasks: Sequence[bytes], processes: int) ->
     processes = min(processes, len(tasks))
     shown = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    # Memory that the processes share with this one is copied when it is touched, as their garbage collectors would.
+    # Memory that the processes share with this one is copied when touched, which their garbage collectors would do.
     gc.collect()
     gc.freeze()
     try:
@@ -93,7 +94,7 @@ def _with_datasets(function: _Packed, tasks: Sequence[bytes], processes: int) ->
             num_proc=processes if processes > 1 else None,  # one is this process
             keep_in_memory=True,
             load_from_cache_file=False,
-            # Otherwise `datasets` would hash the function with everything that it refers to.
+            # Otherwise `datasets` would hash the function and everything it refers to.
             new_fingerprint=secrets.token_hex(8),
         )
     except RuntimeError as error:
@@ -108,7 +109,7 @@ def _with_datasets(function: _Packed, tasks: Sequence[bytes], processes: int) ->
 
 
 def _with_ray(function: _Packed, tasks: Sequence[bytes], flags: EngineFlags) -> Iterator[Any]:
-    """Ray gives a task that is lost with its process or its machine to another one."""
+    """Ray reassigns a task whose process or machine is lost."""
     ray = _start_ray(flags)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -1,7 +1,7 @@
-"""The formats of a data set: a folder of images, what save_to_disk writes, parquet files, WebDataset tars.
+"""The formats of a data set: a folder of images, save_to_disk's output, parquet files, WebDataset tars.
 
-Each first stages a shard in a separate folder, where an interruption does no harm, and later makes the data set of the
-accepted shards. The same samples give the same bytes.
+Each first stages a shard in a separate folder, where an interruption does no harm, and later makes the data set from
+the accepted shards. The same samples give the same bytes.
 """
 
 import hashlib
@@ -24,23 +24,23 @@ from codi_jax.data.preparation.samples import Sample
 FormatName = Literal["folder", "save_to_disk", "parquet", "webdataset"]
 
 META = "meta.jsonl"
-# Names of the original preprocessing, and matching ones; any other column is a folder of its name.
+# Names of the original preprocessing, and matching ones; any other column is a folder with its name.
 _FOLDERS = {
     "image": "images", "conditioning_image": "processed_images", "input_image": "input_images",
     "edited_image": "edited_images",
 }  # fmt: skip
 _PLAIN: dict[str, list[str]] = {"image": [], "text": []}  # columns whose files in a tar have only an extension
-_FILES, _PARQUET, _TAR = "files.json", "samples.parquet", "samples.tar"  # of a staged shard
+_FILES, _PARQUET, _TAR = "files.json", "samples.parquet", "samples.tar"  # in a staged shard
 
 
 @dataclass(frozen=True)
 class StagedShard:
-    """A staged shard, of which the first samples are taken.
+    """A staged shard, whose first samples are used.
 
     Attributes:
-      folder: where it is staged.
-      size: how many samples it has.
-      count: how many are taken, at least one.
+      folder: the folder where it is staged.
+      size: the number of samples.
+      count: the number of samples to use, at least one.
     """
 
     folder: Folder
@@ -57,12 +57,12 @@ class Format(Protocol):
         ...
 
     def publish(self, shards: Sequence[StagedShard], target: Folder) -> None:
-        """Makes the data set of the shards; may be interrupted and called again with the same shards."""
+        """Makes the data set from the shards; may be interrupted and called again with the same shards."""
         ...
 
 
 def format_of(name: FormatName) -> Format:
-    """The format of that name."""
+    """The format with that name."""
     formats: dict[str, Format] = {
         "folder": ImageFolder(),
         "save_to_disk": SaveToDisk(),
@@ -73,7 +73,7 @@ def format_of(name: FormatName) -> Format:
 
 
 class ImageFolder:
-    """Files of pictures in a folder for each column, and a meta.jsonl that links them to the texts."""
+    """Picture files in one folder per column, and a meta.jsonl that links them to the texts."""
 
     def stage(self, folder: Folder, samples: Sequence[Sample]) -> None:
         named = [
@@ -114,7 +114,7 @@ class Parquet:
 
 
 class SaveToDisk(Parquet):
-    """What ``save_to_disk`` of `datasets` writes."""
+    """The output of ``save_to_disk`` of `datasets`."""
 
     def publish(self, shards: Sequence[StagedShard], target: Folder) -> None:
         files = [shard.folder.url(_PARQUET) for shard in shards]
@@ -131,7 +131,7 @@ class SaveToDisk(Parquet):
 
 
 class WebDataset:
-    """Tar files that are read as a stream: the files of a sample follow each other, and their endings are columns."""
+    """Tar files that are read as a stream: the files of a sample are consecutive, and their extensions are columns."""
 
     def stage(self, folder: Folder, samples: Sequence[Sample]) -> None:
         with folder.open(_TAR, "wb") as file, tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:

@@ -1,9 +1,9 @@
 """A data set that is made shard by shard, and can be resumed after a kill.
 
-Rows of the input, in order, make shards of equal size. Each shard is the work of one task, wherever that runs. It
-writes its samples to a separate folder and then, atomically, its counts to a record, so that a shard without a record
-is made again. The data set consists of the shards in order, up to the requested number of samples: it is the same
-regardless of interruptions and of the number of processes.
+The input's rows, in order, make shards of equal size. Each shard is the work of one task, wherever that runs. It writes
+its samples to a separate folder and then, atomically, its counts to a record, so that a shard without a record is
+remade. The data set consists of the shards in order, up to the requested number of samples: it is the same regardless
+of interruptions and of the number of processes.
 
     .unfinished/job.json          the flags that it is made with
     .unfinished/00000012/         a staged shard: samples, and record.json
@@ -67,9 +67,9 @@ class ShardTask:
     """The rows of one shard.
 
     Attributes:
-      shard: its number.
-      rows: the rows to make samples of.
-      skipped: rows before, between and after them that were rejected already.
+      shard: the shard's number.
+      rows: the rows to make samples from.
+      skipped: rows before, between and after them that were already rejected.
     """
 
     shard: int
@@ -90,7 +90,7 @@ class ShardRecord:
     rejected: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
 
     def rejections(self, count: int | None) -> Counter[str]:
-        """Rejected rows by reason: all, or those before the sample of this number, counted from 1."""
+        """Rejected rows by reason: all, or those before the sample with this number, counted from 1."""
         chosen: Counter[str] = Counter()
         for reason, runs in self.rejected.items():
             chosen[reason] += sum(number for before, number in runs if count is None or before < count)
@@ -103,7 +103,7 @@ class ShardWork:
 
     Attributes:
       staging: folder of the staged shards.
-      output_format: of the data set.
+      output_format: the format of the data set.
       prepare: makes the samples of a row.
       downloads: how to download.
     """
@@ -146,7 +146,7 @@ def make_data_set(
     """Makes the data set, or resumes the work on it.
 
     Args:
-      flags: of the tool.
+      flags: the tool's flags.
       items: opens the rows of the input, which are the same at every call.
       prepare: makes the samples of a row.
       description: everything that the samples depend on, as JSON; a data set begun with other values is refused.
@@ -165,7 +165,7 @@ def make_data_set(
     if begin(target, description):
         output_format = format_of(flags.output_format)
         work = ShardWork(staging, output_format, prepare, DownloadFlags.of(flags))
-        # A forked process would wait forever for threads that OpenCV has started in its parent.
+        # A forked process would wait forever for threads that OpenCV started in its parent.
         cv2.setNumThreads(1)
         records = list(_records(flags, _tasks(items(), flags.shard_size), work))
         shards, rejected = _accepted(records, staging, flags.max_train_samples)
@@ -184,7 +184,7 @@ def begin(target: Folder, description: Mapping[str, Any]) -> bool:
     """Claims the folder, and returns whether work is left to do.
 
     Args:
-      target: of the data set.
+      target: the folder of the data set.
       description: everything that the samples depend on.
 
     Raises:
@@ -214,11 +214,11 @@ def reasons(rejected: Mapping[str, int]) -> str:
 
 
 def describe(summary: Mapping[str, Any], flags: JobFlags) -> str:
-    """The text that a tool prints at its end.
+    """The text that a tool prints at the end.
 
     Args:
-      summary: of `make_data_set`.
-      flags: of the tool.
+      summary: from `make_data_set`.
+      flags: the tool's flags.
     """
     samples, wanted = summary["samples"], flags.max_train_samples
     lines = [f"{samples} samples in {flags.train_data_dir}"]
@@ -267,7 +267,7 @@ def _records(flags: JobFlags, tasks: Iterator[ShardTask], work: ShardWork) -> It
     with tqdm(total=wanted, desc="preparing", unit=" samples", disable=None) as bar:
         while wanted is None or samples < wanted:
             most = _TASKS * flags.processes
-            if wanted is not None:  # no more than it seems to take, if as many rows as so far are rejected
+            if wanted is not None:  # no more than needed at the present rejection rate
                 needed = (wanted - samples) * max(rows, 1) / max(samples, 1) / flags.shard_size
                 most = min(most, math.ceil(needed))
             wave = list(_wave(tasks, most))
@@ -283,7 +283,7 @@ def _records(flags: JobFlags, tasks: Iterator[ShardTask], work: ShardWork) -> It
 
 
 def _wave(tasks: Iterator[ShardTask], most: int) -> Iterator[ShardTask]:
-    """The next tasks, as far as their pictures fit into memory."""
+    """The next tasks, as many as their pictures fit into memory."""
     waiting = 0
     for task in islice(tasks, most):
         yield task
@@ -306,7 +306,7 @@ def _kept(staging: Folder, shard: int) -> ShardRecord | None:
     folder = staging / f"{shard:08}"
     try:
         return ShardRecord(**folder.read_json(_RECORD, "the shard is made again")) if folder.has(_RECORD) else None
-    except (ValueError, TypeError):  # a damaged one, whose shard is made again
+    except (ValueError, TypeError):  # a damaged one, whose shard is remade
         return None
 
 

@@ -1,7 +1,7 @@
-"""Encoded pictures of unknown origin to pictures of one size, and back to files.
+"""Turns encoded pictures of unknown origin into pictures of one size, and back into files.
 
-Made for throughput. If it suffices, a JPEG is decoded at a half, a quarter or an eighth of its size, which is faster
-than decoding the whole picture; the rest of the scaling averages over pixels.
+Optimized for throughput. If it suffices, a JPEG is decoded at a half, a quarter or an eighth of its size, which is
+faster than decoding the full picture; the rest of the scaling averages over pixels.
 """
 
 import warnings
@@ -56,8 +56,8 @@ class Encoded:
     """The file of a picture.
 
     Attributes:
-      data: its bytes.
-      ending: of its name, without the dot.
+      data: the file's bytes.
+      ending: the file's extension, without the dot.
     """
 
     data: bytes
@@ -68,8 +68,8 @@ def read_picture(data: bytes, flags: PictureFlags) -> tuple[Picture, Placement]:
     """Decodes and scales a picture.
 
     Args:
-      data: a file of any of the usual formats.
-      flags: the user's.
+      data: a file in any of the usual formats.
+      flags: the user's flags.
 
     Returns:
       The picture, upright, and its place in the picture of the file.
@@ -83,15 +83,15 @@ def read_picture(data: bytes, flags: PictureFlags) -> tuple[Picture, Placement]:
 
 
 def read_beside(data: bytes, placement: Placement, flags: PictureFlags) -> Picture:
-    """Decodes and scales a picture that belongs to another one, so that one can be laid over the other.
+    """Decodes and scales a picture that belongs to another one, so that both align.
 
     Args:
-      data: its file.
-      placement: of the other one.
-      flags: the user's.
+      data: the picture's file.
+      placement: the other picture's placement.
+      flags: the user's flags.
 
     Raises:
-      RejectedError: under the conditions of `read_picture`, and if the aspect ratio differs.
+      RejectedError: as in `read_picture`, and if the aspect ratio differs.
     """
     image = decode(data, flags)
     height, width = placement.original

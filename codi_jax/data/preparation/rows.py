@@ -16,7 +16,7 @@ class Url:
 
 @dataclass(frozen=True)
 class File:
-    """A picture in a file of the user: a path, or a URL that `fsspec` opens."""
+    """A picture in a user's file: a path, or a URL that `fsspec` opens."""
 
     path: str
 
@@ -30,11 +30,11 @@ class InputRow:
     """One sample of the input.
 
     Attributes:
-      position: among the rows of the input, counted from 0. It names the written files, and contents of the input never
-        do: no file can be written elsewhere, and rows with the same id stay separate.
-      id: of the input, which random choices depend on: rows with the same id get the same.
-      pictures: by the name of the column that they are written to.
-      texts: by the name of the column that they are written to.
+      position: the position among the rows of the input, counted from 0. It names the written files, and contents of
+        the input never do: no file can be written elsewhere, and rows with the same id stay separate.
+      id: the input's id, which random choices depend on: rows with the same id get the same.
+      pictures: pictures by the name of the column that they are written to.
+      texts: texts by the name of the column that they are written to.
     """
 
     position: int

@@ -18,9 +18,9 @@ class Sample:
     """One sample.
 
     Attributes:
-      position: of the row that it was made from.
+      position: the position of the row that it was made from.
       key: the name of its files, without extension.
-      pictures: by column.
+      pictures: pictures by column.
       texts: other columns.
     """
 
@@ -31,26 +31,26 @@ class Sample:
 
 
 Prepare = Callable[[InputRow, Mapping[str, bytes]], Sequence[Sample]]
-"""Makes the samples of a row, usually one, of its pictures' files, or raises `RejectedError`."""
+"""Makes the samples of a row, usually one, from its pictures' files, or raises `RejectedError`."""
 
 
 def prepare_rows(
     rows: Sequence[InputRow], prepare: Prepare, flags: DownloadFlags
 ) -> list[Sequence[Sample] | RejectedError]:
-    """Reads or downloads the pictures of some rows, and makes samples of each.
+    """Reads or downloads the pictures of some rows, and makes samples from each.
 
     Args:
-      rows: of the input.
-      prepare: makes the samples of one.
-      flags: of downloads.
+      rows: rows of the input.
+      prepare: makes the samples of one row.
+      flags: the flags of downloads.
 
     Returns:
       For each row its samples, or the reason why it was rejected.
 
     Raises:
-      OSError: if a file of the user exists and cannot be read.
+      OSError: if a user's file exists but cannot be read.
     """
-    cv2.setNumThreads(1)  # the processes are what shares the cores
+    cv2.setNumThreads(1)  # the processes share the cores
     done: dict[int, Sequence[Sample] | RejectedError] = {}
     files: list[dict[str, Any]] = [{} for _ in rows]
 

@@ -1,7 +1,7 @@
-"""How alike two pictures are, and whether they differ as their captions do: the filter of generated edits.
+"""How similar two pictures are, and whether they differ like their captions: the filter for generated edits.
 
-Brooks et al., 2023, section 3.1.2: the directional similarity is that of Gal et al., 2021, in CLIP's space,
-cos(E_I(b) − E_I(a), E_T(caption of b) − E_T(caption of a)).
+Brooks et al., 2023, section 3.1.2: the directional similarity is from Gal et al., 2021, in CLIP's space, cos(E_I(b) −
+E_I(a), E_T(caption of b) − E_T(caption of a)).
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +22,8 @@ class Encoder:
     """A space in which pictures, and perhaps texts, are compared.
 
     Attributes:
-      images: pictures to features [n, d].
-      texts: captions to features of the same space; ``None`` if the space has no texts.
+      images: maps pictures to features [n, d].
+      texts: maps captions to features of the same space; ``None`` if the space has no texts.
     """
 
     images: Callable[[Pictures], Float[np.ndarray, "n d"]]
@@ -35,9 +35,9 @@ class Scores:
     """Cosine similarities of n pairs; ``None`` if the space has no texts.
 
     Attributes:
-      image: of the two pictures.
-      direction: of the difference of the pictures and the difference of the captions.
-      caption: of each picture and its caption, the lower of the two.
+      image: between the two pictures.
+      direction: between the pictures' difference and the captions' difference.
+      caption: between each picture and its caption, the lower of the two.
     """
 
     image: Float[np.ndarray, "n"]
@@ -93,7 +93,7 @@ def lite_encoder() -> Encoder:
 
 
 def _numpy(features: Any) -> Float[np.ndarray, "n d"]:
-    # From version 5 on `transformers` wraps the features of both towers.
+    # Since version 5, `transformers` wraps the features of both towers.
     return getattr(features, "pooler_output", features).numpy()
 
 

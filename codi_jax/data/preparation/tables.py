@@ -1,6 +1,6 @@
 """Rows of the input: tables of URLs or images with captions, on the hub or in files, and folders of images.
 
-Tables are read as Arrow batches, one after the other: columns are filtered as a whole, memory does not depend on the
+Tables are read as Arrow batches, one after another: columns are filtered as a unit, memory does not depend on the
 number of rows, and nothing is copied to a cache.
 """
 
@@ -38,7 +38,7 @@ _IDS = ("id", "ID", "SAMPLE_ID", "key", "hash")
 
 @dataclass(frozen=True, kw_only=True)
 class TableFlags(Flags):
-    """What is read."""
+    """The flags of the input."""
 
     input: str | None = None
     """Parquet, CSV, TSV or JSON lines of URLs and captions (files, patterns such as part-*.parquet, or URLs), a data
@@ -55,7 +55,7 @@ class TableFlags(Flags):
     image_column: str | None = None
     """Column of the images themselves or of paths to them, for tables without addresses."""
     caption_column: str | None = None
-    """Column of the captions, of which the first is taken if it holds lists. Default: text, or another usual name."""
+    """Column of the captions; for lists, the first one is used. Default: text, or another usual name."""
     id_column: str | None = None
     """Column of the ids, which random choices depend on. Default: id, or another usual name, or the row's number."""
     seed: int = 0
@@ -70,10 +70,10 @@ class Filter:
     """Keeps rows by the number in one of their columns.
 
     Attributes:
-      name: of the score, for the summary.
+      name: the score's name, for the summary.
       columns: names of the column in different data sets.
-      limit: of the numbers that are kept.
-      at_least: whether the limit is a lower one, or an upper one.
+      limit: the limit of the numbers that are kept.
+      at_least: whether it is a lower limit, not an upper one.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Filter:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreFlags(Flags):
-    """Which rows are taken, by scores that web data sets have columns of; a missing column rejects nothing."""
+    """Which rows are used, by score columns of web data sets; a missing column rejects nothing."""
 
     min_clip_similarity: float | None = None
     """Least similarity of image and caption in CLIP's space."""
@@ -133,8 +133,8 @@ class TableColumns:
     """Which columns of a table are read.
 
     Attributes:
-      pictures: pairs of the column that is written and the one that is read.
-      texts: pairs of the column that is written and the one that is read.
+      pictures: pairs of the written and the read column.
+      texts: pairs of the written and the read column.
       id: column of the ids, if there is one.
       are_urls: whether pictures are addresses to download from.
     """
@@ -162,7 +162,7 @@ class Table:
     access: Access = field(default_factory=Access)
 
     def items(self) -> Iterator[InputRow | Skipped]:
-        """Its rows, in order, from the first."""
+        """The table's rows, in order, from the first."""
         position = 0
         for table in self.rows.with_format("arrow").iter(batch_size=_BATCH):
             assert isinstance(table, pa.Table)
@@ -222,10 +222,10 @@ def open_table(
     """Opens the input.
 
     Args:
-      flags: the user's.
+      flags: the user's flags.
       columns: called with the names of the columns and of the input, returns those to read; see `image_columns`.
       default: a data set on the hub. Default of ``--input``.
-      filters: applied as far as the table has their columns.
+      filters: the filters, applied if the table has their columns.
       shuffle: whether to read the rows in an order that depends only on the seed.
 
     Returns:
@@ -386,7 +386,7 @@ def _items_of_images(folder: Folder, paths: Sequence[str]) -> Iterator[InputRow]
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    """A column as numbers, with NaN for missing ones; a column that holds "NA" somewhere is one of texts."""
+    """A column as numbers, with NaN for missing ones; a column with "NA" in it is a text column."""
     try:
         return pc.fill_null(column.cast(pa.float64()), np.nan).to_numpy()
     except pa.ArrowInvalid:

@@ -1,1 +1,1 @@
-"""The operations that decide how fast a network is, each in the form that its backend computes fastest."""
+"""The performance-critical operations, each in the form that its backend computes fastest."""

@@ -21,14 +21,15 @@ Implementation = Literal["auto", "xla", "chunked", "cudnn", "pallas"]
 # Below this many keys the scores are small (77 text tokens: 1/50 of a 64 x 64 self-attention), and
 # a fused kernel has nothing to save.
 _MIN_FLASH_KEYS = 256
-# Scores of one batch of attention beyond which the plain formula would fill an accelerator's memory (1 GiB in float32),
-# as the VAE's would at 1024 pixels.
+# Number of scores per batch beyond which the plain formula would fill an accelerator's memory (1 GiB in float32), as
+# for the VAE at 1024 pixels.
 _MAX_SCORES = 2**28
 # Queries in a chunk: 512 x 4096 float32 scores stay in a CPU's cache.
 _CHUNK = 512
-# The Pallas kernel walks the sequence in blocks, the larger the faster: 4096 tokens by 512, 2304 (768 pixels) by 384.
+# The Pallas kernel processes the sequence in blocks, the larger the faster: 4096 tokens by 512, 2304 (768 pixels) by
+# 384.
 _PALLAS_BLOCKS = (512, 384, 256)
-_LANES = 128  # of a TPU register: its last dimension
+_LANES = 128  # a TPU register's last dimension
 
 
 def dot_product_attention(
@@ -42,12 +43,12 @@ def dot_product_attention(
     """Multi-head attention, softmax(q kᵀ / √h) v, with the softmax in float32 (Vaswani et al., 2017, equation 1).
 
     Args:
-      query: queries; b batch, t positions, n heads, h features a head.
+      query: queries; b batch, t positions, n heads, h features per head.
       key: keys; s positions.
       value: values.
       implementation: ``"cudnn"`` is the flash kernel of cuDNN (NVIDIA, 16-bit), ``"pallas"`` the flash kernel for TPU,
-        ``"xla"`` the plain formula, ``"chunked"`` that formula for one head and a few hundred queries at a time,
-        ``"auto"`` the best of them for the device, the dtype and the shapes.
+        ``"xla"`` the plain formula, ``"chunked"`` the same for one head and a few hundred queries at a time, ``"auto"``
+        the best of them for the device, the dtype and the shapes.
       is_causal: whether position i sees only positions up to i (CLIP's text encoders).
 
     Returns:
@@ -63,7 +64,7 @@ def dot_product_attention(
         case _ if devices.backend() == "cpu" and not is_causal:
             return _keys_first_attention(query, key, value)
         case _ if devices.backend() == "cpu" and query.dtype == jnp.float16:
-            # JAX's own formula asks for an algorithm, float16 with sums in float32, that XLA does not have for CPUs.
+            # JAX's own formula requests an algorithm, float16 with sums in float32, that XLA lacks on CPUs.
             return _chunked_attention(query, key, value, is_causal)
         case _:
             return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation="xla")
@@ -76,7 +77,7 @@ def choose_implementation(
 
     Args:
       platform: ``"cpu"``, ``"gpu"``, ``"cuda"``, ``"rocm"`` or ``"tpu"``.
-      dtype: of the queries.
+      dtype: the queries' dtype.
       query_shape: ``[b, t, n, h]``.
       key_shape: ``[b, s, n, h]``.
 
@@ -90,7 +91,7 @@ def choose_implementation(
     # there are at most 256 tokens, so that nothing is lost by staying with what works on every card.
     if platform in ("gpu", "cuda") and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
-    # The kernel's blocks must divide both sequences; shapes that they do not divide go to XLA.
+    # The kernel's blocks must divide both sequences; other shapes go to XLA.
     if platform == "tpu" and _pallas_block(t) and _pallas_block(s):
         return "pallas"
     # On a CPU the plain formula writes all scores to memory and reads them three times: 3 x slower at 4096 tokens.
@@ -105,9 +106,9 @@ def _num_scores(query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> int
 def _keys_first_attention(
     query: Float[Array, "b t n h"], key: Float[Array, "b s n h"], value: Float[Array, "b s n h"]
 ) -> Float[Array, "b t n h"]:
-    """The plain formula for CPUs: the softmax runs over the last axis but one, so that vector registers hold queries.
+    """The plain formula for CPUs: the softmax runs over the second-to-last axis, so that vector registers hold queries.
 
-    Sums are divided by after the product, which has fewer elements: a third of the time of a backward pass is saved.
+    It divides by the sums after the product, which has fewer elements: this saves a third of the backward pass's time.
     """
     scores = jnp.einsum("btnh,bsnh->bnst", query * query.shape[-1] ** -0.5, key, preferred_element_type=jnp.float32)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=2, keepdims=True)))
@@ -126,7 +127,7 @@ def _chunked_attention(
     keys = key.transpose(2, 0, 3, 1)
     values = value.transpose(2, 0, 1, 3)
 
-    @jax.checkpoint  # else the backward pass would keep all the scores after all
+    @jax.checkpoint  # otherwise the backward pass would keep all the scores
     def attend(q: Array, k: Array, v: Array, first: Array) -> Array:
         scores = jnp.matmul(q, k, preferred_element_type=jnp.float32)  # [b, chunk, s]
         if is_causal:
@@ -146,9 +147,9 @@ def _chunked_attention(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _flash(query: Array, key: Array, value: Array, kernel: Implementation, is_causal: bool) -> Array:
-    """A flash kernel, with its own backward pass in reverse mode, and in forward mode with the tangents of the formula.
+    """A flash kernel with its own backward pass in reverse mode, and the plain formula's tangents in forward mode.
 
-    The kernels have no forward mode. Of them and of the formula, each mode's program keeps what it uses.
+    The kernels have no forward mode. Each mode's program keeps only what it uses of the kernel and the formula.
     """
     return _flash_kernel(query, key, value, kernel, is_causal)
 
@@ -163,14 +164,14 @@ def _flash_derivative(kernel: Implementation, is_causal: bool, primals: Any, tan
 def _flash_and_saved(
     query: Array, key: Array, value: Array, kernel: Implementation, is_causal: bool
 ) -> tuple[Array, ...]:
-    """The attended values, and what the kernel saves for its backward pass."""
+    """The attended values, and the residuals that the kernel saves for its backward pass."""
     out, backward = _flash_vjp(query, key, value, kernel, is_causal)
     return out, *jax.tree.leaves(backward)
 
 
 @_flash_and_saved.defjvp
 def _flash_and_saved_derivative(kernel: Implementation, is_causal: bool, primals: Any, tangents: Any) -> Any:
-    """What is saved counts as constant: derivatives of derivatives are those of the formula, which does not use it."""
+    """The residuals count as constant: second derivatives come from the formula, which does not use them."""
     query, key, value = primals
     out, *saved = _flash_and_saved(query, key, value, kernel, is_causal)
     (dout,) = linear_map(_formula_tangent, _flash_backward, (*primals, *saved), tangents, kernel, is_causal)
@@ -190,7 +191,7 @@ def _flash_backward(
     residuals: tuple[Array, ...], dout: tuple[Array], kernel: Implementation, is_causal: bool
 ) -> tuple[Array, ...]:
     query, key, value, *saved = residuals
-    # Traced once more for the structure of the backward pass alone, which cannot be passed along with its arrays.
+    # Traced again only for the structure of the backward pass, which cannot be passed along with its arrays.
     _, backward = jax.eval_shape(lambda q, k, v: _flash_vjp(q, k, v, kernel, is_causal), query, key, value)
     return jax.tree.unflatten(jax.tree.structure(backward), saved)(*dout)
 
@@ -210,15 +211,15 @@ def _flash_kernel(query: Array, key: Array, value: Array, kernel: Implementation
 def _on_each_device(
     attention: Callable[..., Array], query: Float[Array, "b t n h"], key: Array, value: Array
 ) -> Float[Array, "b t n h"]:
-    """The kernel on every device's own part of the batch: XLA cannot split a kernel that it did not write.
+    """Runs the kernel on each device's part of the batch: XLA cannot split custom kernels.
 
-    The devices are those of the mesh in whose context (`jax.set_mesh`) the program is traced.
+    The devices are from the mesh in whose context (`jax.set_mesh`) the program is traced.
     """
     if (mesh := devices.mesh()) is None:
         return attention(query, key, value)
-    # A batch that they cannot share, as in generation, is computed by all of them.
+    # A batch that they cannot divide, as in generation, is computed by all of them.
     spec = P(mesh.axis_names) if query.shape[0] % mesh.size == 0 else P()
-    # The kernel does not say how its result varies over the devices, which the check would want to know.
+    # The kernel does not declare how its result varies over the devices, which the check would need.
     on_part = jax.shard_map(attention, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
     return on_part(query, key, value)
 
@@ -226,7 +227,7 @@ def _on_each_device(
 def _pallas_attention(
     query: Float[Array, "b t n h"], key: Float[Array, "b s n h"], value: Float[Array, "b s n h"], is_causal: bool
 ) -> Float[Array, "b t n h"]:
-    # Imported here: the module registers TPU lowerings, which CPU and GPU users need not pay for.
+    # Imported here: the module registers TPU lowerings, which CPU and GPU users do not need.
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
     head_dim = query.shape[-1]
@@ -234,7 +235,7 @@ def _pallas_attention(
     padding = -head_dim % _LANES
 
     def to_kernel(x: Array) -> Array:
-        # Zero features add nothing to q·k, and the zero columns that they make in the output are cut off below.
+        # Zero features add nothing to q·k, and the resulting zero columns in the output are cut off below.
         return jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, 0), (0, padding)))
 
     block_q, block_k = _pallas_block(t) or t, _pallas_block(s) or s
@@ -263,6 +264,6 @@ def _pallas_attention(
 
 
 def _pallas_block(length: int) -> int | None:
-    """The largest block that divides a sequence; none of one so short that the kernel has nothing to save."""
+    """The largest block that divides a sequence; none if it is so short that the kernel has nothing to save."""
     fitting = (block for block in _PALLAS_BLOCKS if length % block == 0)
     return next(fitting, None) if length >= max(_PALLAS_BLOCKS) else None

@@ -1,7 +1,7 @@
 """Convolutions, in the form that is fastest on each backend.
 
-On accelerators that is XLA's own, with the gradients that JAX derives. On a CPU, a convolution of few pixels becomes
-one matrix product, and the gradients of larger ones are written out.
+On accelerators this is XLA's own, with JAX's gradients. On a CPU, a convolution of few pixels becomes one matrix
+product, and the gradients of larger ones are handwritten.
 """
 
 import functools
@@ -36,24 +36,24 @@ def convolve(
     feature_group_count: int = 1,
     **options: Any,
 ) -> Float[Array, "b h2 w2 d"]:
-    """`jax.lax.conv_general_dilated`, or on a CPU the same in a form that is known to be faster.
+    """`jax.lax.conv_general_dilated`, or on a CPU an equivalent that is known to be faster.
 
     XLA's convolution for CPUs splits the work by output pixels; the lowest levels of a UNet have few of them and many
-    channels, and there one matrix product over gathered patches is 1.5 to 3 times faster. With few
-    channels that isn't worth the time that its program takes to compile.
+    channels, and there one matrix product over gathered patches is 1.5 to 3 times faster. With few channels, the gain
+    is not worth the longer compilation.
 
     Args:
       x: features.
       kernel: weights, which may be split among devices.
-      strides: of the windows, in pixels.
+      strides: the windows' strides in pixels.
       padding: pixels of zeros before and after, for height and width.
       lhs_dilation: as in `jax.lax.conv_general_dilated`.
-      rhs_dilation: as there.
-      feature_group_count: as there.
+      rhs_dilation: as in `jax.lax.conv_general_dilated`.
+      feature_group_count: as in `jax.lax.conv_general_dilated`.
       **options: its other arguments.
 
     Returns:
-      The features that the windows make.
+      The convolved features.
     """
     kernel = gathered(kernel)
     is_plain = {*lhs_dilation, *rhs_dilation, feature_group_count} == {1}
@@ -80,10 +80,10 @@ def _convolve_patches(x: Array, kernel: Array, padding: Sequence[_Pair]) -> Arra
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _convolve_on_cpu(x: Array, kernel: Array, strides: _Pair, padding: _Pads) -> Array:
-    """A convolution of which the gradients, too, have the one order of axes that XLA has a kernel for on CPUs.
+    """A convolution whose gradients also use the only axis order that XLA has a CPU kernel for.
 
-    Those that JAX derives have others. XLA puts them in order, but not inside of loops and branches: there, a weight's
-    gradient would take 60 times as long.
+    JAX's gradients use others. XLA reorders them, but not inside loops and branches: there, a weight's gradient would
+    take 60 times as long.
     """
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_NHWC)
 
@@ -110,7 +110,7 @@ def _of_kernel(x: tuple[Array], kernel: tuple[Array], _: _Pair, strides: _Pair, 
 
 
 def _to_features(kernel: tuple[Array], dy: tuple[Array], sizes: _Pair, strides: _Pair, padding: _Pads) -> tuple[Array]:
-    """The gradient by features of these ``sizes``: the kernel turned around, over ``dy`` spread by the strides."""
+    """The gradient by features with these ``sizes``: the kernel flipped, over ``dy`` dilated by the strides."""
     (weight,), (g,) = kernel, dy
     pads = [
         (k - 1 - low, n - ((m - 1) * stride + 1) + low)
@@ -121,7 +121,7 @@ def _to_features(kernel: tuple[Array], dy: tuple[Array], sizes: _Pair, strides: 
 
 
 def _to_kernel(x: tuple[Array], dy: tuple[Array], taps: _Pair, strides: _Pair, padding: _Pads) -> tuple[Array]:
-    """The gradient by a kernel of these ``taps``: each window of ``dy`` on ``x``, channels for batch and vice versa."""
+    """The gradient by a kernel with these ``taps``: windows of ``dy`` over ``x``, with channels and batch swapped."""
     (features,), (g,) = x, dy
     pads = [
         (low, k - 1 + (m - 1) * stride + 1 - n - low)

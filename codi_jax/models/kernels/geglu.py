@@ -1,4 +1,4 @@
-"""The gate of a GEGLU layer (Shazeer, 2020): half of the features times the GELU of the others."""
+"""The gate of a GEGLU layer (Shazeer, 2020): half of the features times the GELU of the other half."""
 
 import math
 
@@ -13,7 +13,7 @@ from codi_jax.models.kernels.linear_map import linear_map
 def geglu(x: Float[Array, "... e"]) -> Float[Array, "... d"]:
     """Computes v g Φ(g); v is the first half of the features, g the second, Φ the distribution function of N(0, 1).
 
-    The gradient that JAX derives is twice as slow on a CPU, and on every backend it keeps three arrays more.
+    JAX's gradient is twice as slow on a CPU, and keeps three more arrays on every backend.
     """
     value, gate = jnp.split(x, 2, axis=-1)
     return value * jax.nn.gelu(gate, approximate=False)
@@ -38,7 +38,7 @@ def _backward(x: tuple[Array], dy: tuple[Array]) -> tuple[Array]:
 
 
 def _factors(x: Array) -> tuple[Array, Array, Array, Array]:
-    """v, g, Φ(g) and d/dg of g Φ(g), at least in float32. With φ the density of N(0, 1), that is Φ(g) + g φ(g)."""
+    """v, g, Φ(g) and d/dg of g Φ(g), at least in float32. With φ the density of N(0, 1), this is Φ(g) + g φ(g)."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     value, gate = jnp.split(x.astype(wide), 2, axis=-1)
     Φ = 0.5 * (1 + jax.lax.erf(gate * math.sqrt(0.5)))

@@ -1,8 +1,8 @@
-"""Group normalization (Wu & He, 2018) with its derivatives written out.
+"""Group normalization (Wu & He, 2018) with handwritten derivatives.
 
-Derived by JAX, the gradient takes three times as long on a CPU, where it was a third of a VAE's training step, and on
-every backend it keeps two arrays in float32 in place of the input alone. All is computed in float32 at least:
-E[x²] − E[x]² would cancel where the mean is far from zero, as it is in a VAE's last blocks.
+JAX's gradient takes three times as long on a CPU, where it was a third of a VAE's training step, and on every backend
+it keeps two float32 arrays instead of only the input. Everything is computed in at least float32: E[x²] − E[x]² would
+cancel where the mean is far from zero, as in a VAE's last blocks.
 """
 
 import functools
@@ -22,7 +22,7 @@ class GroupNorm(nn.Module):
     Attributes:
       num_groups: how many groups the channels are divided into.
       epsilon: added to the variance.
-      dtype: of the output.
+      dtype: the output's dtype.
     """
 
     num_groups: int

@@ -1,9 +1,9 @@
-"""Linear maps of which the transpose, too, is written by hand.
+"""Linear maps whose transpose is handwritten too.
 
 A derivative is a linear map from tangents to tangents; its transpose takes cotangents back. JAX derives the second from
-the first, and on a CPU what it derives is sometimes much slower than what one would write. `jax.custom_vjp` takes a
-handwritten transpose, but gives up forward mode (`jax.jvp`, `jax.linearize`). A `jax.custom_jvp` whose tangents come
-from `linear_map` has both. `jax.custom_derivatives.linear_call` is similar, but can neither be mapped (`jax.vmap`) nor
+the first, and on a CPU the result is sometimes much slower than handwritten code. `jax.custom_vjp` takes a handwritten
+transpose, but gives up forward mode (`jax.jvp`, `jax.linearize`). A `jax.custom_jvp` whose tangents come from
+`linear_map` has both. `jax.custom_derivatives.linear_call` is similar, but can neither be mapped (`jax.vmap`) nor
 differentiated again.
 """
 
@@ -26,24 +26,24 @@ def linear_map(
     """``fun(residuals, x, *static)``, transposed by ``transpose`` in reverse mode.
 
     Args:
-      fun: linear in ``x``; made of operations that JAX can differentiate, since derivatives with respect to
-        ``residuals``, which only second derivatives need, are those of ``fun``, in whichever direction. Like
-        ``transpose`` a function of a module, so that equal calls are recognized as equal.
+      fun: a function that is linear in ``x``, made of operations that JAX can differentiate: derivatives with respect
+        to ``residuals``, which only second derivatives need, come from ``fun`` in both directions. Like ``transpose``,
+        it must be a module-level function, so that equal calls are recognized as equal.
       transpose: ``transpose(residuals, y, *static)`` is the transpose of ``fun`` applied to ``y``: it has the shapes
         and dtypes of ``x``. It may use any operation.
-      residuals: what the map depends on.
-      x: what it is applied to.
+      residuals: the arrays that the map depends on.
+      x: the argument that it is applied to.
       *static: hashable arguments of both functions.
 
     Returns:
-      What ``fun`` returns.
+      The result of ``fun``.
     """
     return tuple(_linear_map.bind(*residuals, *x, call=_Call(fun, transpose, static, len(residuals))))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """The map, or its transpose, of arrays of which the first ``num_residuals`` are the residuals."""
+    """The map, or its transpose, of arrays; the first ``num_residuals`` are the residuals."""
 
     fun: Callable[..., Arrays]
     transpose: Callable[..., Arrays]
@@ -56,7 +56,7 @@ class _Call:
         return (self.transpose if self.is_transposed else self.fun)(residuals, x, *self.static)
 
     def split(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Residuals, and what the map is applied to."""
+        """The residuals, and the map's argument."""
         return tuple(values[: self.num_residuals]), tuple(values[self.num_residuals :])
 
     def transposed(self) -> "_Call":
@@ -72,7 +72,7 @@ class _Call:
 
 @dataclasses.dataclass(frozen=True)
 class _Mapped:
-    """A function of `linear_map` over one more axis, the first of everything but residuals that do not have it."""
+    """A function of `linear_map` over one more axis, the first one of everything except residuals without it."""
 
     function: Callable[..., Arrays]
     axes: tuple[int | None, ...]
@@ -86,7 +86,7 @@ def _shapes(*avals: Any, call: _Call) -> list[Any]:
 
 
 def _jvp(primals: Sequence[Array], tangents: Sequence[Any], *, call: _Call) -> tuple[list[Array], list[Any]]:
-    """Of ``f(r)·x``, which is ``f(r)·dx + (df(r)/dr · dr)·x``."""
+    """The JVP of ``f(r)·x``: ``f(r)·dx + (df(r)/dr · dr)·x``."""
     out = _linear_map.bind(*primals, call=call)
     (residuals, x), (dresiduals, dx) = call.split(primals), call.split(tangents)
     parts = []

@@ -1,1 +1,1 @@
-"""Jobs that need more than `codi_jax.training.run.run`: flags that scripts share, and what is done in another way."""
+"""Jobs that need more than `codi_jax.training.run.run`: flags that scripts share, and what they do differently."""

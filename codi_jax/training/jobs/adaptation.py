@@ -1,4 +1,4 @@
-"""Weight deltas applied to files: an editor's UNet in, an adapted one out, a few tensors in memory at a time."""
+"""Applies weight deltas to files: an editor's UNet in, an adapted one out, a few tensors in memory at a time."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -31,11 +31,11 @@ Tensors = Mapping[str, StoredTensor]
 
 @dataclass(frozen=True)
 class Editor:
-    """The UNet that is adapted.
+    """The UNet to adapt.
 
     Attributes:
-      module: for its configuration.
-      tensors: by their name in the PyTorch state dict.
+      module: the module, for its configuration.
+      tensors: the tensors, by name in the PyTorch state dict.
     """
 
     module: Network
@@ -44,11 +44,11 @@ class Editor:
 
 @dataclass(frozen=True)
 class Delta:
-    """What is added to an editor.
+    """What to add to an editor.
 
     Attributes:
       plan: what happens to each tensor.
-      adapt: name, tensor of the editor and weight to the adapted tensor, float32.
+      adapt: maps a name, the editor's tensor and a weight to the adapted tensor, float32.
       text_loras: what a LoRA adds to the text encoders, by their name in the model.
     """
 
@@ -58,7 +58,7 @@ class Delta:
 
 
 def open_editor(source: str | Path, variant: str | None = None) -> Editor:
-    """Opens the UNet of a model; raises as `codi_jax.io.weights.open_model`."""
+    """Opens the UNet of a model; raises as `codi_jax.io.weights.open_model` does."""
     return Editor(*open_model(source, "unet", variant=variant))
 
 
@@ -68,14 +68,14 @@ def delta_of_models(
     """The difference between two models.
 
     Args:
-      editor: to be adapted.
-      base: folder or repository of the model that distillation started from: a whole one, or a UNet alone.
-      distilled: of the one where it ended.
+      editor: the editor to adapt.
+      base: folder or repository of the model that distillation started from: complete, or only a UNet.
+      distilled: folder or repository of the distilled model.
       conv_in: see `codi_jax.methods.weight_delta.plan`.
-      variant: of the weight files.
+      variant: the variant of the weight files.
 
     Raises:
-      ValueError: if a model is not there, or they are of different families.
+      ValueError: if a model is missing, or they are of different families.
     """
     old, new = _open_unet(base, variant), _open_unet(distilled, variant)
     plan = weight_delta.plan(*map(_shapes, (editor.tensors, old, new)), conv_in=conv_in)
@@ -99,12 +99,12 @@ def delta_of_lora(editor: Editor, lora: str | Path, text_encoders: Mapping[str, 
     """The difference that a LoRA makes.
 
     Args:
-      editor: to be adapted.
-      lora: file, folder or repository, or a file in one: ``owner/name/file.safetensors``.
-      text_encoders: the model's, by name: a LoRA may adapt them, too.
+      editor: the editor to adapt.
+      lora: a file, folder or repository, or a file in one: ``owner/name/file.safetensors``.
+      text_encoders: the model's text encoders, by name: a LoRA may adapt them too.
 
     Raises:
-      WeightsError: if it is not there, or adapts no layer of the editor.
+      WeightsError: if it is missing, or adapts no layer of the editor.
     """
     loras = load_lora(lora, {"unet": editor.module.abstract_params(), **(text_encoders or {})})
     if "unet" not in loras:
@@ -123,14 +123,14 @@ def delta_of_lora(editor: Editor, lora: str | Path, text_encoders: Mapping[str, 
 def write_adapted(
     folder: Path, editor: Editor, delta: Delta, weight: float | int, dtype: DTypeLike | None = None
 ) -> None:
-    """Writes the adapted UNet into ``folder/unet``, and beside it the report.
+    """Writes the adapted UNet into ``folder/unet``, and the report next to it.
 
     Args:
-      folder: of the whole model.
-      editor: what is adapted.
-      delta: what is added.
+      folder: the complete model's folder.
+      editor: the editor to adapt.
+      delta: the delta to add.
       weight: λ.
-      dtype: of the file; ``None`` keeps each tensor's own.
+      dtype: the file's dtype. Default: each tensor's own.
 
     Raises:
       WeightsError: if a number does not fit the dtype, or something cannot be written.
@@ -158,7 +158,7 @@ def write_adapted(
 
 
 def describe(plan: Plan) -> str:
-    """The plan in a line."""
+    """Describes the plan in one line."""
     text = f"{len(plan.adapted)} tensors adapted"
     if plan.skipped:
         text += f", skipped {', '.join(plan.skipped)}"

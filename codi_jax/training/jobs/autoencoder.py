@@ -1,4 +1,4 @@
-"""What a run that trains an autoencoder does in another way than most: there is a VAE, and nothing else of a model."""
+"""What a run that trains an autoencoder does differently from most: the model has a VAE and nothing else."""
 
 import functools
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class VaeFlags(RunFlags):
     pretrained_model_name_or_path: str | None = None
     """Model, or folder of an autoencoder, to start from."""
     revision: str | None = None
-    """Branch, tag or commit of it on the hub."""
+    """Branch, tag or commit of the model on the hub."""
     variant: str | None = None
     """Variant of its weight files, such as fp16."""
     model_config_name_or_path: Adjustable[str | None] = None
@@ -48,7 +48,7 @@ class VaeFlags(RunFlags):
 
 
 def source_of(flags: VaeFlags) -> tuple[ModelFolder, bool]:
-    """The folder with the autoencoder's config.json, and whether to start from its weights, too.
+    """The folder with the autoencoder's config.json, and whether to start from its weights too.
 
     Raises:
       ValueError: if the flags name no such folder, or two.
@@ -71,7 +71,7 @@ def open_vae(flags: VaeFlags) -> Model:
     """The VAE without its weights.
 
     Raises:
-      ValueError: if it cannot be opened, or the resolution is not one that it can take.
+      ValueError: if it cannot be opened, or cannot take the resolution.
     """
     folder, _ = source_of(flags)
     vae = build_module(folder, optim.compute_dtype(flags.mixed_precision))
@@ -82,7 +82,7 @@ def open_vae(flags: VaeFlags) -> Model:
 
 
 def load_vae(opened: Model, flags: VaeFlags, mesh: Mesh) -> Model:
-    """The VAE with float32 weights on the mesh, of its folder or random."""
+    """The VAE with float32 weights on the mesh, from its folder or random."""
     folder, has_weights = source_of(flags)
     if not has_weights:
         key = jax.random.fold_in(jax.random.key(flags.seed), 1)
@@ -104,7 +104,7 @@ def _samples(flags: VaeFlags) -> Samples:
 
 @functools.partial(jax.jit, static_argnames=("vae", "batch_size"))
 def _reconstruct_all(vae: AutoencoderKL, params: Any, pixels: Any, batch_size: int) -> Any:
-    """Images as they come back, and their latents; few at a time."""
+    """The reconstructed images and their latents, computed a few at a time."""
 
     def reconstruct_one(image: Any) -> Any:
         return jax.tree.map(lambda x: x[0], autoencoder.reconstruct(vae, params, image[None]))
@@ -113,7 +113,7 @@ def _reconstruct_all(vae: AutoencoderKL, params: Any, pixels: Any, batch_size: i
 
 
 def _reconstruct(run: Run, state: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The samples as they come back, and their latents."""
+    """The reconstructed samples, and their latents."""
     vae, pixels = run.setup.networks.vae, run.samples.pictures
     return sharding.fetch(_reconstruct_all(vae, state.result, pixels, batch_size=run.args.train_batch_size))
 

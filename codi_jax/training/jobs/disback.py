@@ -30,7 +30,7 @@ from codi_jax.training.loop import Recorder
 from codi_jax.training.run import Hooks, Run, run, write_export
 
 NO_PATH = "none"
-"""What ``--path`` is for plain distribution matching."""
+"""The value of ``--path`` for plain distribution matching."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,47 +42,47 @@ class DisbackRunFlags(ConditionFlags, PromptFlags, disback.DisbackFlags, Trainin
     stage: Adjustable[Literal["degradation", "backtracking", "both"]] = "both"
     """degradation records the path, backtracking trains the generator along it."""
     path: Adjustable[Annotated[str | None, tyro.conf.arg(aliases=["--trajectory_dir"])]] = None
-    """Folder of the path. Default: path in --output_dir. none, with --stage backtracking, has the teacher as the target
-    throughout: plain distribution matching."""
+    """Folder of the path. Default: path in --output_dir. none, with --stage backtracking, uses the teacher as the
+    target throughout: plain distribution matching."""
     controlnet_model_name_or_path: str | None = None
-    """ControlNet that the teacher is distilled with, and that the generator keeps as it is."""
+    """ControlNet that the teacher is distilled with, and that the generator keeps unchanged."""
     train_data_dir: str | None = None
-    """Folder of a data set. Its captions are the prompts; its images are read where they are needed: for the GAN loss,
-    for --denoising without --backward_simulation, and for conditions."""
+    """Folder of a data set. Its captions are the prompts; its images are read if needed: for the GAN loss, for
+    --denoising without --backward_simulation, and for conditions."""
     real_image_path: Adjustable[str | None] = None
-    """The same, but put aside where no images are needed; where they are, --train_prompt_path is put aside."""
+    """The same, but ignored if no images are needed; if they are, --train_prompt_path is ignored."""
     max_train_steps: Annotated[int | None, tyro.conf.arg(aliases=["--train_iters"])] = None
-    """Steps of backtracking in all, those before a resume included: each is one of the fake score, and every
-    --dfake_gen_update_ratio-th one of the generator, too."""
+    """Total number of backtracking steps, including those before a resume: each updates the fake score, and every
+    --dfake_gen_update_ratio-th one also the generator."""
     train_batch_size: Annotated[int, tyro.conf.arg(aliases=["--batch_size"])] = 1
-    """Examples per device and pass."""
+    """Examples per device and forward pass."""
     learning_rate: float = 5e-7
-    """The learning rate, after warm-up: of full-size models."""
+    """The learning rate, after warm-up; the default is for full-size models."""
     lr_warmup_steps: Annotated[int, tyro.conf.arg(aliases=["--warmup_step"])] = 500
-    """Updates of each network over which its learning rate rises from 0; constant has no warm-up."""
+    """Number of updates of each network over which its learning rate rises from 0; constant has no warm-up."""
     max_grad_norm: float = 10.0
     """Gradients of each network are scaled down to this norm; inf for no limit."""
     checkpointing_steps: int = 500
-    """Steps between two checkpoints, in both stages; 0 for none."""
+    """Steps between checkpoints, in both stages; 0 for none."""
     export_steps: Operational[int] = 0
-    """Steps between two exports of the generator into folders step-N, besides the one at the end; 0 for none."""
+    """Steps between exports of the generator into folders step-N, besides the one at the end; 0 for none."""
     teacher_guidance_scale: Operational[float] = 7.5
-    """Guidance scale of the teacher in validation pictures."""
+    """Guidance scale of the teacher in validation images."""
     lora_dropout: float = 0.0
     """Must be 0: a LoRA is trained without dropout here."""
     denoising_loss_weight: Operational[float] = 1.0
-    """Has no effect: nor does the reference code multiply anything by it."""
+    """Has no effect, nor is it used in the reference code."""
     sdxl: Operational[bool] = False
-    """Has no effect: what family a model is of, its folder says."""
+    """Has no effect: the model's family is read from its folder."""
 
     def check(self) -> None:
         super().check()
         self.require_at_least(0, "export_steps", "teacher_guidance_scale", "denoising_loss_weight")
         self.require("lora_dropout", self.lora_dropout == 0, "0")
         if self.path not in (None, NO_PATH) and (file := file_in_place_of(Path(self.path or ""))):
-            raise ValueError(f"--path {self.path} is not possible: {file} is a file, where a folder is needed.")
+            raise ValueError(f"--path {self.path} is not possible: {file} is a file, but must be a folder.")
         if self.path == NO_PATH and self.stage != "backtracking":
-            raise ValueError("--path none needs no stage but the second: give --stage backtracking with it.")
+            raise ValueError("--path none only needs the second stage: give --stage backtracking with it.")
 
     @property
     def controlnet(self) -> str | None:
@@ -105,7 +105,7 @@ def distill(args: DisbackRunFlags) -> None:
     """Runs the stages that the flags ask for.
 
     Args:
-      args: of the script.
+      args: the script's arguments.
 
     Raises:
       ValueError: if flags, model, data and path do not fit each other.
@@ -129,9 +129,9 @@ def record_path(args: DisbackRunFlags) -> DisbackRunFlags:
       The arguments, with the output folder filled in.
 
     Raises:
-      ValueError: as `distill`.
+      ValueError: as in `distill`.
     """
-    # Where both stages are run, the name of a checkpoint is that of one of the second.
+    # If both stages run, a checkpoint's name refers to the second.
     resume = args.resume_from_checkpoint and "latest" if args.stage == "both" else args.resume_from_checkpoint
     stage = replace(
         args,
@@ -151,7 +151,7 @@ def backtrack(args: DisbackRunFlags) -> None:
       args: as in `distill`.
 
     Raises:
-      ValueError: as `distill`.
+      ValueError: as in `distill`.
     """
     record = functools.partial(_export_record, args.export_steps)
     if args.path == NO_PATH:
@@ -168,7 +168,7 @@ def backtrack(args: DisbackRunFlags) -> None:
 
 
 def _identity(args: DisbackRunFlags, teacher_digest: str) -> dict[str, Any]:
-    """What a path is of: the teacher, of which the digest of the float32 UNet is given, and the generator."""
+    """A path's identity: the teacher, by the digest of its float32 UNet, and the generator."""
     return {
         "model": args.pretrained_model_name_or_path,
         "teacher": teacher_digest,
@@ -182,7 +182,7 @@ def _path_folder(args: DisbackRunFlags) -> Path:
 
 
 def _export_record(every: int, this: Run) -> Recorder | None:
-    """Exports the generator every so many steps into folders of their own."""
+    """Exports the generator every few steps into separate folders."""
 
     def write(state: Any, step: int) -> None:
         write_export(this, state, Path(this.args.output_dir) / f"step-{step}")
@@ -208,7 +208,7 @@ def _check_arrival(num_steps: int, args: DisbackRunFlags, num_nodes: int) -> Non
 
 
 def _recording() -> Hooks:
-    """A run whose state is a node of the path every so many steps, and which leaves the path."""
+    """A run that writes its state as a node of the path every few steps, and whose result is the path."""
     teachers: dict[str, str] = {}
 
     def folder(this: Run) -> Path:
@@ -216,7 +216,7 @@ def _recording() -> Hooks:
 
     def check(this: Run) -> None:
         _check_teacher(this)
-        # Now, since the teacher's float32 parameters are not kept.
+        # Now, because the teacher's float32 parameters are not kept.
         teachers["teacher"] = digest_of(this.load("unet"))
 
     def record(this: Run) -> Recorder:
@@ -237,7 +237,7 @@ def _recording() -> Hooks:
 
 
 def _walking(path: DegradationPath, args: DisbackRunFlags, record: Callable[[Run], Recorder | None]) -> Hooks:
-    """A run whose target goes from node to node of a path, and at last to the teacher."""
+    """A run whose target moves from node to node of a path, and finally to the teacher."""
 
     def check(this: Run) -> None:
         _check_teacher(this)
@@ -247,7 +247,7 @@ def _walking(path: DegradationPath, args: DisbackRunFlags, record: Callable[[Run
     def frozen(this: Run, constant: Frozen) -> MovingTarget:
         dtype = optim.compute_dtype(args.mixed_precision)
         nodes = [functools.partial(path.load, number, dtype) for number in reversed(range(len(path.nodes)))]
-        # A LoRA needs the teacher at every step; else it is read again, since until then it would only take memory.
+        # A LoRA needs the teacher at every step; otherwise it is read again later, to save memory until then.
         without_params = this.model.replace(params={})
         last = functools.partial(teacher.load_on_host, without_params, "unet", dtype)
         if args.generator_lora:

@@ -1,4 +1,4 @@
-"""The flags that the scripts of LCM share, besides those of the method."""
+"""The flags that LCM scripts share, besides the method's."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,29 +16,29 @@ _PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True, kw_only=True)
 class LcmRunFlags(LcmFlags, TrainingFlags):
-    """The flags of a run of LCM, but for data and conditions."""
+    """The flags of an LCM run, except data and conditions."""
 
     pretrained_model_name_or_path: Annotated[str, tyro.conf.arg(aliases=["--pretrained_teacher_model"])]
     """The teacher: a folder in diffusers' layout, or an id on the Hugging Face Hub."""
     revision: Annotated[str | None, tyro.conf.arg(aliases=["--teacher_revision"])] = None
-    """Branch, tag or commit of it on the hub."""
+    """Branch, tag or commit of the teacher on the hub."""
     pretrained_vae_model_name_or_path: str | None = None
-    """Autoencoder instead of the teacher's: a folder with its config.json, or an id on the hub."""
+    """Autoencoder to use instead of the teacher's: a folder with its config.json, or an id on the hub."""
     vae_precision: Literal["fp32", "fp16", "bf16"] | None = None
-    """Precision of the autoencoder. Default: that of --mixed_precision, but fp32 for one that says that it needs it
-    (force_upcast) instead of fp16."""
+    """Precision of the autoencoder. Default: from --mixed_precision, but fp32 instead of fp16 for one that needs it
+    (force_upcast)."""
     vae_encode_batch_size: Adjustable[int | None] = None
-    """Images of a device that the autoencoder takes at a time; fewer need less memory. Default: all."""
+    """Number of images per device that the autoencoder takes at a time; fewer need less memory. Default: all."""
     cast_teacher_unet: Operational[bool] = False
-    """Has no effect: what is not trained is kept in the precision of the computation always."""
+    """Has no effect: frozen networks are always kept in the precision of the computation."""
     checkpointing_steps: int = 500
-    """Steps between two checkpoints; 0 for none."""
+    """Steps between checkpoints; 0 for none."""
     validation_sampling_steps: Operational[tuple[int, ...]] = (1, 2, 4)
-    """Numbers of steps at which validation pictures show the student."""
+    """Numbers of steps with which validation images show the student."""
     guidance_scale: Operational[float] = 7.5
-    """Guidance scale in validation pictures, of the teacher and of the student."""
+    """Guidance scale in validation images, for teacher and student."""
     image_guidance_scale: Operational[float] = 1.5
-    """Guidance scale of the source image in validation pictures, likewise."""
+    """Guidance scale of the source image in validation images, for teacher and student."""
 
     def check(self) -> None:
         super().check()
@@ -76,7 +76,7 @@ class LcmTextRunFlags(ConditionFlags, LcmTextFlags, LcmRunFlags):
     """The flags of a run for a text-to-image model."""
 
     controlnet_model_name_or_path: str | None = None
-    """ControlNet that the teacher is distilled with, and that the student keeps as it is."""
+    """ControlNet that the teacher is distilled with, and that the student keeps unchanged."""
 
     @property
     def controlnet(self) -> str | None:

@@ -106,7 +106,7 @@ def test_flags_that_make_no_sense(tmp_path: Path):
     for changes, message in [
         ({}, "give either --input, a table, or --before_dir and --after_dir"),
         ({"before_dir": folder}, "--before_dir and --after_dir need each other"),
-        ({"before_dir": folder, "after_dir": folder, "teacher": "x"}, "--teacher draws both images"),
+        ({"before_dir": folder, "after_dir": folder, "teacher": "x"}, "--teacher generates both images"),
         ({"before_dir": folder, "after_dir": folder}, "give --instruction, one for all pairs, or --instructions"),
         (
             {"before_dir": folder, "after_dir": f"{folder}x", "instruction": "x"},

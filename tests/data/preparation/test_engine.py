@@ -105,7 +105,7 @@ def test_results_of_two_processes():
 
 
 def test_a_ray_that_is_not_there():
-    with pytest.raises(ValueError, match="--ray_address auto is not possible: it must be left out, or"):
+    with pytest.raises(ValueError, match="--ray_address auto is not possible: it must be omitted, or"):
         EngineFlags(ray_address="auto").check()
 
 
