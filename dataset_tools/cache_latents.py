@@ -88,7 +88,7 @@ def _load_model(args: Args) -> Model:
     args.check_resolution(multiple, f"the model {source}")
     return Model.from_pretrained(
         source,
-        untrained={"unet": None},
+        without_params=["unet"],
         dtype=optim.compute_dtype(args.mixed_precision),
         attention=args.attention,
         tokenizer=args.tokenizer_name,
