@@ -27,7 +27,7 @@ ENVIRONMENT = {
     # Compiled programs outlive the run. With a bound on its size JAX locks the folder, which the parallel workers need.
     "JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax"),
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 * 1024**3),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     # torch, the oracle: one thread in each worker, and sums in the same order on every machine.
     "OMP_NUM_THREADS": "1",

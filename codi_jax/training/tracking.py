@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from codi_jax.cli.flags import Flags, Operational
+from codi_jax.io.atomic import write_text
 
 METRICS_NAME = "metrics.jsonl"
 _WARM_UP = 3  # steps before a profile starts
@@ -167,7 +168,7 @@ class _Files:
         self._folder = output_dir / "validation"
         path = output_dir / METRICS_NAME
         kept = [line for line in _lines(path) if _step_of(line) <= step] if step else []
-        path.write_text("".join(kept), encoding="utf-8")
+        write_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def scalars(self, values: Mapping[str, float | int], step: int) -> None:

@@ -1,6 +1,5 @@
 """Applies weight deltas to files: an editor's UNet in, an adapted one out, a few tensors in memory at a time."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from codi_jax.cli.messages import listed
+from codi_jax.io.atomic import write_json
 from codi_jax.io.hub import ModelFolder
 from codi_jax.io.lora_files import load_lora
 from codi_jax.io.state_dict import to_flax_layout, to_torch_layout
@@ -153,8 +153,7 @@ def write_adapted(
             yield array
 
     write_model(folder, "unet", editor.module, header, arrays())
-    report = {"weight": weight, **asdict(delta.plan)}
-    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / REPORT, {"weight": weight, **asdict(delta.plan)})
 
 
 def describe(plan: Plan) -> str:
