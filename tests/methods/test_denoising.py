@@ -224,9 +224,7 @@ def test_models_that_cannot_be_trained_are_named():
         message = r"takes its guidance as an input \(time_cond_proj_dim\), which plain training does not give it"
         with pytest.raises(ValueError, match=message):
             method.configure(networks, method.flags())
-    message = (
-        r"--pretrained_model_name_or_path: its UNet has 7 input channels, and that of an .* model has 6: train one"
-    )
+    message = r"--pretrained_model_name_or_path: its UNet has 7 input channels, but an .* model's has 6: train one"
     with pytest.raises(ValueError, match=message):
         denoising.INSTRUCT_PIX2PIX.configure(INPAINTING, EditFlags())
 

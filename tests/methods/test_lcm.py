@@ -281,7 +281,9 @@ def test_each_script_takes_the_models_of_its_task() -> None:
     with pytest.raises(ValueError, match="the teacher is for the task 'inpaint', which LCM is not implemented for"):
         lcm.TEXT.configure(INPAINTING, LcmTextFlags())
     for networks, channels in ((TEXT_TO_IMAGE, 3), (INPAINTING, 7)):
-        message = f"--pretrained_teacher_model: its UNet has {channels} input channels, and that of .* has 6: train one"
+        message = (
+            f"--pretrained_teacher_model: its UNet has {channels} input channels, but an .* model's has 6: train one"
+        )
         with pytest.raises(ValueError, match=message):
             lcm.EDIT.configure(networks, LcmEditFlags())
     for networks in (TEXT_TO_IMAGE, CONTROLNET):

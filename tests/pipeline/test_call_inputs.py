@@ -31,7 +31,7 @@ BAD_CALLS = {
     "steps-lcm": ("lcm", {"steps": 51}, r"steps = 51: choose 1 to 50 \(original_inference_steps"),
     "codi": ("text-to-image", {"sampler": "codi"}, "The codi sampler needs the grid that the student was distilled on"),
     "ascending": ("lcm", {"timesteps": [1, 399], "steps": None}, r"timesteps = \[1, 399\]: they must descend"),
-    "beyond-T": ("lcm", {"timesteps": [1000], "steps": None}, "lie in 0 to 999"),
+    "beyond-T": ("lcm", {"timesteps": [1000], "steps": None}, "be in 0 to 999"),
     "no-times": ("lcm", {"timesteps": [], "steps": None}, "they must descend"),
     "uneven": ("text-to-image", {"timesteps": [999, 9]}, "the sampler ddim takes even steps only"),
     "two-counts": ("lcm", {"timesteps": [399], "steps": 2}, "steps = 2, but timesteps has 1 times: give only one"),

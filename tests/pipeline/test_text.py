@@ -76,7 +76,7 @@ def test_the_encoder_may_be_shorter_than_the_tokenizer(tokenizer: CLIPTokenizer)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizer: CLIPTokenizer) -> None:
-    with pytest.raises(ValueError, match="made token 513, but the text encoder knows 99: they are not of the same"):
+    with pytest.raises(ValueError, match="made token 513, but the text encoder knows 99: they are not from the same"):
         tokenize(tokenizer, ["a"], encoder(vocab_size=99, bos_token_id=97, eos_token_id=98, pad_token_id=98))
 
 

@@ -118,7 +118,7 @@ def test_flags_that_make_no_sense(tmp_path: Path):
     ]:
         with pytest.raises(ValueError, match=message):
             make(tmp_path / "out", **changes)
-    with pytest.raises(ValueError, match="names of columns alone"):
+    with pytest.raises(ValueError, match="only names of columns"):
         fields_of("{row.__class__}")
     assert not (tmp_path / "out").exists()
 
