@@ -64,8 +64,8 @@ def make_run(unet: Any, params: Any, batch: int) -> Callable[[], float]:
 
 def main(args: Args) -> None:
     teacher: Any = build_module(ModelFolder(args.model, "unet"))
-    surgeries = {"whole": whole(teacher.config)} | {name: find_level(name, args.table) for name in args.levels}
-    students = {name: prune(teacher, teacher.abstract_params(), kept_blocks) for name, kept_blocks in surgeries.items()}
+    levels = {"whole": whole(teacher.config)} | {name: find_level(name, args.table) for name in args.levels}
+    students = {name: prune(teacher, teacher.abstract_params(), kept_blocks) for name, kept_blocks in levels.items()}
     runs = {name: make_run(unet, params, args.batch) for name, (unet, params) in students.items()}
     turns = [{name: run() for name, run in runs.items()} for _ in range(args.repeats + 1)][1:]
     print("| UNet | parameters | ms / sample | ratio |\n|---|---:|---:|---:|")

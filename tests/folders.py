@@ -64,7 +64,7 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
 
 def make_pipeline(family: str, scratch: Path, scheduler: Any = None) -> Any:
     """A randomly weighted diffusers pipeline."""
-    cls, unet, is_xl, has_controlnet = FAMILIES[family]
+    cls, unet, is_sdxl, has_controlnet = FAMILIES[family]
     tokenizer = make_tokenizer(scratch / "vocabulary")
     if scheduler is None:
         lcm = diffusers.LCMScheduler(**SD_SCHEDULER)
@@ -76,14 +76,14 @@ def make_pipeline(family: str, scratch: Path, scheduler: Any = None) -> Any:
         "unet": make_torch("unet", unet, 3),
         "scheduler": scheduler,
     }
-    if is_xl:
+    if is_sdxl:
         second = {**TEXT, "hidden_size": 20, "hidden_act": "gelu", "architectures": ["CLIPTextModelWithProjection"]}
         parts["text_encoder_2"] = make_torch("text_encoder", second, 4)
         parts["tokenizer_2"] = tokenizer
     else:
         parts.update(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     if has_controlnet:
-        parts["controlnet"] = make_torch("controlnet", _controlnet(is_xl), 5)
+        parts["controlnet"] = make_torch("controlnet", _controlnet(is_sdxl), 5)
     pipeline = cls(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -96,9 +96,9 @@ def saved_pipeline(family: str, scratch: Path) -> Path:
     return scratch / family
 
 
-def _controlnet(is_xl: bool) -> dict[str, Any]:
-    unet = XL_UNET if is_xl else SD_UNET
-    return {key: unet.get(key, value) for key, value in TINY_CONTROLNETS["sdxl" if is_xl else "sd-1.x"].items()}
+def _controlnet(is_sdxl: bool) -> dict[str, Any]:
+    unet = XL_UNET if is_sdxl else SD_UNET
+    return {key: unet.get(key, value) for key, value in TINY_CONTROLNETS["sdxl" if is_sdxl else "sd-1.x"].items()}
 
 
 def refuse_weights(monkeypatch: pytest.MonkeyPatch) -> None:

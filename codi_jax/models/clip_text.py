@@ -256,7 +256,7 @@ def encode_text(
     text_encoders: Mapping[str, CLIPTextModel],
     params: Mapping[str, Any],
     ids: Mapping[str, Int[Array, "b s"]],
-    is_xl: bool,
+    is_sdxl: bool,
 ) -> tuple[Float[Array, "b s d"], Float[Array, "b p"]]:
     """Encodes token ids as Stable Diffusion does.
 
@@ -267,7 +267,7 @@ def encode_text(
       text_encoders: ``text_encoder``, and for SDXL ``text_encoder_2``.
       params: their parameters, under the same names.
       ids: token ids for each, under the same names.
-      is_xl: whether to use them as SDXL does.
+      is_sdxl: whether to use them as SDXL does.
 
     Returns:
       The features, and the pooled output of the last encoder.
@@ -275,7 +275,7 @@ def encode_text(
     outputs: list[Any] = [
         text_encoders[name].apply({"params": params[name]}, ids[name]) for name in sorted(text_encoders)
     ]
-    if is_xl:
+    if is_sdxl:
         context = jnp.concatenate([out.hidden_states[-2] for out in outputs], axis=-1)
     else:
         context = outputs[0].last_hidden_state

@@ -147,17 +147,17 @@ def numpy_distance(problem: Problem, f: np.ndarray, target: np.ndarray) -> np.nd
     return np.mean(difference**2)
 
 
-def real_networks(*, is_xl: bool = False, edits: bool = True) -> tuple[Networks, dict[str, Any]]:
-    config = {**(SMALL_XL if is_xl else SMALL_SD), "in_channels": 8 if edits else 4}
+def real_networks(*, is_sdxl: bool = False, edits: bool = True) -> tuple[Networks, dict[str, Any]]:
+    config = {**(SMALL_XL if is_sdxl else SMALL_SD), "in_channels": 8 if edits else 4}
     unet, params = small_unet(config)
     vae = standins.StandInVAE(standins.StandInVAE.Config(0.18, 4))
     return Networks(unet, vae), params
 
 
-def condition_of(is_xl: bool, size: int = 2) -> Condition:
+def condition_of(is_sdxl: bool, size: int = 2) -> Condition:
     rng = np.random.default_rng(5)
-    width = 44 if is_xl else 24
+    width = 44 if is_sdxl else 24
     added = {"text_embeds": rng.standard_normal((size, 20)), "time_ids": rng.uniform(0, 64, (size, 6))}
-    tree = (rng.standard_normal((size, 5, width)), added if is_xl else None, rng.standard_normal((size, 8, 8, 4)))
+    tree = (rng.standard_normal((size, 5, width)), added if is_sdxl else None, rng.standard_normal((size, 8, 8, 4)))
     context, added, image = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
     return Condition(context, added, image=image)

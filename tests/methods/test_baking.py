@@ -14,16 +14,16 @@ from codi_jax.methods.lcm import LcmFlags
 
 
 @pytest.mark.parametrize("two", [False, True], ids=["one guidance", "two guidances"])
-@pytest.mark.parametrize("is_xl", [False, True], ids=["sd", "sdxl"])
-def test_a_baked_student_is_the_student(is_xl: bool, two: bool) -> None:
-    networks, params = real_networks(is_xl=is_xl)
+@pytest.mark.parametrize("is_sdxl", [False, True], ids=["sd", "sdxl"])
+def test_a_baked_student_is_the_student(is_sdxl: bool, two: bool) -> None:
+    networks, params = real_networks(is_sdxl=is_sdxl)
     weights = {"w_image_min": 0.0, "w_image_max": 2.0} if two else {}
     student = lcm.configure(networks, LcmFlags(unet_time_cond_proj_dim=16, **weights)).student.unet
     params = standins.random_params(student, 3)
     scales = (4.5, 1.7) if two else (4.5, None)
     baked, baked_params = bake_guidance(student, params, *scales)
     assert baked.config == networks.unet.config
-    z, t, condition = jax.random.normal(jax.random.key(1), (2, 8, 8, 4)), jnp.array([19, 999]), condition_of(is_xl)
+    z, t, condition = jax.random.normal(jax.random.key(1), (2, 8, 8, 4)), jnp.array([19, 999]), condition_of(is_sdxl)
     z = jnp.concatenate([z, condition.image], axis=-1)
     embedding = np.concatenate([numpy_embedding(np.full(2, s - 1), 16) for s in scales if s is not None], 1)
 

@@ -25,7 +25,7 @@ from codi_jax.training.optim import TrainState
 
 B = 2
 # bk_small for two resolutions.
-SURGERY = KeptBlocks.from_dict("small", {"resolutions": LEVELS["bk_small"]["resolutions"][:2], "mid": "drop"})
+KEPT_BLOCKS = KeptBlocks.from_dict("small", {"resolutions": LEVELS["bk_small"]["resolutions"][:2], "mid": "drop"})
 TEACHER = {
     **SMALL_SD,
     "layers_per_block": 2,
@@ -33,7 +33,7 @@ TEACHER = {
     "out_channels": CHANNELS,
     "cross_attention_dim": 5,
 }
-TAPS = ["down_blocks_0", "down_blocks_1", "up_blocks_0", "up_blocks_1"]
+BLOCKS = ["down_blocks_0", "down_blocks_1", "up_blocks_0", "up_blocks_1"]
 VARIANTS: dict[str, dict[str, Any]] = {
     "of the paper": {},
     "normalized": {"feature_normalize": True, "output_weight": 0.5, "feature_weight": 0.25, "noise_offset": 0.2},
@@ -63,7 +63,7 @@ def networks_of(unet: Any) -> Networks:
     return dataclasses.replace(TEXT_TO_IMAGE, unet=unet)
 
 
-def make(kept_blocks: KeptBlocks | None = SURGERY, student: str = "v_prediction", **options: Any) -> Problem:
+def make(kept_blocks: KeptBlocks | None = KEPT_BLOCKS, student: str = "v_prediction", **options: Any) -> Problem:
     torch_teacher, unet, params = make_pair("unet", TEACHER)
     method = bk_sdm.method(kept_blocks)
     setup = method.configure(networks_of(unet), BkSdmFlags(**options))
@@ -117,10 +117,10 @@ def numpy_terms(problem: Problem, key: jax.Array) -> dict[str, Any]:
         "task": np.mean(weights * of_sample(student - (noise if is_eps else α * noise - σ * z0))),
         "output": np.mean(of_sample(student - teacher)),
     }
-    for tap in TAPS:
-        scale = of_sample(of_teacher[tap]) if flags.feature_normalize else 1.0
-        terms[f"features/{tap}"] = np.mean(of_sample(of_student[tap] - of_teacher[tap]) / scale)
-    return terms | {"features": sum(terms[f"features/{tap}"] for tap in TAPS)}
+    for block in BLOCKS:
+        scale = of_sample(of_teacher[block]) if flags.feature_normalize else 1.0
+        terms[f"features/{block}"] = np.mean(of_sample(of_student[block] - of_teacher[block]) / scale)
+    return terms | {"features": sum(terms[f"features/{block}"] for block in BLOCKS)}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -143,7 +143,7 @@ def test_a_student_that_lacks_nothing_starts_as_its_teacher() -> None:
     assert hash(problem.setup) == hash(dataclasses.replace(problem.setup))
     _, terms = problem.loss(jax.random.key(0))
     assert float(terms["output"]) == float(terms["features"]) == 0
-    assert {f"features/{tap}" for tap in [*TAPS, "mid_block"]} <= terms.keys()
+    assert {f"features/{block}" for block in [*BLOCKS, "mid_block"]} <= terms.keys()
     assert terms["task"] > 0
 
 
@@ -161,7 +161,7 @@ def test_without_its_weights_the_teacher_is_not_computed_and_it_is_plain_trainin
 @pytest.mark.slow
 def test_an_update_moves_student_and_average_and_nothing_else() -> None:
     """The average is one of the student, and not of the whole UNet."""
-    problem, method = make(use_ema=True, ema_decay=0.9), bk_sdm.method(SURGERY)
+    problem, method = make(use_ema=True, ema_decay=0.9), bk_sdm.method(KEPT_BLOCKS)
     state = problem.state
     new, metrics = jax.jit(method.step(problem.setup, optax.sgd(0.1)))(state, problem.frozen, batch())
     assert jax.tree.structure(new.ema) == jax.tree.structure(state.params)
@@ -177,9 +177,9 @@ def test_an_update_moves_student_and_average_and_nothing_else() -> None:
 def test_the_student_is_what_stays_of_the_teacher() -> None:
     """It alone is trained, has an average and recomputes."""
     _, unet, params = make_pair("unet", TEACHER)
-    networks, method = networks_of(unet), bk_sdm.method(SURGERY)
+    networks, method = networks_of(unet), bk_sdm.method(KEPT_BLOCKS)
     setup = method.configure(networks, BkSdmFlags(), remat=True)
-    wanted_unet, wanted = prune(unet, params, SURGERY)
+    wanted_unet, wanted = prune(unet, params, KEPT_BLOCKS)
     assert setup.student.unet == dataclasses.replace(wanted_unet, remat=True)
     assert (setup.networks, setup.trained, setup.ema_decay) == (networks, ("unet",), None)
     state = method.init(setup, {"unet": params}.__getitem__, optax.identity(), jax.random.key(0))
@@ -227,17 +227,17 @@ def test_a_teacher_that_takes_its_guidance_as_an_input_is_refused() -> None:
     unet = make_pair("unet", {**TEACHER, "time_cond_proj_dim": 16})[1]
     message = r"takes its guidance as an input \(time_cond_proj_dim\), which plain training does not give it: take"
     with pytest.raises(ValueError, match=message):
-        bk_sdm.method(SURGERY).configure(networks_of(unet), BkSdmFlags())
+        bk_sdm.method(KEPT_BLOCKS).configure(networks_of(unet), BkSdmFlags())
 
 
 @pytest.mark.parametrize("networks", [CONTROLNET, EDITING, INPAINTING], ids=["controlnet", "edit", "inpaint"])
 def test_a_teacher_with_other_conditions_than_text_is_refused(networks: Networks) -> None:
     """It could be pruned, and what is left of it would not be the model that its folder says."""
     with pytest.raises(ValueError, match="--pretrained_model_name_or_path: take a text-to-image model without a"):
-        bk_sdm.method(SURGERY).configure(networks, BkSdmFlags())
+        bk_sdm.method(KEPT_BLOCKS).configure(networks, BkSdmFlags())
 
 
-def test_a_surgery_for_another_architecture_is_refused_before_weights_are_read() -> None:
+def test_blocks_of_another_architecture_are_refused_before_weights_are_read() -> None:
     unet = make_pair("unet", TEACHER)[1]
     kept_blocks = KeptBlocks.from_dict("bk_base", LEVELS["bk_base"])
     with pytest.raises(ConfigError, match="bk_base"):

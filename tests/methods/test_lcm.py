@@ -76,15 +76,15 @@ def test_without_an_average_the_target_is_the_student_as_a_constant() -> None:
 # ---- With the real networks, small
 
 
-@pytest.mark.parametrize("is_xl", [False, True], ids=["sd", "sdxl"])
-def test_the_student_starts_as_the_teacher(is_xl: bool) -> None:
+@pytest.mark.parametrize("is_sdxl", [False, True], ids=["sd", "sdxl"])
+def test_the_student_starts_as_the_teacher(is_sdxl: bool) -> None:
     """The reference leaves the projection of the guidance weights random."""
-    networks, params = real_networks(is_xl=is_xl)
+    networks, params = real_networks(is_sdxl=is_sdxl)
     setup = lcm.configure(networks, LcmFlags())
     state = lcm.init(setup, {"unet": params}.__getitem__, optax.identity(), jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, state.ema, state.params)
     z, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 4)), jnp.array([19, 999])
-    conditions = Conditions(condition_of(is_xl))
+    conditions = Conditions(condition_of(is_sdxl))
     teacher = predict(networks, {"unet": params}, z, t, conditions)
     student = predict(setup.student, state.params, z, t, conditions, Guidance.embedded(jnp.array([2.0, 9.0])))
     assert np.abs(np.asarray(teacher)).max() > 0.01

@@ -157,7 +157,7 @@ def test_keys_and_shapes_are_those_of_the_published_students(teacher: dict, name
         assert ours == wanted
 
 
-def test_the_whole_unet_is_a_surgery_too() -> None:
+def test_all_blocks_may_be_kept() -> None:
     for config in (FOUR, DEEP_XL, {**FOUR, "layers_per_block": [1, 2, 2, 3]}, {**FOUR, "mid_block_type": None}):
         teacher = unet(config)
         student, params = prune(teacher, teacher.abstract_params(), pruning.whole(teacher.config))

@@ -84,7 +84,7 @@ def test_residuals_enter_where_diffusers_adds_them() -> None:
 
 
 @pytest.mark.parametrize("family", ["sd-1.x", "bk-tiny", "sdxl"])
-def test_taps_are_the_outputs_of_the_blocks(family: str) -> None:
+def test_intermediates_are_the_outputs_of_the_blocks(family: str) -> None:
     config = TINY_UNETS[family]
     model, module, params = make_pair(config)
     batch = inputs(config)

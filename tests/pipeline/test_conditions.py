@@ -21,22 +21,22 @@ START, END = TEXT["bos_token_id"], TEXT["eos_token_id"]
 EMPTY = np.array([[START] + [END] * (TEXT["max_position_embeddings"] - 1)], np.int32)
 
 
-def raw_batch(is_xl: bool, size: int = 2) -> dict[str, Any]:
+def raw_batch(is_sdxl: bool, size: int = 2) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     ids = rng.integers(0, START, (size, EMPTY.shape[1])).astype("i4")
     ids[:, -1] = END
     batch: dict[str, Any] = {
         "pixels": rng.integers(0, 256, (size, SIZE, SIZE, 3), dtype=np.uint8),
         "conditioning": rng.integers(0, 256, (size, SIZE, SIZE, 3), dtype=np.uint8),
-        "input_ids": {"text_encoder": ids, **({"text_encoder_2": ids[::-1].copy()} if is_xl else {})},
+        "input_ids": {"text_encoder": ids, **({"text_encoder_2": ids[::-1].copy()} if is_sdxl else {})},
     }
-    if is_xl:
+    if is_sdxl:
         batch["time_ids"] = rng.uniform(0, 99, (size, 6)).astype("f4")
     return jax.tree.map(jnp.asarray, batch)
 
 
-def model(pairs: Pairs, is_xl: bool) -> tuple[Networks, dict[str, Params]]:
-    ours: Model = pairs("sdxl-controlnet" if is_xl else "controlnet").ours
+def model(pairs: Pairs, is_sdxl: bool) -> tuple[Networks, dict[str, Params]]:
+    ours: Model = pairs("sdxl-controlnet" if is_sdxl else "controlnet").ours
     return ours.networks, dict(ours.params)
 
 
@@ -49,10 +49,10 @@ def encode_ids(networks: Networks, params: dict[str, Any], ids: dict[str, Any]) 
     return jnp.concatenate([first.hidden_states[-2], second.hidden_states[-2]], -1), second.pooled
 
 
-@pytest.mark.parametrize("is_xl", [False, True])
-def test_a_raw_batch(pairs: Pairs, is_xl: bool) -> None:
-    networks, params = model(pairs, is_xl)
-    batch = raw_batch(is_xl)
+@pytest.mark.parametrize("is_sdxl", [False, True])
+def test_a_raw_batch(pairs: Pairs, is_sdxl: bool) -> None:
+    networks, params = model(pairs, is_sdxl)
+    batch = raw_batch(is_sdxl)
     ids = {name: jnp.asarray(EMPTY) for name in batch["input_ids"]}
     key = jax.random.key(5)
 
@@ -75,7 +75,7 @@ def test_a_raw_batch(pairs: Pairs, is_xl: bool) -> None:
     for condition, tokens in ((conditions.full, batch["input_ids"]), (conditions.null, jax.tree.map(_twice, ids))):
         context, pooled = encode_ids(networks, params, tokens)
         np.testing.assert_allclose(condition.context, context, rtol=1e-4, atol=1e-5)
-        if is_xl:
+        if is_sdxl:
             np.testing.assert_allclose(condition.added_cond["text_embeds"], pooled, rtol=1e-4, atol=1e-5)
             np.testing.assert_array_equal(condition.added_cond["time_ids"], batch["time_ids"])
         else:

@@ -137,7 +137,7 @@ def test_variants_can_be_traced(inputs: Inputs, tmp_path: Path, monkeypatch: pyt
         assert prepared.frozen.teacher_schedule.prediction_type == "epsilon"
 
 
-def test_without_surgery_the_student_is_the_whole_teacher(
+def test_unpruned_the_student_is_the_whole_teacher(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = prepare(bk_sdm, inputs, tmp_path, monkeypatch, prepare_unet=False, validation_epochs=2)

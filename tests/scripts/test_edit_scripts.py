@@ -104,8 +104,8 @@ def test_lcm_writes_a_student_and_its_average(models: Models, students: Callable
     assert_frozen(out, inputs.model, "vae", "text_encoder")
     names = {path.name for path in out.iterdir()}
     promised = {"unet", "unet_target", "text_encoder", "tokenizer", "vae", "scheduler", "checkpoint-2", "logs"}
-    is_xl = FAMILIES[family][2]
-    assert promised | ({"text_encoder_2", "tokenizer_2"} if is_xl else set()) <= names | {"logs"}
+    is_sdxl = FAMILIES[family][2]
+    assert promised | ({"text_encoder_2", "tokenizer_2"} if is_sdxl else set()) <= names | {"logs"}
     assert json.loads((out / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "LCMScheduler"
     student, target = weights_of(out / "unet"), weights_of(out / "unet_target")
     assert student.keys() == target.keys() == {*weights_of(inputs.model / "unet"), "time_embedding.cond_proj.weight"}

@@ -223,10 +223,10 @@ def test_a_run_resumed_with_another_prediction_type_is_refused_first(
 def test_what_a_run_is_beyond_its_flags_must_stay_the_same(
     folder: Path, tmp_path: Path, called: list[tuple[Any, ...]]
 ) -> None:
-    run(SET, args_of(folder, tmp_path, checkpointing_steps=1), identity={"surgery": "one"})
+    run(SET, args_of(folder, tmp_path, checkpointing_steps=1), identity={"blocks": "one"})
     resumed = args_of(folder, tmp_path, max_train_steps=3, resume_from_checkpoint="latest")
-    with pytest.raises(CheckpointError, match='was made with surgery = "one", but this run has "two"'):
-        run(SET, resumed, identity={"surgery": "two"})
+    with pytest.raises(CheckpointError, match='was made with blocks = "one", but this run has "two"'):
+        run(SET, resumed, identity={"blocks": "two"})
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
