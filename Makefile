@@ -10,7 +10,8 @@ INSTALLED := $(VENV)/.installed
 LOWEST    := .venv-lowest
 # -qq: errors only. Without it pip prints a line for each of some 100 packages.
 PIP       := -m pip --disable-pip-version-check install -qq
-PYTEST    := -m pytest -n $(JOBS) --dist worksteal
+# A file's tests run in one process, which makes their models and compiles their programs once.
+PYTEST    := -m pytest -n $(JOBS) --dist loadfile
 COMPILE   := uv pip compile -q pyproject.toml --extra test --no-annotate
 # torch is named in TORCH. The CUDA packages that it asks for on Linux stay out: the tests run on the CPU.
 NOT_TORCH := grep -vE '^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)=='

@@ -24,6 +24,7 @@ ENVIRONMENT = {
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     # Programs of tests are small and run few times: it is compiling them that takes the time.
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",  # without optimizations, the other emitter takes half the time
     # Compiled programs outlive the run. With a bound on its size JAX locks the folder, which the parallel workers need.
     "JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax"),
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 * 1024**3),

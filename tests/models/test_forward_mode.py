@@ -58,7 +58,10 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+LARGE = ["sdxl, in a loop, recomputed"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in NETWORKS])
 def test_tangents_agree_with_finite_differences_and_with_cotangents(name: str) -> None:
     """In float64 but for the scores of attention and a VAE's latents, which are always float32."""
     with jax.enable_x64(True):

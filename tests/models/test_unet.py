@@ -218,6 +218,7 @@ def test_scanned_layers_are_compiled_once() -> None:
     assert blocks(module.clone(scan_layers=True)) == 5 + 6
 
 
+@pytest.mark.slow
 def test_scanned_layers_round_as_the_others() -> None:
     _, module, params = make_pair(TINY_SDXL)
     module, batch = module.clone(dtype=jnp.bfloat16), inputs(TINY_SDXL)

@@ -42,7 +42,7 @@ OF_DATA = {"image_column": "image", "caption_column": "text", "conditioning_imag
 OF_LCM = {"validation_sampling_steps": (1, 2), "unet_time_cond_proj_dim": 16, "w_min": 1.0, "w_max": 4.0}
 # A large learning rate, so that the guidance that starts with no effect gets one in two steps.
 OF_STUDENTS = {**OF_DATA, **OF_LCM, "conditioning_dropout_prob": 0.1, "checkpointing_steps": 1, "learning_rate": 0.03}
-EDITORS = ["instruct-pix2pix", "sdxl-instruct-pix2pix"]
+EDITORS = ["instruct-pix2pix", pytest.param("sdxl-instruct-pix2pix", marks=pytest.mark.slow)]
 Models = Callable[[str], Inputs]
 
 
@@ -70,6 +70,7 @@ def source() -> Image.Image:
     return numbered(120, (SIZE, SIZE))
 
 
+@pytest.mark.slow
 def test_an_editor_is_made_of_a_text_to_image_model(models: Models, tmp_path: Path) -> None:
     inputs = models("text-to-image")
     out = run(edit, inputs, tmp_path / "run", conditioning_dropout_prob=0.1, use_ema=True, **OF_DATA)
@@ -157,6 +158,7 @@ def test_a_finished_run_is_exported_anew_with_its_guidance_baked_in(
         assert changed == {"time_embedding.linear_1.bias"}
 
 
+@pytest.mark.slow
 def test_a_student_of_two_guidances_takes_both(models: Models, tmp_path: Path) -> None:
     flags = {"w_image_min": 0.0, "w_image_max": 1.0, **OF_DATA, **OF_LCM, "learning_rate": 0.05}
     out = run(lcm_edit, models("instruct-pix2pix"), tmp_path / "run", **flags)
@@ -172,6 +174,7 @@ def test_a_student_of_two_guidances_takes_both(models: Models, tmp_path: Path) -
     assert diffusers.DiffusionPipeline.from_pretrained(out).unet.config.time_cond_proj_dim == 32
 
 
+@pytest.mark.slow
 def test_a_lora_loads_in_diffusers(models: Models, tmp_path: Path) -> None:
     inputs = models("text-to-image")
     # The layers of the student itself are not scanned, which a LoRA could not find.
@@ -229,6 +232,7 @@ def test_a_text_to_image_student_and_another_autoencoder(models: Models, tmp_pat
     assert_same_weights(out / "vae", tmp_path / "vae")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_run(models: Models, students: Callable[[str], Path], tmp_path: Path) -> None:
     out = students("instruct-pix2pix")
     resumed = {"resume_from_checkpoint": str(out / "checkpoint-1")}

@@ -296,6 +296,7 @@ def test_copies_are_added_to_the_training_pictures_alone(with_copies: Path, fold
     assert same.diff_files == same.left_only == same.right_only == []
 
 
+@pytest.mark.slow
 def test_a_copy_is_the_picture_elsewhere(with_copies: Path) -> None:
     rows = read_rows(with_copies)["train"]
     train = by_codepoints({"train": rows[:3553]})
@@ -314,6 +315,7 @@ def test_a_copy_is_the_picture_elsewhere(with_copies: Path) -> None:
         np.testing.assert_array_equal(edges[..., 0], canny(picture))
 
 
+@pytest.mark.slow
 def test_every_second_copy_shows_and_names_two_training_pictures(with_copies: Path) -> None:
     rows = read_rows(with_copies)["train"]
     names = {row["text"][0] for row in rows[:3553]}
