@@ -715,6 +715,7 @@ print((status("VmHWM") - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(p
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_peak_memory(tmp_path: Path, kind: str):

@@ -49,6 +49,7 @@ def test_loss_is_that_of_the_paper(params, batch, rec_loss):
     np.testing.assert_allclose(metrics["psnr"], psnr, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_reconstructs_and_gives_the_latents_a_scale(params, batch):
     optimizer = optax.adam(3e-3)
     setup = autoencoder.configure(NETWORKS, AutoencoderFlags(rec_loss="l2", use_ema=True, ema_decay=0.5))

@@ -51,6 +51,7 @@ def test_a_variant_is_that_of_the_parts_that_have_it(pairs: Pairs, tmp_path: Pat
         jax.tree.map(np.testing.assert_array_equal, params, wanted)
 
 
+@pytest.mark.slow
 def test_float16_on_a_cpu_stays_near_float32(pairs: Pairs) -> None:
     pair = pairs("sdxl")
     half = Model.from_pretrained(pair.folder, dtype=jnp.float16)

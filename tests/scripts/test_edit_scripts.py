@@ -220,6 +220,7 @@ def test_the_grid_that_a_student_is_trained_on_is_the_one_it_is_sampled_on(
             assert json.loads(opened.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 6
 
 
+@pytest.mark.slow
 def test_a_text_to_image_student_and_another_autoencoder(models: Models, tmp_path: Path) -> None:
     inputs = models("text-to-image")
     vae = diffusers.AutoencoderKL.from_pretrained(inputs.model, subfolder="vae")

@@ -115,6 +115,7 @@ def test_a_student_that_is_trained_at_all_times_is_a_student_no_more(
     assert NoiseSchedule.from_pretrained(model).sampling.grid_steps == 20
 
 
+@pytest.mark.slow
 def test_from_scratch_needs_no_weights(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = Path(shutil.copytree(inputs.model, tmp_path / "model"))
     for name in ("unet", "text_encoder"):
