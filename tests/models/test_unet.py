@@ -308,3 +308,15 @@ def test_full_size_sd15_forward_pass_equals_diffusers() -> None:
     error = float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
     print(f"SD 1.5 UNet, 64 x 64 latents: max |Δ| = {error:.2e} of the output's max")
     assert_close(ours, theirs)
+
+
+def test_shapes_are_traced_once_and_are_each_callers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[UNet2DCondition] = []
+    real = UNet2DCondition.random_params
+    monkeypatch.setattr(UNet2DCondition, "random_params", lambda self, key: [traced.append(self), real(self, key)][1])
+    first, second = (UNet2DCondition(UNetConfig.from_dict({**TINY_SD15, "in_channels": n})) for n in (5, 6))
+    shapes = first.abstract_params()
+    shapes["conv_in"].clear()
+    assert first.abstract_params()["conv_in"]["kernel"].shape == (3, 3, 5, 32)
+    assert second.abstract_params()["conv_in"]["kernel"].shape == (3, 3, 6, 32)
+    assert traced == [first, second]
