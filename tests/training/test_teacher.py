@@ -17,6 +17,7 @@ from folders import SIZE, make_pipeline, make_tokenizer, refuse_weights
 from codi_jax.diffusion.sampling_spec import SamplingSpec
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.models import sharding
+from codi_jax.models.network import Network
 from codi_jax.pipeline import model as pipelines
 from codi_jax.pipeline.model import Model
 from codi_jax.training import batches, teacher
@@ -32,6 +33,11 @@ class Flags(TrainingFlags):
     steps: tuple[int | None, ...] = (None,)
     shows_teacher: bool = False
     other_vae: str | None = None
+    random: tuple[str, ...] = ()
+
+    @property
+    def starts_random(self) -> tuple[str, ...]:
+        return self.random
 
     @property
     def controlnet(self) -> str | None:
@@ -116,6 +122,22 @@ def test_weights_are_loaded_to_the_devices_that_keep_them(model: Path, monkeypat
     everything = [half.params, loader_of(half, sharding.make_mesh())("unet")]
     assert len(placed) == len(jax.tree.leaves(everything))
     assert not any(isinstance(array, jax.Array) for array in placed)
+
+
+def test_networks_that_start_random_differ(model: Path, exact: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a key of its own, which follows from the seed; the others are read from the folder."""
+
+    def keys(seed: int) -> dict[str, bytes]:
+        loaded = load(model, random=("unet", "text_encoder"), seed=seed)
+        assert_same(loaded.params["vae"], exact.params["vae"])
+        return {name: np.asarray(loaded.params[name]["key"]).tobytes() for name in ("unet", "text_encoder")}
+
+    monkeypatch.setattr(Network, "random_params", lambda self, key: {"key": jax.random.key_data(key)})
+    for network in {type(network) for network in exact.networks.by_name().values()}:
+        monkeypatch.setattr(network, "random_params", Network.random_params)
+    first, other = keys(0), keys(1)
+    assert len({*first.values(), *other.values()}) == 4
+    assert keys(0) == first
 
 
 def test_what_is_read_again_is_of_the_same_revision(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
