@@ -132,12 +132,13 @@ from pathlib import Path
 import jax, numpy as np
 from picture_folders import count_tokens
 from test_load import numbers, take
+from codi_jax.io import processes
 from codi_jax.models import sharding
 from codi_jax.training.checkpoint import Checkpoints
 from codi_jax.data import DataFlags, load_data, streams
 
 streams.WINDOW = 6
-sharding.initialize()
+processes.initialize()
 
 def load():
     flags = DataFlags(train_data_dir=sys.argv[1], streaming=True, resolution=32, allow_outside_paths=True)

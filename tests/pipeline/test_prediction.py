@@ -145,7 +145,8 @@ def test_a_prediction_is_the_call_of_the_networks(given: Given) -> None:
     down, mid = apply_controlnet({"params": params["controlnet"]}, z, t, c.context, c.control, added_cond=c.added_cond)
     both, _ = apply_unet({"params": params["unet"]}, z, t, c.context, None, c.added_cond, down, mid)
     ours = predict(networks, params, z, t, conditions)
-    np.testing.assert_allclose(ours, both, rtol=1e-5, atol=1e-6)
+    # Two programs in one and in two parts: a few roundings of features whose size is one.
+    np.testing.assert_allclose(ours, both, rtol=1e-5, atol=3e-6)
     assert np.abs(np.asarray(ours - alone)).max() > 1e-3
 
 
