@@ -14,12 +14,13 @@ from codi_jax.cli import command_line
 from codi_jax.data.preparation.conditions import Pair, PairFlags
 from codi_jax.data.preparation.job import JobFlags, describe, make_data_set
 from codi_jax.data.preparation.tables import ScoreFlags, TableFlags, image_columns, open_table
+from codi_jax.io.download import DownloadFlags
 
 COYO = "kakaobrain/coyo-700m"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(JobFlags, PairFlags, ScoreFlags, TableFlags):
+class Args(JobFlags, DownloadFlags, PairFlags, ScoreFlags, TableFlags):
     """Makes a data set of images, condition images and captions."""
 
     input: str | None = None
@@ -47,7 +48,8 @@ def main(args: Args) -> None:
     items, line = open_table(args, columns, default=COYO, filters=args.filters)
     print(f"reading {line}")
     made_with = {name: getattr(args, name) for name in _MADE_WITH}
-    print(describe(make_data_set(args, items, Pair(PairFlags.of(args), args.seed), made_with), args))
+    pair = Pair(PairFlags.of(args), args.seed)
+    print(describe(make_data_set(args, items, pair, made_with, DownloadFlags.of(args)), args))
 
 
 # The flags that a resumed run must share with the stopped one.

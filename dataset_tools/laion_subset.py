@@ -14,12 +14,13 @@ from codi_jax.data.preparation.conditions import Pair, PairFlags
 from codi_jax.data.preparation.job import JobFlags, describe, make_data_set
 from codi_jax.data.preparation.pictures import PictureFlags
 from codi_jax.data.preparation.tables import ScoreFlags, TableFlags, image_columns, open_table
+from codi_jax.io.download import DownloadFlags
 
 LAION_ART = "recastai/LAION-art-EN-improved-captions"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(JobFlags, PictureFlags, ScoreFlags, TableFlags):
+class Args(JobFlags, DownloadFlags, PictureFlags, ScoreFlags, TableFlags):
     """Downloads a random subset of a table of URLs and captions."""
 
     input: str | None = None
@@ -35,7 +36,8 @@ def main(args: Args) -> None:
     items, line = open_table(args, columns, default=LAION_ART, filters=args.filters, shuffle=args.shuffle)
     print(f"reading {line}")
     pair = Pair(PairFlags(**vars(PictureFlags.of(args)), condition="none"), args.seed)
-    print(describe(make_data_set(args, items, pair, {name: getattr(args, name) for name in _MADE_WITH}), args))
+    made_with = {name: getattr(args, name) for name in _MADE_WITH}
+    print(describe(make_data_set(args, items, pair, made_with, DownloadFlags.of(args)), args))
 
 
 # The flags that a resumed run must share with the stopped one.

@@ -25,12 +25,13 @@ from codi_jax.data.preparation.job import JobFlags, describe, make_data_set
 from codi_jax.data.preparation.pictures import PictureFlags
 from codi_jax.data.preparation.rows import InputRow, Skipped
 from codi_jax.data.preparation.tables import TableColumns, TableFlags, find_column, id_column, open_table
+from codi_jax.io.download import DownloadFlags
 
 _SHARD_SIZE, _GENERATED = 1000, 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(JobFlags, GenerateFlags, PictureFlags, TableFlags):
+class Args(JobFlags, DownloadFlags, GenerateFlags, PictureFlags, TableFlags):
     """Makes triples of an image, an instruction and the edited image."""
 
     input_image_column: str = BEFORE
@@ -128,7 +129,8 @@ def main(args: Args) -> None:
     else:
         items, line = open_table(args, functools.partial(pair_columns, args))
     print(f"reading {line}")
-    print(describe(make_data_set(args, items, prepare, {name: getattr(args, name) for name in _MADE_WITH}), args))
+    made_with = {name: getattr(args, name) for name in _MADE_WITH}
+    print(describe(make_data_set(args, items, prepare, made_with, DownloadFlags.of(args)), args))
 
 
 # The flags that a resumed run must share with the stopped one.

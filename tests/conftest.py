@@ -9,6 +9,7 @@ import random
 import resource
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ ENVIRONMENT = {
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     # Programs of tests are small and run few times: it is compiling them that takes the time.
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",  # without optimizations, the other emitter takes half the time
+    # Without optimizations, the older emitter takes half the time. Later versions have only the newer one.
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "",
     # Compiled programs outlive the run. With a bound on its size JAX locks the folder, which the parallel workers need.
     "JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax"),
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 * 1024**3),

@@ -58,7 +58,7 @@ class OutputFlags(Flags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobFlags(OutputFlags, EngineFlags, DownloadFlags):
+class JobFlags(OutputFlags, EngineFlags):
     """The flags that this module reads; those of a tool include more."""
 
 
@@ -141,7 +141,11 @@ class ShardWork:
 
 
 def make_data_set(
-    flags: JobFlags, items: Callable[[], Iterable[InputRow | Skipped]], prepare: Prepare, description: Mapping[str, Any]
+    flags: JobFlags,
+    items: Callable[[], Iterable[InputRow | Skipped]],
+    prepare: Prepare,
+    description: Mapping[str, Any],
+    downloads: DownloadFlags | None = None,
 ) -> dict[str, Any]:
     """Makes the data set, or resumes the work on it.
 
@@ -150,6 +154,7 @@ def make_data_set(
       items: opens the rows of the input, which are the same at every call.
       prepare: makes the samples of a row.
       description: everything that the samples depend on, as JSON; a data set begun with other values is refused.
+      downloads: how to download the pictures of rows that have addresses.
 
     Returns:
       The summary: the number of "samples", and "rejected", the number of rows by reason.
@@ -164,7 +169,7 @@ def make_data_set(
     description = json.loads(json.dumps({**description, **{name: getattr(flags, name) for name in names}}))
     if begin(target, description):
         output_format = format_of(flags.output_format)
-        work = ShardWork(staging, output_format, prepare, DownloadFlags.of(flags))
+        work = ShardWork(staging, output_format, prepare, downloads or DownloadFlags())
         # A forked process would wait forever for threads that OpenCV started in its parent.
         cv2.setNumThreads(1)
         records = list(_records(flags, _tasks(items(), flags.shard_size), work))
