@@ -21,7 +21,8 @@ SCRIPTS = (
     "train_tcd_flax", "train_text_to_image_flax",
 )  # fmt: skip
 TOOLS = (
-    "cache_latents", "coyo_1m_dataset_preprocess", "emoji", "laion_subset", "make_edit_dataset", "train_tokenizer",
+    "avatars", "cache_latents", "coyo_1m_dataset_preprocess", "emoji", "laion_subset", "make_edit_dataset",
+    "train_tokenizer",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 OF = {
@@ -52,6 +53,8 @@ def needed(name: str, folder: Path) -> dict[str, Any]:
             return {**model, "train_data_dir": data, "output_dir": out}
         case "cache_latents":
             return {**model, "train_data_dir": data}
+        case "avatars":
+            return {"train_data_dir": out}
         case "emoji":
             return {"output_dir": Path(out)}
         case "train_tokenizer":

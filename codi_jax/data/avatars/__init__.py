@@ -1,0 +1,1 @@
+"""Pictures that are drawn from named attributes: unlimited data with exact captions and exact results of edits."""
