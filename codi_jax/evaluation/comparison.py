@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from codi_jax.diffusion.timesteps import default_sampler
 from codi_jax.evaluation.arguments import SEED_STRIDE, Args
+from codi_jax.evaluation.attributes import Reader, shown_shares
 from codi_jax.evaluation.candidates import Candidate, Checkpoint, read_candidates
 from codi_jax.evaluation.features import Features, load_features
 from codi_jax.evaluation.metrics import edge_f1, edit_success, fid, kid, preservation, psnr
@@ -37,12 +38,14 @@ class Benchmark:
       features: maps images to features of dimension d.
       truth_features: the real images' features.
       shown: the r samples whose images the report shows.
+      reader: reads attributes off images, if the samples name them.
     """
 
     samples: Samples
     features: Features
     truth_features: Float[np.ndarray, "n d"]
     shown: Int[np.ndarray, " r"]
+    reader: Reader | None = None
 
 
 def make_pictures(
@@ -76,16 +79,19 @@ def make_pictures(
     return pictures[:count], seconds / len(pictures)
 
 
-def measure(
-    pictures: UInt8[np.ndarray, "n h w 3"], samples: Samples, features: Features, truth_features: np.ndarray
-) -> dict[str, float]:
+def measure(pictures: UInt8[np.ndarray, "n h w 3"], samples: Samples, benchmark: Benchmark) -> dict[str, float]:
     """The metrics of one seed's images that the data allows, by the keys of `codi_jax.evaluation.report.METRICS`."""
-    found = features(pictures)
+    found = benchmark.features(pictures)
     values = {
-        "fid_lite": fid(found, truth_features),
-        "kid_lite": 1000 * kid(found, truth_features),
+        "fid_lite": fid(found, benchmark.truth_features),
+        "kid_lite": 1000 * kid(found, benchmark.truth_features),
         "psnr": float(np.minimum(psnr(pictures, samples.truth), _MOST_PSNR).mean()),
     }
+    if benchmark.reader is not None:
+        shares = shown_shares(benchmark.reader.read(pictures), samples.looks)
+        values["attribute_accuracy"] = float(shares.mean())
+        if samples.inputs is not None:
+            values["edit_accuracy"] = float((shares == 1).mean())
     if samples.conditions is not None:
         edges = np.stack([canny(picture) for picture in pictures]) > 0
         values["edge_f1"] = float(edge_f1(edges, samples.conditions[..., 0] > 127).mean())
@@ -140,7 +146,8 @@ def compare(args: Args, command: str) -> Report:
 def _benchmark(samples: Samples, num_shown: int) -> Benchmark:
     features, count = load_features(), len(samples.prompts)
     shown = np.linspace(0, count - 1, min(num_shown, count)).round().astype(int)
-    return Benchmark(samples, features, features(samples.truth), shown)
+    reader = Reader() if samples.looks else None
+    return Benchmark(samples, features, features(samples.truth), shown, reader)
 
 
 def _load(checkpoint: Checkpoint, args: Args) -> Model:
@@ -211,7 +218,7 @@ def _evaluate(model: Candidate, benchmark: Benchmark, args: Args) -> list[Result
         for steps in model.steps:
             for seed in _progress(seeds, f"{model.name}, {steps} steps"):
                 made, seconds = make_pictures(pipeline, model, samples, steps, seed, args)
-                measured = measure(made, samples, benchmark.features, benchmark.truth_features)
+                measured = measure(made, samples, benchmark)
                 for key, value in {**measured, "seconds": seconds}.items():
                     values.setdefault(steps, {}).setdefault(key, []).append(value)
                 pictures.setdefault(steps, made[benchmark.shown])

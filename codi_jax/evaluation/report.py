@@ -38,6 +38,8 @@ class Metric(NamedTuple):
 
 
 METRICS = {
+    "attribute_accuracy": Metric("Attributes", "higher", 3, "share of the wanted attributes that the image shows"),
+    "edit_accuracy": Metric("Edits", "higher", 3, "share of images that show the edit, with all else as it was"),
     "fid_lite": Metric("FID-lite", "lower", 2, "Fréchet distance to the real images, on EfficientNet-Lite0 features"),
     "kid_lite": Metric("KID-lite ×10³", "lower", 3, "kernel distance on the same features, unbiased"),
     "edge_f1": Metric("Edge F1", "higher", 3, "canny edges of the image against the condition, to within a pixel"),

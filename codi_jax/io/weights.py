@@ -23,6 +23,7 @@ from codi_jax.io.atomic import staged_folder, write_json
 from codi_jax.io.hub import ModelFolder
 from codi_jax.io.state_dict import PlaceFn, convert, from_state_dict, leaves_by_name, require_match, to_state_dict
 from codi_jax.io.weight_files import StoredTensor, WeightFile, open_weights, shard_names, write_safetensors
+from codi_jax.models.attribute_reader import AttributeReader, AttributeReaderConfig
 from codi_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from codi_jax.models.config import ModelConfig, Params, WeightsError
 from codi_jax.models.controlnet import ControlNet, ControlNetConfig
@@ -38,6 +39,7 @@ _NETWORKS: tuple[tuple[type[ModelConfig], Callable[..., Network]], ...] = (
     (ControlNetConfig, ControlNet),
     (VAEConfig, AutoencoderKL),
     (CLIPTextConfig, CLIPTextModel),
+    (AttributeReaderConfig, AttributeReader),
 )
 # The VAE's attention in old PyTorch files of diffusers, and in all Flax ones.
 _LEGACY_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

@@ -21,7 +21,7 @@ from codi_jax import evaluate
 from codi_jax.evaluate import Args, run
 from codi_jax.evaluation import comparison, report
 from codi_jax.evaluation.candidates import Candidate, Checkpoint
-from codi_jax.evaluation.comparison import make_pictures, measure
+from codi_jax.evaluation.comparison import Benchmark, make_pictures, measure
 from codi_jax.evaluation.metrics import edge_f1, fid, kid, psnr
 from codi_jax.evaluation.report import Example, Report, Result, markdown, page
 from codi_jax.evaluation.samples import read_samples
@@ -189,8 +189,8 @@ def test_a_model_trained_several_times(models: Models, data: Path, tmp_path: Pat
 def test_the_right_edit_is_a_success(data: Path) -> None:
     samples = read_samples(data / "edits")
     assert samples.inputs is not None
-    real = fake_features(samples.truth)
-    right, unedited = (measure(pictures, samples, fake_features, real) for pictures in (samples.truth, samples.inputs))
+    benchmark = Benchmark(samples, fake_features, fake_features(samples.truth), np.arange(1))
+    right, unedited = (measure(pictures, samples, benchmark) for pictures in (samples.truth, samples.inputs))
     assert (right["edit_success"], unedited["edit_success"]) == (1, 0)
     assert right["psnr"] == 100
     assert right["fid_lite"] == pytest.approx(0, abs=1e-9)
@@ -263,7 +263,10 @@ def test_max_samples_are_spread_over_the_folder(data: Path) -> None:
         ({"seeds": (1, 1)}, "--seeds must be different numbers"),
         ({"batch_size": 0}, "--batch_size and --num_shown must be at least 1"),
         ({"max_samples": 1}, "--max_samples must be at least 2"),
-        ({"data": Path("/none")}, r"--data /none has no metadata\.jsonl: make the folder with dataset_tools/emoji\.py"),
+        (
+            {"data": Path("/none")},
+            r"--data /none has neither .*: draw the data with dataset_tools/avatars\.py",
+        ),
     ],
 )
 def test_bad_flags_are_named_before_any_work(fields: dict[str, Any], message: str, tmp_path: Path, data: Path) -> None:

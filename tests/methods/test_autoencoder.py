@@ -30,9 +30,10 @@ def batch():
     return {"pixels": jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8))}
 
 
-@pytest.mark.parametrize("rec_loss", ["l1", "l2"])
-def test_loss_is_that_of_the_paper(params, batch, rec_loss):
-    key, setup = jax.random.key(1), autoencoder.configure(NETWORKS, AutoencoderFlags(rec_loss=rec_loss, kl_scale=1e-3))
+@pytest.mark.parametrize(("rec_loss", "gamma"), [("l1", 0.0), ("l2", 0.0), ("l1", 0.5)])
+def test_loss_is_that_of_the_paper(params, batch, rec_loss, gamma):
+    flags = AutoencoderFlags(rec_loss=rec_loss, kl_scale=1e-3, gradient_scale=gamma)
+    key, setup = jax.random.key(1), autoencoder.configure(NETWORKS, flags)
     state = optim.init_state(params, optax.identity(), key)
     value, metrics = jax.jit(autoencoder.loss, static_argnums=5)(params, state, FROZEN, batch, key, setup)
     x = np.asarray(batch["pixels"], np.float64) / 255 * 2 - 1
@@ -41,6 +42,9 @@ def test_loss_is_that_of_the_paper(params, batch, rec_loss):
     z = mean + np.exp(logvar / 2) * np.asarray(jax.random.normal(key, mean.shape), np.float64)
     out = np.asarray(apply({"params": params}, jnp.asarray(z, jnp.float32), method="decode"), np.float64)
     error = np.abs(out - x).mean() if rec_loss == "l1" else ((out - x) ** 2).mean()
+    for k in (1, 2, 4):  # pooled by sums over windows, and differences of neighbors
+        r = sum((out - x)[:, i::k, j::k] for i in range(k) for j in range(k)) / k**2
+        error += gamma * sum(np.abs(np.diff(r, axis=axis)).mean() for axis in (1, 2))
     kl = 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar).sum((1, 2, 3)).mean()
     np.testing.assert_allclose(value, error + 1e-3 * kl, rtol=1e-4)
     np.testing.assert_allclose(metrics["kl"], kl, rtol=1e-4)
