@@ -16,8 +16,9 @@ from typing import Literal
 
 from codi_jax.cli import command_line
 from codi_jax.data.avatars.looks import Split, require_packages
+from codi_jax.data.avatars.samples import SIZE, Task
 from codi_jax.data.avatars.vocabulary import KINDS
-from codi_jax.data.preparation.avatars import DrawAvatar, DrawEdit, numbered_rows
+from codi_jax.data.preparation.avatars import DrawAvatar, numbered_rows
 from codi_jax.data.preparation.conditions import PairFlags
 from codi_jax.data.preparation.job import JobFlags, describe, make_data_set
 
@@ -28,7 +29,7 @@ KindName = Literal["monster", "plant", "planet", "person"]
 class Args(JobFlags):
     """Draws a data set of avatars."""
 
-    task: Literal["text", "edit"] = "text"
+    task: Task = "text"
     """text: pictures with captions and, unless --condition none, condition images. edit: triples of a picture, an
     instruction and the edited picture."""
     split: Split = "train"
@@ -37,7 +38,7 @@ class Args(JobFlags):
     """Kinds of avatars."""
     max_train_samples: int = 10_000
     """Number of samples."""
-    resolution: int = 64
+    resolution: int = SIZE
     """Side of the pictures."""
     condition: str = "canny"
     """canny, soft_edges, grayscale, super_resolution, inpainting or none; or your own function,
@@ -69,8 +70,7 @@ class Args(JobFlags):
 def main(args: Args) -> None:
     args.check()
     require_packages()
-    sample = DrawEdit if args.task == "edit" else DrawAvatar
-    prepare = sample(args.pictures, args.split, args.kinds, args.seed)
+    prepare = DrawAvatar(args.task, args.pictures, args.split, args.kinds, args.seed)
     made_with = {name: getattr(args, name) for name in _MADE_WITH}
     print(describe(make_data_set(args, numbered_rows, prepare, made_with), args))
 

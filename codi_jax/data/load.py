@@ -51,7 +51,8 @@ class DataFlags(Flags):
     """Which data, and how it becomes batches."""
 
     dataset_name: Adjustable[str | None] = None
-    """Data set to train on: its id on the Hugging Face Hub (private ones require `hf auth login`), or a folder."""
+    """Data set to train on: its id on the Hugging Face Hub (private ones require `hf auth login`), a folder, or
+    avatars:text or avatars:edit, which are drawn while training."""
 
     dataset_config_name: str | None = None
     """Configuration of a data set that has several."""

@@ -18,6 +18,7 @@ from datasets import Dataset, IterableDataset
 
 from codi_jax.data import shards
 from codi_jax.data.access import Access, names_own_files
+from codi_jax.data.avatars import samples as avatars
 from codi_jax.data.columns import FALLBACKS, Columns, captions_of, check_captions, find_columns
 from codi_jax.data.files import Folder
 from codi_jax.data.images import describe_cell
@@ -108,7 +109,7 @@ def open_source(
     """Opens a data set; see the flags of these names in `codi_jax.data.DataFlags`.
 
     Args:
-      dataset_name: id on the hub, or a folder.
+      dataset_name: id on the hub, a folder, or a stream of avatars, see `codi_jax.data.avatars.samples`.
       dataset_config_name: its configuration.
       train_data_dir: a folder.
       train_shards: tar files of a WebDataset.
@@ -137,7 +138,9 @@ def open_source(
     access = Access(Folder(where).path if is_folder else None, anywhere=allow_outside_paths, downloads=downloads)
     wanted = Columns(image_column, caption_column, condition_column)
     request = _Request(where, wanted, condition_is_optional, access)
-    if train_prompts is not None:
+    if dataset_name == where and avatars.names_avatars(where):
+        source = _from_rows(avatars.stream(where), request)
+    elif train_prompts is not None:
         source = _from_rows(load_prompts(Path(where).expanduser(), wanted), request)
     elif train_shards is not None:
         source = _from_shards(find_shards(train_shards), request)
