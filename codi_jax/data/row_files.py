@@ -7,6 +7,7 @@ of a row for arrays that hold several.
 import errno
 import math
 import os
+import tokenize
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ def _crc32(array: Shaped[np.ndarray, "rows ..."], axes: int) -> UInt32[np.ndarra
 def _map(file: Path) -> np.ndarray:
     try:
         return np.load(file, mmap_mode="r")
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, SyntaxError, tokenize.TokenError) as error:  # its header is parsed as Python
         raise DamagedRowsError(f"{file} cannot be read ({error})") from None
 
 

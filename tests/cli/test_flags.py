@@ -16,6 +16,7 @@ from codi_jax.data.preparation.conditions import PairFlags
 from codi_jax.data.preparation.edits import GenerateFlags
 from codi_jax.data.preparation.job import JobFlags
 from codi_jax.data.preparation.tables import ScoreFlags
+from codi_jax.io.download import DownloadFlags
 from codi_jax.methods.autoencoder import AutoencoderFlags
 from codi_jax.methods.bk_sdm import BkSdmFlags
 from codi_jax.methods.codi import CodiFlags
@@ -37,7 +38,7 @@ LCM = (LcmRunFlags, EditDataFlags, LcmEditFlags)
 LCM_TEXT = (LcmRunFlags, LcmTextFlags)
 DISBACK_RUN = (DisbackRunFlags,)
 DISBACK = (DisbackFlags, loop.LoopFlags, optim.OptimizerFlags, DataFlags, ValidationFlags)
-DATA_TOOL = (JobFlags, PairFlags, GenerateFlags, ScoreFlags)
+DATA_TOOL = (JobFlags, DownloadFlags, PairFlags, GenerateFlags, ScoreFlags)
 OF_ALL = {
     "fsdp": 0,
     "checkpoints_total_limit": 0,

@@ -14,7 +14,7 @@ import pytest
 from picture_folders import count_tokens, write_folder
 from test_load import take
 
-from codi_jax.data import DataFlags, latent_encoding, load_data
+from codi_jax.data import DataFlags, latent_encoding, load_data, row_files
 from codi_jax.data.latent_encoding import Encoders, Part
 from codi_jax.data.load import cache_data, open_data
 from codi_jax.data.loader import Loader
@@ -351,6 +351,22 @@ def test_a_flipped_bit_is_never_trained_on(folder):
     assert len(refusals) > 8
     for refusal in refusals:
         assert re.search(r"\.npy is damaged at row \d+: remove the folder .* to compute", refusal)
+
+
+def test_a_damaged_header_is_a_damaged_file(tmp_path):
+    """NumPy parses headers as Python code, and fails in as many ways."""
+    file = tmp_path / "rows.npy"
+    np.save(file, np.zeros((3, 4), "f4"))
+    whole, damaged = file.read_bytes(), 0
+    for bit in range(8 * (len(whole) - 48)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(data)
+        try:
+            row_files.open_rows(tmp_path)
+        except row_files.DamagedRowsError:
+            damaged += 1
+    assert damaged > 900
 
 
 @pytest.mark.parametrize("damage", ["halved", "missing", "emptied", "manifest", "no manifest"])
