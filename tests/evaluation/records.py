@@ -1,0 +1,81 @@
+"""Records what reference implementations of metrics compute, for tests that cannot install them.
+
+    pip install torch==2.13.0 torchvision==0.28.0 pytorch-fid==0.3.0
+    python3 tests/evaluation/records.py
+
+torchvision from PyPI does not fit every build of torch, so it is not among the packages of the tests. The weights are
+random: they follow from their names (`weights_of`), and only their shapes are recorded.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+
+
+def weights_of(shapes: Mapping[str, list[int]]) -> dict[str, np.ndarray]:
+    """Tensors of networks with batch normalizations, whose features keep their size from layer to layer."""
+    tensors = {}
+    for name, shape in shapes.items():
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        noise = rng.normal(size=shape)
+        if name.endswith("running_var"):
+            tensors[name] = rng.uniform(0.5, 1.5, shape)
+        elif len(shape) == 4:
+            tensors[name] = noise * np.sqrt(2 / np.prod(shape[1:]))
+        elif name.endswith("bn.weight"):
+            tensors[name] = 1 + 0.1 * noise
+        else:
+            tensors[name] = 0.1 * noise
+    return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+
+
+def images(count: int, size: int) -> np.ndarray:
+    """Smooth random pictures, uint8 [count, size, size, 3]."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:size, :size] / size
+    waves = rng.uniform(0, 12, (count, 3, 2)), rng.uniform(0, 6, (count, 3))
+    phases = waves[0][..., 0, None, None] * x + waves[0][..., 1, None, None] * y + waves[1][..., None, None]
+    return np.moveaxis(np.round(127.5 + 127.5 * np.sin(phases)), 1, -1).astype(np.uint8)
+
+
+def record_inception() -> dict[str, Any]:
+    """The features of pytorch-fid's network for pictures of 64 pixels, which it enlarges itself."""
+    import torch
+    from pytorch_fid import inception
+
+    inception.load_state_dict_from_url = lambda *_, **__: {}  # instead of downloading
+    shapes: dict[str, list[int]] = {}
+    original = torch.nn.Module.load_state_dict
+
+    def load(module: Any, _: Any) -> None:
+        """Loads random weights instead."""
+        found = module.state_dict()
+        shapes.update({name: list(t.shape) for name, t in found.items() if t.ndim})
+        tensors = {name: torch.from_numpy(array) for name, array in weights_of(shapes).items()}
+        original(module, {**found, **tensors})
+
+    torch.nn.Module.load_state_dict = load
+    try:
+        model = inception.InceptionV3([inception.InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).eval()
+    finally:
+        torch.nn.Module.load_state_dict = original
+    pixels = torch.from_numpy(images(3, 64)).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        features = model(pixels)[0].squeeze(3).squeeze(2).numpy()
+    shapes = {name: shape for name, shape in shapes.items() if not name.startswith(("fc.", "AuxLogits"))}
+    return {"shapes": shapes, "features": np.round(features[:, ::16].astype(float), 6).tolist()}
+
+
+def read(name: str) -> dict[str, Any]:
+    """A record by name."""
+    return json.loads((HERE / f"recorded_{name}.json").read_text())
+
+
+if __name__ == "__main__":
+    (HERE / "recorded_inception.json").write_text(json.dumps(record_inception()) + "\n")
