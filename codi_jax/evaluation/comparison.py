@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from codi_jax.diffusion.timesteps import default_sampler
 from codi_jax.evaluation.arguments import SEED_STRIDE, Args
-from codi_jax.evaluation.attributes import Reader, shown_shares
+from codi_jax.evaluation.attributes import READER, Reader, shown_shares
 from codi_jax.evaluation.candidates import Candidate, Checkpoint, read_candidates
 from codi_jax.evaluation.features import Features, inception_features, load_features
 from codi_jax.evaluation.metrics import edge_f1, edit_success, fid, kid, precision_recall, preservation, psnr
@@ -157,7 +157,7 @@ def compare(args: Args, command: str) -> Report:
 def _benchmark(samples: Samples, args: Args) -> Benchmark:
     features, count = load_features(), len(samples.prompts)
     shown = np.linspace(0, count - 1, min(args.num_shown, count)).round().astype(int)
-    reader = Reader() if samples.looks else None
+    reader = Reader() if samples.looks and READER.is_dir() else None
     inception = None
     if args.inception_weights is not None:
         inception = inception_features(args.inception_weights, args.fid_resizing)
