@@ -25,7 +25,8 @@ class Args(Flags):
     NAME@STEPS,...=FOLDER overrides --steps, and a name may be repeated with other steps: base@50=runs/base
     base@4,1=runs/base-lcm is one curve."""
     data: Path = Path("data/emoji/validation")
-    """Folder with a metadata.jsonl, as written by dataset_tools/emoji.py; its edits/validation is for editors."""
+    """Folder with a metadata.jsonl or meta.jsonl, as written by dataset_tools/emoji.py and avatars.py. Editors need a
+    folder of edits, such as the emoji's edits/validation."""
     training_steps: tuple[int, ...] = ()
     """Also evaluate the exports of these training steps, in the subfolders step-N that --export_steps of training
     writes, and plot the metrics against them."""

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from codi_jax.data.avatars.vocabulary import KINDS, Look
+from codi_jax.evaluation.features import in_batches
 from codi_jax.io.weights import load_model
 from codi_jax.models.attribute_reader import AttributeReader
 from codi_jax.models.config import Params, WeightsError
+from codi_jax.pipeline.conditions import to_signed
 
 READER = Path(__file__).resolve().parents[2] / "assets" / "avatar-reader"
 """The folder of the trained reader."""
@@ -78,25 +79,16 @@ class Reader:
     """
 
     def __init__(self, folder: Path = READER, batch_size: int = 64) -> None:
-        network, self._params = load_model(folder)
+        network, params = load_model(folder)
         if not isinstance(network, AttributeReader) or network.config.labels != labels():
             raise WeightsError(f"{folder} was trained on other attributes: train it again with assets/recipes.")
-        self._network, self._batch_size = network, batch_size
-
-    def logits(self, pictures: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n l"]:
-        """The network's outputs."""
-        size, done = self._network.config.sample_size, []
-        for start in range(0, len(pictures), self._batch_size):
-            batch = pictures[start : start + self._batch_size]
-            full = np.pad(batch, ((0, self._batch_size - len(batch)), (0, 0), (0, 0), (0, 0)))
-            done.append(np.asarray(_logits(self._network, self._params, full, size))[: len(batch)])
-        return np.concatenate(done)
+        self._logits = in_batches(lambda batch: _logits(network, params, batch), batch_size)
 
     def read(self, pictures: UInt8[np.ndarray, "n h w 3"]) -> list[dict[str, str]]:
         """All attributes of the kind that each picture shows most likely."""
         kind, *_ = questions()
         answers = []
-        for row in self.logits(pictures):
+        for row in self._logits(pictures):
             look = {"kind": kind.values[int(row[kind.outputs].argmax())]}
             for each in questions():
                 if each.kind == look["kind"]:
@@ -105,10 +97,10 @@ class Reader:
         return answers
 
 
-@functools.partial(jax.jit, static_argnames=("network", "size"))
-def _logits(network: AttributeReader, params: Params, pictures: UInt8[Array, "b h w 3"], size: int) -> Any:
-    pixels = pictures.astype(jnp.float32) / 127.5 - 1
-    pixels = jax.image.resize(pixels, (len(pixels), size, size, 3), "linear")
+@functools.partial(jax.jit, static_argnames="network")
+def _logits(network: AttributeReader, params: Params, pictures: UInt8[Array, "b h w 3"]) -> Any:
+    size = network.config.sample_size
+    pixels = jax.image.resize(to_signed(pictures), (len(pictures), size, size, 3), "linear")
     return network.apply({"params": params}, pixels)
 
 
@@ -119,7 +111,9 @@ def shown_shares(shown: Sequence[Mapping[str, str]], asked: Sequence[Look]) -> F
       shown: what each picture shows, from `Reader.read`.
       asked: what it should show.
     """
-    return np.array([
-        np.mean([look["kind"] == seen["kind"] and seen.get(name) == value for name, value in look.items()])
-        for seen, look in zip(shown, asked, strict=True)
-    ])  # fmt: skip
+    return np.array([np.mean([*shows(*pair).values()]) for pair in zip(shown, asked, strict=True)])
+
+
+def shows(seen: Mapping[str, str], look: Look) -> dict[str, bool]:
+    """For each attribute of a look whether a picture shows it, which no picture of another kind does."""
+    return {name: look["kind"] == seen["kind"] and seen.get(name) == value for name, value in look.items()}

@@ -18,7 +18,7 @@ from codi_jax.evaluation.arguments import SEED_STRIDE, Args
 from codi_jax.evaluation.attributes import READER, Reader, shown_shares
 from codi_jax.evaluation.candidates import Candidate, Checkpoint, read_candidates
 from codi_jax.evaluation.features import Features, inception_features, load_features
-from codi_jax.evaluation.metrics import edge_f1, edit_success, fid, kid, precision_recall, preservation, psnr
+from codi_jax.evaluation.metrics import NEIGHBORS, edge_f1, edit_success, fid, kid, precision_recall, preservation, psnr
 from codi_jax.evaluation.report import Example, Report, Result, check_plots, write_report
 from codi_jax.evaluation.samples import Samples, read_samples
 from codi_jax.io.compiled_programs import keep_compiled_programs
@@ -30,26 +30,35 @@ _MOST_PSNR = 100.0  # dB, for equal images
 
 
 @dataclass(frozen=True)
+class Reference:
+    """What generated images are compared with on one kind of features.
+
+    Attributes:
+      features: maps images to features of dimension d.
+      truth: the real images' features.
+    """
+
+    features: Features
+    truth: Float[np.ndarray, "n d"]
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """The data that all models are measured on.
 
     Attributes:
       samples: n samples.
-      features: maps images to features of dimension d.
-      truth_features: the real images' features.
+      lite: EfficientNet-Lite0's features.
       shown: the r samples whose images the report shows.
       reader: reads attributes off images, if the samples name them.
-      inception: maps images to Inception's features, if there are weights for it.
-      truth_inception: the real images' features.
+      inception: Inception's features, if there are weights for it.
     """
 
     samples: Samples
-    features: Features
-    truth_features: Float[np.ndarray, "n d"]
+    lite: Reference
     shown: Int[np.ndarray, " r"]
     reader: Reader | None = None
-    inception: Features | None = None
-    truth_inception: Float[np.ndarray, "n e"] | None = None
+    inception: Reference | None = None
 
 
 def make_pictures(
@@ -85,14 +94,14 @@ def make_pictures(
 
 def measure(pictures: UInt8[np.ndarray, "n h w 3"], samples: Samples, benchmark: Benchmark) -> dict[str, float]:
     """The metrics of one seed's images that the data allows, by the keys of `codi_jax.evaluation.report.METRICS`."""
-    found = benchmark.features(pictures)
+    found, truth = benchmark.lite.features(pictures), benchmark.lite.truth
     values = {
-        "fid_lite": fid(found, benchmark.truth_features),
-        "kid_lite": 1000 * kid(found, benchmark.truth_features),
+        "fid_lite": fid(found, truth),
+        "kid_lite": 1000 * kid(found, truth),
         "psnr": float(np.minimum(psnr(pictures, samples.truth), _MOST_PSNR).mean()),
     }
-    if benchmark.inception is not None and benchmark.truth_inception is not None:
-        values |= _on_inception(benchmark.inception(pictures), benchmark.truth_inception)
+    if benchmark.inception is not None:
+        values |= _on_inception(benchmark.inception.features(pictures), benchmark.inception.truth)
     if benchmark.reader is not None:
         shares = shown_shares(benchmark.reader.read(pictures), samples.looks)
         values["attribute_accuracy"] = float(shares.mean())
@@ -155,14 +164,19 @@ def compare(args: Args, command: str) -> Report:
 
 
 def _benchmark(samples: Samples, args: Args) -> Benchmark:
-    features, count = load_features(), len(samples.prompts)
+    count = len(samples.prompts)
+    if args.inception_weights is not None and count <= NEIGHBORS:
+        raise ValueError(f"--inception_weights: precision and recall need at least {NEIGHBORS + 1} pictures.")
     shown = np.linspace(0, count - 1, min(args.num_shown, count)).round().astype(int)
     reader = Reader() if samples.looks and READER.is_dir() else None
     inception = None
     if args.inception_weights is not None:
-        inception = inception_features(args.inception_weights, args.fid_resizing)
-    truth_inception = None if inception is None else inception(samples.truth)
-    return Benchmark(samples, features, features(samples.truth), shown, reader, inception, truth_inception)
+        inception = _reference(inception_features(args.inception_weights, args.fid_resizing), samples)
+    return Benchmark(samples, _reference(load_features(), samples), shown, reader, inception)
+
+
+def _reference(features: Features, samples: Samples) -> Reference:
+    return Reference(features, features(samples.truth))
 
 
 def _load(checkpoint: Checkpoint, args: Args) -> Model:

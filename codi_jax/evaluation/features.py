@@ -65,7 +65,7 @@ def load_features(batch_size: int = 32) -> Features:
         shape = (len(images), RESOLUTION, RESOLUTION, 3)
         return efficientnet_lite0(layers, jnp.clip(jax.image.resize(images, shape, "cubic"), 0, 1))
 
-    return _in_batches(lambda batch: batch_features(layers, batch), batch_size)
+    return in_batches(lambda batch: batch_features(layers, batch), batch_size)
 
 
 def inception_features(weights: Path, resizing: Resizing = "clean-fid", batch_size: int = 32) -> Features:
@@ -97,7 +97,7 @@ def inception_features(weights: Path, resizing: Resizing = "clean-fid", batch_si
         return inception_v3(layers, 2 * jax.image.resize(images, shape, "linear", antialias=False) - 1)
 
     prepare = _resized_by_pillow if resizing == "clean-fid" else np.asarray
-    return _in_batches(lambda batch: batch_features(layers, prepare(batch)), batch_size)
+    return in_batches(lambda batch: batch_features(layers, prepare(batch)), batch_size)
 
 
 def _resized_by_pillow(pictures: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n h2 w2 3"]:
@@ -108,7 +108,7 @@ def _resized_by_pillow(pictures: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarr
     return np.moveaxis(np.stack(resized).reshape(len(pictures), 3, *size), 1, -1).clip(0, 255)
 
 
-def _in_batches(function: Callable[[np.ndarray], Array], batch_size: int) -> Features:
+def in_batches(function: Callable[[np.ndarray], Array], batch_size: int) -> Features:
     """The function of a batch for any number of images; the last batch is padded, so that one program serves all."""
 
     def features(pictures: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n d"]:

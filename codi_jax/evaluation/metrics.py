@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num, UInt8
 
+NEIGHBORS = 3
+"""Which nearest neighbor of an image bounds what counts as like it, for precision and recall."""
+
 
 def fid(first: Float[np.ndarray, "m d"], second: Float[np.ndarray, "n d"]) -> float:
     """The Fréchet distance of two sets of features, modeled as Gaussians (Heusel et al., 2017, equation 6).
@@ -65,7 +68,7 @@ def _checked(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
 
 
 def precision_recall(
-    generated: Float[np.ndarray, "m d"], real: Float[np.ndarray, "n d"], neighbors: int = 3
+    generated: Float[np.ndarray, "m d"], real: Float[np.ndarray, "n d"], neighbors: int = NEIGHBORS
 ) -> tuple[float, float]:
     """How many generated images look real, and how much of the real images' variety is generated.
 

@@ -17,6 +17,8 @@ from codi_jax.io.decoding import RejectedError, decode, to_rgb
 Picture = Image.Image | np.ndarray
 """A PIL image, or an array [H, W, 3], uint8 or float in [0, 1]."""
 
+FAST_PNG = (cv2.IMWRITE_PNG_COMPRESSION, 1)
+"""OpenCV's options for PNG files that are written quickly, and are a little larger."""
 _LABEL_WIDTH, _LABEL_HEIGHT = 96, 14  # pixels
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -67,6 +69,19 @@ def to_mask(picture: Picture, size: tuple[int, int]) -> Float[np.ndarray, "h w 1
     """A picture as a mask: 1 where it is bright, to be repainted, 0 elsewhere."""
     pixels = to_pixels(picture, size)
     return (pixels.mean(axis=-1, keepdims=True) >= 0.5).astype(np.float32)
+
+
+def encode_image(pixels: UInt8[np.ndarray, "h w *c"], ending: str = "png", options: Sequence[int] = FAST_PNG) -> bytes:
+    """The file of an RGB or gray picture in memory.
+
+    Args:
+      pixels: the picture.
+      ending: the extension of its format.
+      options: OpenCV's options of the format.
+    """
+    pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if pixels.ndim == 3 else pixels
+    _, data = cv2.imencode(f".{ending}", pixels, options)
+    return data.tobytes()
 
 
 def canny(picture: Picture, low: int = 30, high: int = 90) -> UInt8[np.ndarray, "h w"]:

@@ -33,23 +33,12 @@ def fold_batch_norm(state_dict: Mapping[str, Any], conv: str, norm: str, epsilon
     return {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias - mean * scale)}
 
 
-def read_conv(state_dict: Mapping[str, Any], name: str) -> dict[str, Array]:
-    """A convolution with a bias, from PyTorch's OIHW.
-
-    Raises:
-      KeyError: if a tensor is missing.
-    """
-    kernel = np.asarray(state_dict[f"{name}.weight"], np.float32).transpose(2, 3, 1, 0)
-    return {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(np.asarray(state_dict[f"{name}.bias"], np.float32))}
-
-
 def convolve(
-    layer: Layer, x: Float[Array, "b h w c"], stride: int = 1, padding: str | int = "SAME"
+    layer: Layer, x: Float[Array, "b h w c"], stride: int = 1, padding: str = "SAME"
 ) -> Float[Array, "b h2 w2 d"]:
-    """The convolution, with padding by TensorFlow's names or a number of pixels on each side."""
-    pads = padding if isinstance(padding, str) else [(padding, padding)] * 2
+    """The convolution, with padding by TensorFlow's names."""
     y = jax.lax.conv_general_dilated(
-        x, layer["kernel"], (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, layer["kernel"], (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     return y + layer["bias"][None, None, None]
 

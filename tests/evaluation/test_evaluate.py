@@ -21,7 +21,7 @@ from codi_jax import evaluate
 from codi_jax.evaluate import Args, run
 from codi_jax.evaluation import comparison, report
 from codi_jax.evaluation.candidates import Candidate, Checkpoint
-from codi_jax.evaluation.comparison import Benchmark, make_pictures, measure
+from codi_jax.evaluation.comparison import Benchmark, Reference, make_pictures, measure
 from codi_jax.evaluation.metrics import edge_f1, fid, kid, psnr
 from codi_jax.evaluation.report import Example, Report, Result, markdown, page
 from codi_jax.evaluation.samples import read_samples
@@ -189,7 +189,7 @@ def test_a_model_trained_several_times(models: Models, data: Path, tmp_path: Pat
 def test_the_right_edit_is_a_success(data: Path) -> None:
     samples = read_samples(data / "edits")
     assert samples.inputs is not None
-    benchmark = Benchmark(samples, fake_features, fake_features(samples.truth), np.arange(1))
+    benchmark = Benchmark(samples, Reference(fake_features, fake_features(samples.truth)), np.arange(1))
     right, unedited = (measure(pictures, samples, benchmark) for pictures in (samples.truth, samples.inputs))
     assert (right["edit_success"], unedited["edit_success"]) == (1, 0)
     assert right["psnr"] == 100

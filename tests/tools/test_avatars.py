@@ -5,13 +5,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from codi_jax.data.avatars.looks import draw, split_of
+from codi_jax.data.avatars.vocabulary import KINDS
 from codi_jax.data.sources import open_source
 from codi_jax.io.images import canny
 from dataset_tools import avatars as tool
@@ -64,6 +65,10 @@ def test_processes_and_formats_do_not_matter(tmp_path: Path) -> None:
     streamed = open_source(train_shards=str(tmp_path / "tar" / "train-00000.tar"))
     captions = [json.loads(line)["text"] for line in (tmp_path / "one" / "meta.jsonl").read_text().splitlines()]
     assert [row["text"] for row in streamed.rows] == captions
+
+
+def test_the_flag_names_every_kind() -> None:
+    assert get_args(tool.KindName) == tuple(KINDS)
 
 
 def test_conditions_that_no_picture_gives_are_refused(tmp_path: Path) -> None:

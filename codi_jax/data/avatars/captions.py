@@ -9,7 +9,7 @@ import numpy as np
 from codi_jax.data.avatars.looks import Split, random_change, random_look, split_of
 from codi_jax.data.avatars.vocabulary import KINDS, Look, Place
 
-_BACKGROUNDS = (" on {} background", ", on {} background", " in front of {} background")
+_BACKGROUNDS = (" on a {} background", ", on a {} background", " in front of a {} background")
 _OPENINGS = ("", "", "a picture of ", "an avatar of ", "a drawing of ")
 _REPLACEMENTS = ("replace {old} by {new}", "change {old} to {new}")
 
@@ -26,12 +26,12 @@ def caption(look: Look, rng: np.random.Generator) -> str:
     if rng.random() < 0.25:  # as tags
         tags = [named, *_shuffled([*parts, *worn, f"{background} background"], rng)]
         return ", ".join(tags)
-    text = str(rng.choice(_OPENINGS)) + with_article(named)
+    text = f"{rng.choice(_OPENINGS)}a {named}"
     if parts:
         text += f" with {_listed(parts)}"
     if worn:
         text += f" in {_listed(worn)}"
-    return text + str(rng.choice(_BACKGROUNDS)).format(with_article(background))
+    return _with_articles(text + str(rng.choice(_BACKGROUNDS)).format(background))
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,12 @@ def instruction(before: Look, after: Look, name: str, rng: np.random.Generator) 
     elif old and attribute.removals:
         templates = _REPLACEMENTS
     words = {"noun": kind.nouns[0], "new": new, "old": _definite(old)}
-    text = str(rng.choice(templates)).format(**words)
+    return _with_articles(str(rng.choice(templates)).format(**words))
+
+
+def _with_articles(text: str) -> str:
+    """The text with "an" for "a" before a vowel."""
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
-
-
-def with_article(phrase: str) -> str:
-    """The phrase with "a" or "an"."""
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def _phrases(look: Look, place: Place) -> list[str]:

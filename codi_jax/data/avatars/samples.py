@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 from datasets import Dataset, IterableDataset
 from jaxtyping import UInt8
@@ -18,7 +17,7 @@ from jaxtyping import UInt8
 from codi_jax.data.avatars.captions import caption, random_edit
 from codi_jax.data.avatars.looks import Split, draw, random_look, require_packages
 from codi_jax.data.avatars.vocabulary import KINDS
-from codi_jax.io.images import canny
+from codi_jax.io.images import canny, encode_image
 
 Task = Literal["text", "edit"]
 
@@ -98,9 +97,5 @@ def _row(row: Mapping[str, int], task: Task, size: int) -> dict[str, Any]:
     pictures = dict(sample.pictures)
     if task == "text":
         pictures["conditioning_image"] = np.repeat(canny(pictures["image"])[..., None], 3, axis=-1)
-    return {**{column: _png(pixels) for column, pixels in pictures.items()}, **sample.texts}
-
-
-def _png(pixels: UInt8[np.ndarray, "h w 3"]) -> dict[str, Any]:
-    _, data = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
-    return {"bytes": data.tobytes(), "path": None}
+    cells = {column: {"bytes": encode_image(pixels), "path": None} for column, pixels in pictures.items()}
+    return {**cells, **sample.texts}

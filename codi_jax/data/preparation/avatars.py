@@ -1,5 +1,6 @@
 """The samples of avatars as data tools write them, see `codi_jax.data.avatars.samples`."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -13,10 +14,7 @@ from codi_jax.data.preparation.samples import Sample
 
 def numbered_rows() -> Iterator[InputRow]:
     """Rows without an end that have nothing but their number."""
-    position = 0
-    while True:
-        yield InputRow(position, str(position), {})
-        position += 1
+    return (InputRow(position, str(position), {}) for position in itertools.count())
 
 
 @dataclass(frozen=True)

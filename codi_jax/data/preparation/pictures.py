@@ -17,11 +17,11 @@ from codi_jax.cli.flags import Flags
 from codi_jax.data.images import Placement, place
 from codi_jax.io import decoding
 from codi_jax.io.decoding import LARGEST_MEGAPIXELS, MAX_MEGAPIXELS, RejectedError
+from codi_jax.io.images import encode_image
 
 Picture = UInt8[np.ndarray, "h w 3"]
 
 _ENDINGS = {"jpeg": "jpg", "webp": "webp"}  # and png
-_FAST_PNG = 1  # zlib's level
 _ASPECT = 0.02  # relative difference of two aspect ratios that rounding of sizes can cause
 
 
@@ -125,15 +125,10 @@ def encode(pixels: UInt8[np.ndarray, "h w *c"], flags: PictureFlags) -> Encoded:
     if flags.image_format == "png":
         return encode_exactly(pixels)
     quality = {"jpeg": cv2.IMWRITE_JPEG_QUALITY, "webp": cv2.IMWRITE_WEBP_QUALITY}[flags.image_format]
-    return _encode(pixels, _ENDINGS[flags.image_format], [quality, flags.image_quality])
+    ending = _ENDINGS[flags.image_format]
+    return Encoded(encode_image(pixels, ending, [quality, flags.image_quality]), ending)
 
 
 def encode_exactly(pixels: UInt8[np.ndarray, "h w *c"]) -> Encoded:
     """The file of a picture as png, grayscale if it has one channel."""
-    return _encode(pixels, "png", [cv2.IMWRITE_PNG_COMPRESSION, _FAST_PNG])
-
-
-def _encode(pixels: np.ndarray, ending: str, options: list[int]) -> Encoded:
-    pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if pixels.ndim == 3 else pixels
-    _, data = cv2.imencode(f".{ending}", pixels, options)
-    return Encoded(data.tobytes(), ending)
+    return Encoded(encode_image(pixels), "png")
