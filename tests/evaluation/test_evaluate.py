@@ -20,6 +20,7 @@ from PIL import Image
 from codi_jax import evaluate
 from codi_jax.evaluate import Args, run
 from codi_jax.evaluation import comparison, report
+from codi_jax.evaluation.attributes import Reader
 from codi_jax.evaluation.candidates import Candidate, Checkpoint
 from codi_jax.evaluation.comparison import Benchmark, Reference, make_pictures, measure
 from codi_jax.evaluation.metrics import edge_f1, fid, kid, psnr
@@ -27,6 +28,7 @@ from codi_jax.evaluation.report import Example, Report, Result, markdown, page
 from codi_jax.evaluation.samples import read_samples
 from codi_jax.io.images import canny
 from codi_jax.pipeline.model import Model
+from dataset_tools import avatars
 
 Models = Callable[[str], Path]
 
@@ -194,6 +196,44 @@ def test_the_right_edit_is_a_success(data: Path) -> None:
     assert (right["edit_success"], unedited["edit_success"]) == (1, 0)
     assert right["psnr"] == 100
     assert right["fid_lite"] == pytest.approx(0, abs=1e-9)
+
+
+def test_inception_features_give_four_metrics(data: Path) -> None:
+    samples = read_samples(data)
+    real = Reference(fake_features, fake_features(samples.truth))
+    benchmark = Benchmark(samples, real, np.arange(1), inception=real)
+    right, inverted = (measure(pictures, samples, benchmark) for pictures in (samples.truth, 255 - samples.truth))
+    assert right["fid"] == pytest.approx(0, abs=1e-9)
+    assert (right["precision"], right["recall"]) == (1, 1)
+    assert (inverted["fid"], inverted["kid"]) == (inverted["fid_lite"], inverted["kid_lite"])
+    assert inverted["fid"] > 1
+    assert "fid" not in measure(samples.truth, samples, Benchmark(samples, real, np.arange(1)))
+
+
+def test_too_few_pictures_for_recall_are_refused_before_any_is_made(data: Path) -> None:
+    args = Args((), data, inception_weights=Path("none.pth"))
+    with pytest.raises(ValueError, match="--inception_weights: precision and recall need at least 4 pictures"):
+        comparison._benchmark(read_samples(data, 3), args)
+
+
+@pytest.mark.parametrize("folder", ["text", "edit"])
+def test_attributes_are_read_where_the_data_names_them(folder: str, tmp_path: Path) -> None:
+    """An edit counts if everything is as it should be; of captions the share."""
+    avatars.main(avatars.Args(train_data_dir=str(tmp_path), task=folder, max_train_samples=2, num_proc=1))
+    samples = read_samples(tmp_path)
+    wrong = {**samples.looks[1], "background": "none"}
+
+    class Fake(Reader):
+        def __init__(self) -> None:
+            pass
+
+        def read(self, pictures: np.ndarray) -> list[dict[str, str]]:
+            return [dict(samples.looks[0]), wrong]
+
+    benchmark = Benchmark(samples, Reference(fake_features, fake_features(samples.truth)), np.arange(1), Fake())
+    values = measure(samples.truth, samples, benchmark)
+    assert values["attribute_accuracy"] == pytest.approx((1 + 1 - 1 / len(wrong)) / 2)
+    assert values.get("edit_accuracy") == (0.5 if folder == "edit" else None)
 
 
 def test_every_batch_has_one_shape_and_noise_of_its_own(data: Path) -> None:

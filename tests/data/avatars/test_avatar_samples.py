@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from codi_jax.data import DataFlags, load_data
+from codi_jax.data import DataFlags, load_data, streams
 from codi_jax.data.avatars.looks import draw, split_of
 from codi_jax.data.avatars.samples import stream
 from codi_jax.data.sources import open_source
@@ -41,7 +41,8 @@ def test_edits_belong_to_their_pictures() -> None:
         np.testing.assert_array_equal(pixels(row["edited_image"]), draw(json.loads(row["edited_attributes"]), 32))
 
 
-def test_training_reads_the_stream_and_resumes_in_it() -> None:
+def test_training_reads_the_stream_and_resumes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "WINDOW", 6)  # of what is drawn before the first batch
     flags = DataFlags(dataset_name="avatars:text:32", resolution=32, max_train_samples=24)
 
     def load():
