@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Num, UInt8
 from PIL import Image
 
 from codi_jax.io.weight_files import open_weights
@@ -108,15 +108,24 @@ def _resized_by_pillow(pictures: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarr
     return np.moveaxis(np.stack(resized).reshape(len(pictures), 3, *size), 1, -1).clip(0, 255)
 
 
-def in_batches(function: Callable[[np.ndarray], Array], batch_size: int) -> Features:
-    """The function of a batch for any number of images; the last batch is padded, so that one program serves all."""
+def in_batches(function: Callable[..., Array], batch_size: int) -> Callable[..., Float[np.ndarray, "n *d"]]:
+    """The function of a batch for any number of rows; the last batch is padded, so that one program serves all.
 
-    def features(pictures: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n d"]:
+    Args:
+      function: maps arrays of ``batch_size`` rows to one with as many.
+      batch_size: rows at a time.
+
+    Returns:
+      A function of arrays with n rows each.
+    """
+
+    def function_of_all(*arrays: Num[np.ndarray, "n *_"]) -> Float[np.ndarray, "n *d"]:
         done = []
-        for start in range(0, len(pictures), batch_size):
-            batch = pictures[start : start + batch_size]
-            full = np.pad(batch, ((0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)))
-            done.append(np.asarray(function(full))[: len(batch)])
+        for start in range(0, len(arrays[0]), batch_size):
+            batches = [array[start : start + batch_size] for array in arrays]
+            count = len(batches[0])
+            full = [np.pad(each, ((0, batch_size - count), *[(0, 0)] * (each.ndim - 1))) for each in batches]
+            done.append(np.asarray(function(*full))[:count])
         return np.concatenate(done)
 
-    return features
+    return function_of_all

@@ -1,30 +1,55 @@
 """Image quality metrics: distances of distributions, edges, pixels, edits. NumPy in float64, on the host."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num, UInt8
 
 NEIGHBORS = 3
 """Which nearest neighbor of an image bounds what counts as like it, for precision and recall."""
+_BLOCK = 1000  # rows that are compared with all others at a time
 
 
-def fid(first: Float[np.ndarray, "m d"], second: Float[np.ndarray, "n d"]) -> float:
+@dataclass(frozen=True)
+class Moments:
+    """The mean and covariance of a set of features: all that FID needs of it."""
+
+    mean: Float[np.ndarray, " d"]
+    covariance: Float[np.ndarray, "d d"]
+
+
+def moments(features: Float[np.ndarray, "n d"]) -> Moments:
+    """Mean and unbiased covariance; raises `ValueError` for fewer than two rows."""
+    features = _checked(features)
+    return Moments(features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False)))
+
+
+def fid(first: Float[np.ndarray, "m d"], second: Float[np.ndarray, "n d"] | Moments) -> float:
     """The Fréchet distance of two sets of features, modeled as Gaussians (Heusel et al., 2017, equation 6).
 
     ``|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½)``. With Σ = AᵀA, where A are the centered features over √(n − 1), the
-    eigenvalues of Σ₁Σ₂ are the squared singular values of A₁A₂ᵀ: this avoids the root of a rank-deficient matrix.
+    eigenvalues of Σ₁Σ₂ are those of A₁Σ₂A₁ᵀ, and the squared singular values of A₁A₂ᵀ: this avoids the root of a
+    rank-deficient matrix.
 
     Args:
       first: features, one row per image; at least two.
-      second: features of the other set, one row per image; the metric is symmetric.
+      second: features of the other set, one row per image, or their moments; the metric is symmetric.
 
     Raises:
-      ValueError: if there are fewer than two rows.
+      ValueError: if there are fewer than two rows, or the moments are of features of another size.
     """
-    means, roots = zip(_gaussian(first), _gaussian(second), strict=True)
-    overlap = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
-    return float(((means[0] - means[1]) ** 2).sum() + (roots[0] ** 2).sum() + (roots[1] ** 2).sum() - 2 * overlap)
+    mean, root = _gaussian(first)
+    if isinstance(second, Moments):
+        if second.mean.shape != mean.shape:
+            raise ValueError(f"moments of {len(second.mean)} features, but there are {len(mean)}.")
+        other_mean, spread = second.mean, np.trace(second.covariance)
+        overlaps = np.sqrt(np.linalg.eigvalsh(root @ second.covariance @ root.T).clip(0))
+    else:
+        other_mean, other_root = _gaussian(second)
+        spread = (other_root**2).sum()
+        overlaps = np.linalg.svd(root @ other_root.T, compute_uv=False)
+    return float(((mean - other_mean) ** 2).sum() + (root**2).sum() + spread - 2 * overlaps.sum())
 
 
 def _gaussian(features: Float[np.ndarray, "n d"]) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "r d"]]:
@@ -51,14 +76,20 @@ def kid(first: Float[np.ndarray, "m d"], second: Float[np.ndarray, "n d"]) -> fl
     """
     first, second = _checked(first), _checked(second)
 
-    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return (x @ y.T / x.shape[1] + 1) ** 3
+    def total(x: np.ndarray, y: np.ndarray) -> float:
+        """The sum of the kernel over all pairs, some rows at a time."""
+        return float(sum(((rows @ y.T / x.shape[1] + 1) ** 3).sum() for rows in _blocks(x)))
 
     def within(x: np.ndarray) -> float:
-        values = kernel(x, x)
-        return (values.sum() - np.trace(values)) / (len(x) * (len(x) - 1))
+        own = ((np.square(x).sum(axis=1) / x.shape[1] + 1) ** 3).sum()  # pairs of a row with itself
+        return (total(x, x) - own) / (len(x) * (len(x) - 1))
 
-    return float(within(first) + within(second) - 2 * kernel(first, second).mean())
+    return within(first) + within(second) - 2 * total(first, second) / (len(first) * len(second))
+
+
+def _blocks(x: Float[np.ndarray, "n d"]) -> list[Float[np.ndarray, "_m d"]]:
+    """The rows, a thousand at a time: products of 30,000 rows with each other would not fit into memory."""
+    return [x[start : start + _BLOCK] for start in range(0, len(x), _BLOCK)]
 
 
 def _checked(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
@@ -86,20 +117,24 @@ def precision_recall(
     if min(len(generated), len(real)) <= neighbors:
         raise ValueError(f"precision and recall with {neighbors} neighbors need at least {neighbors + 1} pictures.")
     sets = _checked(generated), _checked(real)
-    between = _squared_distances(*sets)
-    # A row's own distance, zero, is the first.
-    radii = [np.sort(_squared_distances(x, x), axis=1)[:, neighbors] for x in sets]
-    precision = (between <= radii[1][None, :]).any(axis=1).mean()
-    recall = (between <= radii[0][:, None]).any(axis=0).mean()
-    return float(precision), float(recall)
+    radii = [np.concatenate([_radii(rows, x, neighbors) for rows in _blocks(x)]) for x in sets]
+    found, covered = [], np.zeros(len(sets[1]), bool)
+    for start, rows in zip(range(0, len(generated), _BLOCK), _blocks(sets[0]), strict=True):
+        between = _squared_distances(rows, sets[1])
+        found.append((between <= radii[1][None, :]).any(axis=1))
+        covered |= (between <= radii[0][start : start + len(rows), None]).any(axis=0)
+    return float(np.concatenate(found).mean()), float(covered.mean())
+
+
+def _radii(rows: Float[np.ndarray, "m d"], x: Float[np.ndarray, "n d"], neighbors: int) -> Float[np.ndarray, " m"]:
+    """For some rows of x, the squared distance to their nearest neighbor of this number."""
+    # A row's own distance, zero but for rounding, is the first.
+    return np.partition(_squared_distances(rows, x), neighbors, axis=1)[:, neighbors]
 
 
 def _squared_distances(x: Float[np.ndarray, "m d"], y: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "m n"]:
     norms = (x**2).sum(axis=1)[:, None] + (y**2).sum(axis=1)[None, :]
-    distances = np.maximum(norms - 2 * x @ y.T, 0)
-    if x is y:
-        np.fill_diagonal(distances, 0)
-    return distances
+    return np.maximum(norms - 2 * x @ y.T, 0)
 
 
 def edge_f1(
@@ -185,3 +220,24 @@ def edit_success(
         distances = (difference.reshape(len(candidates), -1) ** 2).sum(axis=1)
         success[i] = distances[index] < np.delete(distances, index).min(initial=np.inf)
     return success
+
+
+def unit(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """The vectors at length one; zeros stay zeros."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def directional_similarity(
+    images: tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]],
+    texts: tuple[Float[np.ndarray, "m d"], Float[np.ndarray, "m d"]],
+) -> Float[np.ndarray, " n"]:
+    """Whether images change as their captions do: cos(E(b) − E(a), E(caption of b) − E(caption of a)).
+
+    Gal et al., 2021, in CLIP's space, as Brooks et al. (2023, section 3.1.2) use it for edits.
+
+    Args:
+      images: unit vectors of the images before and after.
+      texts: unit vectors of the captions before and after, one for each image, or one for all.
+    """
+    changes = unit(images[1] - images[0]), unit(texts[1] - texts[0])
+    return (changes[0] * changes[1]).sum(axis=1)

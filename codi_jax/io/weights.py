@@ -33,6 +33,7 @@ from codi_jax.models.network import Network
 from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.unet_config import UNetConfig
 from codi_jax.models.vae import AutoencoderKL, VAEConfig
+from codi_jax.models.vision_transformer import VisionTransformerConfig
 
 _NETWORKS: tuple[tuple[type[ModelConfig], Callable[..., Network]], ...] = (
     (UNetConfig, UNet2DCondition),
@@ -92,7 +93,7 @@ def load_model(
     storage_dtype = jnp.float32 if dtype is None else dtype
     computation_dtype = storage_dtype if compute_dtype is None else compute_dtype
     module = build_module(folder, computation_dtype, attention=attention, remat=remat)
-    weights = open_weights(_choose_file(folder, module.config, variant))
+    weights = open_weights(choose_file(folder, module.config, variant))
     params = from_state_dict(
         module.abstract_params(),
         _modern_names(weights, module.config),
@@ -131,7 +132,7 @@ def open_model(
     folder = ModelFolder(str(Path(source).expanduser()), subfolder, revision, cache_dir)
     folder = folder.pinned(folder.require("config.json"))
     module = build_module(folder)
-    weights = open_weights(_choose_file(folder, module.config, variant))
+    weights = open_weights(choose_file(folder, module.config, variant))
     if weights.layout != "torch":
         raise WeightsError(f"{weights.path} is a Flax file: load the model and save it as safetensors first.")
     tensors = _modern_names(weights, module.config)
@@ -252,15 +253,18 @@ def _network_class(mapping: Mapping[str, Any], where: str) -> tuple[type[ModelCo
 
 def _file_stems(config: ModelConfig) -> tuple[str, str, str]:
     """The names that safetensors, PyTorch and Flax files begin with, in transformers or diffusers."""
-    if isinstance(config, CLIPTextConfig):
+    if isinstance(config, CLIPTextConfig | VisionTransformerConfig):
         return "model", "pytorch_model", "flax_model"
     return "diffusion_pytorch_model", "diffusion_pytorch_model", "diffusion_flax_model"
 
 
-def _choose_file(folder: ModelFolder, config: ModelConfig, variant: str | None) -> Path:
+def choose_file(folder: ModelFolder, config: ModelConfig, variant: str | None) -> Path:
     """The best weight file of a folder: safetensors, else PyTorch's, else Flax's. Downloads the shards of an index.
 
     For a part without the variant, the plain file is read: in published models only some parts may have variants.
+
+    Raises:
+      WeightsError: if there is none.
     """
     safe, torch, _ = _file_stems(config)
     for tried in dict.fromkeys((variant, None)):

@@ -18,7 +18,26 @@ _PLAIN, _PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CLIPTextConfig(ModelConfig):
+class TransformerConfig(ModelConfig):
+    """What the layers of CLIP's two towers depend on."""
+
+    hidden_size: Channels
+    intermediate_size: Channels
+    num_hidden_layers: Annotated[int, Range(1, 128)] = 12
+    num_attention_heads: Channels
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    layer_norm_eps: Epsilon = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size = {self.hidden_size} is not divisible by "
+                f"num_attention_heads = {self.num_attention_heads}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CLIPTextConfig(TransformerConfig):
     """The ``config.json`` of a ``CLIPTextModel`` or ``CLIPTextModelWithProjection``."""
 
     class_names: ClassVar[tuple[str, ...]] = (
@@ -40,21 +59,14 @@ class CLIPTextConfig(ModelConfig):
     hidden_size: Channels = 512
     intermediate_size: Channels = 2048
     projection_dim: Channels = 512
-    num_hidden_layers: Annotated[int, Range(1, 128)] = 12
     num_attention_heads: Channels = 8
     max_position_embeddings: Annotated[int, Range(2, 1 << 16)] = 77
-    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    layer_norm_eps: Epsilon = 1e-5
     pad_token_id: Token | None = 1
     bos_token_id: Token | None = 49406
     eos_token_id: Token = 49407
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"hidden_size = {self.hidden_size} is not divisible by "
-                f"num_attention_heads = {self.num_attention_heads}."
-            )
+        super().__post_init__()
         if self.eos_token_id >= self.vocab_size:
             raise ConfigError(f"eos_token_id = {self.eos_token_id} is not among vocab_size = {self.vocab_size} tokens.")
 
@@ -95,10 +107,11 @@ class CLIPTextOutput:
 
 
 class CLIPAttention(nn.Module):
-    """Causal multi-head self-attention."""
+    """Multi-head self-attention, causal for text and not for images."""
 
-    config: CLIPTextConfig
+    config: TransformerConfig
     dtype: Any
+    is_causal: bool = True
 
     def setup(self) -> None:
         d = self.config.hidden_size
@@ -108,14 +121,14 @@ class CLIPAttention(nn.Module):
         heads = (*x.shape[:2], self.config.num_attention_heads, -1)
         query, key, value = (project(x).reshape(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
         # 77 tokens: no flash kernel is worth its launch here.
-        out = dot_product_attention(query, key, value, implementation="xla", is_causal=True)
+        out = dot_product_attention(query, key, value, implementation="xla", is_causal=self.is_causal)
         return self.out_proj(out.reshape(x.shape))
 
 
 class CLIPMLP(nn.Module):
     """Two dense layers with CLIP's sigmoid approximation of GELU, or the exact one (OpenCLIP)."""
 
-    config: CLIPTextConfig
+    config: TransformerConfig
     dtype: Any
 
     def setup(self) -> None:
@@ -134,14 +147,15 @@ class CLIPMLP(nn.Module):
 class CLIPEncoderLayer(nn.Module):
     """A pre-norm transformer layer."""
 
-    config: CLIPTextConfig
+    config: TransformerConfig
     dtype: Any
+    is_causal: bool = True
 
     def setup(self) -> None:
-        self.self_attn = CLIPAttention(self.config, self.dtype)
-        self.layer_norm1 = _layer_norm(self.config, self.dtype)
+        self.self_attn = CLIPAttention(self.config, self.dtype, self.is_causal)
+        self.layer_norm1 = layer_norm(self.config, self.dtype)
         self.mlp = CLIPMLP(self.config, self.dtype)
-        self.layer_norm2 = _layer_norm(self.config, self.dtype)
+        self.layer_norm2 = layer_norm(self.config, self.dtype)
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         x = x + self.self_attn(self.layer_norm1(x))
@@ -151,13 +165,15 @@ class CLIPEncoderLayer(nn.Module):
 class CLIPEncoder(nn.Module):
     """The stack of layers; returns its input and the output of every layer."""
 
-    config: CLIPTextConfig
+    config: TransformerConfig
     remat: bool
     dtype: Any
+    is_causal: bool = True
 
     def setup(self) -> None:
         layer = nn.remat(CLIPEncoderLayer) if self.remat else CLIPEncoderLayer
-        self.layers = [layer(self.config, self.dtype) for _ in range(self.config.num_hidden_layers)]
+        count = self.config.num_hidden_layers
+        self.layers = [layer(self.config, self.dtype, self.is_causal) for _ in range(count)]
 
     def __call__(self, x: Float[Array, "b s d"]) -> tuple[Float[Array, "b s d"], ...]:
         states = (x,)
@@ -192,7 +208,7 @@ class CLIPTextTransformer(nn.Module):
     def setup(self) -> None:
         self.embeddings = CLIPTextEmbeddings(self.config, self.dtype)
         self.encoder = CLIPEncoder(self.config, self.remat, self.dtype)
-        self.final_layer_norm = _layer_norm(self.config, self.dtype)
+        self.final_layer_norm = layer_norm(self.config, self.dtype)
 
     def __call__(self, input_ids: Int[Array, "b s"]) -> CLIPTextOutput:
         states = self.encoder(self.embeddings(input_ids))
@@ -282,5 +298,6 @@ def encode_text(
     return context, outputs[-1].pooled
 
 
-def _layer_norm(config: CLIPTextConfig, dtype: Any) -> nn.LayerNorm:
+def layer_norm(config: TransformerConfig, dtype: Any) -> nn.LayerNorm:
+    """The layer norm, with the variance as PyTorch computes it."""
     return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False)

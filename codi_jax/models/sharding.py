@@ -21,17 +21,23 @@ from jax.sharding import PartitionSpec as P
 MIN_SHARDED_SIZE = 2**16
 
 
-def make_mesh(fsdp: int = 1) -> Mesh:
+def make_mesh(fsdp: int = 1, *, is_local: bool = False) -> Mesh:
     """All devices of all hosts as a mesh with axes ``("data", "fsdp")``, the latter of size ``fsdp``.
+
+    Args:
+      fsdp: the size of the axis that parameters are split along.
+      is_local: only this process's devices.
 
     Raises:
       ValueError: if ``fsdp`` does not divide the number of devices.
     """
-    devices = jax.device_count()
+    chosen = jax.local_devices() if is_local else jax.devices()
+    devices = len(chosen)
     if fsdp < 1 or devices % fsdp:
         divisors = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
         raise ValueError(f"--fsdp {fsdp} does not divide the {devices} devices there are: choose from {divisors}.")
-    return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+    axis_types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=axis_types, devices=chosen)
 
 
 def partition_spec(shape: tuple[int, ...], fsdp: int) -> P:
@@ -63,14 +69,25 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that a tree's arrays are on; ``None`` for arrays on a single device each."""
+    of_first = getattr(next(iter(jax.tree.leaves(tree)), None), "sharding", None)
+    mesh = of_first.mesh if isinstance(of_first, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) else None
+
+
+def split(mesh: Mesh, array: Any, axis: int = 0) -> Any:
+    """An array that this process has, with one axis split over all devices of a mesh, all of which it has too."""
+    return jax.device_put(array, NamedSharding(mesh, P(*[None] * axis, ("data", "fsdp"))))
+
+
 def context_of(tree: Any) -> AbstractContextManager[Any]:
     """The context for tracing programs that compute with these arrays.
 
     It tells kernels that XLA cannot split which devices there are, see `codi_jax.models.kernels.attention`.
     """
-    of_first = getattr(next(iter(jax.tree.leaves(tree)), None), "sharding", None)
-    mesh = of_first.mesh if isinstance(of_first, NamedSharding) else None
-    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else nullcontext()
+    mesh = mesh_of(tree)
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def to_global(mesh: Mesh, local_batch: Any) -> Any:

@@ -1,6 +1,6 @@
 """Records what reference implementations of metrics compute, for tests that cannot install them.
 
-    pip install torch==2.13.0 torchvision==0.28.0 pytorch-fid==0.3.0
+    pip install torch==2.13.0 torchvision==0.28.0 pytorch-fid==0.3.0 lpips==0.1.4
     python3 tests/evaluation/records.py
 
 torchvision from PyPI does not fit every build of torch, so it is not among the packages of the tests. The weights are
@@ -72,10 +72,37 @@ def record_inception() -> dict[str, Any]:
     return {"shapes": shapes, "features": np.round(features[:, ::16].astype(float), 6).tolist()}
 
 
+def record_lpips(backbone: str) -> dict[str, Any]:
+    """The package's distances of four pictures to one another, with random weights; those of its heads are positive."""
+    import lpips
+    import torch
+
+    model = lpips.LPIPS(net=backbone, pretrained=False, pnet_rand=True, lpips=True, verbose=False).eval()
+    names = {}  # in the classifier's own file, by the module's name
+    for name, tensor in model.state_dict().items():
+        parts = name.split(".")
+        if name.startswith("net.slice"):
+            names[name] = f"features.{parts[2]}.{parts[3]}"
+        elif name.startswith("lin") and not name.startswith("lins"):
+            names[name] = name
+        del tensor
+    shapes = {names[name]: list(each.shape) for name, each in model.state_dict().items() if name in names}
+    tensors = {name: torch.from_numpy(array) for name, array in weights_of(shapes).items()}
+    tensors = {name: each.abs() if name.startswith("lin") else each for name, each in tensors.items()}
+    # Each head is in the state twice: as lin0, and in the list lins.
+    model.load_state_dict({name: tensors[other] for name, other in names.items()}, strict=False)
+    pixels = torch.from_numpy(images(4, 64)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        distances = model(pixels, pixels.roll(1, dims=0)).flatten().tolist()
+    return {"shapes": shapes, "distances": distances}
+
+
 def read(name: str) -> dict[str, Any]:
     """A record by name."""
     return json.loads((HERE / f"recorded_{name}.json").read_text())
 
 
 if __name__ == "__main__":
-    (HERE / "recorded_inception.json").write_text(json.dumps(record_inception()) + "\n")
+    records = {"inception": record_inception(), "lpips": {name: record_lpips(name) for name in ("alex", "vgg")}}
+    for name, record in records.items():
+        (HERE / f"recorded_{name}.json").write_text(json.dumps(record) + "\n")

@@ -11,7 +11,7 @@ import torch
 from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
 
-from codi_jax.evaluation import features
+from codi_jax.evaluation import features, metrics
 from codi_jax.evaluation.features import Resizing, inception_features, load_features, weights_path
 from codi_jax.evaluation.metrics import edge_f1, edit_success, fid, kid, precision_recall, preservation, psnr
 from codi_jax.io.images import canny
@@ -272,3 +272,20 @@ def test_precision_and_recall_are_the_loops() -> None:
     assert precision_recall(real, real) == (1, 1)
     with pytest.raises(ValueError, match="need at least 4 pictures"):
         precision_recall(made[:3], real)
+
+
+def test_many_rows_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of some rows, the last one smaller, give what all rows at once give."""
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(11, 4)), rng.normal(size=(8, 4)) + 0.3
+    whole = metrics.kid(first, second), metrics.precision_recall(first, second)
+    monkeypatch.setattr(metrics, "_BLOCK", 3)
+    assert metrics.kid(first, second) == pytest.approx(whole[0], rel=1e-9)
+    assert metrics.precision_recall(first, second) == whole[1]
+
+
+def test_moments_stand_for_features() -> None:
+    rng = np.random.default_rng(0)
+    for rows in (40, 5):  # more and fewer than features
+        first, second = rng.normal(size=(rows, 8)), rng.normal(size=(30, 8)) * 1.5 + 0.2
+        assert metrics.fid(first, metrics.moments(second)) == pytest.approx(metrics.fid(first, second), rel=1e-6)

@@ -133,8 +133,8 @@ class GenerateFlags(Flags):
     max_guidance_scale: float = 15.0
     """Largest guidance scale."""
     clip_model: str | None = None
-    """CLIP model of transformers for the filter, such as openai/clip-vit-large-patch14 (needs PyTorch). Default: the
-    features of FID-lite, which have no texts, so that only the similarity of the pictures counts."""
+    """CLIP model for the filter, such as openai/clip-vit-large-patch14. Default: the features of FID-lite, which have
+    no texts, so that only the similarity of the pictures counts."""
     min_image_similarity: float = 0.7
     """Smallest similarity of the two pictures."""
     min_direction_similarity: float = 0.2

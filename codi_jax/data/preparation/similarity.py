@@ -6,13 +6,14 @@ E_I(a), E_T(caption of b) − E_T(caption of a)).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from codi_jax.cli.messages import first_line
+from codi_jax.evaluation.encoders import Clip
 from codi_jax.evaluation.features import load_features
+from codi_jax.evaluation.metrics import directional_similarity, unit
 
 Pictures = UInt8[np.ndarray, "n h w 3"]
 
@@ -47,17 +48,17 @@ class Scores:
 
 def compare(encoder: Encoder, before: Pictures, after: Pictures, captions: tuple[str, str]) -> Scores:
     """The scores of pairs of pictures that have the same two captions."""
-    a, b = _unit(encoder.images(before)), _unit(encoder.images(after))
+    a, b = unit(encoder.images(before)), unit(encoder.images(after))
     image = (a * b).sum(axis=1)
     if encoder.texts is None:
         return Scores(image)
-    text_a, text_b = _unit(encoder.texts(captions))
-    direction = _unit(b - a) @ _unit((text_b - text_a)[None])[0]
-    return Scores(image, direction, np.minimum(a @ text_a, b @ text_b))
+    texts = unit(encoder.texts(captions))
+    direction = directional_similarity((a, b), (texts[:1], texts[1:]))
+    return Scores(image, direction, np.minimum(a @ texts[0], b @ texts[1]))
 
 
 def clip_encoder(source: str) -> Encoder:
-    """A CLIP model of `transformers`, which requires PyTorch.
+    """A CLIP model.
 
     Args:
       source: folder or id on the hub, such as openai/clip-vit-large-patch14.
@@ -65,37 +66,13 @@ def clip_encoder(source: str) -> Encoder:
     Raises:
       ValueError: if it cannot be loaded.
     """
-    from transformers import CLIPModel, CLIPProcessor
-
     try:
-        model: Any = CLIPModel.from_pretrained(source)
-        processor: Any = CLIPProcessor.from_pretrained(source)
-    except (OSError, ImportError, ValueError) as error:
-        raise ValueError(
-            f"--clip_model {source} could not be loaded ({first_line(error)}); note that it needs PyTorch."
-        ) from error
-    model.requires_grad_(False)
-
-    def images(pictures: Pictures) -> Float[np.ndarray, "n d"]:
-        inputs = processor(images=list(pictures), return_tensors="pt")
-        return _numpy(model.get_image_features(**inputs))
-
-    def texts(captions: Sequence[str]) -> Float[np.ndarray, "n d"]:
-        inputs = processor(text=list(captions), return_tensors="pt", padding=True, truncation=True)
-        return _numpy(model.get_text_features(**inputs))
-
-    return Encoder(images, texts)
+        clip = Clip(source)
+    except ValueError as error:
+        raise ValueError(f"--clip_model {source} could not be loaded: {first_line(error)}") from error
+    return Encoder(clip.images, clip.texts)
 
 
 def lite_encoder() -> Encoder:
     """The features of FID-lite, which have no texts; raises like `codi_jax.evaluation.features.load_features`."""
     return Encoder(load_features(batch_size=8))
-
-
-def _numpy(features: Any) -> Float[np.ndarray, "n d"]:
-    # Since version 5, `transformers` wraps the features of both towers.
-    return getattr(features, "pooler_output", features).numpy()
-
-
-def _unit(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
