@@ -98,29 +98,29 @@ def text_options(ending: str) -> dict[str, Any]:
     return options | ({"sep": "\t", "quoting": csv.QUOTE_NONE} if ending == ".tsv" else {})
 
 
-def load_prompts(file: Path, wanted: Columns) -> Dataset:
+def load_prompts(file: Path, wanted: Columns, flag: str = "--train_prompt_path") -> Dataset:
     """The texts of a file: its non-empty lines, or the columns of parquet.
 
     Raises:
       ValueError: if the file does not exist, cannot be read, or is empty.
     """
     if not file.is_file():
-        raise ValueError(f"there is no file {file}: check --train_prompt_path.")
+        raise ValueError(f"there is no file {file}: check {flag}.")
     if file.suffix == ".parquet":
         try:
             return Dataset.from_parquet(str(file))  # pyright: ignore[reportReturnType]
         except Exception as error:
-            raise ValueError(f"--train_prompt_path {file} could not be read as parquet: {error}.") from error
+            raise ValueError(f"{flag} {file} could not be read as parquet: {error}.") from error
     try:
         # Not str.splitlines, which also splits at U+2028, U+0085 and vertical tabs: web captions contain them.
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError:
         raise ValueError(
-            f"--train_prompt_path {file} is not UTF-8 text: write one prompt per line, or give a .parquet file."
+            f"{flag} {file} is not UTF-8 text: write one prompt per line, or give a .parquet file."
         ) from None
     prompts = [line for line in lines if line]
     if not prompts:
-        raise ValueError(f"--train_prompt_path {file} is empty: write one prompt per line.")
+        raise ValueError(f"{flag} {file} is empty: write one prompt per line.")
     return Dataset.from_dict({wanted.caption or "text": prompts})
 
 

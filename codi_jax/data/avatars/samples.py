@@ -58,8 +58,11 @@ def random_sample(
         texts = {"text": caption(look, rng), "attributes": json.dumps(dict(look))}
         return AvatarSample({"image": draw(look, size)}, texts)
     edit = random_edit(rng, split, kind)
+    wording = int(rng.integers(2**32))  # the same for both captions
     texts = {
         "edit_prompt": edit.instruction,
+        "original_prompt": caption(edit.before, np.random.default_rng(wording)),
+        "edited_prompt": caption(edit.after, np.random.default_rng(wording)),
         "attributes": json.dumps(dict(edit.before)),
         "edited_attributes": json.dumps(dict(edit.after)),
     }

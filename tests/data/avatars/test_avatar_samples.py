@@ -9,6 +9,7 @@ import pytest
 from codi_jax.data import DataFlags, load_data, streams
 from codi_jax.data.avatars.looks import draw, split_of
 from codi_jax.data.avatars.samples import stream
+from codi_jax.data.avatars.vocabulary import KINDS
 from codi_jax.data.sources import open_source
 from codi_jax.io.decoding import decode
 from codi_jax.io.images import canny
@@ -39,6 +40,23 @@ def test_edits_belong_to_their_pictures() -> None:
     for row in itertools.islice(stream("avatars:edit:32"), COUNT):
         np.testing.assert_array_equal(pixels(row["input_image"]), draw(json.loads(row["attributes"]), 32))
         np.testing.assert_array_equal(pixels(row["edited_image"]), draw(json.loads(row["edited_attributes"]), 32))
+
+
+def test_captions_of_an_edit_say_what_changes_in_the_same_words() -> None:
+    compared = 0
+    for row in itertools.islice(stream("avatars:edit:32"), 4 * COUNT):
+        before, after = json.loads(row["attributes"]), json.loads(row["edited_attributes"])
+        for name, attribute in KINDS[before["kind"]].attributes.items():
+            phrases = [attribute.values[look[name]].phrase if name in look else "" for look in (before, after)]
+            if phrases[0] != phrases[1] and all(phrases) and "{" not in "".join(phrases):
+                assert phrases[0] in row["original_prompt"]
+                assert phrases[1] in row["edited_prompt"]
+                words = [
+                    row[f"{when}_prompt"].replace(phrase, "").replace(" an ", " a ")
+                    for when, phrase in zip(("original", "edited"), phrases, strict=True)
+                ]
+                compared += words[0] == words[1]
+    assert compared > COUNT
 
 
 def test_training_reads_the_stream_and_resumes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
