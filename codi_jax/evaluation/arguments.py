@@ -2,11 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from codi_jax.cli.flags import LARGEST_SEED, Flags
 from codi_jax.evaluation.features import Resizing
 from codi_jax.models.kernels.attention import Implementation
 from codi_jax.pipeline.loading import DType
+
+MetricName = Literal[
+    "attributes", "fid", "kid", "precision_recall", "fid_lite", "kid_lite", "clip_score", "clip_image",
+    "clip_direction", "dino", "lpips", "edge_f1", "edit_success", "preservation", "psnr",
+]  # fmt: skip
 
 SEED_STRIDE = 1_000_000
 """The distance between the noise seeds of two ``--seeds``, so that their images share no noise."""
@@ -14,7 +20,7 @@ SEED_STRIDE = 1_000_000
 
 @dataclass(frozen=True)
 class Args(Flags):
-    """Compares models on a folder of images with captions, edges or edits, such as the emoji benchmark.
+    """Compares models on images with captions, edges or edits, or on captions alone.
 
     Writes metrics.json, report.html (self-contained), pictures.png and the plots, and prints the table.
     """
@@ -24,9 +30,15 @@ class Args(Flags):
     NAME=FOLDER,FOLDER,... is one model trained several times, with one folder for each of --seeds.
     NAME@STEPS,...=FOLDER overrides --steps, and a name may be repeated with other steps: base@50=runs/base
     base@4,1=runs/base-lcm is one curve."""
-    data: Path = Path("data/emoji/validation")
-    """Folder with a metadata.jsonl or meta.jsonl, as written by dataset_tools/emoji.py and avatars.py. Editors need a
-    folder of edits, such as the emoji's edits/validation."""
+    data: str = "data/avatars/validation"
+    """Folder with a metadata.jsonl or meta.jsonl, as the data tools write it; editors need a folder of edits. Or any
+    images with captions that training accepts, as a folder or an id on the hub. Or captions alone: lines of text,
+    parquet with a column text, or the JSON of COCO's captions."""
+    resolution: int | None = None
+    """Side of the images. Images of the data are resized to it and center-cropped. Default: as they are, or the model's
+    own size for captions alone."""
+    metrics: tuple[MetricName, ...] = ()
+    """What to measure. Default: all metrics that the data and the other flags allow."""
     training_steps: tuple[int, ...] = ()
     """Also evaluate the exports of these training steps, in the subfolders step-N that --export_steps of training
     writes, and plot the metrics against them."""
@@ -48,11 +60,28 @@ class Args(Flags):
     """Largest number of images to use, evenly spread over the folder. Default: all."""
     batch_size: int = 32
     """Images generated at a time."""
+    reference: Path | None = None
+    """Real images for FID and KID in place of the data's own: a folder, or for FID an .npz file of pytorch-fid."""
+    save_reference: Path | None = None
+    """Writes mean and covariance of the real images' Inception features to this file, for --reference."""
     inception_weights: Path | None = None
-    """File of pytorch-fid's network, pt_inception-2015-12-05-6726825d.pth: also measures FID, KID, precision and recall
-    on its features, which are comparable to published ones."""
+    """File of pytorch-fid's network, pt_inception-2015-12-05-6726825d.pth, for fid, kid and precision_recall, which are
+    comparable to published ones."""
     fid_resizing: Resizing = "clean-fid"
     """How images are resized for that network, as in the package of this name."""
+    clip: str | None = None
+    """Folder or id on the hub of a CLIP, such as openai/clip-vit-large-patch14, for clip_score, clip_image and
+    clip_direction."""
+    dino: str | None = None
+    """Folder or id on the hub of DINO or DINOv2, such as facebook/dino-vits16, for dino."""
+    lpips_weights: Path | None = None
+    """File of torchvision's AlexNet (alexnet-owt-7be5be79.pth) or VGG-16 (vgg16-397923af.pth), for lpips."""
+    lpips_heads: Path | None = None
+    """File of the fitted weights of LPIPS. Default: the one in the package lpips."""
+    shard_size: int = 1000
+    """Images whose measurements are kept together. An interrupted evaluation goes on after the last whole shard."""
+    save_images: bool = False
+    """Keep all generated images, as shards of a WebDataset."""
     num_shown: int = 12
     """Number of samples whose images the report shows."""
     output_dir: Path = Path("outputs/evaluation")
@@ -75,5 +104,10 @@ class Args(Flags):
             raise ValueError("--batch_size and --num_shown must be at least 1.")
         if self.max_samples is not None and self.max_samples < 2:
             raise ValueError("--max_samples must be at least 2.")
+        if self.save_reference is not None and (self.inception_weights is None or self.save_reference.suffix != ".npz"):
+            raise ValueError("--save_reference needs --inception_weights, and a file that ends in .npz.")
+        if self.resolution is not None:
+            self.require_at_least(8, "resolution")
+        self.require_at_least(1, "shard_size")
         self.require_at_least(0, "guidance_scale", "image_guidance_scale")
         self.require_at_least(1, "training_steps")

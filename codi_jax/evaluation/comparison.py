@@ -1,45 +1,34 @@
 """Compares models: what each generates for the same samples, and how it is measured."""
 
+import functools
 import platform
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
 from codi_jax.diffusion.timesteps import default_sampler
 from codi_jax.evaluation.arguments import SEED_STRIDE, Args
-from codi_jax.evaluation.attributes import READER, Reader, shown_shares
 from codi_jax.evaluation.candidates import Candidate, Checkpoint, read_candidates
-from codi_jax.evaluation.features import Features, inception_features, load_features
-from codi_jax.evaluation.metrics import NEIGHBORS, edge_f1, edit_success, fid, kid, precision_recall, preservation, psnr
+from codi_jax.evaluation.measures import Measures, build_measures
 from codi_jax.evaluation.report import Example, Report, Result, check_plots, write_report
-from codi_jax.evaluation.samples import Samples, read_samples
+from codi_jax.evaluation.samples import Data, Samples, open_samples
+from codi_jax.evaluation.shards import files_of, shards_of
+from codi_jax.io import processes
 from codi_jax.io.compiled_programs import keep_compiled_programs
-from codi_jax.io.images import canny
+from codi_jax.models import sharding
 from codi_jax.pipeline.loading import resolve_dtype
 from codi_jax.pipeline.model import Model
 
-_MOST_PSNR = 100.0  # dB, for equal images
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What generated images are compared with on one kind of features.
-
-    Attributes:
-      features: maps images to features of dimension d.
-      truth: the real images' features.
-    """
-
-    features: Features
-    truth: Float[np.ndarray, "n d"]
+_FOLDER = "shards"
+_SHOWN, _SECONDS = "shown", "seconds"  # beside the observations
 
 
 @dataclass(frozen=True)
@@ -47,29 +36,50 @@ class Benchmark:
     """The data that all models are measured on.
 
     Attributes:
-      samples: n samples.
-      lite: EfficientNet-Lite0's features.
-      shown: the r samples whose images the report shows.
-      reader: reads attributes off images, if the samples name them.
-      inception: Inception's features, if there are weights for it.
+      data: the samples.
+      measures: the metrics.
+      shown: the numbers of the r samples whose images the report shows.
+      identity: what else the observations depend on besides the model, by name.
     """
 
-    samples: Samples
-    lite: Reference
+    data: Data
+    measures: Measures
     shown: Int[np.ndarray, " r"]
-    reader: Reader | None = None
-    inception: Reference | None = None
+    identity: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Images, and the seconds that each took without compilation."""
+
+    pictures: UInt8[np.ndarray, "n h w 3"]
+    seconds: float
 
 
 def make_pictures(
-    pipeline: Model, model: Candidate, samples: Samples, steps: int, seed: int, args: Args
-) -> tuple[UInt8[np.ndarray, "n h w 3"], float]:
-    """One image per sample, and the seconds per image without compilation.
+    pipeline: Model,
+    model: Candidate,
+    samples: Samples,
+    steps: int,
+    first_seed: int,
+    *,
+    batch_size: int,
+    size: tuple[int | None, int | None] = (None, None),
+) -> Generated:
+    """One image per sample.
 
     The last batch is padded with its last sample, so that all batches share one shape and one program.
+
+    Args:
+      pipeline: the model.
+      model: how it is sampled.
+      samples: its inputs.
+      steps: the sampler's steps.
+      first_seed: the seed of the first sample's noise; the next one's is one more.
+      batch_size: images at a time.
+      size: height and width. Default: the model's.
     """
     count = len(samples.prompts)
-    batch_size = min(args.batch_size, count)
     made, seconds = [], 0.0
     for start in range(0, count, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
@@ -82,47 +92,14 @@ def make_pictures(
                 guidance_scale=model.guidance_scale,
                 image_guidance_scale=model.image_guidance_scale,
                 sampler=model.sampler,
-                height=samples.truth.shape[1],
-                width=samples.truth.shape[2],
-                seed=seed * SEED_STRIDE + start,
+                height=size[0],
+                width=size[1],
+                seed=first_seed + start,
             )
         )
         seconds += pipeline.seconds
     pictures = np.concatenate(made)
-    return pictures[:count], seconds / len(pictures)
-
-
-def measure(pictures: UInt8[np.ndarray, "n h w 3"], samples: Samples, benchmark: Benchmark) -> dict[str, float]:
-    """The metrics of one seed's images that the data allows, by the keys of `codi_jax.evaluation.report.METRICS`."""
-    found, truth = benchmark.lite.features(pictures), benchmark.lite.truth
-    values = {
-        "fid_lite": fid(found, truth),
-        "kid_lite": 1000 * kid(found, truth),
-        "psnr": float(np.minimum(psnr(pictures, samples.truth), _MOST_PSNR).mean()),
-    }
-    if benchmark.inception is not None:
-        values |= _on_inception(benchmark.inception.features(pictures), benchmark.inception.truth)
-    if benchmark.reader is not None:
-        shares = shown_shares(benchmark.reader.read(pictures), samples.looks)
-        values["attribute_accuracy"] = float(shares.mean())
-        if samples.inputs is not None:
-            values["edit_accuracy"] = float((shares == 1).mean())
-    if samples.conditions is not None:
-        edges = np.stack([canny(picture) for picture in pictures]) > 0
-        values["edge_f1"] = float(edge_f1(edges, samples.conditions[..., 0] > 127).mean())
-    if samples.variants:
-        success = edit_success(pictures, samples.variants, np.asarray(samples.wanted))
-        values["edit_success"] = float(success.mean())
-    if samples.inputs is not None:
-        kept = preservation(pictures, samples.inputs, samples.truth)
-        if not np.isnan(kept).all():
-            values["preservation"] = float(np.nanmean(np.minimum(kept, _MOST_PSNR)))
-    return values
-
-
-def _on_inception(found: Float[np.ndarray, "n e"], truth: Float[np.ndarray, "m e"]) -> dict[str, float]:
-    precision, recall = precision_recall(found, truth)
-    return {"fid": fid(found, truth), "kid": 1000 * kid(found, truth), "precision": precision, "recall": recall}
+    return Generated(pictures[:count], seconds / len(pictures))
 
 
 def compare(args: Args, command: str) -> Report:
@@ -139,48 +116,42 @@ def compare(args: Args, command: str) -> Report:
       FloatingPointError: if a model produces NaN.
     """
     args.check()
+    processes.initialize()
     candidates = read_candidates(args)
     check_plots()
-    samples = read_samples(args.data, args.max_samples)
-    candidates = [_with_possible_steps(candidate, samples, args) for candidate in candidates]
+    data = open_samples(args.data, args.resolution).evenly_spread(args.max_samples)
+    probe = data.read([0])
+    candidates = [_with_possible_steps(candidate, probe, args) for candidate in candidates]
     if not any(candidate.steps for candidate in candidates):
         raise ValueError("no model can be run with any of --steps: see the warnings above.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     keep_compiled_programs(args.ccache)
-    benchmark = _benchmark(samples, args)
+    shown = np.linspace(0, data.count - 1, min(args.num_shown, data.count)).round().astype(int)
+    measures = build_measures(args, data)
+    benchmark = Benchmark(data, measures, shown, _identity(args, measures, shown))
     results = [result for each in candidates if each.steps for result in _evaluate(each, benchmark, args)]
-    if not any("edge_f1" in result.values for result in results):
-        samples = _without_conditions(samples)
     names = {candidate.name for candidate in candidates}
     report = Report(
         title=f"{len(names)} models on {args.data}" if len(names) > 1 else f"{candidates[0].name} on {args.data}",
         results=results,
-        examples=[_example(samples, int(i)) for i in benchmark.shown],
-        facts=_facts(args, len(samples.prompts)),
+        examples=_examples(benchmark, uses_conditions=any(_has_controlnet(each) for each in candidates)),
+        facts=_facts(args, data.count),
         command=command,
     )
-    write_report(args.output_dir, report)
+    if jax.process_index() == 0:
+        write_report(args.output_dir, report)
     return report
 
 
-def _benchmark(samples: Samples, args: Args) -> Benchmark:
-    count = len(samples.prompts)
-    if args.inception_weights is not None and count <= NEIGHBORS:
-        raise ValueError(f"--inception_weights: precision and recall need at least {NEIGHBORS + 1} pictures.")
-    shown = np.linspace(0, count - 1, min(args.num_shown, count)).round().astype(int)
-    reader = Reader() if samples.looks and READER.is_dir() else None
-    inception = None
-    if args.inception_weights is not None:
-        inception = _reference(inception_features(args.inception_weights, args.fid_resizing), samples)
-    return Benchmark(samples, _reference(load_features(), samples), shown, reader, inception)
-
-
-def _reference(features: Features, samples: Samples) -> Reference:
-    return Reference(features, features(samples.truth))
+def _has_controlnet(model: Candidate) -> bool:
+    return any(Model.open(*checkpoint).networks.controlnet is not None for checkpoint in model.checkpoints)
 
 
 def _load(checkpoint: Checkpoint, args: Args) -> Model:
-    return Model.from_pretrained(*checkpoint, dtype=resolve_dtype(args.dtype), attention=args.attention)
+    """The model, on all devices of this process."""
+    place = sharding.place(sharding.make_mesh(is_local=True)) if jax.local_device_count() > 1 else None
+    dtype = resolve_dtype(args.dtype)
+    return Model.from_pretrained(*checkpoint, dtype=dtype, attention=args.attention, place=place)
 
 
 def _with_possible_steps(model: Candidate, samples: Samples, args: Args) -> Candidate:
@@ -191,7 +162,8 @@ def _with_possible_steps(model: Candidate, samples: Samples, args: Args) -> Cand
     Raises:
       ValueError: if the model is for another task, or cannot make images of this size.
     """
-    steps, (height, width) = model.steps, samples.truth.shape[1:3]
+    steps = model.steps
+    height, width = _size(samples, args)
     for checkpoint in model.checkpoints:
         pipeline = Model.open(*checkpoint)
         _check_task(pipeline, model, samples, args.data)
@@ -223,7 +195,7 @@ def _possible_steps(pipeline: Model, model: Candidate, steps: Sequence[int]) -> 
     return tuple(possible)
 
 
-def _check_task(pipeline: Model, model: Candidate, samples: Samples, data: Path) -> None:
+def _check_task(pipeline: Model, model: Candidate, samples: Samples, data: str) -> None:
     if (pipeline.task == "edit") != (samples.inputs is not None) or pipeline.task == "inpaint":
         raise ValueError(
             f"the model {model.name} is for the task {pipeline.task!r}, but {data} is for another: text-to-image "
@@ -239,18 +211,15 @@ def _evaluate(model: Candidate, benchmark: Benchmark, args: Args) -> list[Result
     pictures: dict[int, np.ndarray] = {}
     sampler = model.sampler
     for checkpoint, seeds in _seeds_of(model, args.seeds):
-        pipeline = _load(checkpoint, args)
-        samples = benchmark.samples
-        if pipeline.networks.controlnet is None:
-            samples = _without_conditions(samples)
-        sampler = model.sampler or default_sampler(pipeline.schedule)
+        load = functools.cache(functools.partial(_load, checkpoint, args))
+        sampler = model.sampler or default_sampler(Model.open(*checkpoint).schedule)
         for steps in model.steps:
-            for seed in _progress(seeds, f"{model.name}, {steps} steps"):
-                made, seconds = make_pictures(pipeline, model, samples, steps, seed, args)
-                measured = measure(made, samples, benchmark)
-                for key, value in {**measured, "seconds": seconds}.items():
+            for seed in seeds:
+                found = _observed(model, checkpoint, load, steps, seed, benchmark, args)
+                measured = benchmark.measures.summarize(found) | {"seconds": float(found[_SECONDS].mean())}
+                for key, value in measured.items():
                     values.setdefault(steps, {}).setdefault(key, []).append(value)
-                pictures.setdefault(steps, made[benchmark.shown])
+                pictures.setdefault(steps, found[_SHOWN])
     return [
         Result(
             model.name,
@@ -265,9 +234,73 @@ def _evaluate(model: Candidate, benchmark: Benchmark, args: Args) -> list[Result
     ]
 
 
-def _without_conditions(samples: Samples) -> Samples:
-    """The samples for a model without a ControlNet, which does not see the edges and is not measured by them."""
-    return replace(samples, conditions=None)
+def _observed(
+    model: Candidate,
+    checkpoint: Checkpoint,
+    load: Callable[[], Model],
+    steps: int,
+    seed: int,
+    benchmark: Benchmark,
+    args: Args,
+) -> dict[str, np.ndarray]:
+    """All observations of a model's images, those of an interrupted evaluation among them.
+
+    Each process makes some of the shards, and all of them read all.
+    """
+    data = benchmark.data
+    name = f"{model.name}-{steps}-{seed}"
+    sampling = (model.sampler, model.guidance_scale, model.image_guidance_scale, steps, seed)
+    identity = {**benchmark.identity, "files": [files_of(part) for part in checkpoint], "sampling": sampling}
+    shards = shards_of(args.output_dir / _FOLDER, name, identity, data.count, args.shard_size)
+
+    def make(numbers: range) -> dict[str, np.ndarray]:
+        pipeline, samples = load(), data.read(numbers)
+        if pipeline.networks.controlnet is None:
+            samples = replace(samples, conditions=None)  # it does not see them, and is not measured by them
+        made = make_pictures(
+            pipeline,
+            model,
+            samples,
+            steps,
+            seed * SEED_STRIDE + numbers.start,
+            batch_size=_batch_size(args, data),
+            size=_size(samples, args),
+        )
+        if args.save_images:
+            shards.save_images(numbers, made.pictures, samples.prompts)
+        shown = [number - numbers.start for number in benchmark.shown.tolist() if number in numbers]
+        found = benchmark.measures.observe(made.pictures, samples)
+        return {**found, _SHOWN: made.pictures[shown], _SECONDS: np.full(len(numbers), made.seconds)}
+
+    own = shards.numbers(jax.process_index(), jax.process_count())
+    for numbers in tqdm(own, desc=f"{model.name}, {steps} steps", leave=False, disable=not sys.stderr.isatty()):
+        shards.ensure(numbers, functools.partial(make, numbers))
+    processes.wait_for_all(f"the images of {name}")
+    return shards.read()
+
+
+def _identity(args: Args, measures: Measures, shown: Int[np.ndarray, " r"]) -> dict[str, Any]:
+    """What the observations of all models depend on."""
+    networks = (args.inception_weights, args.fid_resizing, args.clip, args.dino, args.lpips_weights, args.lpips_heads)
+    return {
+        "data": (args.data, files_of(args.data), args.max_samples, args.resolution),
+        "computation": (args.batch_size, args.dtype, args.attention, jax.devices()[0].platform),
+        "measures": (sorted(measures.observers), networks, args.save_images, shown.tolist()),
+        "version": version("codi_jax"),
+    }
+
+
+def _batch_size(args: Args, data: Data) -> int:
+    """Images at a time: as many as asked for, unless there are fewer, in equal parts for the devices."""
+    devices = jax.local_device_count()
+    return -(-min(args.batch_size, args.shard_size, data.count) // devices) * devices
+
+
+def _size(samples: Samples, args: Args) -> tuple[int | None, int | None]:
+    """Height and width of the images to make."""
+    if samples.truth is None:
+        return args.resolution, args.resolution
+    return samples.truth.shape[1], samples.truth.shape[2]
 
 
 def _seeds_of(model: Candidate, seeds: tuple[int, ...]) -> list[tuple[Checkpoint, tuple[int, ...]]]:
@@ -277,13 +310,14 @@ def _seeds_of(model: Candidate, seeds: tuple[int, ...]) -> list[tuple[Checkpoint
     return [(checkpoint, (seed,)) for checkpoint, seed in zip(model.checkpoints, seeds, strict=True)]
 
 
-def _progress(seeds: tuple[int, ...], name: str) -> Iterable[int]:
-    return tqdm(seeds, desc=name, leave=False, disable=not sys.stderr.isatty())
-
-
-def _example(samples: Samples, i: int) -> Example:
-    condition = samples.conditions if samples.inputs is None else samples.inputs
-    return Example(samples.prompts[i], samples.truth[i], None if condition is None else condition[i])
+def _examples(benchmark: Benchmark, *, uses_conditions: bool) -> list[Example]:
+    """The shown samples, with the conditions if a model sees them."""
+    samples = benchmark.data.read(benchmark.shown.tolist())
+    given = samples.inputs if samples.inputs is not None else samples.conditions if uses_conditions else None
+    return [
+        Example(prompt, None if samples.truth is None else samples.truth[i], None if given is None else given[i])
+        for i, prompt in enumerate(samples.prompts)
+    ]
 
 
 def _facts(args: Args, count: int) -> dict[str, str]:

@@ -44,6 +44,13 @@ METRICS = {
     "kid": Metric("KID ×10³", "lower", 3, "kernel distance on the same features, unbiased"),
     "precision": Metric("Precision", "higher", 3, "share of images among the real ones, on the same features"),
     "recall": Metric("Recall", "higher", 3, "share of real images among the generated ones, on the same features"),
+    "clip_score": Metric(
+        "CLIP score", "higher", 2, "100 times the cosine of the image and its caption in CLIP's space"
+    ),
+    "clip_direction": Metric("CLIP direction", "higher", 3, "cosine of the image's change and its captions' change"),
+    "clip_image": Metric("CLIP image", "higher", 3, "cosine with the image before the edit"),
+    "dino": Metric("DINO", "higher", 3, "cosine with the real image in DINO's space"),
+    "lpips": Metric("LPIPS", "lower", 3, "perceptual distance to the real image"),
     "fid_lite": Metric("FID-lite", "lower", 2, "Fréchet distance to the real images, on EfficientNet-Lite0 features"),
     "kid_lite": Metric("KID-lite ×10³", "lower", 3, "kernel distance on the same features, unbiased"),
     "edge_f1": Metric("Edge F1", "higher", 3, "canny edges of the image against the condition, to within a pixel"),
@@ -97,7 +104,7 @@ class Example:
     """A sample whose images are shown: the models' inputs, and the real image."""
 
     prompt: str
-    truth: UInt8[np.ndarray, "h w 3"]
+    truth: UInt8[np.ndarray, "h w 3"] | None
     condition: UInt8[np.ndarray, "h w 3"] | None
 
 
@@ -150,7 +157,9 @@ def _pictures_alone(report: Report) -> UInt8[np.ndarray, "height width 3"]:
         rows["given"] = [example.condition for example in report.examples]
     for result in report.results:
         rows[f"{result.name}, {result.steps}"] = result.pictures
-    return labeled_rows(rows | {"real": [example.truth for example in report.examples]})
+    if all(example.truth is not None for example in report.examples):
+        rows["real"] = [example.truth for example in report.examples]
+    return labeled_rows(rows)
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -219,15 +228,17 @@ def check_plots() -> None:
 
 
 def draw_plots(report: Report) -> dict[str, str]:
-    """Quality against steps, one plot per metric, and FID-lite against time: name -> SVG.
+    """Quality against steps, one plot per metric, and the first metric against time: name -> SVG.
 
-    If exports during training were evaluated, also FID-lite against training steps.
+    If exports during training were evaluated, also the first metric against training steps.
     """
     trained = [result for result in report.results if result.training_steps is None]
-    plots = {f"{key}-steps": _plot(trained, "steps", key) for key in report.metrics() if key not in _NOT_PLOTTED}
-    plots["fid_lite-seconds"] = _plot(trained, "seconds", "fid_lite")
-    if len(trained) < len(report.results):
-        plots["fid_lite-training_steps"] = _plot(report.results, "training_steps", "fid_lite")
+    plotted = [key for key in report.metrics() if key not in _NOT_PLOTTED]
+    plots = {f"{key}-steps": _plot(trained, "steps", key) for key in plotted}
+    if plotted:
+        plots[f"{plotted[0]}-seconds"] = _plot(trained, "seconds", plotted[0])
+        if len(trained) < len(report.results):
+            plots[f"{plotted[0]}-training_steps"] = _plot(report.results, "training_steps", plotted[0])
     return plots
 
 
@@ -359,7 +370,8 @@ def _gallery(report: Report) -> str:
     for i, result in enumerate(report.results):
         models.setdefault(result.name, []).append(i)
     has_condition = any(example.condition is not None for example in report.examples)
-    ends = (["Given"] if has_condition else []), ["Real"]
+    has_truth = any(example.truth is not None for example in report.examples)
+    ends = (["Given"] if has_condition else []), (["Real"] if has_truth else [])
     groups = "".join(
         f'<th scope="colgroup" class="edge" colspan="{len(columns)}">{html.escape(name)}</th>'
         for name, columns in models.items()
@@ -386,7 +398,8 @@ def _pictures(report: Report, models: Mapping[str, Sequence[int]], r: int, has_c
         for j, i in enumerate(columns):
             result = report.results[i]
             cells.append(_picture(result.pictures[r], f"{example.prompt}, {result.name}, {result.steps} steps", j == 0))
-    cells.append(_picture(example.truth, f"{example.prompt}, the real picture", True))
+    if example.truth is not None:
+        cells.append(_picture(example.truth, f"{example.prompt}, the real picture", True))
     return f'<tr><th scope="row">{html.escape(example.prompt)}</th>{"".join(cells)}</tr>'
 
 

@@ -16,6 +16,7 @@ from codi_jax.diffusion.guidance import Guidance, split_branches, stack_branches
 from codi_jax.diffusion.samplers import OnStep
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.diffusion.scheduler_config import SamplerName
+from codi_jax.models import sharding
 from codi_jax.models.clip_text import encode_text
 from codi_jax.models.config import Params
 from codi_jax.pipeline.conditions import Condition, Conditions
@@ -24,6 +25,29 @@ from codi_jax.pipeline.prediction import predict
 
 Text = tuple[Float[Array, "b s d"], Float[Array, "b p"]]
 """Prompt features and their pooled output."""
+
+
+# The inputs of `generate` with one entry for each image, and the axis of the images.
+_IMAGE_AXES = {"ids": 0, "null_ids": 0, "z": 0, "noise": 1, "image": 0, "mask": 0, "control": 0, "time_ids": 0}
+
+
+def split_over_devices(params: Mapping[str, Params], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of `generate`, split among the devices that hold the parameters, if they divide the images evenly.
+
+    Args:
+      params: the parameters of every network.
+      inputs: the arrays.
+    """
+    mesh = sharding.mesh_of(params)
+    if mesh is None or mesh.is_multi_process or len(inputs["z"]) % mesh.size or "shared_until" in inputs:
+        return dict(inputs)  # shared attention pairs images of the first and the second half
+
+    def split(name: str, value: Any) -> Any:
+        if name not in _IMAGE_AXES:
+            return value
+        return jax.tree.map(lambda leaf: sharding.split(mesh, leaf, _IMAGE_AXES[name]), value)
+
+    return {name: split(name, value) for name, value in inputs.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ from codi_jax.models.kernels.attention import Implementation
 from codi_jax.models.lora import merge_lora
 from codi_jax.pipeline import loading, saving
 from codi_jax.pipeline.call_inputs import check_images, image_size, make_inputs
-from codi_jax.pipeline.generation import Program, generate
+from codi_jax.pipeline.generation import Program, generate, split_over_devices
 from codi_jax.pipeline.networks import Networks
 from codi_jax.pipeline.text import tokenize
 
@@ -350,7 +350,8 @@ class Model:
         reporter = self.programs.reporter
         program = Program(self.networks, sampler, zero_null_text, reporter if on_step else None)
         params = {name: self.params[name] for name in self.networks.by_name()}
-        arguments = params, self.schedule, *jax.tree.map(jnp.asarray, (guidance, inputs))
+        guidance, arrays = jax.tree.map(jnp.asarray, (guidance, inputs))
+        arguments = params, self.schedule, guidance, split_over_devices(params, arrays)
         reporter.listener = on_step
         try:
             images, finite = self.programs.run(program, *arguments)

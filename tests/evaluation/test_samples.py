@@ -14,15 +14,17 @@ def test_captions_with_unusual_ends_of_lines_are_read(tmp_path: Path) -> None:
     rows = [{"text": f"a{separator}b"} for separator in "\u2028\u2029\x85"]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "metadata.jsonl").write_bytes(f"\ufeff{lines}\n".encode())
-    assert samples._read_rows(tmp_path)[1] == rows
+    assert samples._read_rows(tmp_path / "metadata.jsonl") == rows
 
 
 def test_what_the_avatars_tool_writes_is_read(tmp_path: Path) -> None:
     """Captions, edges and edits, with the attributes that each picture should show."""
     for task in ("text", "edit"):
         avatars.main(avatars.Args(train_data_dir=str(tmp_path / task), task=task, max_train_samples=3, num_proc=1))
-    found, edits = (samples.read_samples(tmp_path / task) for task in ("text", "edit"))
+    found, edits = (samples.open_samples(str(tmp_path / task)).read(range(3)) for task in ("text", "edit"))
     assert found.conditions is not None
+    assert found.truth is not None
+    assert edits.truth is not None
     assert edits.inputs is not None
     for number in range(3):
         np.testing.assert_array_equal(found.truth[number], draw(found.looks[number], 64))
@@ -31,5 +33,5 @@ def test_what_the_avatars_tool_writes_is_read(tmp_path: Path) -> None:
 
 
 def test_no_data(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has neither meta\.jsonl nor metadata\.jsonl"):
-        samples.read_samples(tmp_path)
+    with pytest.raises(ValueError, match=r"there is no data .*none: check --data"):
+        samples.open_samples(str(tmp_path / "none"))
