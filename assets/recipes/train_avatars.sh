@@ -31,7 +31,7 @@ stage_reader() {
 # 16 latent channels: with 8, eyes and mouths are lost. Gradients make small details sharp.
 stage_vae() {
   "$python" training_scripts/train_autoencoder_flax.py --model_config_name_or_path "$recipe/vae" "${data[@]}" "${run[@]}" \
-    --train_batch_size 32 --max_train_steps 6000 --learning_rate 1.5e-3 --lr_warmup_steps 200 --adam_beta2 0.99 \
+    --train_batch_size 16 --max_train_steps 5000 --learning_rate 1.5e-3 --lr_warmup_steps 200 --adam_beta2 0.99 \
     --adam_weight_decay 1e-4 --ema_decay 0.998 --gradient_scale 1 --output_dir "$work/vae"
   "$python" assets/recipes/check_autoencoder.py --vae "$work/vae/vae" --reader "$work/reader" --picture "$work/vae.png"
 }

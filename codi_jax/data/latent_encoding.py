@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from jaxtyping import Int, UInt8
-from tqdm import tqdm
 
+from codi_jax.cli.progress import progress_over
 from codi_jax.data.columns import captions_of
 from codi_jax.data.images import UnreadableImageError, is_random
 from codi_jax.data.loader import Tokenize, read_ahead, refuse_too_many
@@ -114,7 +114,7 @@ class LatentEncoder:
         table = RowWriter(folder, "texts", len(texts))
         size = self.encoders.batch_size
         starts = range(table.rows, len(texts), size)
-        for step, start in enumerate(tqdm(starts, "encoding captions", disable=None)):
+        for step, start in enumerate(progress_over(starts, "encoding captions", len(starts), "batches")):
             some = texts[start : start + size]
             ids = self.tokenize(some + [""] * (size - len(some)))
             if self.encoders.text is None:
@@ -212,7 +212,7 @@ def _progress(rows: _Pictures, workers: int) -> Iterator[tuple[Batch, dict[str, 
         return
     batches = iter(read_ahead(rows, workers))
     try:
-        yield from tqdm(batches, "encoding images", len(rows), disable=None)
+        yield from progress_over(batches, "encoding images", len(rows), "batches")
     finally:
         batches.close()
 

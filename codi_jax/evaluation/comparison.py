@@ -2,7 +2,6 @@
 
 import functools
 import platform
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Int, UInt8
-from tqdm import tqdm
 
+from codi_jax.cli.progress import Progress
 from codi_jax.diffusion.timesteps import default_sampler
 from codi_jax.evaluation.arguments import SEED_STRIDE, Args
 from codi_jax.evaluation.candidates import Candidate, Checkpoint, read_candidates
@@ -65,6 +64,7 @@ def make_pictures(
     *,
     batch_size: int,
     size: tuple[int | None, int | None] = (None, None),
+    advance: Callable[[int], None] = lambda count: None,
 ) -> Generated:
     """One image per sample.
 
@@ -78,6 +78,7 @@ def make_pictures(
       first_seed: the seed of the first sample's noise; the next one's is one more.
       batch_size: images at a time.
       size: height and width. Default: the model's.
+      advance: called with the number of images of each batch.
     """
     count = len(samples.prompts)
     made, seconds = [], 0.0
@@ -98,6 +99,7 @@ def make_pictures(
             )
         )
         seconds += pipeline.seconds
+        advance(min(batch_size, count - start))
     pictures = np.concatenate(made)
     return Generated(pictures[:count], seconds / len(pictures))
 
@@ -253,7 +255,7 @@ def _observed(
     identity = {**benchmark.identity, "files": [files_of(part) for part in checkpoint], "sampling": sampling}
     shards = shards_of(args.output_dir / _FOLDER, name, identity, data.count, args.shard_size)
 
-    def make(numbers: range) -> dict[str, np.ndarray]:
+    def make(numbers: range, advance: Callable[[int], None]) -> dict[str, np.ndarray]:
         pipeline, samples = load(), data.read(numbers)
         if pipeline.networks.controlnet is None:
             samples = replace(samples, conditions=None)  # it does not see them, and is not measured by them
@@ -265,6 +267,7 @@ def _observed(
             seed * SEED_STRIDE + numbers.start,
             batch_size=_batch_size(args, data),
             size=_size(samples, args),
+            advance=advance,
         )
         if args.save_images:
             shards.save_images(numbers, made.pictures, samples.prompts)
@@ -273,8 +276,9 @@ def _observed(
         return {**found, _SHOWN: made.pictures[shown], _SECONDS: np.full(len(numbers), made.seconds)}
 
     own = shards.numbers(jax.process_index(), jax.process_count())
-    for numbers in tqdm(own, desc=f"{model.name}, {steps} steps", leave=False, disable=not sys.stderr.isatty()):
-        shards.ensure(numbers, functools.partial(make, numbers))
+    with Progress(f"{model.name}, {steps} steps, seed {seed}", sum(map(len, own))) as progress:
+        for numbers in own:
+            shards.ensure(numbers, functools.partial(make, numbers, progress.advance), progress.advance)
     processes.wait_for_all(f"the images of {name}")
     return shards.read()
 

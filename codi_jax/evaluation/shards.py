@@ -44,15 +44,17 @@ class Shards:
         starts = range(0, self.count, self.size)
         return [range(start, min(start + self.size, self.count)) for start in starts][process::processes]
 
-    def ensure(self, numbers: range, make: Callable[[], Arrays]) -> Arrays:
-        """A shard's arrays: those that are kept, if it is whole, or else made and kept."""
+    def ensure(
+        self, numbers: range, make: Callable[[], Arrays], skip: Callable[[int], None] = lambda count: None
+    ) -> None:
+        """Makes and keeps a shard's arrays, unless they are there; ``skip`` is told how many images were."""
         path = self._path(numbers)
-        found = _read(path)
-        if found is None:
-            found = make()
-            with staged_file(path) as stage, stage.open("wb") as file:
-                np.savez(file, **found)  # type: ignore[arg-type]
-        return found
+        if _read(path) is not None:
+            skip(len(numbers))
+            return
+        found = make()
+        with staged_file(path) as stage, stage.open("wb") as file:
+            np.savez(file, **found)  # type: ignore[arg-type]
 
     def read(self) -> Arrays:
         """All arrays, one shard after the other.

@@ -20,9 +20,9 @@ from itertools import islice
 from typing import Any
 
 import cv2
-from tqdm import tqdm
 
 from codi_jax.cli.flags import Flags
+from codi_jax.cli.progress import Progress
 from codi_jax.data.files import Folder
 from codi_jax.data.images import current_condition_name
 from codi_jax.data.preparation.engine import EngineFlags, run
@@ -269,7 +269,7 @@ def _tasks(items: Iterable[InputRow | Skipped], size: int) -> Iterator[ShardTask
 def _records(flags: JobFlags, tasks: Iterator[ShardTask], work: ShardWork) -> Iterator[ShardRecord]:
     """The records of the shards in their order, until there are enough samples."""
     wanted, samples, rows = flags.max_train_samples, 0, 0
-    with tqdm(total=wanted, desc="preparing", unit=" samples", disable=None) as bar:
+    with Progress("preparing", wanted, "samples") as progress:
         while wanted is None or samples < wanted:
             most = _TASKS * flags.processes
             if wanted is not None:  # no more than needed at the present rejection rate
@@ -284,7 +284,7 @@ def _records(flags: JobFlags, tasks: Iterator[ShardTask], work: ShardWork) -> It
             rows += sum(len(task.rows) for task in wave)
             new = sum(record.size for record in records.values())
             samples += new
-            bar.update(new)
+            progress.advance(new)
 
 
 def _wave(tasks: Iterator[ShardTask], most: int) -> Iterator[ShardTask]:
