@@ -82,8 +82,8 @@ class PointDenoiser(nn.Module):
         places = (z[:, 0, 0, :, None] * 2.0 ** jnp.arange(4)[None, None]).reshape(len(z), -1)
         waves = [wave(angles) for angles in (times, places) for wave in (jnp.sin, jnp.cos)]
         x = jnp.concatenate([z[:, 0, 0], *waves], axis=1)
-        for _ in range(3):
-            x = nn.silu(nn.Dense(self.width)(x))
+        for width in (self.width,) * 3:
+            x = nn.silu(nn.Dense(width)(x))
         return nn.Dense(2)(x)[:, None, None], {}
 
 

@@ -14,8 +14,9 @@ from transformers import CLIPTokenizer
 
 from codi_jax.cli import command_line
 from codi_jax.cli.flags import Flags
-from codi_jax.data.columns import captions_of
+from codi_jax.data.columns import Columns, captions_of
 from codi_jax.data.sources import open_source
+from codi_jax.data.table_files import load_prompts
 from codi_jax.io.atomic import staged_folder, write_json, write_text
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -28,7 +29,8 @@ class Args(Flags):
     """Learns a small vocabulary from captions, for a text encoder that is trained from scratch."""
 
     train_data_dir: Path
-    """Folder with a metadata.jsonl or meta.jsonl, or any other data that training accepts."""
+    """Folder with a metadata.jsonl or meta.jsonl, or any other data that training accepts; or a file of texts, one per
+    line or as parquet."""
     output_dir: Path
     """Folder for vocab.json, merges.txt and tokenizer_config.json."""
     caption_column: str = "text"
@@ -50,6 +52,11 @@ class Args(Flags):
 
 def captions(args: Args) -> list[str]:
     """All captions of the data set."""
+    if args.train_data_dir.is_file():
+        rows = load_prompts(args.train_data_dir, Columns(None, args.caption_column), "--train_data_dir")
+        if args.caption_column not in rows.column_names:
+            raise ValueError(f"{args.train_data_dir} has no column {args.caption_column!r}: check --caption_column.")
+        return [text for cell in rows[args.caption_column] for text in captions_of(cell) if text]
     source = open_source(train_data_dir=str(args.train_data_dir), caption_column=args.caption_column)
     assert isinstance(source.rows, Dataset)
     return [text for cell in source.rows[source.columns.caption or ""] for text in captions_of(cell) if text]

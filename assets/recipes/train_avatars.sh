@@ -36,7 +36,10 @@ stage_vae() {
   "$python" assets/recipes/check_autoencoder.py --vae "$work/vae/vae" --reader "$work/reader" --picture "$work/vae.png"
 }
 
-# The folder to start from: configurations, the vocabulary (learned by dataset_tools/train_tokenizer.py) and the VAE.
+# The folder to start from: configurations, the vocabulary and the VAE. The vocabulary was learned by
+#   python3 assets/recipes/avatar_words.py words.txt
+#   python3 dataset_tools/train_tokenizer.py --train_data_dir words.txt --vocab_size 1024 --model_max_length 40 \
+#     --output_dir assets/recipes/avatars/tokenizer
 stage_start() {
   [ ! -e "$work/start" ] || return 0
   rm -rf "$work/start.unfinished"

@@ -285,7 +285,7 @@ class Downsample2D(nn.Module):
     def setup(self) -> None:
         self.conv = conv(self.features, stride=2, padding=self.padding, dtype=self.dtype)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         if self.padding == 0:
             x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
         return self.conv(x)

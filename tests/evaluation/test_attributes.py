@@ -16,7 +16,7 @@ from codi_jax.models.config import WeightsError
 
 
 def network(names: str) -> AttributeReader:
-    return AttributeReader(AttributeReaderConfig(labels=names, block_out_channels=(8, 8), sample_size=16))
+    return AttributeReader(AttributeReaderConfig(labels=names, block_out_channels=(8, 16), sample_size=16))
 
 
 def test_every_value_has_one_output() -> None:

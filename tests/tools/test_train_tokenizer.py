@@ -105,6 +105,13 @@ def test_lists_of_captions_and_other_columns(tmp_path: Path, name: str) -> None:
     assert found == ["a b", "c", "d"]
 
 
+def test_texts_without_images(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("a b\n\nc\n")
+    assert train_tokenizer.captions(Args(tmp_path / "texts.txt", tmp_path / "out")) == ["a b", "c"]
+    with pytest.raises(ValueError, match=r"there is no folder .*none\.txt: check --train_data_dir"):
+        train_tokenizer.captions(Args(tmp_path / "none.txt", tmp_path / "out"))
+
+
 def test_too_few_texts_give_a_smaller_vocabulary(tmp_path: Path) -> None:
     data = write(tmp_path / "data", ["ab"])
     assert len(train(Args(data, tmp_path / "out"))) == BYTES + 1
