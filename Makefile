@@ -7,6 +7,7 @@ DEMO   ?= outputs/demo
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEMO_READY := $(VENV)/.installed-demo
 LOWEST    := .venv-lowest
 # -qq: errors only. Without it pip prints a line for each of some 100 packages.
 PIP       := -m pip --disable-pip-version-check install -qq
@@ -41,9 +42,16 @@ $(INSTALLED): requirements.lock pyproject.toml | $(BIN)/python
 
 venv: $(INSTALLED)  ## make .venv with the locked packages, where it is missing or out of date
 
+# What the demo needs, in the locked versions: neither PyTorch nor what the tests need.
+$(DEMO_READY): requirements.lock pyproject.toml | $(BIN)/python
+	@test -e $(INSTALLED) || { \
+	    echo "Installing what the demo needs into $(VENV) (a minute or two the first time) ..."; \
+	    $(BIN)/python $(PIP) -c requirements.lock -e ".[avatars,emoji,plots]"; }
+	@touch $@
+
 # The CoDi command of the README on the models in assets/: the ControlNet, and a student distilled from it in minutes,
 # the UNet too, which gains more in so short a time.
-demo: $(INSTALLED)  ## distill a 4-step student from the models in assets/ and compare the two (10 minutes on 2 cores)
+demo: $(DEMO_READY)  ## distill a 4-step student from the models in assets/ and compare the two (10 minutes on 2 cores)
 	@test -e $(DEMO)/data || $(BIN)/python dataset_tools/emoji.py --copies 1 --output_dir $(DEMO)/data
 	$(BIN)/python training_scripts/train_codi_flax.py \
 	    --pretrained_model_name_or_path assets/emoji --controlnet_model_name_or_path assets/emoji-controlnet \
@@ -52,8 +60,8 @@ demo: $(INSTALLED)  ## distill a 4-step student from the models in assets/ and c
 	    --train unet --onestepode_control_params initial --ema_decay 0.95 --train_batch_size 32 --max_train_steps 180 \
 	    --learning_rate 3e-4 --lr_scheduler cosine --lr_warmup_steps 20 --logging_steps 25 --checkpointing_steps 50 \
 	    --checkpoints_total_limit 1 --resume_from_checkpoint latest --output_dir $(DEMO)/student
-	$(BIN)/python -m codi_jax.evaluate --models ControlNet=assets/emoji+assets/emoji-controlnet \
-	    student=$(DEMO)/student --data $(DEMO)/data/validation --steps 1 2 4 50 --guidance_scale 1 --seeds 0 \
+	$(BIN)/python -m codi_jax.evaluate --models ControlNet@50,4,1=assets/emoji+assets/emoji-controlnet \
+	    student@4,1=$(DEMO)/student --data $(DEMO)/data/validation --guidance_scale 1 --seeds 0 \
 	    --output_dir $(DEMO)/evaluation
 
 test: $(INSTALLED)  ## run the tests, except the slow ones

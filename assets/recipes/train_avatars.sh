@@ -9,7 +9,7 @@ python=${PYTHON:-.venv/bin/python}
 work=${1:-runs/avatars}
 recipe=assets/recipes/avatars
 stages=("${@:2}")
-[ ${#stages[@]} -gt 0 ] || stages=(data reader vae start text)
+[ ${#stages[@]} -gt 0 ] || stages=(data reader vae start text controlnet editor)
 
 data=(--train_data_dir "$work/data/train" --validation_data_dir "$work/data/validation" --resolution 64)
 run=(--logging_steps 100 --checkpointing_steps 500 --checkpoints_total_limit 2 --resume_from_checkpoint latest
@@ -21,6 +21,8 @@ draw() { "$python" dataset_tools/avatars.py "$@"; }
 stage_data() {
   draw --train_data_dir "$work/data/train" --max_train_samples 50000
   draw --train_data_dir "$work/data/validation" --max_train_samples 1000 --split validation
+  draw --train_data_dir "$work/edits/train" --max_train_samples 50000 --task edit
+  draw --train_data_dir "$work/edits/validation" --max_train_samples 1000 --task edit --split validation
 }
 
 # Reads attributes off pictures: the judge of all that follows.
@@ -53,6 +55,21 @@ stage_text() {
     --from_scratch unet text_encoder "${data[@]}" "${run[@]}" "${cached[@]}" --train_text_encoder \
     --proportion_empty_prompts 0.1 --guidance_scale 3 --snr_gamma 5 --max_train_steps 12000 --learning_rate 6e-4 \
     --lr_warmup_steps 300 --ema_decay 0.9995 --output_dir "$work/text"
+}
+
+# By plain denoising: what CoDi starts from.
+stage_controlnet() {
+  "$python" training_scripts/train_controlnet_flax.py --pretrained_model_name_or_path "$work/text" "${data[@]}" "${run[@]}" \
+    "${cached[@]}" --proportion_empty_prompts 0.3 --max_train_steps 3000 --learning_rate 5e-4 --lr_warmup_steps 50 \
+    --ema_decay 0.998 --guidance_scale 1 --output_dir "$work/controlnet"
+}
+
+# InstructPix2Pix, from the text-to-image model.
+stage_editor() {
+  "$python" training_scripts/train_instruct_pix2pix_flax.py --pretrained_model_name_or_path "$work/text" \
+    --train_data_dir "$work/edits/train" --validation_data_dir "$work/edits/validation" --resolution 64 "${run[@]}" \
+    "${cached[@]}" --conditioning_dropout_prob 0.05 --max_train_steps 8000 --learning_rate 4e-4 --lr_warmup_steps 100 \
+    --ema_decay 0.999 --guidance_scale 3 --image_guidance_scale 1.5 --output_dir "$work/editor"
 }
 
 for stage in "${stages[@]}"; do "stage_$stage"; done

@@ -1,6 +1,7 @@
 """Command lines: flags from a dataclass, and errors as one sentence."""
 
 import dataclasses
+import os
 import sys
 import traceback
 import warnings
@@ -15,6 +16,9 @@ from codi_jax.cli.flags import Flags, Scope
 from codi_jax.io import processes
 
 Args = TypeVar("Args")
+
+# Of transformers, which would say at every start that it cannot find PyTorch; nothing here needs it.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _HIDDEN = "***"
 _SHOWN = 10  # warnings from one place: each of a million captions may have a problem
