@@ -169,10 +169,16 @@ def _attributes(args: Args) -> Observe:
     return observe
 
 
+def _are_edges(samples: Samples) -> bool:
+    """Whether the conditions are edges, and not images such as those for super-resolution: black and white alone."""
+    return samples.conditions is not None and bool(np.isin(samples.conditions, (0, 255)).all())
+
+
 def _edges(args: Args) -> Observe:
     def observe(pictures: Pictures, samples: Samples) -> Float[np.ndarray, " n"] | None:
-        if samples.conditions is None:
+        if not _are_edges(samples):
             return None
+        assert samples.conditions is not None
         return edge_f1(np.stack([canny(each) for each in pictures]) > 0, samples.conditions[..., 0] > 127)
 
     return observe
@@ -340,6 +346,7 @@ class _Metric:
 
 _ON_INCEPTION = functools.partial(_lacks, "inception_weights")
 _IN_DATA: Sequence[Any] = (lambda s: s.truth, "data with the real images")
+_EDGES: Sequence[Any] = (lambda s: s.conditions if _are_edges(s) else None, "data with edges as conditions")
 _INPUTS: Sequence[Any] = (lambda s: s.inputs, "data of edits")
 _PAIRS: Sequence[Any] = (lambda s: s.captions, "edits with the columns original_prompt and edited_prompt")
 
@@ -355,7 +362,7 @@ _METRICS: dict[str, _Metric] = {
     "clip_direction": _Metric("clip", _mean("clip_direction", 2), _lacks("clip", *_PAIRS)),
     "dino": _Metric("dino", _mean("dino"), _lacks("dino", *_IN_DATA)),
     "lpips": _Metric("lpips", _mean("lpips"), _lacks("lpips_weights", *_IN_DATA)),
-    "edge_f1": _Metric("edges", _mean("edge_f1"), _lacks(None, lambda s: s.conditions, "data with conditions")),
+    "edge_f1": _Metric("edges", _mean("edge_f1"), _lacks(None, *_EDGES)),
     "edit_success": _Metric("edits", _mean("edit_success"), _lacks(None, lambda s: s.variants, "edits with variants")),
     "preservation": _Metric("kept", _mean("preservation"), _lacks(None, *_INPUTS)),
     "psnr": _Metric("pixels", _mean("psnr"), _lacks(None, *_IN_DATA)),

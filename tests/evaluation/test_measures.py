@@ -20,6 +20,7 @@ from codi_jax.evaluation.measures import build_measures
 from codi_jax.evaluation.metrics import fid
 from codi_jax.evaluation.report import METRICS
 from codi_jax.evaluation.samples import Data, Samples, open_samples
+from codi_jax.io.images import canny
 from dataset_tools import avatars
 
 ARGS = Args((), "data")
@@ -183,6 +184,13 @@ def test_clip_metrics_are_those_of_transformers(tmp_path: Path) -> None:
         build_measures(args, data_of(dataclasses.replace(samples, captions=[])))
 
 
+def test_edges_are_measured_where_the_conditions_are_edges() -> None:
+    made = pictures(2)
+    edges = np.stack([np.repeat(canny(each)[..., None], 3, axis=-1) for each in made])
+    assert measured(ARGS, Samples(["a"] * 2, made, conditions=edges), made)["edge_f1"] == 1
+    assert "edge_f1" not in measured(ARGS, Samples(["a"] * 2, made, conditions=made // 2), made)
+
+
 def test_lpips_is_of_the_real_image(tmp_path: Path) -> None:
     weights, heads = write_lpips("alex", tmp_path)
     args = dataclasses.replace(ARGS, lpips_weights=weights, lpips_heads=heads, metrics=("lpips",))
@@ -229,7 +237,7 @@ def test_attributes_are_read_where_the_data_names_them(
         ("fid_lite", {"reference": Path("a.npz")}, "--metrics fid_lite needs a folder of images as --reference"),
         ("kid", {"reference": Path("a.npz"), "inception_weights": Path("w")}, "--metrics kid needs a folder of images"),
         ("attributes", {}, "--metrics attributes needs data with attributes"),
-        ("edge_f1", {}, "--metrics edge_f1 needs data with conditions"),
+        ("edge_f1", {}, "--metrics edge_f1 needs data with edges as conditions"),
         ("edit_success", {}, "--metrics edit_success needs edits with variants"),
     ],
 )
