@@ -41,7 +41,6 @@ BATCH, SHOWN = 256, 2000
 CHUNK = 10  # updates between two measurements
 MODES = 8
 RADIUS, SPREAD = 1.5, 0.12
-START = (4.0, -3.0)  # where the generator's samples are at first
 SCHEDULE = NoiseSchedule.from_config(
     {
         "_class_name": "DDIMScheduler",
@@ -106,9 +105,9 @@ def data_points(key: Key[Array, ""], count: int) -> Points:
     return (centers + SPREAD * jax.random.normal(noise_key, (count, 2)))[:, None, None]
 
 
-def far_points(key: Key[Array, ""], count: int) -> Points:
+def far_points(key: Key[Array, ""], count: int, center: tuple[float, float]) -> Points:
     """Samples of what the generator is trained on before."""
-    return (jnp.asarray(START)[None] + 0.3 * jax.random.normal(key, (count, 2)))[:, None, None]
+    return (jnp.asarray(center)[None] + 0.3 * jax.random.normal(key, (count, 2)))[:, None, None]
 
 
 def trained_denoiser(points: Any, seed: int, steps: int = 3000) -> Any:
@@ -232,7 +231,14 @@ def train(nodes: list[Any], start: Any, flags: DisbackFlags, updates: int, seed:
     return Curve(distances, samples)
 
 
-def draw(path: Path, nodes: list[Any], curves: dict[str, list[Curve]], real: np.ndarray, threshold: float) -> None:
+def draw(
+    path: Path,
+    nodes: list[Any],
+    curves: dict[str, list[Curve]],
+    real: np.ndarray,
+    threshold: float,
+    start: tuple[float, float],
+) -> None:
     """The path, the generators on their way, and their distances."""
     last = CHUNK * (len(curves["DMD"][0].distances) - 1)
     moments = [round(last * share / CHUNK) * CHUNK for share in (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)]
@@ -250,7 +256,8 @@ def draw(path: Path, nodes: list[Any], curves: dict[str, list[Curve]], real: np.
             axes = figure.add_subplot(grid[row, column])
             axes.scatter(*real[:500].T, s=2, color="#bbbbbb", linewidths=0)
             axes.scatter(*points[:500].T, s=2, color=("#7f7f7f", "#d55e00", "#2f86c6")[row], linewidths=0)
-            axes.set(xlim=(-3, 5.5), ylim=(-4.5, 3), xticks=[], yticks=[], aspect="equal")
+            low, high = zip(*[(min(-3, 1.4 * x), max(3, 1.4 * x)) for x in start], strict=True)
+            axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xticks=[], yticks=[], aspect="equal")
             axes.set_title(title, fontsize=8)
             if column == 0:
                 axes.set_ylabel(name)
@@ -276,6 +283,8 @@ def main() -> None:
     parser.add_argument("--num_nodes", type=int, default=5)
     parser.add_argument("--degradation_interval", type=int, default=40)
     parser.add_argument("--interval", type=int, default=20)
+    parser.add_argument("--start", type=float, nargs=2, default=(4.0, -3.0), help="center of the first samples")
+    parser.add_argument("--max_step_percent", type=float, default=0.98, help="noisiest time of the comparison")
     parser.add_argument("--dfake_gen_update_ratio", type=int, default=5)
     parser.add_argument("--generator_lr", type=float, default=5e-4)
     parser.add_argument("--guidance_lr", type=float, default=1e-3)
@@ -284,6 +293,7 @@ def main() -> None:
         num_nodes=args.num_nodes,
         degradation_interval=args.degradation_interval,
         interval=args.interval,
+        max_step_percent=args.max_step_percent,
         dfake_gen_update_ratio=args.dfake_gen_update_ratio,
         generator_lr=args.generator_lr,
         guidance_lr=args.guidance_lr,
@@ -291,7 +301,8 @@ def main() -> None:
         real_guidance_scale=1.0,
     )
     real = np.asarray(data_points(jax.random.key(7), SHOWN))[:, 0, 0]
-    teacher, start = trained_denoiser(data_points, 0), trained_denoiser(far_points, 1)
+    teacher = trained_denoiser(data_points, 0)
+    start = trained_denoiser(functools.partial(far_points, center=tuple(args.start)), 1)
     teacher_points = np.asarray(sampled(teacher, jax.random.key(3)))[:500, 0, 0]
     print(f"the teacher's own distance: {energy_distance(teacher_points, real[:500]):.4f}")
     curves: dict[str, list[Curve]] = {"DMD": [], "DisBack": []}
@@ -311,7 +322,7 @@ def main() -> None:
         ends = [run.distances[-1] for run in runs]
         numbers = ", ".join("never" if number is None else str(number) for number in found)
         print(f"| {name} | {numbers} | {mean} | {total} | {np.mean(ends):.4f} ± {np.std(ends):.4f} |")
-    draw(args.output, nodes, curves, real, args.threshold)
+    draw(args.output, nodes, curves, real, args.threshold, tuple(args.start))
     print(f"wrote {args.output}")
 
 
