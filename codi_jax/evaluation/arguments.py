@@ -78,7 +78,7 @@ class Args(Flags):
     """File of torchvision's AlexNet (alexnet-owt-7be5be79.pth) or VGG-16 (vgg16-397923af.pth), for lpips."""
     lpips_heads: Path | None = None
     """File of the fitted weights of LPIPS. Default: the one in the package lpips."""
-    shard_size: int = 1000
+    shard_size: int = 500
     """Images whose measurements are kept together. An interrupted evaluation goes on after the last whole shard."""
     save_images: bool = False
     """Keep all generated images, as shards of a WebDataset."""

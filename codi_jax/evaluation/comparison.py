@@ -290,7 +290,7 @@ def _identity(args: Args, measures: Measures, shown: Int[np.ndarray, " r"]) -> d
         "data": (args.data, files_of(args.data), args.max_samples, args.resolution),
         "computation": (args.batch_size, args.dtype, args.attention, jax.devices()[0].platform),
         "measures": (sorted(measures.observers), networks, args.save_images, shown.tolist()),
-        "version": version("codi_jax"),
+        "version": processes.code_version(),
     }
 
 
