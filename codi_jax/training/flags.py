@@ -100,6 +100,14 @@ class RunFlags(ComputeFlags, LoopFlags, OptimizerFlags, DataFlags, ValidationFla
     A script overrides the properties that its flags change.
     """
 
+    export_steps: Operational[int] = 0
+    """Steps between exports into folders step-N, besides the one at the end; 0 for none. evaluate --training_steps
+    compares them."""
+
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(0, "export_steps")
+
     @property
     def condition(self) -> ConditionOf:
         """Where condition images or source images come from, as `codi_jax.data.load_data` takes it."""

@@ -128,7 +128,7 @@ class Hooks:
       load: reads trees by names that `codi_jax.training.method.Load` does not know.
       check: refuses a run after its model is loaded.
       frozen: from what most steps read, makes what this step reads; or a `codi_jax.training.loop.Moving`.
-      record: writes something every few steps.
+      record: writes something every few steps. Default: the exports of ``--export_steps``.
       show: from a state, makes images by name; ``None`` shows nothing.
       write: writes a state's export into a folder.
     """
@@ -140,7 +140,7 @@ class Hooks:
     load: Mapping[str, Callable[[], Params]] = field(default_factory=dict)
     check: Callable[[Run], None] = lambda run: None
     frozen: Callable[[Run, Frozen], Any] = lambda run, frozen: frozen
-    record: Callable[[Run], loop.Recorder | None] = lambda run: None
+    record: Callable[[Run], loop.Recorder] | None = None
     show: Callable[[Run, Any], loop.Pictures] | None = show_samples
     write: Callable[[Run, Any, Path], None] = write_export
 
@@ -199,11 +199,20 @@ def run(
         args,
         mesh=mesh,
         validate=None if hooks.show is None else functools.partial(_validate, hooks.show, this),
-        record=hooks.record(this),
+        record=_exports(hooks, this) if hooks.record is None else hooks.record(this),
         export=functools.partial(hooks.write, this),
         run_config=identity,
     )
     return args
+
+
+def _exports(hooks: Hooks, run: Run) -> loop.Recorder | None:
+    """Exports the state every few steps into folders of their own, if the flags say so."""
+
+    def write(state: Any, step: int) -> None:
+        hooks.write(run, state, Path(run.args.output_dir) / f"step-{step}")
+
+    return loop.Recorder(write, run.args.export_steps) if run.args.export_steps else None
 
 
 def _validate(show: Callable[[Run, Any], loop.Pictures], run: Run, state: Any, step: int) -> loop.Pictures:

@@ -52,12 +52,18 @@ BAD = [(groups, flag, value) for groups in (PLAIN, CODI, AUTOENCODER) for flag, 
 BAD += [
     (groups, flag, value)
     for groups, of_groups in {
-        PLAIN: {"noise_offset": -0.1, "snr_gamma": 0.0, "validation_sampling_steps": 0, "guidance_scale": -1.0},
+        PLAIN: {
+            "noise_offset": -0.1,
+            "snr_gamma": 0.0,
+            "validation_sampling_steps": 0,
+            "guidance_scale": -1.0,
+            "export_steps": -1,
+        },
         EDIT: {**OF_ALL, "conditioning_dropout_prob": 0.5},
         BK_SDM: {**OF_ALL, "output_weight": -1.0, "input_perturbation": -1.0},
-        AUTOENCODER: {"kl_scale": -1.0},
+        AUTOENCODER: {"kl_scale": -1.0, "export_steps": -1},
         LCM_TEXT: {**OF_ALL, "lora_rank": 0, "lora_alpha": 0.0},
-        DISBACK_RUN: {**OF_ALL, "export_steps": -1, "lora_dropout": 0.1, "conditioning_timestep": -1},
+        DISBACK_RUN: {**OF_ALL, "lora_dropout": 0.1, "conditioning_timestep": -1},
     }.items()
     for flag, value in of_groups.items()
 ]

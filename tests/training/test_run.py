@@ -373,6 +373,20 @@ def test_hooks_take_the_place_of_what_most_runs_do(
     assert handed[0]["validate"] is None
 
 
+def test_exports_during_training_are_those_at_the_end(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In folders of their own, by the hook that writes the last one; without the flag there are none."""
+    written: list[tuple[Any, Path]] = []
+    handed, hooks = handed_over(monkeypatch), Hooks(write=lambda this, state, where: written.append((state, where)))
+    run(SET, args_of(folder, tmp_path, export_steps=4), hooks=hooks)
+    assert handed[0]["record"].every == 4
+    handed[0]["record"].write("a state", 8)
+    assert written == [("a state", tmp_path / "step-8")]
+    run(SET, args_of(folder, tmp_path / "plain"))
+    assert handed[1]["record"] is None
+
+
 def test_parameters_are_read_onto_the_mesh_of_the_run(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     handed = handed_over(monkeypatch)
     run(PULL_LAST, args_of(folder, tmp_path, mixed_precision="bf16"))

@@ -1,7 +1,6 @@
 """The two stages of DisBack as runs: recording the degradation path, and walking it back."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +26,7 @@ from codi_jax.training.degradation_path import (
 )
 from codi_jax.training.flags import ConditionFlags, Shown, TrainingFlags
 from codi_jax.training.loop import Recorder
-from codi_jax.training.run import Hooks, Run, run, write_export
+from codi_jax.training.run import Hooks, Run, run
 
 NO_PATH = "none"
 """The value of ``--path`` for plain distribution matching."""
@@ -64,8 +63,6 @@ class DisbackRunFlags(ConditionFlags, PromptFlags, disback.DisbackFlags, Trainin
     """Gradients of each network are scaled down to this norm; inf for no limit."""
     checkpointing_steps: int = 500
     """Steps between checkpoints, in both stages; 0 for none."""
-    export_steps: Operational[int] = 0
-    """Steps between exports of the generator into folders step-N, besides the one at the end; 0 for none."""
     teacher_guidance_scale: Operational[float] = 7.5
     """Guidance scale of the teacher in validation images."""
     lora_dropout: float = 0.0
@@ -77,7 +74,7 @@ class DisbackRunFlags(ConditionFlags, PromptFlags, disback.DisbackFlags, Trainin
 
     def check(self) -> None:
         super().check()
-        self.require_at_least(0, "export_steps", "teacher_guidance_scale", "denoising_loss_weight")
+        self.require_at_least(0, "teacher_guidance_scale", "denoising_loss_weight")
         self.require("lora_dropout", self.lora_dropout == 0, "0")
         if self.path not in (None, NO_PATH) and (file := file_in_place_of(Path(self.path or ""))):
             raise ValueError(f"--path {self.path} is not possible: {file} is a file, but must be a folder.")
@@ -153,16 +150,15 @@ def backtrack(args: DisbackRunFlags) -> None:
     Raises:
       ValueError: as in `distill`.
     """
-    record = functools.partial(_export_record, args.export_steps)
     if args.path == NO_PATH:
         method, hooks, identity = (
             disback.backtracking(args.resolution, False),
-            Hooks(check=_check_teacher, record=record),
+            Hooks(check=_check_teacher),
             {"path": NO_PATH},
         )
     else:
         path = open_path(_path_folder(args))
-        method, hooks = disback.backtracking(args.resolution, True), _walking(path, args, record)
+        method, hooks = disback.backtracking(args.resolution, True), _walking(path, args)
         identity = {"path": path.fingerprint}
     run(method, args, hooks=hooks, identity=identity)
 
@@ -179,15 +175,6 @@ def _identity(args: DisbackRunFlags, teacher_digest: str) -> dict[str, Any]:
 
 def _path_folder(args: DisbackRunFlags) -> Path:
     return Path(args.output_dir, "path") if args.path is None else Path(args.path).expanduser()
-
-
-def _export_record(every: int, this: Run) -> Recorder | None:
-    """Exports the generator every few steps into separate folders."""
-
-    def write(state: Any, step: int) -> None:
-        write_export(this, state, Path(this.args.output_dir) / f"step-{step}")
-
-    return Recorder(write, every) if every else None
 
 
 def _check_teacher(this: Run) -> None:
@@ -236,7 +223,7 @@ def _recording() -> Hooks:
     return Hooks(check=check, record=record, show=None, write=finish)
 
 
-def _walking(path: DegradationPath, args: DisbackRunFlags, record: Callable[[Run], Recorder | None]) -> Hooks:
+def _walking(path: DegradationPath, args: DisbackRunFlags) -> Hooks:
     """A run whose target moves from node to node of a path, and finally to the teacher."""
 
     def check(this: Run) -> None:
@@ -259,4 +246,4 @@ def _walking(path: DegradationPath, args: DisbackRunFlags, record: Callable[[Run
         return MovingTarget(constant, [*nodes, last], index_at, this.mesh)
 
     end = functools.partial(path.load, -1, np.float32)
-    return Hooks(load={"path_end": end}, check=check, frozen=frozen, record=record)
+    return Hooks(load={"path_end": end}, check=check, frozen=frozen)
