@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import diffusers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from codi_jax.data.avatars.looks import draw, random_look
 from codi_jax.evaluation.attributes import Reader, shown_shares
 from codi_jax.evaluation.metrics import edge_f1, psnr
 from codi_jax.io.images import canny
+from codi_jax.io.weights import load_model
+from codi_jax.methods.autoencoder import reconstruct
 from codi_jax.pipeline.model import Model
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -68,6 +71,16 @@ def test_the_reader_reads_attributes() -> None:
     assert shown_shares(reader.read(blurred), looks).mean() > 0.98
     others = [*looks[1:], looks[0]]
     assert shown_shares(reader.read(pictures), others).mean() < 0.4
+
+
+def test_attributes_survive_the_avatars_autoencoder() -> None:
+    looks = [random_look(np.random.default_rng(3 * 10**6 + number)) for number in range(100)]
+    pictures = np.stack([draw(look, SIZE) for look in looks])
+    vae, params = load_model(ASSETS / "avatars" / "vae")
+    decoded, latents = jax.jit(lambda pixels: reconstruct(vae, params, pixels))(pictures)
+    assert shown_shares(Reader().read(np.asarray(decoded)), looks).mean() > 0.98
+    assert psnr(np.asarray(decoded), pictures).mean() > 32
+    assert float(jnp.std(latents)) * vae.config.scaling_factor == pytest.approx(1, abs=0.05)
 
 
 def test_they_are_small() -> None:
