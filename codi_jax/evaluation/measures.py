@@ -94,6 +94,9 @@ def build_measures(args: Args, data: Data) -> Measures:
         if "precision_recall" in args.metrics:
             raise ValueError(f"--metrics precision_recall needs at least {NEIGHBORS + 1} pictures.")
         chosen = tuple(name for name in chosen if name != "precision_recall")
+    observed = {_METRICS[name].observed for name in chosen}
+    if args.save_reference is not None and ("inception" not in observed or _has_only_moments(args)):
+        raise ValueError("--save_reference needs fid, kid or precision_recall, and the real images themselves.")
     observers = {name: _OBSERVERS[name](args) for name in dict.fromkeys(_METRICS[each].observed for each in chosen)}
     truths = {name: _truth(name, observers[name], args, data) for name in observers if name in _FEATURES}
     summaries = {}
@@ -220,12 +223,16 @@ _FEATURES = ("inception", "lite")
 
 def _truth(name: str, observe: Observe, args: Args, data: Data) -> Truth:
     """The features of the reference, or of the data's own images."""
-    if args.reference is not None and args.reference.suffix == ".npz":
+    if args.reference is not None and _has_only_moments(args):
         return Truth(None, read_moments(args.reference))
     features = np.concatenate([np.asarray(observe(batch, Samples([]))) for batch in _real_images(args, data)])
     if name == "inception" and args.save_reference is not None:
         write_moments(args.save_reference, moments(features))
     return Truth(features)
+
+
+def _has_only_moments(args: Args) -> bool:
+    return args.reference is not None and args.reference.suffix == ".npz"
 
 
 def _real_images(args: Args, data: Data) -> Iterator[Pictures]:
@@ -311,8 +318,7 @@ def _lacks(
             return None
         if args.reference is None:
             return None if samples.truth is not None else "real images: --data with images, or --reference"
-        only_moments = args.reference.suffix == ".npz"
-        if only_moments and (real == "features" or flag is None):
+        if _has_only_moments(args) and (real == "features" or flag is None):
             return "a folder of images as --reference: mean and covariance of Inception features do not suffice"
         return None
 

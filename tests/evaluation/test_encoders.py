@@ -148,6 +148,8 @@ def test_files_that_are_something_else_are_refused(tmp_path: Path) -> None:
         lpips_distances(weights, weights)
     with pytest.raises(WeightsError, match="pip install --no-deps lpips, or name the file with --lpips_heads"):
         lpips_distances(weights)
+    with pytest.raises(WeightsError, match=r"none\.pth"):
+        lpips_distances(weights, Path("none.pth"))
     small = images(2, SMALLEST["alex"] - 1)
     with pytest.raises(ValueError, match="LPIPS of alex needs images of at least 63 pixels"):
         lpips_distances(weights, heads)(small, small)

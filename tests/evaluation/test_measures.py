@@ -129,6 +129,12 @@ def test_reference_moments_are_those_of_the_images(tmp_path: Path) -> None:
     with np.load(file) as saved:  # as pytorch-fid computes and names them
         np.testing.assert_allclose(saved["mu"], np.mean(2 * quarters(real), axis=0))
         np.testing.assert_allclose(saved["sigma"], np.cov(2 * quarters(real), rowvar=False))
+    for other in ({"metrics": ("fid_lite",)}, {"reference": file}):
+        args = dataclasses.replace(ARGS, **{**weights, "save_reference": file, "reference": tmp_path / "real", **other})
+        with pytest.raises(
+            ValueError, match="--save_reference needs fid, kid or precision_recall, and the real images"
+        ):
+            build_measures(args, data_of(Samples(["a"] * 5)))
 
 
 @pytest.mark.parametrize(
