@@ -277,8 +277,11 @@ def test_precision_and_recall_are_the_loops() -> None:
 def test_many_rows_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of some rows, the last one smaller, give what all rows at once give."""
     rng = np.random.default_rng(0)
-    first, second = rng.normal(size=(11, 4)), rng.normal(size=(8, 4)) + 0.3
+    # The first block is far apart and the others close together: their radii differ.
+    first = np.concatenate([9 * rng.normal(size=(3, 4)), 0.3 * rng.normal(size=(8, 4))])
+    second = np.concatenate([0.5 * rng.normal(size=(6, 4)) + 0.4, 9 * rng.normal(size=(2, 4))])
     whole = metrics.kid(first, second), metrics.precision_recall(first, second)
+    assert all(0 < share < 1 for share in whole[1])
     monkeypatch.setattr(metrics, "_BLOCK", 3)
     assert metrics.kid(first, second) == pytest.approx(whole[0], rel=1e-9)
     assert metrics.precision_recall(first, second) == whole[1]
