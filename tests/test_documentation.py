@@ -104,12 +104,17 @@ def known_flags() -> frozenset[str]:
         for name in (*scripts, "codi_jax.generate", "codi_jax.evaluate"):
             with pytest.raises(SystemExit):
                 command_line.parse(importlib.import_module(name).Args, ["--help"])
-    fields = [
-        f"--{node.target.id}"
-        for path in (ROOT / "benchmarks").glob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    ]
+    fields: list[str] = []
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                fields.append(f"--{node.target.id}")
+            elif (
+                isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"
+            ):
+                fields += [
+                    arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
+                ]
     return frozenset(_FLAG.findall(text.getvalue())) | frozenset(fields) | _FOREIGN_FLAGS
 
 
