@@ -3,8 +3,6 @@
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +13,6 @@ import tyro
 from picture_folders import count_tokens, numbered, write_folder
 from PIL import Image
 
-import codi_jax.data
 from codi_jax.data import DataFlags, PromptFlags, load_data, open_data
 from codi_jax.data.access import Access
 from codi_jax.data.columns import Columns
@@ -494,16 +491,3 @@ def test_what_a_data_set_is_known_by_does_not_depend_on_where_it_lies(tmp_path, 
         rows = datasets.Dataset.from_dict({"image": cells, "text": ["a", "b"]})
         digests.append(Source(rows, Columns("image", "text"), Access(), "data", str(number)).content_digest())
     assert digests[0] == digests[1] != digests[2]
-
-
-@pytest.mark.parametrize("module", ["codi_jax.data", "codi_jax.data.files", "codi_jax.data.picture_folders"])
-def test_a_module_of_the_package_is_imported_alone(module: str):
-    program = f"import sys, {module}; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"datasets", "grain", "huggingface_hub", "jax"} & {name.partition(".")[0] for name in loaded}
-
-
-def test_the_package_has_the_names_that_it_lists():
-    assert all(getattr(codi_jax.data, name) is not None for name in codi_jax.data.__all__)
-    with pytest.raises(AttributeError, match="has no attribute 'none'"):
-        getattr(codi_jax.data, "none")  # noqa: B009
