@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from codi_jax.data.files import Folder
+from codi_jax.data.picture_folders import images_in
 from codi_jax.evaluation.metrics import Moments
 from codi_jax.io.atomic import staged_file
 from codi_jax.io.images import open_image
-
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def read_moments(path: Path) -> Moments:
@@ -37,9 +37,7 @@ def read_moments(path: Path) -> Moments:
 
 def write_moments(path: Path, moments: Moments) -> None:
     """Writes them as pytorch-fid does."""
-    path = path.expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with staged_file(path) as stage, stage.open("wb") as file:
+    with staged_file(path.expanduser()) as stage, stage.open("wb") as file:
         np.savez_compressed(file, mu=moments.mean, sigma=moments.covariance)
 
 
@@ -54,12 +52,12 @@ def reference_images(folder: Path, most: int) -> Iterator[UInt8[np.ndarray, "n h
       ValueError: if there are fewer than two, or a file is not an image.
     """
     folder = folder.expanduser()
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS)
+    paths = sorted(images_in(Folder(str(folder))))
     if len(paths) < 2:
         raise ValueError(f"--reference {folder} has {len(paths)} images: give a folder with at least two, or an .npz.")
     batch: list[np.ndarray] = []
     for path in paths:
-        image = np.asarray(open_image(path))
+        image = np.asarray(open_image(folder / path))
         if batch and (len(batch) == most or image.shape != batch[0].shape):
             yield np.stack(batch)
             batch = []

@@ -1,6 +1,6 @@
 """Layers of published classifiers, for inference: convolutions with folded batch normalizations, and pooling."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,9 +34,9 @@ def fold_batch_norm(state_dict: Mapping[str, Any], conv: str, norm: str, epsilon
 
 
 def convolve(
-    layer: Layer, x: Float[Array, "b h w c"], stride: int = 1, padding: str = "SAME"
+    layer: Layer, x: Float[Array, "b h w c"], stride: int = 1, padding: str | Sequence[tuple[int, int]] = "SAME"
 ) -> Float[Array, "b h2 w2 d"]:
-    """The convolution, with padding by TensorFlow's names."""
+    """The convolution, with padding by TensorFlow's names, or in pixels before and behind each axis."""
     y = jax.lax.conv_general_dilated(
         x, layer["kernel"], (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from codi_jax.models.convolutions import Layers, max_pool
+from codi_jax.models.convolutions import Layers, convolve, max_pool
 
 Backbone = Literal["alex", "vgg"]
 
@@ -95,10 +95,6 @@ def _feature_maps(layers: Layers, backbone: Backbone, images: Float[Array, "b h 
             x = max_pool(x, _WINDOW[backbone], 2)
             continue
         number, stride, padding = step.split()[:3]
-        layer, pads = layers[number], [(int(padding), int(padding))] * 2
-        x = jax.lax.conv_general_dilated(
-            x, layer["kernel"], (int(stride),) * 2, pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        x = jax.nn.relu(x + layer["bias"][None, None, None])
+        x = jax.nn.relu(convolve(layers[number], x, int(stride), [(int(padding), int(padding))] * 2))
         maps += [x] * step.endswith("*")
     return maps

@@ -79,13 +79,12 @@ def record_lpips(backbone: str) -> dict[str, Any]:
 
     model = lpips.LPIPS(net=backbone, pretrained=False, pnet_rand=True, lpips=True, verbose=False).eval()
     names = {}  # in the classifier's own file, by the module's name
-    for name, tensor in model.state_dict().items():
+    for name in model.state_dict():
         parts = name.split(".")
         if name.startswith("net.slice"):
             names[name] = f"features.{parts[2]}.{parts[3]}"
         elif name.startswith("lin") and not name.startswith("lins"):
             names[name] = name
-        del tensor
     shapes = {names[name]: list(each.shape) for name, each in model.state_dict().items() if name in names}
     tensors = {name: torch.from_numpy(array) for name, array in weights_of(shapes).items()}
     tensors = {name: each.abs() if name.startswith("lin") else each for name, each in tensors.items()}

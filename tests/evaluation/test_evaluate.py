@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from folders import SIZE, refuse_weights, saved_pipeline
 from PIL import Image
+from quick_features import quarters
 
 from codi_jax import evaluate
 from codi_jax.evaluate import Args, run
@@ -37,15 +38,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return functools.partial(saved_pipeline, scratch=tmp_path_factory.mktemp("models"))
 
 
-def fake_features(pictures: np.ndarray) -> np.ndarray:
-    """Means of quarters, in place of a network that takes seconds to compile."""
-    n, h, w, _ = pictures.shape
-    return pictures.reshape(n, 2, h // 2, 2, w // 2, 3).mean(axis=(2, 4)).reshape(n, 12) / 255
-
-
 @pytest.fixture(autouse=True)
 def _quick_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measures, "load_features", lambda: fake_features)
+    monkeypatch.setattr(measures, "load_features", lambda: quarters)
 
 
 def read_samples(where: Path, most: int | None = None) -> Samples:
@@ -142,7 +137,7 @@ def test_a_comparison(models: Models, data: Path, tmp_path: Path, monkeypatch, c
             ]
         )
         edges = np.stack([canny(picture) for picture in pictures]) > 0
-        found, real = fake_features(pictures), fake_features(samples.truth)
+        found, real = quarters(pictures), quarters(samples.truth)
         f1 = edge_f1(edges, samples.conditions[..., 0] > 0).mean()
         by_seed.append([fid(found, real), 1000 * kid(found, real), f1, psnr(pictures, samples.truth).mean()])
     for key, values in zip(("fid_lite", "kid_lite", "edge_f1", "psnr"), np.transpose(by_seed), strict=True):

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 from PIL import Image
+from quick_features import quarters
 from test_encoders import write_clip, write_lpips
 from torch.nn.functional import cosine_similarity
 from transformers import CLIPTokenizer
@@ -54,12 +55,6 @@ def measured(args: Args, samples: Samples, made: np.ndarray) -> dict[str, float]
         built.observe(made[part], data.read(range(len(made))[part])) for part in (slice(0, half), slice(half, None))
     ]
     return built.summarize({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-
-
-def quarters(images: np.ndarray) -> np.ndarray:
-    """Means of quarters, in place of a network that takes seconds to compile."""
-    n, h, w, _ = images.shape
-    return images.reshape(n, 2, h // 2, 2, w // 2, 3).mean(axis=(2, 4)).reshape(n, 12) / 255
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +124,10 @@ def test_reference_moments_are_those_of_the_images(tmp_path: Path) -> None:
     with np.load(file) as saved:  # as pytorch-fid computes and names them
         np.testing.assert_allclose(saved["mu"], np.mean(2 * quarters(real), axis=0))
         np.testing.assert_allclose(saved["sigma"], np.cov(2 * quarters(real), rowvar=False))
+    with pytest.raises(
+        ValueError, match=r"--reference .*none has 0 images: give a folder with at least two, or an \.npz"
+    ):
+        build_measures(dataclasses.replace(ARGS, **weights, reference=tmp_path / "none"), data_of(Samples(["a"] * 5)))
     for other in ({"metrics": ("fid_lite",)}, {"reference": file}):
         args = dataclasses.replace(ARGS, **{**weights, "save_reference": file, "reference": tmp_path / "real", **other})
         with pytest.raises(
