@@ -3,6 +3,8 @@
 import shlex
 import sys
 
+import jax
+
 from codi_jax.cli import command_line
 from codi_jax.evaluation.arguments import Args
 from codi_jax.evaluation.comparison import compare
@@ -14,8 +16,9 @@ _PROGRAM = "python3 -m codi_jax.evaluate"
 def run(args: Args) -> Report:
     """Compares the models, writes the report and prints its table; see `codi_jax.evaluation.comparison.compare`."""
     report = compare(args, f"{_PROGRAM} {shlex.join(sys.argv[1:])}")
-    print(markdown(report))
-    print(f"wrote {args.output_dir}/report.html")
+    if jax.process_index() == 0:
+        print(markdown(report))
+        print(f"wrote {args.output_dir}/report.html")
     return report
 
 

@@ -13,7 +13,7 @@ stages=("${@:2}")
 
 data=(--train_data_dir "$work/data/train" --validation_data_dir "$work/data/validation" --resolution 64)
 run=(--logging_steps 100 --checkpointing_steps 500 --checkpoints_total_limit 2 --resume_from_checkpoint latest
-     --num_validation_images 16 --validation_steps 0 --use_ema --save_dtype float16 --lr_scheduler cosine)
+     --num_validation_images 16 --validation_steps 2000 --use_ema --save_dtype float16 --lr_scheduler cosine)
 cached=(--cache_latents --cache_dir "$work/cache" --train_batch_size 32)
 
 draw() { "$python" dataset_tools/avatars.py "$@"; }
@@ -56,7 +56,7 @@ stage_start() {
 stage_text() {
   "$python" training_scripts/train_text_to_image_flax.py --pretrained_model_name_or_path "$work/start" \
     --from_scratch unet text_encoder "${data[@]}" "${run[@]}" "${cached[@]}" --train_text_encoder \
-    --proportion_empty_prompts 0.1 --guidance_scale 3 --snr_gamma 5 --max_train_steps 12000 --learning_rate 6e-4 \
+    --proportion_empty_prompts 0.1 --guidance_scale 3 --snr_gamma 5 --max_train_steps 10000 --learning_rate 6e-4 \
     --lr_warmup_steps 300 --ema_decay 0.9995 --output_dir "$work/text"
 }
 

@@ -254,6 +254,8 @@ def _observed(
     sampling = (model.sampler, model.guidance_scale, model.image_guidance_scale, steps, seed)
     identity = {**benchmark.identity, "files": [files_of(part) for part in checkpoint], "sampling": sampling}
     shards = shards_of(args.output_dir / _FOLDER, name, identity, data.count, args.shard_size)
+    remedy = "give all the same command, and the same files in a folder that they share"
+    processes.agree("models, data or flags", {f"what {name} depends on": shards.folder.name}, remedy)
 
     def make(numbers: range, advance: Callable[[int], None]) -> dict[str, np.ndarray]:
         pipeline, samples = load(), data.read(numbers)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from folders import SIZE, saved_pipeline
 from PIL import Image
+from several import end_of, free_address, start
 
 from codi_jax.evaluation.shards import Shards, files_of, shards_of
 
@@ -52,18 +53,25 @@ def test_another_model_has_other_shards(tmp_path: Path) -> None:
     assert files_of("owner/name") != files_of("owner/other")
 
 
+def _evaluation(folder: Path, model: Path) -> list[str]:
+    """A command that evaluates a model on 12 captions in shards of 2; the output folder follows."""
+    (folder / "captions.txt").write_text("\n".join(f"picture {i}" for i in range(12)))
+    (folder / "real").mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((SIZE, SIZE, 3), 90 * i, np.uint8)).save(folder / "real" / f"{i}.png")
+    command = ["-m", "codi_jax.evaluate", "--models", f"a={model}", "--data", "captions.txt"]
+    command += ["--reference", "real", "--metrics", "fid_lite", "kid_lite", "--steps", "2", "--seeds", "0", "1"]
+    return [*command, "--batch_size", "2", "--shard_size", "2", "--save_images", "--num_shown", "3", "--output_dir"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", ["1", "2"])
 def test_a_killed_evaluation_goes_on(devices: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Captions alone, killed after its second shard; then the table and the images are those of an undisturbed run."""
-    model = saved_pipeline("text-to-image", tmp_path_factory.mktemp("models"))
-    (tmp_path / "captions.txt").write_text("\n".join(f"picture {i}" for i in range(12)))
-    (tmp_path / "real").mkdir()
-    for i in range(3):
-        Image.fromarray(np.full((SIZE, SIZE, 3), 90 * i, np.uint8)).save(tmp_path / "real" / f"{i}.png")
-    command = [sys.executable, "-m", "codi_jax.evaluate", "--models", f"a={model}", "--data", "captions.txt"]
-    command += ["--reference", "real", "--metrics", "fid_lite", "kid_lite", "--steps", "2", "--seeds", "0", "1"]
-    command += ["--batch_size", "2", "--shard_size", "2", "--save_images", "--num_shown", "3", "--output_dir"]
+    command = [
+        sys.executable,
+        *_evaluation(tmp_path, saved_pipeline("text-to-image", tmp_path_factory.mktemp("models"))),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": devices}
     process = subprocess.Popen([*command, "killed"], cwd=tmp_path, env=environment)
     while not [*tmp_path.glob("killed/shards/*/00001.npz")]:
@@ -91,3 +99,38 @@ def test_a_killed_evaluation_goes_on(devices: str, tmp_path: Path, tmp_path_fact
         assert picture is not None
         assert text.read() == b"picture 11"
         assert Image.open(io.BytesIO(picture.read())).size == (SIZE, SIZE)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_together(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each makes half of the shards, one writes the report, and its numbers are those of a single process."""
+    command = _evaluation(tmp_path, saved_pipeline("text-to-image", tmp_path_factory.mktemp("models")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    subprocess.run([sys.executable, *command, "one"], env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"}, check=True)
+    address = free_address()
+    started = [start([*command, "two"], index, address) for index in range(2)]
+    texts = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], texts
+    assert ["fid_lite" in out or "report.html" in out for out, _ in texts] == [True, False]
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text())["results"] for name in ("one", "two"))
+    assert [{**each, "seconds": 0} for each in two] == [{**each, "seconds": 0} for each in one]
+    tars = [sorted(tmp_path.glob(f"{name}/shards/*/*.tar")) for name in ("one", "two")]
+    assert [path.read_bytes() for path in tars[0]] == [path.read_bytes() for path in tars[1]]
+    assert len(tars[1]) == 12
+
+
+@pytest.mark.slow
+def test_processes_with_other_files_are_told(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = _evaluation(tmp_path, saved_pipeline("text-to-image", tmp_path_factory.mktemp("models")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    address = free_address()
+    started = [start([*command, "two", "--guidance_scale", str(index)], index, address) for index in (1, 0)]
+    for status, said in end_of(started, timeout=300):
+        assert status == 1
+        assert "differ in their models, data or flags" in said
