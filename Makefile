@@ -46,7 +46,7 @@ venv: $(INSTALLED)  ## make .venv with the locked packages, where it is missing 
 $(DEMO_READY): requirements.lock pyproject.toml | $(BIN)/python
 	@test -e $(INSTALLED) || { \
 	    echo "Installing what the demo needs into $(VENV) (a minute or two the first time) ..."; \
-	    $(BIN)/python $(PIP) -c requirements.lock -e ".[avatars,emoji,plots]"; }
+	    $(BIN)/python $(PIP) -c requirements.lock -e ".[avatars,emoji,evaluation]"; }
 	@touch $@
 
 # The CoDi command of the README on the models in assets/: the ControlNet, and a student distilled from it in minutes,

@@ -103,7 +103,7 @@ RUNS: dict[str, tuple[str, str, bool]] = {
     "bk_sdm": (
         "train_bk_sdm_flax",
         "--pretrained_model_name_or_path {assets}/emoji --train_data_dir {data} --distill_level tiny "
-        "--distill_table {assets}/recipes/emoji-levels.yaml --prediction_type v_prediction --use_ema "
+        "--distill_table {assets}/recipes/small-levels.yaml --prediction_type v_prediction --use_ema "
         "--validation_sampling_steps 2",
         True,
     ),

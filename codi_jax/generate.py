@@ -1,9 +1,10 @@
 """``python3 -m codi_jax.generate``: generates images with a Stable Diffusion model or a distilled student."""
 
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -18,6 +19,9 @@ from codi_jax.io.images import check_output, open_image, save_images
 from codi_jax.models.kernels.attention import Implementation
 from codi_jax.pipeline.loading import DType, resolve_dtype
 from codi_jax.pipeline.model import Model
+from codi_jax.pipeline.planned import plan_sampling
+from codi_jax.planning.report import report
+from codi_jax.planning.targets import open_target
 
 _LONG_RUN = 10  # number of steps that makes a progress bar worthwhile
 
@@ -87,6 +91,12 @@ class Args(Flags):
     """Variant of the weight files, such as fp16, for every part of the model and the ControlNet that has it."""
     ccache: Path = Path("~/.cache/codi_jax/xla")
     """Cache of compiled programs, which makes the next start faster."""
+    plan: str | None = None
+    """Plan instead of generating: compile for these devices, which need not be here, and say what memory and time a
+    batch takes: cpu, cpu:8, gpu (the one that is here), h100, h200:8, or a TPU slice such as v5e:2x2. Reads no weights.
+    The exit status is 3 if it does not fit."""
+    plan_output: Path = Path("outputs/plan.json")
+    """File for the plan, as JSON."""
 
     def check(self) -> None:
         super().check()
@@ -113,8 +123,9 @@ def run(args: Args) -> list[Path]:
       FloatingPointError: if the model produces NaN.
     """
     args.check()
-    given = {"image": args.image, "mask_image": args.mask_image, "control_image": args.control_image}
-    pictures = {name: open_image(source) for name, source in given.items() if source is not None}
+    if args.plan is not None:
+        _plan(args, args.plan)
+    pictures = _pictures(args)
     model = Model.open(args.model, args.controlnet, revision=args.revision)
     model.check(
         **pictures,
@@ -137,6 +148,40 @@ def run(args: Args) -> list[Path]:
     return files
 
 
+def _plan(args: Args, target: str) -> NoReturn:
+    """Plans one batch, and ends the process."""
+    batch_size = min(args.batch_size or args.num_images, args.num_images)
+    call = {"prompt": [args.prompt] * batch_size, **_pictures(args), **_sampling(args)}
+    with tempfile.TemporaryDirectory(prefix="plan-", ignore_cleanup_errors=True) as folder:
+        opened = open_target(target, Path(folder))
+        dtype = resolve_dtype(args.dtype, opened.platform)
+        model = Model.open(args.model, args.controlnet, dtype=dtype, attention=args.attention, revision=args.revision)
+        made = plan_sampling(model, call, opened, f"generate, {args.model}")
+    report(made, args.plan_output)
+
+
+def _pictures(args: Args) -> dict[str, Any]:
+    """The images that the model is given."""
+    given = {"image": args.image, "mask_image": args.mask_image, "control_image": args.control_image}
+    return {name: open_image(source) for name, source in given.items() if source is not None}
+
+
+def _sampling(args: Args) -> dict[str, Any]:
+    """How the model is sampled, as arguments of its call."""
+    return {
+        "negative_prompt": args.negative_prompt,
+        "steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "image_guidance_scale": args.image_guidance_scale,
+        "controlnet_conditioning_scale": args.controlnet_conditioning_scale,
+        "sampler": args.sampler,
+        "gamma": args.gamma,
+        "timesteps": args.timesteps or None,
+        "height": args.height,
+        "width": args.width,
+    }
+
+
 def _load(args: Args) -> Model:
     return Model.from_pretrained(
         args.model,
@@ -154,8 +199,7 @@ def _generate(
     pipeline: Model, args: Args, pictures: dict[str, Any]
 ) -> tuple[UInt8[np.ndarray, "n h w 3"], float, float]:
     """The images, and the seconds of compilation and of generation. The last batch may have surplus images."""
-    timesteps = args.timesteps or None
-    steps = len(pipeline.times(args.steps, args.sampler, timesteps))
+    steps = len(pipeline.times(args.steps, args.sampler, args.timesteps or None))
     # The last batch is as large as the others even if fewer images are left: another size would compile again.
     batch_size = min(args.batch_size or args.num_images, args.num_images)
     starts = range(0, args.num_images, batch_size)
@@ -168,16 +212,7 @@ def _generate(
             made = pipeline(
                 [args.prompt] * batch_size,
                 **pictures,
-                negative_prompt=args.negative_prompt,
-                steps=args.steps,
-                guidance_scale=args.guidance_scale,
-                image_guidance_scale=args.image_guidance_scale,
-                controlnet_conditioning_scale=args.controlnet_conditioning_scale,
-                sampler=args.sampler,
-                gamma=args.gamma,
-                timesteps=timesteps,
-                height=args.height,
-                width=args.width,
+                **_sampling(args),
                 seed=args.seed + start,
                 on_step=(lambda _: bar.update()) if reports else None,
             )

@@ -25,6 +25,7 @@ LAYERS = (
     "codi_jax.models",
     "codi_jax.diffusion",
     "codi_jax.io",
+    "codi_jax.planning",
     "codi_jax.data",
     "codi_jax.pipeline",
     "codi_jax.training",
@@ -33,7 +34,7 @@ LAYERS = (
     "codi_jax.evaluation",
     "codi_jax.data.preparation",
     "codi_jax.cli.command_line",
-    "codi_jax.generate codi_jax.evaluate",
+    "codi_jax.generate codi_jax.evaluate codi_jax.plan",
     "codi_jax",  # the interface, imported when it is used
 )
 # Mathematics: functions of arrays, which reach nothing that reads, writes or drives a run, by any path of imports.
@@ -155,8 +156,11 @@ def test_no_file_is_called_utils():
 
 
 def test_a_newcomer_sees_the_rooms_at_once():
-    entries = [path.name for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "py.typed")]
-    assert len(entries) <= 12, sorted(entries)
+    rooms = sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__")
+    commands = sorted(path.stem for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
+    assert len(rooms) <= 10, rooms
+    assert len(commands) <= 4, commands
+    assert all(f"{name}.py" in (ROOT / "docs" / "architecture.md").read_text() for name in commands)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)

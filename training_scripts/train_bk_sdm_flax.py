@@ -31,7 +31,7 @@ class Args(bk_sdm.BkSdmFlags, ManyStepsFlags):
     """Which blocks stay. For SD 1.x and 2.x: sd_small, sd_tiny, bk_base, bk_small, bk_tiny; for SDXL: ssd_1b, vega; or
     a level of --distill_table."""
     distill_table: Adjustable[Path | None] = None
-    """YAML file with custom levels; assets/recipes/emoji-levels.yaml is an example."""
+    """YAML file with custom levels; assets/recipes/small-levels.yaml is an example."""
     prepare_unet: bool = True
     """Remove blocks; without it (--no_prepare_unet) the student starts as the complete teacher."""
     non_ema_revision: str | None = None

@@ -20,7 +20,7 @@ run=(--train_data_dir "$work/data/train" --validation_data_dir "$work/data/valid
 # Without --feature_normalize the term of the features starts at fifty times the others.
 student() {
   "$python" training_scripts/train_bk_sdm_flax.py "${run[@]}" --pretrained_model_name_or_path "$model" \
-    --distill_table assets/recipes/emoji-levels.yaml --proportion_empty_prompts 0.1 --use_ema --ema_decay 0.99 "$@"
+    --distill_table assets/recipes/small-levels.yaml --proportion_empty_prompts 0.1 --use_ema --ema_decay 0.99 "$@"
 }
 for level in base small tiny; do
   student --distill_level "$level" --feature_normalize --learning_rate 1e-3 --max_train_steps "${BK_STEPS:-1500}" \

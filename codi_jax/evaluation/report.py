@@ -224,7 +224,7 @@ def check_plots() -> None:
       ValueError: if matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError('the plots need matplotlib: pip install "codi_jax[plots]".')
+        raise ValueError('the plots need matplotlib: pip install "codi_jax[evaluation]".')
 
 
 def draw_plots(report: Report) -> dict[str, str]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from codi_jax.models.config import Params
@@ -23,10 +24,14 @@ class Network(nn.Module):
         """Parameters to train from nothing, float32."""
         raise NotImplementedError
 
-    def abstract_params(self) -> Params:
-        """The parameter tree as `jax.ShapeDtypeStruct`s, without memory or computation."""
+    def abstract_params(self, dtype: DTypeLike | None = None) -> Params:
+        """The parameter tree as `jax.ShapeDtypeStruct`s, without memory or computation.
+
+        Args:
+          dtype: their dtype. Default: that of `random_params`.
+        """
         key: Any = self  # hashable, though the type of Linen's modules does not say so
-        return jax.tree.map(lambda leaf: leaf, _traced_shapes(key))
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), _traced_shapes(key))
 
 
 @functools.lru_cache(maxsize=64)

@@ -6,7 +6,7 @@ plain data parallelism.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,23 +21,23 @@ from jax.sharding import PartitionSpec as P
 MIN_SHARDED_SIZE = 2**16
 
 
-def make_mesh(fsdp: int = 1, *, is_local: bool = False) -> Mesh:
-    """All devices of all hosts as a mesh with axes ``("data", "fsdp")``, the latter of size ``fsdp``.
+def make_mesh(fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """Devices as a mesh with axes ``("data", "fsdp")``, the latter of size ``fsdp``.
 
     Args:
       fsdp: the size of the axis that parameters are split along.
-      is_local: only this process's devices.
+      devices: the devices. Default: those of all hosts.
 
     Raises:
       ValueError: if ``fsdp`` does not divide the number of devices.
     """
-    chosen = jax.local_devices() if is_local else jax.devices()
-    devices = len(chosen)
-    if fsdp < 1 or devices % fsdp:
-        divisors = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
-        raise ValueError(f"--fsdp {fsdp} does not divide the {devices} devices there are: choose from {divisors}.")
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    if fsdp < 1 or count % fsdp:
+        divisors = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        raise ValueError(f"--fsdp {fsdp} does not divide the {count} devices there are: choose from {divisors}.")
     axis_types = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=axis_types, devices=chosen)
+    return jax.make_mesh((count // fsdp, fsdp), ("data", "fsdp"), axis_types=axis_types, devices=devices)
 
 
 def partition_spec(shape: tuple[int, ...], fsdp: int) -> P:
@@ -76,9 +76,9 @@ def mesh_of(tree: Any) -> Mesh | None:
     return mesh if isinstance(mesh, Mesh) else None
 
 
-def split(mesh: Mesh, array: Any, axis: int = 0) -> Any:
-    """An array that this process has, with one axis split over all devices of a mesh, all of which it has too."""
-    return jax.device_put(array, NamedSharding(mesh, P(*[None] * axis, ("data", "fsdp"))))
+def along(mesh: Mesh, axis: int | None) -> NamedSharding:
+    """One axis split over all devices; ``None`` replicates."""
+    return replicated(mesh) if axis is None else NamedSharding(mesh, P(*[None] * axis, ("data", "fsdp")))
 
 
 def context_of(tree: Any) -> AbstractContextManager[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, UInt8
 
 from codi_jax.diffusion import samplers
@@ -41,13 +42,20 @@ def split_over_devices(params: Mapping[str, Params], inputs: Mapping[str, Any]) 
     mesh = sharding.mesh_of(params)
     if mesh is None or mesh.is_multi_process or len(inputs["z"]) % mesh.size or "shared_until" in inputs:
         return dict(inputs)  # shared attention pairs images of the first and the second half
+    where = input_shardings(mesh, inputs)
+    images = {name: jax.device_put(inputs[name], where[name]) for name in _IMAGE_AXES if name in inputs}
+    return {**inputs, **images}
 
-    def split(name: str, value: Any) -> Any:
-        if name not in _IMAGE_AXES:
-            return value
-        return jax.tree.map(lambda leaf: sharding.split(mesh, leaf, _IMAGE_AXES[name]), value)
 
-    return {name: split(name, value) for name, value in inputs.items()}
+def input_shardings(mesh: Mesh, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """For each input of `generate` where it goes: what there is for each image is split, the rest is replicated.
+
+    Args:
+      mesh: the devices, as many as divide the number of images.
+      inputs: the arrays, or their shapes.
+    """
+    where = {name: sharding.along(mesh, _IMAGE_AXES.get(name)) for name in inputs}
+    return {name: jax.tree.map(lambda _, name=name: where[name], value) for name, value in inputs.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,10 +115,10 @@ def check_controlnet(networks: Networks) -> None:
             )
 
 
-def resolve_dtype(name: DType) -> DTypeLike:
-    """The dtype with this name; ``auto`` is bfloat16 on GPU and TPU, float32 on a CPU."""
+def resolve_dtype(name: DType, platform: str | None = None) -> DTypeLike:
+    """The dtype with this name; ``auto`` is bfloat16 on GPU and TPU, float32 on a CPU. Default: the devices here."""
     if name == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        return jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16
     return jnp.dtype(name)
 
 

@@ -1,11 +1,13 @@
 """The batches of a run: its data, opened before the model, and encoded by the model's networks if cached."""
 
+import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from codi_jax.data import Encoders, Loader, Source, load_data, open_data
@@ -14,23 +16,25 @@ from codi_jax.io.checksums import update_with_values
 from codi_jax.models import sharding
 from codi_jax.pipeline.conditions import encode_prompts, posterior
 from codi_jax.pipeline.model import Model
+from codi_jax.pipeline.networks import Networks
 from codi_jax.training.flags import RunFlags
 from codi_jax.training.loop import global_batch_size
 
 
-def open_training_data(flags: RunFlags, *, has_text: bool = True) -> Source:
+def open_training_data(flags: RunFlags, *, has_text: bool = True, batch_size: int | None = None) -> Source:
     """Opens the data, before the model is loaded.
 
     Args:
       flags: the run's flags.
       has_text: whether captions are read.
+      batch_size: samples per step, over all devices. Default: what the flags say.
 
     Raises:
       ValueError: as in `codi_jax.data.open_data`, or if the processes of the run do not see the same data.
     """
     source = open_data(
         flags,
-        batch_size=global_batch_size(flags),
+        batch_size=batch_size or global_batch_size(flags),
         condition=flags.condition,
         has_text=has_text,
         has_images=flags.reads_images,
@@ -40,27 +44,33 @@ def open_training_data(flags: RunFlags, *, has_text: bool = True) -> Source:
     return source
 
 
-def load_batches(flags: RunFlags, model: Model, source: Source) -> Loader:
+def load_batches(
+    flags: RunFlags, model: Model, source: Source, *, batch_size: int | None = None, encoders: Encoders | None = None
+) -> Loader:
     """This process's share of the batches, with latents and text features cached if ``--cache_latents`` says so.
 
     Args:
       flags: the run's flags.
       model: the model, for its tokenizers, VAE and text encoders.
       source: from `open_training_data`.
+      batch_size: samples per step, over all devices. Default: what the flags say.
+      encoders: what caches images and captions. Default: the model's networks.
 
     Raises:
       ValueError: as in `codi_jax.data.load_data`.
     """
     without_params = model.replace(params={})  # the loader lives as long as the run
+    if flags.cache_latents and encoders is None:
+        encoders = encoders_of(model, flags.caches_text)
     return load_data(
         flags,
         without_params.tokenize if model.tokenizers else None,
-        batch_size=global_batch_size(flags),
+        batch_size=batch_size or global_batch_size(flags),
         seed=flags.seed,
         condition=flags.condition,
         source=source,
         time_ids=model.networks.is_sdxl,
-        encoders=encoders_of(model, flags.caches_text) if flags.cache_latents else None,
+        encoders=encoders if flags.cache_latents else None,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -68,32 +78,52 @@ def load_batches(flags: RunFlags, model: Model, source: Source) -> Loader:
 
 def encoders_of(model: Model, caches_text: bool = True) -> Encoders:
     """The networks whose outputs are cached: the VAE and, unless they are trained, the text encoders."""
-    networks, params = model.networks, model.params
-
-    @jax.jit
-    def images(params: Any, pixels: Any) -> Any:
-        q = posterior(networks.vae, params, {"pixels": pixels})
-        return jnp.concatenate([q.mean, q.logvar], axis=-1)
-
-    @jax.jit
-    def text(params: Any, ids: Any) -> Any:
-        context, pooled = encode_prompts(networks, params, ids)
-        return {"context": context, "pooled": pooled} if networks.is_sdxl else {"context": context}
-
-    names = ["vae", *(networks.text_encoders if caches_text else ())]
+    names = ["vae", *(model.networks.text_encoders if caches_text else ())]
     # Processes take turns to build a cache, so each computes on its own.
-    needed = {name: jax.tree.map(_own_copy, params[name]) for name in names}
+    needed = {name: jax.tree.map(_own_copy, model.params[name]) for name in names}
 
     def on_devices(program: Callable[..., Any]) -> Callable[[Any], Any]:
+        program = jax.jit(functools.partial(program, model.networks))
+
         def run(inputs: Any) -> Any:
             with sharding.context_of(needed):
                 return program(needed, inputs)
 
         return run
 
-    of_text = on_devices(text) if caches_text else None
-    digest = _digest(model, needed)
-    return Encoders(on_devices(images), of_text, digest, conditions_too=networks.is_instruct_pix2pix)
+    of_text = on_devices(_encoded_text) if caches_text else None
+    conditions_too = model.networks.is_instruct_pix2pix
+    return Encoders(on_devices(_encoded_images), of_text, _digest(model, needed), conditions_too=conditions_too)
+
+
+def blank_encoders_of(model: Model, params: Mapping[str, Any], caches_text: bool = True) -> Encoders:
+    """Encoders that return zeros of the right shapes, for plans.
+
+    Args:
+      model: the model without its weights.
+      params: the shapes of its parameters.
+      caches_text: whether captions are encoded.
+    """
+
+    def blank(program: Callable[..., Any]) -> Callable[[Any], Any]:
+        def run(inputs: Any) -> Any:
+            shapes = jax.eval_shape(functools.partial(program, model.networks), params, inputs)
+            return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+        return run
+
+    of_text = blank(_encoded_text) if caches_text else None
+    return Encoders(blank(_encoded_images), of_text, "blank", conditions_too=model.networks.is_instruct_pix2pix)
+
+
+def _encoded_images(networks: Networks, params: Any, pixels: Any) -> Any:
+    q = posterior(networks.vae, params, {"pixels": pixels})
+    return jnp.concatenate([q.mean, q.logvar], axis=-1)
+
+
+def _encoded_text(networks: Networks, params: Any, ids: Any) -> Any:
+    context, pooled = encode_prompts(networks, params, ids)
+    return {"context": context, "pooled": pooled} if networks.is_sdxl else {"context": context}
 
 
 def _digest(model: Model, params: dict[str, Any]) -> str:

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from codi_jax.cli.flags import Adjustable, Flags, Operational
+from codi_jax.cli.flags import Adjustable, Flags, Local, Operational
 from codi_jax.data import ConditionOf, DataFlags
 from codi_jax.data.load import ConditionTask, condition_of_task
 from codi_jax.models.kernels.attention import Implementation
@@ -94,7 +95,21 @@ class ValidationFlags(Flags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFlags(ComputeFlags, LoopFlags, OptimizerFlags, DataFlags, ValidationFlags):
+class PlanFlags(Flags):
+    """Flags for planning a run instead of starting it."""
+
+    plan: Operational[str | None] = None
+    """Plan instead of training: compile the step for these devices, which need not be here, and say what memory and
+    time it takes. cpu, cpu:8, gpu (the one that is here), h100, h200:8, or a TPU slice such as v5e:4x4. Reads neither
+    weights nor data. The exit status is 3 if it does not fit."""
+    plan_batch: Operational[Literal["given", "auto"]] = "given"
+    """auto: find the largest --train_batch_size that fits."""
+    plan_output: Local[Path] = Path("outputs/plan.json")
+    """File for the plan, as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags(ComputeFlags, LoopFlags, OptimizerFlags, DataFlags, ValidationFlags, PlanFlags):
     """The flags of every run, and the properties that follow from a script's own flags.
 
     A script overrides the properties that its flags change.

@@ -166,9 +166,9 @@ class LoopFlags(CheckpointFlags, TrackingFlags, HubFlags):
 Args = TypeVar("Args", bound=LoopFlags)
 
 
-def global_batch_size(flags: LoopFlags) -> int:
-    """The number of examples in one step, over all devices and passes."""
-    return flags.train_batch_size * flags.gradient_accumulation_steps * jax.device_count()
+def global_batch_size(flags: LoopFlags, devices: int | None = None) -> int:
+    """The number of examples in one step, over all devices (default: those that there are) and passes."""
+    return flags.train_batch_size * flags.gradient_accumulation_steps * (devices or jax.device_count())
 
 
 def num_steps(flags: LoopFlags, samples_per_epoch: int | None) -> int:

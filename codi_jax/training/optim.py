@@ -179,6 +179,21 @@ def make_optimizer(flags: OptimizerFlags, num_steps: int, *, batch_size: int = 1
     )
 
 
+def maker(flags: OptimizerFlags, batch_size: int) -> Callable[..., optax.GradientTransformation]:
+    """A `codi_jax.training.method.MakeOptimizer` for these flags.
+
+    Args:
+      flags: the optimizer's parameters.
+      batch_size: the number of samples per update.
+    """
+
+    def make(num_updates: int, learning_rate: float | None = None) -> optax.GradientTransformation:
+        chosen = flags if learning_rate is None else replace(flags, learning_rate=learning_rate)
+        return make_optimizer(chosen, num_updates, batch_size=batch_size)
+
+    return make
+
+
 def are_weights(params: Any) -> Any:
     """``False`` for constants in a tree of parameters, ``True`` for trained leaves."""
 

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from codi_jax.cli.flags import Flags
@@ -20,10 +18,12 @@ from codi_jax.io.lora_files import save_lora
 from codi_jax.io.weights import save_model
 from codi_jax.models import sharding
 from codi_jax.models.config import Params
-from codi_jax.pipeline.conditions import Frozen, NullText, encode_null_text
+from codi_jax.pipeline.conditions import Frozen
 from codi_jax.pipeline.model import Model
 from codi_jax.pipeline.saving import save_schedule
-from codi_jax.training import batches, loop, optim, teacher
+from codi_jax.planning.report import report
+from codi_jax.training import batches, loop, optim, planned, teacher
+from codi_jax.training.configured import configure, frozen_of, without_unused
 from codi_jax.training.flags import RunFlags
 from codi_jax.training.method import Export, Load, Method, Setup
 from codi_jax.training.validation import Samples, generate_with, validation_samples
@@ -166,30 +166,31 @@ def run(
       ValueError: if flags, model and data do not fit each other.
       OSError: if something cannot be read or written.
       FloatingPointError: if consecutive steps gave non-finite values.
+      SystemExit: with ``--plan``, which only plans the run.
     """
-    hooks, args, flags = hooks or Hooks(), loop.start(args, identity), method.flags.of(args)
+    hooks = hooks or Hooks()
+    if args.plan is not None:
+        report(planned.plan(method, args, hooks.open_model, has_text=hooks.has_text), args.plan_output)
+    args = loop.start(args, identity)
     source = batches.open_training_data(args, has_text=hooks.has_text)
     samples = hooks.samples(args)
-    opened = hooks.open_model(args)
-    schedule = method.sampling(opened.schedule, flags)
-    networks = replace(opened.networks.with_options(**args.network_options), vae_parts=args.vae_parts)
-    setup = method.configure(networks, flags, remat=args.gradient_checkpointing)
+    configured = configure(method, args, hooks.open_model)
+    setup, schedule = configured.setup, configured.schedule
     mesh = sharding.make_mesh(args.fsdp)
-    model = hooks.load_model(opened, args, mesh)
-    if setup.networks.controlnet is None:
-        model = model.with_network("controlnet", None)
+    model = without_unused(hooks.load_model(configured.model, args, mesh), setup)
     loader = batches.load_batches(args, model, source)
     num_steps = loop.num_steps(args, loader.samples_per_epoch)
     student = _student_of(model, setup, schedule)
     this = Run(
-        args=args, method=method, flags=flags, setup=setup, model=model, student=student, samples=samples, mesh=mesh,
-        num_steps=num_steps, load=teacher.loader_of(model, mesh, hooks.load),
+        args=args, method=method, flags=configured.flags, setup=setup, model=model, student=student, samples=samples,
+        mesh=mesh, num_steps=num_steps, load=teacher.loader_of(model, mesh, hooks.load),
     )  # fmt: skip
     del model  # otherwise `_release` could not free its parameters
     hooks.check(this)
-    optimizer = method.optimizer(flags, functools.partial(_make_optimizer, args), num_steps)
+    batch_size = loop.global_batch_size(args, mesh.size)
+    optimizer = method.optimizer(configured.flags, optim.maker(args, batch_size), num_steps)
     state = method.init(setup, this.load, optimizer, jax.random.key(args.seed), mixed_precision=args.mixed_precision)
-    frozen = hooks.frozen(this, _frozen_of(this, schedule))
+    frozen = hooks.frozen(this, frozen_of(setup, this.model, schedule))
     _release(this)
     loop.train(
         method.step(setup, optimizer, args.gradient_accumulation_steps),
@@ -220,35 +221,10 @@ def _validate(show: Callable[[Run, Any], loop.Pictures], run: Run, state: Any, s
     return show(run, state)
 
 
-def _make_optimizer(
-    args: RunFlags, num_updates: int, learning_rate: float | None = None
-) -> optax.GradientTransformation:
-    flags = args if learning_rate is None else replace(args, learning_rate=learning_rate)
-    return optim.make_optimizer(flags, num_updates, batch_size=loop.global_batch_size(args))
-
-
 def _student_of(model: Model, setup: Setup, schedule: NoiseSchedule | Any) -> Model:
     """The model that training turns this one into, without the trained parameters."""
     networks = replace(setup.student.with_options(remat=False), vae_parts=1)
     return model.without_params(*setup.trained).replace(networks=networks, schedule=schedule)
-
-
-def _frozen_of(run: Run, schedule: NoiseSchedule | Any) -> Frozen:
-    """The frozen trees: what the step reads of the teacher."""
-    setup, params = run.setup, run.model.params
-    return Frozen(
-        params={name: params[name] for name in setup.frozen},
-        schedule=schedule,
-        teacher_schedule=None if run.model.schedule is schedule else run.model.schedule,
-        null_text=null_text_of(run.model) if setup.needs_null_text else None,
-        target=None if setup.target is None else params[setup.target],
-    )
-
-
-def null_text_of(model: Model) -> NullText:
-    """The text that guidance points away from."""
-    ids = jax.tree.map(jnp.asarray, model.tokenize([""]))
-    return encode_null_text(model.networks, model.params, ids, zeros=model.zeros_for_empty_prompt)
 
 
 def _release(run: Run) -> None:

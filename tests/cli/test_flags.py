@@ -160,6 +160,8 @@ MAY_CHANGE = {
     # How long, on how many devices, in how much memory
     "max_train_steps", "num_train_epochs", "train_batch_size", "fsdp", "gradient_checkpointing", "scan_layers",
     "attention", "vae_encode_batch_size", "debug",
+    # Planned instead of run
+    "plan", "plan_batch", "plan_output",
     # Where things are
     "output_dir", "dataset_name", "train_data_dir", "train_shards_path_or_url", "train_prompt_path", "real_image_path",
     "cache_dir", "cache_latents_dir", "ccache", "dataloader_num_workers", "max_unreadable_share", "path",

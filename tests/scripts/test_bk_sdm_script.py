@@ -35,7 +35,7 @@ from training_scripts import train_codi_flax as codi
 from training_scripts import train_lcm_flax as lcm
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
-EMOJI_LEVELS = ASSETS / "recipes" / "emoji-levels.yaml"
+LEVELS = ASSETS / "recipes" / "small-levels.yaml"
 PLAIN = {"down": [0], "up": [0, 2]}
 TABLE = {"mine": {"resolutions": [PLAIN, PLAIN], "mid": "drop"}}
 
@@ -225,7 +225,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "another family": ({"distill_level": "bk_base"}, "bk_base is for UNets of 4 resolutions, and this one has 2"),
     "no level": ({"distill_level": "huge"}, "--distill_level huge: there is no such level; there are bk_base,"),
     "no level of the table": (
-        {"distill_level": "bk_base", "distill_table": EMOJI_LEVELS},
+        {"distill_level": "bk_base", "distill_table": LEVELS},
         r"bk_base: there is no such level in --distill_table .*; there are base, small, tiny",
     ),
     "no table": ({"distill_table": Path("/nowhere.yaml")}, r"/nowhere.yaml cannot be read as YAML: .*No such"),
@@ -269,10 +269,10 @@ def test_a_student_whose_config_does_not_fit_its_weights_is_refused(
         run(codi, inputs._replace(model=spoilt), tmp_path / "out")
 
 
-def test_the_levels_of_the_emoji_fit_its_model() -> None:
+def test_the_levels_fit_the_embedded_model() -> None:
     emoji = Model.from_pretrained(ASSETS / "emoji")
     counts = [
         sum(leaf.size for leaf in jax.tree.leaves(prune(emoji.networks.unet, emoji.params["unet"], level)[1]))
-        for level in (find_level(name, EMOJI_LEVELS) for name in ("base", "small", "tiny"))
+        for level in (find_level(name, LEVELS) for name in ("base", "small", "tiny"))
     ]
     assert counts == [4_290_568, 3_237_512, 1_645_544]

@@ -21,8 +21,8 @@ from codi_jax.models.network import Network
 from codi_jax.pipeline import model as pipelines
 from codi_jax.pipeline.model import Model
 from codi_jax.training import batches, teacher
+from codi_jax.training.configured import null_text_of
 from codi_jax.training.flags import Replacement, Shown, TrainingFlags
-from codi_jax.training.run import null_text_of
 from codi_jax.training.teacher import load_missing, load_on_host, load_teacher, loader_of, open_teacher
 
 

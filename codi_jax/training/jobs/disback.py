@@ -107,7 +107,10 @@ def distill(args: DisbackRunFlags) -> None:
     Raises:
       ValueError: if flags, model, data and path do not fit each other.
     """
-    args.check()
+    if args.plan is None:
+        args.check()  # a plan needs no data
+    elif args.stage == "both":
+        args = replace(args, stage="backtracking")  # the larger one
     is_resumed = args.stage == "both" and args.resume_from_checkpoint is not None
     is_recorded = is_resumed and (_path_folder(args) / PATH_NAME).is_file()
     if args.stage != "backtracking" and not is_recorded:
@@ -156,6 +159,8 @@ def backtrack(args: DisbackRunFlags) -> None:
             Hooks(check=_check_teacher),
             {"path": NO_PATH},
         )
+    elif args.plan is not None:  # the path need not be there yet
+        method, hooks, identity = disback.backtracking(args.resolution, True), Hooks(), {}
     else:
         path = open_path(_path_folder(args))
         method, hooks = disback.backtracking(args.resolution, True), _walking(path, args)
