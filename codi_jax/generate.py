@@ -16,6 +16,7 @@ from codi_jax.cli.flags import LARGEST_SEED, LARGEST_SIDE, Flags
 from codi_jax.diffusion.scheduler_config import SamplerName
 from codi_jax.io.compiled_programs import keep_compiled_programs
 from codi_jax.io.images import check_output, open_image, save_images
+from codi_jax.models import sharding
 from codi_jax.models.kernels.attention import Implementation
 from codi_jax.pipeline.loading import DType, resolve_dtype
 from codi_jax.pipeline.model import Model
@@ -192,6 +193,7 @@ def _load(args: Args) -> Model:
         attention=args.attention,
         revision=args.revision,
         variant=args.variant,
+        place=sharding.place_here(),
     )
 
 

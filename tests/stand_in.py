@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,7 @@ class Loader:
 
 def run(output_dir: Path, *, train_step=None, loader=None, frozen=None, state=None, **flags: Any) -> State:
     """Trains with the stand-ins; the keywords are flags."""
+    on_batch = flags.pop("on_batch", lambda number: None)
     validate, record, export = (flags.pop(name, None) for name in ("validate", "record", "export"))
     run_config = flags.pop("run_config", {"learning_rate": 1e-2})
     defaults = {"max_train_steps": 10, "checkpointing_steps": 4, "report_to": "none", "train_batch_size": 8}
@@ -122,7 +124,7 @@ def run(output_dir: Path, *, train_step=None, loader=None, frozen=None, state=No
         train_step or make_train_step(flags.gradient_accumulation_steps),
         state or init_state(),
         frozen or frozen_trees(),
-        loader or Loader(loop.global_batch_size(flags)),
+        loader or Loader(loop.global_batch_size(flags), on_batch),
         flags,
         mesh=sharding.make_mesh(flags.fsdp),
         validate=validate,
@@ -147,6 +149,14 @@ def signal_at_batch(number: int, which: signal.Signals) -> Callable[[int], None]
     return lambda given: os.kill(os.getpid(), which) if given == number else None
 
 
+def hang_at_batch(number: int) -> Callable[[int], None]:
+    def hang(given: int) -> None:
+        if given == number:
+            time.sleep(600)
+
+    return hang
+
+
 def kill_in_save(number: int) -> None:
     """Ends the process while Orbax writes a checkpoint: all is written but its last step, the new name."""
     finalize = atomicity.AtomicRenameTemporaryPath.finalize
@@ -165,10 +175,11 @@ def main() -> None:
     if number := flags.pop("kill_in_save", None):
         kill_in_save(number)
     on_batch = signal_at_batch(flags.pop("kill_at_batch", 0), signal.SIGKILL)
+    if (number := flags.pop("hang_at_batch", 0)) and jax.process_index() == jax.process_count() - 1:
+        on_batch = hang_at_batch(number)
     if (number := flags.pop("end_at_batch", 0)) and jax.process_index() == 1:
         on_batch = signal_at_batch(number, signal.SIGINT)
-    batch_size = flags.get("train_batch_size", 8) * flags.get("gradient_accumulation_steps", 1) * jax.device_count()
-    state = run(output_dir, loader=Loader(batch_size, on_batch), **flags)
+    state = run(output_dir, on_batch=on_batch, **flags)
     print(fingerprint(state))
 
 

@@ -129,7 +129,7 @@ def open_cache(
 ) -> CachedReader:
     """Opens the cache of a data set, building it first unless a valid one exists.
 
-    Several processes may call it at once: one builds the cache, and the others wait.
+    Several processes may call it at once: one builds what is missing, and the others wait.
 
     Args:
       root: folder of all caches.
@@ -151,6 +151,7 @@ def open_cache(
             return cached
         _report_stale(root, folder, description)
         _build(folder, description, LatentEncoder(reader, tokenize, encoders, workers, max_unreadable_share))
+        shutil.rmtree(folder.with_suffix(".parts"), ignore_errors=True)  # of processes without this folder
         return _open(folder, reader)
 
 

@@ -27,6 +27,7 @@ from codi_jax.data.loader import Batches, Loader, Order, ProcessShard, Tokenize,
 from codi_jax.data.samples import Reader, Transform
 from codi_jax.data.sources import Source, open_source, require_folder
 from codi_jax.data.streams import StreamBatches
+from codi_jax.io import processes
 from codi_jax.io.decoding import LARGEST_MEGAPIXELS, MAX_MEGAPIXELS
 
 _MOST_WORKERS = 1024  # each is a process, and all start before the first batch
@@ -251,7 +252,11 @@ def load_data(
     if source.is_streaming:
         return _stream(reader, shard, tokenize, flags)
     order = Order(len(source), reader.seed)
-    cached = _open_cache(flags, reader, tokenize, encoders) if flags.cache_latents else None
+    cached = (
+        _open_cache(flags, reader, tokenize, encoders, Part(process_index, process_count))
+        if flags.cache_latents
+        else None
+    )
 
     def open_at(cursor: dict[str, Any] | None) -> grain.DatasetIterator:
         start = cursor["samples"] if cursor else 0
@@ -315,11 +320,17 @@ def _cache_root(flags: DataFlags) -> Path:
     return Path(flags.cache_latents_dir or Path(flags.cache_dir or "~/.cache/codi_jax") / "latents").expanduser()
 
 
-def _open_cache(flags: DataFlags, reader: Reader, tokenize: Tokenize | None, encoders: Encoders | None) -> CachedReader:
+def _open_cache(
+    flags: DataFlags, reader: Reader, tokenize: Tokenize | None, encoders: Encoders | None, part: Part
+) -> CachedReader:
     if encoders is None or tokenize is None:
         raise ValueError("--cache_latents has no use here, since this training works on pixels: remove the flag.")
-    workers, share = flags.dataloader_num_workers, flags.max_unreadable_share
-    return open_cache(_cache_root(flags), reader, tokenize, encoders, workers=workers, max_unreadable_share=share)
+    limits = {"workers": flags.dataloader_num_workers, "max_unreadable_share": flags.max_unreadable_share}
+    if part.count > 1:
+        # Each process computes a part. Those that do not share the folder compute the rest below, on their own.
+        cache_part(_cache_root(flags), reader, tokenize, encoders, part, **limits)
+        processes.wait_for_all("the parts of the latents")
+    return open_cache(_cache_root(flags), reader, tokenize, encoders, **limits)
 
 
 def _stream(reader: Reader, shard: ProcessShard, tokenize: Tokenize | None, flags: DataFlags) -> Loader:

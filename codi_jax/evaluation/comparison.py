@@ -151,8 +151,7 @@ def _has_controlnet(model: Candidate) -> bool:
 
 def _load(checkpoint: Checkpoint, args: Args) -> Model:
     """The model, on all devices of this process."""
-    place = sharding.place(sharding.make_mesh(devices=jax.local_devices())) if jax.local_device_count() > 1 else None
-    dtype = resolve_dtype(args.dtype)
+    dtype, place = resolve_dtype(args.dtype), sharding.place_here()
     return Model.from_pretrained(*checkpoint, dtype=dtype, attention=args.attention, place=place)
 
 

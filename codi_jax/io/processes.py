@@ -30,20 +30,23 @@ _FIRST_WORD, _NEXT_WORD = 10, 30  # seconds of waiting after which the missing p
 _MEETING_SECONDS = 600  # how long a process waits for the others to reach the same point
 _A_DAY = 24 * 60 * 60 * 1000  # ms
 _BEAT = 2.0  # seconds between two looks at the others
-_SILENT = 60.0  # seconds without a sign of life after which a process counts as lost
+_SILENT = 60  # seconds without a sign of life after which a process counts as lost
 _LAST_WORDS = 10.0  # seconds that process 0 gives the others to learn why the run ends
 _ROOT = "codi_jax"
 
 _numbers = itertools.count()  # for barriers: every process has the same ones in the same order
 
 
-def initialize() -> None:
+def initialize(silence: float | int = _SILENT) -> None:
     """Joins the other processes of the run, if any; call it before anything touches a device.
 
     Reads the variables that the launchers of TPU pods, Slurm, Open MPI and Kubernetes set, and
     ``JAX_COORDINATOR_ADDRESS`` (with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``). On a single host it does nothing.
     While it waits it names the missing processes, and it ends the process after ``CODI_JAX_JOIN_TIMEOUT`` seconds
     (default: 300).
+
+    Args:
+      silence: seconds without a sign of life after which another process counts as lost, and this one ends.
 
     Raises:
       ValueError: if these variables contradict each other, or one of them is not a number.
@@ -57,7 +60,7 @@ def initialize() -> None:
         with _reporting_missing_processes(given, limit):
             # JAX aborts at its own limit. Ours comes earlier, and ends the process with an explanation.
             jax.distributed.initialize(**given, initialization_timeout=limit + 60)
-    _watch.start()
+    _watch.start(silence)
 
 
 def are_several() -> bool:
@@ -98,6 +101,28 @@ def code_version() -> str:
     return f"{digest.hexdigest()[:12]}, JAX {jax.__version__}"
 
 
+def doing(what: str) -> None:
+    """Notes what this process is at, for messages of all processes about one that hangs."""
+    _watch.activity = what
+
+
+def activities() -> str:
+    """What each process was at last, in words."""
+    if not _watch.is_running:
+        return _watch.activity
+    noted = _read("doing") | {_watch.index: _watch.activity}
+    return "; ".join(f"{_named(index)}: {noted.get(index, 'has not said')}" for index in range(_watch.count))
+
+
+def abort(message: str) -> NoReturn:
+    """Ends this process at once from any thread, and the others of the run with it."""
+    if _watch.is_running:
+        _watch.end(message)
+    _print(message)
+    sys.stdout.flush()
+    os._exit(1)
+
+
 def wait_for_all(where: str) -> None:
     """Returns when all processes have called it; ``where`` names the place.
 
@@ -133,6 +158,8 @@ class _Watch:
 
     def __init__(self) -> None:
         self.index, self.count = 0, 1
+        self.activity = "starting"
+        self._silence: float | int = _SILENT
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._beats: dict[int, tuple[str, float]] = {}  # for each process: the last one, and when it came
@@ -141,8 +168,9 @@ class _Watch:
     def is_running(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self) -> None:
+    def start(self, silence: float | int) -> None:
         # Not jax.process_count(), which sets the devices up.
+        self._silence = silence
         state = _state()
         if self.is_running or state.num_processes == 1:
             return
@@ -165,13 +193,17 @@ class _Watch:
         _store().key_value_set(f"{_ROOT}/{kind}/{self.index}", text, allow_overwrite=True)
 
     def _run(self) -> None:
+        said = ""
         for beat in itertools.count():
             try:
                 self._say("alive", str(beat))
+                if self.activity != said:
+                    said = self.activity
+                    self._say("doing", said)
                 if failures := self._failures():
                     self._exit(self._because(failures))
                 if self.index == 0 and (silent := self._silent()) is not None:
-                    self.end(f"error: {_named(silent)} has been silent for {_SILENT:.0f} s: see its output.")
+                    self.end(f"error: {_named(silent)} has been silent for {self._silence:g} s: see its output.")
             except jax.errors.JaxRuntimeError:
                 return  # the service is gone; JAX itself ends the process
             if self._stopped.wait(_BEAT):
@@ -189,7 +221,9 @@ class _Watch:
         for index, beat in _read("alive").items():
             if self._beats.get(index, ("", 0.0))[0] != beat:
                 self._beats[index] = beat, now
-        late = (index for index, (_, since) in self._beats.items() if now - since > _SILENT and index not in finished)
+        late = (
+            index for index, (_, since) in self._beats.items() if now - since > self._silence and index not in finished
+        )
         return next(late, None)
 
     def _exit(self, message: str) -> NoReturn:

@@ -129,16 +129,28 @@ def open_model(
       WeightsError: as in `load_model`, and for Flax's msgpack.
       ConfigError: for a value in ``config.json`` that codi_jax cannot build.
     """
-    folder = ModelFolder(str(Path(source).expanduser()), subfolder, revision, cache_dir)
-    folder = folder.pinned(folder.require("config.json"))
-    module = build_module(folder)
-    weights = open_weights(choose_file(folder, module.config, variant))
+    module, weights = _open_network(source, subfolder, revision, variant, cache_dir)
     if weights.layout != "torch":
         raise WeightsError(f"{weights.path} is a Flax file: load the model and save it as safetensors first.")
     tensors = _modern_names(weights, module.config)
     expected = {name: shape for name, (_, _, shape) in leaves_by_name(module.abstract_params()).items()}
     require_match(expected, tensors, f"{weights.path} does not fit its config.json; check that they are from one model")
     return module, tensors
+
+
+def _open_network(
+    source: str | Path,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> tuple[Network, WeightFile]:
+    """A network without parameters, and the file that has them."""
+    folder = ModelFolder(str(Path(source).expanduser()), subfolder, revision, cache_dir, local_files_only)
+    folder = folder.pinned(folder.require("config.json"))
+    module = build_module(folder)
+    return module, open_weights(choose_file(folder, module.config, variant))
 
 
 def build_module(
@@ -195,6 +207,39 @@ def save_model(
         for name, (_, leaf, shape) in leaves_by_name(params).items()
     }
     arrays = (convert(array, header[name][0], name, "The parameters") for name, array in to_state_dict(params))
+    write_model(folder, subfolder, module, header, arrays, max_shard_size=max_shard_size)
+
+
+def copy_model(
+    folder: str | Path,
+    subfolder: str,
+    source: Mapping[str, Any],
+    *,
+    dtype: DTypeLike | None = None,
+    max_shard_size: int | str = "10GB",
+) -> None:
+    """Writes one network of another model, a tensor at a time; in a run of several processes the first one does it.
+
+    Args:
+      folder: the complete model's folder.
+      subfolder: the network's folder.
+      source: where the network is, as arguments of `load_model`.
+      dtype: precision in the file. Default: each tensor's own.
+      max_shard_size: the limit in bytes, or as ``"5GB"``.
+
+    Raises:
+      WeightsError: as in `load_model` and `save_model`.
+    """
+    if jax.process_index() != 0:
+        return
+    module, weights = _open_network(**source)
+    if weights.layout != "torch":
+        network, params = load_model(**source, dtype=None, place=lambda _, array: array)
+        save_model(folder, subfolder, network, params, dtype=dtype, max_shard_size=max_shard_size)
+        return
+    tensors = _modern_names(weights, module.config)
+    header = {name: (np.dtype(dtype or tensor.dtype), tensor.shape) for name, tensor in tensors.items()}
+    arrays = (convert(np.asarray(each), header[name][0], name, str(weights.path)) for name, each in tensors.items())
     write_model(folder, subfolder, module, header, arrays, max_shard_size=max_shard_size)
 
 

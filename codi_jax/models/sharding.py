@@ -120,6 +120,11 @@ def place(mesh: Mesh) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
     return lambda _, array: put(mesh, array)
 
 
+def place_here() -> Callable[[tuple[str, ...], np.ndarray], jax.Array] | None:
+    """`place` on all devices of this process, for sampling; ``None`` if there is only one."""
+    return place(make_mesh(devices=jax.local_devices())) if jax.local_device_count() > 1 else None
+
+
 def fetch(tree: Any) -> Any:
     """The tree as NumPy arrays; if arrays are split among several processes, all of them must call it."""
 

@@ -12,19 +12,37 @@ from jax.typing import DTypeLike
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.diffusion.scheduler_config import CONFIG_NAME
 from codi_jax.io.atomic import write_json
-from codi_jax.io.weights import save_model
+from codi_jax.io.weights import copy_model, save_model
 from codi_jax.models.config import WeightsError
 
 if TYPE_CHECKING:
     from codi_jax.pipeline.model import Model
 
 
-def save(model: "Model", folder: Path, dtype: DTypeLike | Mapping[str, DTypeLike] | None) -> None:
-    """Writes the model; arguments and errors as in `codi_jax.pipeline.model.Model.save_pretrained`."""
+def save(
+    model: "Model",
+    folder: Path,
+    dtype: DTypeLike | Mapping[str, DTypeLike] | None,
+    copied: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Writes the model, network after network.
+
+    Args:
+      model: the model.
+      folder: as in `codi_jax.pipeline.model.Model.save_pretrained`.
+      dtype: the same.
+      copied: networks of another model that are written unchanged: where each is, as arguments of
+        `codi_jax.io.weights.load_model`.
+
+    Raises:
+      WeightsError: as in `codi_jax.pipeline.model.Model.save_pretrained`.
+    """
     networks = model.networks.by_name()
     for name, params in model.params.items():
         of_file = dtype.get(name) if isinstance(dtype, Mapping) else dtype
         save_model(folder, name, networks[name], params, dtype=of_file)
+    for name, source in (copied or {}).items():
+        copy_model(folder, name, source)
     if jax.process_index() != 0:
         return
     try:

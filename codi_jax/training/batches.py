@@ -79,7 +79,7 @@ def load_batches(
 def encoders_of(model: Model, caches_text: bool = True) -> Encoders:
     """The networks whose outputs are cached: the VAE and, unless they are trained, the text encoders."""
     names = ["vae", *(model.networks.text_encoders if caches_text else ())]
-    # Processes take turns to build a cache, so each computes on its own.
+    # Each process encodes its own part of the data.
     needed = {name: jax.tree.map(_own_copy, model.params[name]) for name in names}
 
     def on_devices(program: Callable[..., Any]) -> Callable[[Any], Any]:

@@ -158,7 +158,7 @@ def check_run_config(checkpoint: Path, run_config: Mapping[str, Any], if_both: C
     Raises:
       CheckpointError: naming the first setting that differs, and both values.
     """
-    saved = _saved_run_config(checkpoint)
+    saved = saved_run_config(checkpoint)
     # Tuples become lists on the way through JSON.
     given = json.loads(json.dumps(run_config))
     one_sided = (saved.keys() ^ given.keys()) & set(if_both)
@@ -170,7 +170,12 @@ def check_run_config(checkpoint: Path, run_config: Mapping[str, Any], if_both: C
             )
 
 
-def _saved_run_config(checkpoint: Path) -> dict[str, Any]:
+def saved_run_config(checkpoint: Path) -> dict[str, Any]:
+    """The settings of the run that a checkpoint is from.
+
+    Raises:
+      CheckpointError: if they cannot be read.
+    """
     try:
         return read_object(checkpoint / _RUN / "metadata", "resume from another")
     except (OSError, ValueError) as error:

@@ -26,18 +26,22 @@ from codi_jax.models import sharding
 from codi_jax.training import publish, run_folder
 from codi_jax.training.buffers import forget, own_buffers
 from codi_jax.training.checkpoint import (
+    CheckpointError,
     CheckpointFlags,
     Checkpoints,
     check_run_config,
     find_checkpoint,
     require_whole,
+    saved_run_config,
     set_damaged_aside,
     step_of,
 )
 from codi_jax.training.monitor import Metrics, Monitor
 from codi_jax.training.publish import HubFlags
+from codi_jax.training.replicas import check_replicas
 from codi_jax.training.signals import stop_signals
 from codi_jax.training.tracking import Profiler, Tracker, TrackingFlags, log
+from codi_jax.training.watchdog import Watchdog
 
 State = TypeVar("State")
 Pictures = dict[str, UInt8[np.ndarray, "h w 3"]]
@@ -47,6 +51,7 @@ TrainStep = Callable[[State, Any, Any], tuple[State, Metrics]]
 # timing and a prompt stop.
 _IN_FLIGHT = 2
 _MAX_SKIPPED_IN_A_ROW = 25
+_BATCH = "batch_size"  # of all devices and passes, among a checkpoint's settings
 # On CPUs, XLA uses YNNPACK for products and convolutions, with which a training step takes 1.1 times as long as with
 # Eigen. This is for JAX 0.10; other versions may not know the option.
 CPU_OPTIONS: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
@@ -129,8 +134,9 @@ class LoopFlags(CheckpointFlags, TrackingFlags, HubFlags):
     """Seed for all randomness."""
     train_batch_size: Adjustable[int] = 1
     """Examples per device and forward pass."""
-    gradient_accumulation_steps: int = 1
-    """Passes whose gradients are accumulated into one step."""
+    gradient_accumulation_steps: Adjustable[int] = 1
+    """Passes whose gradients are accumulated into one step. A run that resumes on another number of devices takes as
+    many as keep the global batch."""
     num_train_epochs: Adjustable[int] = 100
     """Passes through the data, if --max_train_steps is not given."""
     max_train_steps: Adjustable[int | None] = None
@@ -145,6 +151,14 @@ class LoopFlags(CheckpointFlags, TrackingFlags, HubFlags):
     """Folder for caching compiled programs, which makes the next start faster."""
     allow_tf32: bool = False
     """Let float32 products use TF32 on every GPU that has it; JAX does so by default on most."""
+    peer_timeout: Operational[int] = 60
+    """Seconds without a sign of life after which another process of the run counts as lost, and all end."""
+    hang_timeout: Operational[int] = 1800
+    """Seconds that a step, or reading its data, may take before the run ends and says where it hangs; 0 for no
+    limit."""
+    check_replicas: Operational[int] = 0
+    """Steps between comparisons of the devices' copies of the state, which end the run if a device computes wrongly; 0
+    for none. With --fsdp equal to the number of devices there are no copies."""
     debug: Operational[bool] = False
     """Stop at the first NaN and report which operation made it; waits for every step. Slow."""
     local_rank: Local[int] = -1
@@ -160,7 +174,8 @@ class LoopFlags(CheckpointFlags, TrackingFlags, HubFlags):
         self.require_at_least(
             1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "fsdp"
         )
-        self.require_at_least(0, "validation_steps")
+        self.require_at_least(0, "validation_steps", "check_replicas", "hang_timeout")
+        self.require_at_least(5, "peer_timeout")
 
 
 Args = TypeVar("Args", bound=LoopFlags)
@@ -201,7 +216,7 @@ def start(flags: Args, run_config: Mapping[str, Any] | None = None) -> Args:
       OSError: if the folder cannot be written.
     """
     flags.check()
-    processes.initialize()
+    processes.initialize(flags.peer_timeout)
     everything = flags.values_within(Scope.START)
     processes.agree("flags", {f"--{name}": value for name, value in everything.items()}, "give all the same command")
     processes.agree("code", {"version": processes.code_version()}, "install the same version on all machines")
@@ -213,7 +228,14 @@ def start(flags: Args, run_config: Mapping[str, Any] | None = None) -> Args:
     if jax.process_index() == 0:
         _open_folder(flags, run_config or {})
     processes.wait_for_all("output_dir is open")
-    return flags
+    kept = _keeping_batch(flags)
+    if kept is not flags:
+        log(
+            f"--gradient_accumulation_steps is {kept.gradient_accumulation_steps} instead of "
+            f"{flags.gradient_accumulation_steps}: with {jax.device_count()} devices this keeps the global batch of "
+            f"{global_batch_size(kept)}"
+        )
+    return kept
 
 
 def _open_folder(flags: LoopFlags, run_config: Mapping[str, Any]) -> None:
@@ -227,7 +249,7 @@ def _open_folder(flags: LoopFlags, run_config: Mapping[str, Any]) -> None:
     if checkpoint is not None:
         if flags.resume_from_checkpoint != "latest":  # which is intact by now
             require_whole(checkpoint)
-        _check_resumed(checkpoint, run_config, flags)
+        _check_resumed(checkpoint, run_config, _keeping_batch(flags))
     else:
         if flags.resume_from_checkpoint is not None:
             log(f"{output_dir} has no checkpoint: starting from scratch")
@@ -271,6 +293,7 @@ def train(
       ValueError: if a checkpoint does not fit, or the batch does not divide among the devices.
       OSError: if a checkpoint cannot be written.
       FloatingPointError: if consecutive steps gave non-finite values.
+      ReplicaError: if devices differ that should be equal, see ``--check_replicas``.
       SystemExit: after SIGTERM or SIGINT, when the step is finished and a checkpoint is on disk.
     """
     output_dir, run_config = Path(flags.output_dir), run_config or {}
@@ -307,11 +330,34 @@ def train(
 
 def _complete(run_config: Mapping[str, Any], flags: LoopFlags) -> dict[str, Any]:
     """Adds what every run has: its flags, and the global batch size, since the number of devices may change."""
-    return {**flags.values_within(Scope.RUN), **run_config, "batch_size": global_batch_size(flags)}
+    return {**flags.values_within(Scope.RUN), **run_config, _BATCH: global_batch_size(flags)}
+
+
+def _keeping_batch(flags: Args) -> Args:
+    """The flags of a run that resumes on another number of devices, with the passes that keep its global batch.
+
+    Unchanged if there is no such number of passes, or nothing to resume; or if no number of devices explains the global
+    batch, since the flags are other ones then.
+    """
+    checkpoint = find_checkpoint(flags.resume_from_checkpoint, Path(flags.output_dir))
+    batch = None if checkpoint is None else saved_run_config(checkpoint).get(_BATCH)
+    pass_size, of_device = flags.train_batch_size * jax.device_count(), global_batch_size(flags, 1)
+    if not isinstance(batch, int) or batch < 1 or batch % of_device or batch % pass_size:
+        return flags
+    passes = batch // pass_size
+    unchanged = passes == flags.gradient_accumulation_steps
+    return flags if unchanged else dataclasses.replace(flags, gradient_accumulation_steps=passes)
 
 
 def _check_resumed(checkpoint: Path, run_config: Mapping[str, Any], flags: LoopFlags) -> None:
     """Raises `CheckpointError` if a checkpoint is from a run with other settings."""
+    batch, here = saved_run_config(checkpoint).get(_BATCH), global_batch_size(flags)
+    if batch is not None and batch != here:
+        raise CheckpointError(
+            f"{checkpoint} was made with a global batch of {batch}, but this run has {here}: --train_batch_size "
+            f"{flags.train_batch_size} times --gradient_accumulation_steps {flags.gradient_accumulation_steps} times "
+            f"{jax.device_count()} devices. Change the flags so that it stays {batch}."
+        )
     # An older checkpoint does not know newer flags.
     check_run_config(checkpoint, _complete(run_config, flags), if_both=flags.names())
 
@@ -371,6 +417,9 @@ def _loop(train_step: TrainStep[State], state: State, frozen: Moving, loader: Lo
                     raise
             monitor.settle(0 if run.flags.debug else _IN_FLIGHT)
             stop = stopped_by(step)
+            if run.flags.check_replicas and (step % run.flags.check_replicas == 0 or run.saves_at(step)):
+                with monitor.pause():
+                    check_replicas(run.mesh, state, step)
             if run.record is not None and step % run.record.every == 0:
                 with monitor.pause():
                     run.record.write(state, step)
@@ -441,6 +490,7 @@ def _monitor(run: _Run, batch: Any) -> Monitor:
         total=run.total,
         batch_size=jax.tree.leaves(batch)[0].shape[0],
         on_report=on_report,
+        watchdog=Watchdog(run.flags.hang_timeout),
     )
 
 

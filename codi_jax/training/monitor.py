@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from codi_jax.training.tracking import Tracker, log
+from codi_jax.training.watchdog import Watchdog
 
 Metrics = Mapping[str, Any]
 """Scalars by name, still on the device."""
@@ -34,6 +35,7 @@ class Monitor:
       total: the number of steps when it ends.
       batch_size: the number of examples in a step.
       on_report: called with each report.
+      watchdog: watches the steps and the data.
     """
 
     def __init__(
@@ -45,8 +47,9 @@ class Monitor:
         total: int,
         batch_size: int,
         on_report: Callable[[int, dict[str, float]], None],
+        watchdog: Watchdog,
     ) -> None:
-        self._tracker, self._every, self._on_report = tracker, every, on_report
+        self._tracker, self._every, self._on_report, self._watchdog = tracker, every, on_report, watchdog
         self._total, self._batch_size = total, batch_size
         self._in_flight: collections.deque[tuple[int, Metrics]] = collections.deque()
         self._finished: list[Metrics] = []
@@ -63,7 +66,8 @@ class Monitor:
         """Waits until at most this many steps are in flight, and reports the finished ones."""
         while len(self._in_flight) > in_flight:
             step, metrics = self._in_flight.popleft()
-            jax.block_until_ready(metrics)
+            with self._watchdog.watching(f"step {step}"):
+                jax.block_until_ready(metrics)
             self._finished.append(metrics)
             self._bar.update()
             if step % self._every == 0 or step == self._total:
@@ -81,12 +85,14 @@ class Monitor:
     def waiting_for_data(self) -> Iterator[None]:
         """Counts the time if the device runs out of work in the meantime."""
         began = time.perf_counter()
-        yield
+        with self._watchdog.watching(f"reading the data of step {self._in_flight[-1][0] + 1}"):
+            yield
         if all(leaf.is_ready() for leaf in jax.tree.leaves(self._in_flight[-1][1])):
             self._data_wait += time.perf_counter() - began
 
     def close(self) -> None:
         """Leaves the bar where it is."""
+        self._watchdog.close()
         self._bar.close()
 
     def _report(self, step: int) -> None:

@@ -20,7 +20,7 @@ from codi_jax.models import sharding
 from codi_jax.models.config import Params
 from codi_jax.pipeline.conditions import Frozen
 from codi_jax.pipeline.model import Model
-from codi_jax.pipeline.saving import save_schedule
+from codi_jax.pipeline.saving import save, save_schedule
 from codi_jax.planning.report import report
 from codi_jax.training import batches, loop, optim, planned, teacher
 from codi_jax.training.configured import configure, frozen_of, without_unused
@@ -108,9 +108,8 @@ def _write_whole(run: Run, export: Export, folder: Path) -> None:
     for name, (network, params) in export.networks.items():
         model = model.with_network(name, network, params)
     untouched = [name for name in model.networks.by_name() if name not in export.networks]
-    model = model.with_params({name: teacher.load_on_host(run.model, name, dtype=None) for name in untouched})
     of_file: dict[str, Any] = dict.fromkeys(export.networks, run.args.save_dtype)
-    model.save_pretrained(folder, dtype=of_file)
+    save(model, folder, of_file, {name: run.model.sources[name] for name in untouched})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,10 +158,13 @@ MAY_CHANGE = {
     "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "adam_weight_decay",
     "max_grad_norm", "generator_lr", "guidance_lr",
     # How long, on how many devices, in how much memory
-    "max_train_steps", "num_train_epochs", "train_batch_size", "fsdp", "gradient_checkpointing", "scan_layers",
+    "max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps", "fsdp",
+    "gradient_checkpointing", "scan_layers",
     "attention", "vae_encode_batch_size", "debug",
     # Planned instead of run
     "plan", "plan_batch", "plan_output",
+    # Faults
+    "peer_timeout", "hang_timeout", "check_replicas",
     # Where things are
     "output_dir", "dataset_name", "train_data_dir", "train_shards_path_or_url", "train_prompt_path", "real_image_path",
     "cache_dir", "cache_latents_dir", "ccache", "dataloader_num_workers", "max_unreadable_share", "path",

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from picture_folders import count_tokens, write_folder
+from several import end_of, free_address, start
 from test_load import take
 
 from codi_jax.data import DataFlags, latent_encoding, load_data, row_files
@@ -310,6 +311,47 @@ def test_an_interrupted_part_goes_on(folder):
     assert found is not None
     assert resumed.images == 4  # both orientations of 11 images in batches of 4, but for the first, which was kept
     assert {file.name: file.read_bytes() for file in found.iterdir()} == expected
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+from test_latent_cache import Model, SIDE
+from picture_folders import count_tokens
+from codi_jax.data import DataFlags, load_data
+from codi_jax.io import processes
+
+processes.initialize()
+index, folder, cache = int(sys.argv[1]), sys.argv[2], sys.argv[3 + int(sys.argv[1])]
+flags = DataFlags(train_data_dir=folder, resolution=SIDE, center_crop=True, cache_latents=True, cache_latents_dir=cache)
+model = Model()
+loader = load_data(flags, count_tokens, batch_size=4, seed=0, condition="column", encoders=model.encoders,
+                   process_index=index, process_count=2)
+print(model.images, next(loader)["moments"].sum(), file=sys.stderr)
+processes.wait_for_all("the end")
+"""
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_processes_build_a_cache_together(folder, tmp_path, monkeypatch, is_shared):
+    """Each encodes half of the images; where they have no folder in common, each has to encode all."""
+    alone = Model()
+    load(folder, alone, random_flip=False)
+    (whole,) = caches(folder)
+    places = [tmp_path / name for name in (("one", "one") if is_shared else ("one", "two"))]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])]))
+    address = free_address()
+    words = ["-c", TWO_PROCESSES]
+    ends = end_of([start([*words, str(i), str(folder), *map(str, places)], i, address) for i in (0, 1)], timeout=120)
+    assert [status for status, _ in ends] == [0, 0], ends
+    encoded = [int(said.split()[0]) for _, said in ends]
+    assert encoded == ([3, 3] if is_shared else [3 + alone.images] * 2)
+    for place in places:
+        (made,) = place.glob("*/manifest.json")
+        assert {file.name: file.read_bytes() for file in made.parent.iterdir()} == {
+            file.name: file.read_bytes() for file in whole.parent.iterdir()
+        }
+        assert [path for path in place.iterdir() if path.is_dir()] == [made.parent]
 
 
 # Damage

@@ -17,7 +17,7 @@ from weight_folders import CLASSES, ROOT, assert_same, state_dict
 
 from codi_jax.io import weights
 from codi_jax.io.state_dict import to_state_dict
-from codi_jax.io.weights import load_model, save_model
+from codi_jax.io.weights import copy_model, load_model, save_model
 from codi_jax.models.config import WeightsError
 
 
@@ -144,6 +144,27 @@ assert all(leaf._npy_value is None for leaf in jax.tree.leaves(params)), "host c
 def test_sharded_parameters(oracles: dict, pipeline: Path, tmp_path: Path):
     run_python(SHARDED, pipeline, tmp_path, JAX_NUM_CPU_DEVICES="8")
     assert_same(dict(to_state_dict(load_model(tmp_path, "unet")[1])), state_dict(oracles["unet"]))
+
+
+@pytest.mark.parametrize("part", ["unet", "controlnet", "vae", "text_encoder"])
+def test_a_network_is_copied(oracles: dict, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str):
+    """From file to file, without being loaded, in the precision of the file or in another one."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the whole network was loaded")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(weights, "load_model", refuse)
+        copy_model(tmp_path / "same", part, {"source": str(pipeline), "subfolder": part, "variant": None})
+        copy_model(tmp_path / "half", part, {"source": str(pipeline), "subfolder": part}, dtype="float16")
+        copy_model(tmp_path / "again", part, {"source": str(tmp_path / "half"), "subfolder": part})
+    model, info = CLASSES[part][1].from_pretrained(tmp_path / "same" / part, output_loading_info=True)
+    assert not any(info.values()), info
+    assert_same(state_dict(model), state_dict(oracles[part]))
+    _, half = load_model(tmp_path / "again", part, None)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype("float16")}
+    expected = {name: array.astype("float16") for name, array in state_dict(oracles[part]).items()}
+    assert_same(dict(to_state_dict(half)), expected)
 
 
 PEAK = """

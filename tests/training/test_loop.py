@@ -382,6 +382,28 @@ def test_several_processes(tmp_path):
     assert not second[2]
 
 
+@pytest.mark.slow
+def test_the_global_batch_is_kept_on_other_devices(tmp_path):
+    """Four devices, then one, then two: the same number of examples per step, and the same examples."""
+    flags = {"train_batch_size": 2, "checkpointing_steps": 4, "logging_steps": 1, "resume_from_checkpoint": "latest"}
+    ends = [
+        child(tmp_path, devices=devices, max_train_steps=steps, **flags) for devices, steps in ((4, 4), (1, 8), (2, 12))
+    ]
+    assert [end.returncode for end in ends] == [0, 0, 0], ends[-1].stderr
+    assert "instead of" not in ends[0].stderr
+    message = "--gradient_accumulation_steps is {} instead of 1: with {} devices this keeps the global batch of 8"
+    assert message.format(4, 1) in ends[1].stderr
+    assert message.format(2, 2) in ends[2].stderr
+    position = json.loads((tmp_path / "checkpoint-12" / "data" / "metadata").read_text())
+    assert position == {"of_processes": [{"position": 12 * 8}]}
+
+
+def test_a_batch_that_does_not_come_out_even_is_refused(tmp_path):
+    run(tmp_path, max_train_steps=5, train_batch_size=6)
+    with pytest.raises(CheckpointError, match=r"checkpoint-5 was made with a global batch of 6, but this run has 4: "):
+        run(tmp_path, max_train_steps=10, train_batch_size=4, resume_from_checkpoint="latest")
+
+
 def test_latest_starts_afresh_where_there_is_none(tmp_path, capsys):
     run(tmp_path, resume_from_checkpoint="latest")
     assert f"{tmp_path} has no checkpoint: starting from scratch" in capsys.readouterr().err
