@@ -40,8 +40,10 @@ _FLAG = re.compile(r"--[a-z][a-z0-9_]*")
 _FOLDERS = ("codi_jax", "training_scripts", "dataset_tools", "benchmarks", "assets", "tests", "docs")
 _SCRIPT_FOLDERS = ("training_scripts", "dataset_tools")
 _OTHERS = re.compile(r"python3 (benchmarks/|-m pip )")  # not parsed here; of benchmarks the flags are looked up
-# Flags of XLA and of pip, and the ones that all command lines have.
+# Flags of XLA and of launchers, and the ones that all command lines have.
 _FOREIGN_FLAGS = {"--help", "--xla_force_host_platform_device_count"}
+_FOREIGN_FLAGS |= {"--zone", "--worker", "--command"}  # gcloud
+_FOREIGN_FLAGS |= {"--nodes", "--ntasks", "--gpus", "--cpus", "--host", "--map"}  # srun and mpirun, up to the first "-"
 
 
 def identify(page: Path) -> str:
