@@ -19,7 +19,7 @@ from codi_jax.cli import command_line
 from codi_jax.methods import codi
 from codi_jax.models import sharding
 from codi_jax.pipeline.conditions import Frozen
-from codi_jax.training import loop, optim
+from codi_jax.training import loop, optim, starting
 from codi_jax.training.batches import load_batches, open_training_data
 from codi_jax.training.flags import ConditionFlags, TrainingFlags
 from codi_jax.training.teacher import load_teacher, loader_of, open_teacher
@@ -92,7 +92,7 @@ def main(args: Args) -> None:
         args = dataclasses.replace(
             args, output_dir=folder, max_train_steps=steps, validation_steps=args.stretch, checkpointing_steps=0
         )
-        turns, loader = measure(loop.start(args))
+        turns, loader = measure(starting.start(args))
     report(turns, loader)
 
 

@@ -35,7 +35,8 @@ class Args(Flags):
     """
 
     model: str
-    """Folder of the model in diffusers' layout, or its id (owner/name) on the Hugging Face Hub."""
+    """Folder of the model in diffusers' layout, its id (owner/name) on the Hugging Face Hub, or a single .safetensors
+    or .ckpt file."""
     prompt: str
     """Description of the image, or for an InstructPix2Pix model the edit instruction."""
     output: Path = Path("out.png")
@@ -88,6 +89,9 @@ class Args(Flags):
     """Attention kernel. auto: the fastest one on the device."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
+    single_file_config: str | None = None
+    """For a model in a single file: a folder or id in diffusers' layout, whose configurations and vocabulary it takes.
+    Default: a repository of its family."""
     variant: str | None = None
     """Variant of the weight files, such as fp16, for every part of the model and the ControlNet that has it."""
     ccache: Path = Path("~/.cache/codi_jax/xla")
@@ -127,7 +131,7 @@ def run(args: Args) -> list[Path]:
     if args.plan is not None:
         _plan(args, args.plan)
     pictures = _pictures(args)
-    model = Model.open(args.model, args.controlnet, revision=args.revision)
+    model = Model.open(args.model, args.controlnet, **_source(args))
     model.check(
         **pictures,
         steps=args.steps,
@@ -156,7 +160,7 @@ def _plan(args: Args, target: str) -> NoReturn:
     with tempfile.TemporaryDirectory(prefix="plan-", ignore_cleanup_errors=True) as folder:
         opened = open_target(target, Path(folder))
         dtype = resolve_dtype(args.dtype, opened.platform)
-        model = Model.open(args.model, args.controlnet, dtype=dtype, attention=args.attention, revision=args.revision)
+        model = Model.open(args.model, args.controlnet, dtype=dtype, attention=args.attention, **_source(args))
         made = plan_sampling(model, call, opened, f"generate, {args.model}")
     report(made, args.plan_output)
 
@@ -183,6 +187,11 @@ def _sampling(args: Args) -> dict[str, Any]:
     }
 
 
+def _source(args: Args) -> dict[str, Any]:
+    """Where the model is, besides its name."""
+    return {"revision": args.revision, "config": args.single_file_config}
+
+
 def _load(args: Args) -> Model:
     return Model.from_pretrained(
         args.model,
@@ -191,8 +200,8 @@ def _load(args: Args) -> Model:
         dtype=resolve_dtype(args.dtype),
         lora_scale=args.lora_scale,
         attention=args.attention,
-        revision=args.revision,
         variant=args.variant,
+        **_source(args),
         place=sharding.place_here(),
     )
 

@@ -23,7 +23,7 @@ from orbax.checkpoint.path import atomicity
 
 from codi_jax.io import processes
 from codi_jax.models import sharding
-from codi_jax.training import loop
+from codi_jax.training import loop, starting
 
 EXAMPLES, WIDTH = 64, 8
 OPTIMIZER = optax.adamw(1e-2)
@@ -119,12 +119,12 @@ def run(output_dir: Path, *, train_step=None, loader=None, frozen=None, state=No
     validate, record, export = (flags.pop(name, None) for name in ("validate", "record", "export"))
     run_config = flags.pop("run_config", {"learning_rate": 1e-2})
     defaults = {"max_train_steps": 10, "checkpointing_steps": 4, "report_to": "none", "train_batch_size": 8}
-    flags = loop.start(loop.LoopFlags(output_dir=str(output_dir), **(defaults | flags)), run_config)
+    flags = starting.start(starting.LoopFlags(output_dir=str(output_dir), **(defaults | flags)), run_config)
     return loop.train(
         train_step or make_train_step(flags.gradient_accumulation_steps),
         state or init_state(),
         frozen or frozen_trees(),
-        loader or Loader(loop.global_batch_size(flags), on_batch),
+        loader or Loader(starting.global_batch_size(flags), on_batch),
         flags,
         mesh=sharding.make_mesh(flags.fsdp),
         validate=validate,

@@ -18,7 +18,7 @@ from codi_jax.cli import command_line
 from codi_jax.cli.flags import Adjustable, Operational
 from codi_jax.io.pruning_levels import find_level
 from codi_jax.methods import bk_sdm
-from codi_jax.training import loop
+from codi_jax.training import starting
 from codi_jax.training.flags import ManyStepsFlags, Replacement, Shown
 from codi_jax.training.run import run
 
@@ -59,7 +59,7 @@ class Args(bk_sdm.BkSdmFlags, ManyStepsFlags):
         if self.validation_epochs is None:
             return super().steps_between_validations(samples_per_epoch)
         passes = dataclasses.replace(self, max_train_steps=None, num_train_epochs=self.validation_epochs)
-        return loop.num_steps(passes, samples_per_epoch)
+        return starting.num_steps(passes, samples_per_epoch)
 
 
 def main(args: Args) -> None:

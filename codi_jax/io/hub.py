@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 
 from codi_jax.cli.messages import listed
 from codi_jax.io.json_files import JsonError, read_object
+from codi_jax.io.single_file import recognize
 from codi_jax.models.config import WeightsError
 
 
@@ -24,12 +25,15 @@ from codi_jax.models.config import WeightsError
 class ModelFolder:
     """Where the files of a model, or of one of its parts, are found: a local folder or the hub.
 
+    A model in a single file (`codi_jax.io.single_file`) looks like a folder without weights.
+
     Attributes:
-      source: a folder, or the id of a repository.
+      source: a folder, the id of a repository, or a single file.
       subfolder: the part's folder; ``None`` for the complete model.
       revision: branch, tag or commit on the hub.
       cache_dir: folder for the hub's files. Default: the hub's.
       local_files_only: never contact the hub.
+      config: for a single file, the folder or repository with its configurations. Default: one of the file's family.
     """
 
     source: str
@@ -37,6 +41,7 @@ class ModelFolder:
     revision: str | None = None
     cache_dir: str | Path | None = None
     local_files_only: bool = False
+    config: str | Path | None = None
 
     def __str__(self) -> str:
         return f"{self.source}/{self.subfolder}" if self.subfolder else self.source
@@ -51,6 +56,8 @@ class ModelFolder:
         Raises:
           WeightsError: if the repository does not exist or denies access, or the download fails.
         """
+        if self.is_single_file:
+            return self._configurations.find(name)
         if self._is_local:
             path = Path(self.source, self.subfolder or "", name)
             return path if path.is_file() else None
@@ -89,17 +96,32 @@ class ModelFolder:
         """
         path = self.require(name)
         try:
-            return read_object(path, "download it again")
+            values = read_object(path, "download it again")
         except JsonError as error:
             raise WeightsError(str(error)) from None
+        return values | (recognize(self.source).corrections(self.subfolder, name) if self.is_single_file else {})
+
+    @property
+    def is_single_file(self) -> bool:
+        """Whether the source is a file."""
+        return Path(self.source).is_file()
+
+    @property
+    def _configurations(self) -> "ModelFolder":
+        config = self.config or recognize(self.source).family.config
+        return replace(self, source=str(Path(config).expanduser()), revision=None, config=None)
 
     def pinned(self, path: Path) -> "ModelFolder":
         """The same folder at the commit that ``path`` was downloaded from, so that all files are from one version."""
         commit = re.search(r"/snapshots/([0-9a-f]{40})/", path.as_posix())
-        return self if self._is_local or commit is None else replace(self, revision=commit[1])
+        if commit is None or self._is_local or self.is_single_file:
+            return self
+        return replace(self, revision=commit[1])
 
     def names(self) -> list[str] | None:
         """The files in the folder, an empty list if it does not exist; ``None`` if the hub cannot be reached."""
+        if self.is_single_file:
+            return self._configurations.names()
         if self._is_local:
             folder = Path(self.source, self.subfolder or "")
             return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
@@ -131,10 +153,6 @@ class ModelFolder:
         return Path(self.source).is_dir()
 
     def _explained(self, error: Exception, name: str) -> WeightsError:
-        if Path(self.source).is_file():
-            return WeightsError(
-                f"{self.source} is a file; give a folder in diffusers' layout, or convert it to one first."
-            )
         page = f"https://huggingface.co/{self.source}"
         if isinstance(error, GatedRepoError):
             return WeightsError(f"{self.source} is gated: accept its license at {page}, then run `hf auth login`.")

@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from codi_jax.io.state_dict import to_flax_layout, to_state_dict
 from codi_jax.io.weight_files import StoredTensor, WeightFile, open_weights
 from codi_jax.models.config import Params, WeightsError
 from codi_jax.models.lora import LoraLayer, ModulePath, kernels_of, lora_layers, module_name, nested, require_fit
+from codi_jax.models.original_names import unet_originals
 
 Naming = Literal["diffusers", "kohya"]
 _FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -65,21 +66,6 @@ _OTHER_ADAPTERS = {
     r"\.diff(_b)?$": "a difference of whole weights", r"lora_B\.bias$": "LoRA with biases",
 }  # fmt: skip
 
-_SGM_LAYERS = {
-    ("conv_in",): "input_blocks_0_0",
-    ("conv_out",): "out_2",
-    ("time_embedding", "linear_1"): "time_embed_0",
-    ("time_embedding", "linear_2"): "time_embed_2",
-    ("add_embedding", "linear_1"): "label_emb_0_0",
-    ("add_embedding", "linear_2"): "label_emb_0_2",
-    ("mid_block", "resnets_0"): "middle_block_0",
-    ("mid_block", "attentions_0"): "middle_block_1",
-    ("mid_block", "resnets_1"): "middle_block_2",
-}
-_SGM_RESNET = {
-    "conv1": "in_layers_2", "conv2": "out_layers_3", "time_emb_proj": "emb_layers_1",
-    "conv_shortcut": "skip_connection",
-}  # fmt: skip
 _OLD_TEXT_ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 
@@ -277,7 +263,7 @@ def _split_part(name: str, models: Mapping[str, Params | None]) -> tuple[str, st
 def _layer_names(model: Params) -> dict[str, ModulePath]:
     """Every name, with underscores, that a file can have for a layer -> its path."""
     names = {}
-    sgm = _SGM_LAYERS | dict(_sgm_blocks(model))
+    originals = {name.rpartition(".")[0]: each.name.rpartition(".")[0] for name, each in unet_originals(model).items()}
     for path in kernels_of(model):
         parent, last = path[:-1], path[-1]
         aliases = {path, (*parent, last.removesuffix("_0") if last == "to_out_0" else last)}
@@ -285,37 +271,10 @@ def _layer_names(model: Params) -> dict[str, ModulePath]:
             aliases.add((*parent, _OLD_TEXT_ATTENTION[last]))
         if path[0] == "text_model":  # a level that transformers 5 no longer has
             aliases |= {alias[1:] for alias in aliases}
-        for depth in range(1, len(path) + 1):
-            if path[:depth] in sgm:
-                rest = (_SGM_RESNET.get(name, name) for name in path[depth:])
-                aliases.add((sgm[path[:depth]], *rest))
+        if (original := originals.get(module_name(path))) is not None:
+            aliases |= {tuple(original.split("."))}
         names |= {"_".join(alias): path for alias in aliases}
     return names
-
-
-def _sgm_blocks(unet: Params) -> Iterator[tuple[ModulePath, str]]:
-    """Residual blocks, attentions and samplers by their number in the code of Podell et al. (2023)."""
-    number = 1  # 0 is conv_in
-    for block, layers in _numbered(unet, "down_blocks"):
-        for name, _ in _numbered(layers, "resnets"):
-            yield (block, name), f"input_blocks_{number}_0"
-            yield (block, name.replace("resnets", "attentions")), f"input_blocks_{number}_1"
-            number += 1
-        if "downsamplers_0" in layers:
-            yield (block, "downsamplers_0", "conv"), f"input_blocks_{number}_0_op"
-            number += 1
-    number = 0
-    for block, layers in _numbered(unet, "up_blocks"):
-        for name, _ in _numbered(layers, "resnets"):
-            yield (block, name), f"output_blocks_{number}_0"
-            yield (block, name.replace("resnets", "attentions")), f"output_blocks_{number}_1"
-            number += 1
-        yield (block, "upsamplers_0"), f"output_blocks_{number - 1}_{2 if 'attentions_0' in layers else 1}"
-
-
-def _numbered(tree: Params, name: str) -> Iterable[tuple[str, Params]]:
-    count = sum(key.startswith(f"{name}_") for key in tree)
-    return [(f"{name}_{i}", tree[f"{name}_{i}"]) for i in range(count)]
 
 
 def _read_factor(tensor: StoredTensor, ndim: int, path: Path) -> Float[np.ndarray, "..."]:

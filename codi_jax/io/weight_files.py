@@ -73,6 +73,25 @@ class StoredTensor:
         strides = self.strides and tuple(self.strides[axis] for axis in kept)
         return replace(self, shape=tuple(self.shape[axis] for axis in kept), strides=strides)
 
+    def transposed(self) -> "StoredTensor":
+        """The same tensor with its dimensions in reverse."""
+        strides = self.strides or tuple(math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
+        return replace(self, shape=self.shape[::-1], strides=strides[::-1])
+
+    def rows(self, first: int, last: int) -> "StoredTensor":
+        """The part of the tensor from one index of its first dimension up to another.
+
+        Raises:
+          WeightsError: if its rows are not stored one after another.
+        """
+        if self.strides is not None or len(self.spans) != 1:
+            raise WeightsError(f"{self.path} holds a tensor of strided rows: load it in PyTorch and save it again.")
+        ((offset, _),) = self.spans
+        size = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return replace(
+            self, shape=(last - first, *self.shape[1:]), spans=((offset + first * size, (last - first) * size),)
+        )
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Shaped[np.ndarray, "..."]:
         """Reads the tensor into new memory.
 
@@ -105,11 +124,19 @@ class WeightFile(Mapping[str, StoredTensor]):
     Attributes:
       path: the file, or the index of the shards.
       layout: ``"flax"`` for msgpack, with names such as ``conv_in/kernel``; else ``"torch"``, ``conv_in.weight``.
+      metadata: texts by name that safetensors files may have.
     """
 
-    def __init__(self, path: Path, layout: Layout, tensors: Mapping[str, StoredTensor]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        layout: Layout,
+        tensors: Mapping[str, StoredTensor],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = path
         self.layout: Layout = layout
+        self.metadata = dict(metadata or {})
         self._tensors = dict(tensors)
         for name in self._tensors:
             if len(name) > _MAX_NAME or not name.isprintable():
@@ -152,7 +179,7 @@ def open_weights(path: str | Path) -> WeightFile:
         if path.name.endswith(".json"):
             return _open_shards(path)
         if path.suffix == ".safetensors":
-            return WeightFile(path, "torch", _index_safetensors(path))
+            return WeightFile(path, "torch", *_index_safetensors(path))
         if path.suffix == ".msgpack":
             return WeightFile(path, "flax", _index_msgpack(path))
         return WeightFile(path, "torch", _index_torch(path))
@@ -174,6 +201,7 @@ def write_safetensors(
     path: Path,
     header: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
     arrays: Iterable[Shaped[np.ndarray, "..."]],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a safetensors file, holding one tensor at a time, and waits until it is on disk.
 
@@ -181,10 +209,11 @@ def write_safetensors(
       path: the file.
       header: name -> (dtype, shape), in the order of ``arrays``.
       arrays: the tensors.
+      metadata: texts by name.
     """
     names = {np.dtype(dtype): name for name, dtype in _SAFETENSORS_DTYPES.items()}
     # "pt" makes transformers read the file as PyTorch's, the only kernel layout it knows.
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    table: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, (dtype, shape) in header.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
@@ -252,7 +281,7 @@ def _dtype(path: Path, name: Any) -> np.dtype:
     raise WeightsError(f"{path} holds tensors of type {shown[:40]}, which are not supported.")
 
 
-def _index_safetensors(path: Path) -> dict[str, StoredTensor]:
+def _index_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     # The library checks the header and that it covers the entire file; it does not expose where tensors begin.
     with safe_open(path, framework="np"):
         pass
@@ -266,7 +295,7 @@ def _index_safetensors(path: Path) -> dict[str, StoredTensor]:
             start, end = entry["data_offsets"]
             span = (8 + header_size + start, end - start)
             tensors[name] = StoredTensor(path, dtype, checked_shape(entry["shape"]), (span,))
-    return tensors
+    return tensors, header.get("__metadata__", {})
 
 
 # PyTorch: a pickle of nested dictionaries whose tensors are calls of `_rebuild_tensor_v2` on storages, and the bytes of

@@ -21,6 +21,7 @@ from jaxtyping import Shaped
 
 from codi_jax.io.atomic import staged_folder, write_json
 from codi_jax.io.hub import ModelFolder
+from codi_jax.io.single_file import recognize
 from codi_jax.io.state_dict import PlaceFn, convert, from_state_dict, leaves_by_name, require_match, to_state_dict
 from codi_jax.io.weight_files import StoredTensor, WeightFile, open_weights, shard_names, write_safetensors
 from codi_jax.models.attribute_reader import AttributeReader, AttributeReaderConfig
@@ -55,6 +56,7 @@ def load_model(
     variant: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    config: str | Path | None = None,
     compute_dtype: DTypeLike | None = None,
     attention: Implementation = "auto",
     remat: bool = False,
@@ -66,7 +68,8 @@ def load_model(
       >>> unet, params = load_model("assets/emoji", "unet")
 
     Args:
-      source: a local folder, or a repository on the Hugging Face Hub (``HF_HUB_OFFLINE`` and the cache are respected).
+      source: a local folder, a repository on the Hugging Face Hub (``HF_HUB_OFFLINE`` and the cache are respected), or
+        a single file, see `codi_jax.io.single_file`.
       subfolder: ``unet``, ``controlnet``, ``vae``, ``text_encoder`` or ``text_encoder_2``; ``None`` if ``source``
         itself holds ``config.json``, as it does for a ControlNet or VAE published on its own.
       dtype: storage precision of the parameters. Default: the file's.
@@ -75,6 +78,7 @@ def load_model(
         that lacks it is read from the plain file, with a warning.
       cache_dir: folder for the hub's files. Default: the hub's.
       local_files_only: never contact the hub.
+      config: for a single file, where its configurations are.
       compute_dtype: precision of the module. Default: ``dtype``, or float32.
       attention: the module's attention kernel.
       remat: whether the module recomputes activations in the backward pass.
@@ -88,12 +92,12 @@ def load_model(
         ``config.json``.
       ConfigError: for a value in ``config.json`` that codi_jax cannot build.
     """
-    folder = ModelFolder(str(Path(source).expanduser()), subfolder, revision, cache_dir, local_files_only)
+    folder = ModelFolder(str(Path(source).expanduser()), subfolder, revision, cache_dir, local_files_only, config)
     folder = folder.pinned(folder.require("config.json"))
     storage_dtype = jnp.float32 if dtype is None else dtype
     computation_dtype = storage_dtype if compute_dtype is None else compute_dtype
     module = build_module(folder, computation_dtype, attention=attention, remat=remat)
-    weights = open_weights(choose_file(folder, module.config, variant))
+    weights = _open_weights(folder, module, variant)
     params = from_state_dict(
         module.abstract_params(),
         _modern_names(weights, module.config),
@@ -145,12 +149,20 @@ def _open_network(
     variant: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    config: str | Path | None = None,
 ) -> tuple[Network, WeightFile]:
     """A network without parameters, and the file that has them."""
-    folder = ModelFolder(str(Path(source).expanduser()), subfolder, revision, cache_dir, local_files_only)
+    folder = ModelFolder(str(Path(source).expanduser()), subfolder, revision, cache_dir, local_files_only, config)
     folder = folder.pinned(folder.require("config.json"))
     module = build_module(folder)
-    return module, open_weights(choose_file(folder, module.config, variant))
+    return module, _open_weights(folder, module, variant)
+
+
+def _open_weights(folder: ModelFolder, module: Network, variant: str | None) -> WeightFile:
+    """A network's tensors, in the folder or in the single file."""
+    if folder.is_single_file:
+        return recognize(folder.source).part(folder.subfolder, module.abstract_params())
+    return open_weights(choose_file(folder, module.config, variant))
 
 
 def build_module(

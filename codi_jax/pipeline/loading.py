@@ -48,11 +48,12 @@ def load_parts(
     local_files_only: bool = False,
     controlnet_revision: str | None = None,
     tokenizer: str | Path | None = None,
+    config: str | Path | None = None,
     without_params: Collection[str] = (),
     place: PlaceFn | None = None,
 ) -> dict[str, Any]:
     """The attributes of `codi_jax.pipeline.model.Model`; see its ``from_pretrained`` for arguments and errors."""
-    hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "config": config}
     folder = ModelFolder(str(Path(source).expanduser()), **hub)
     index = read_index(folder)
     tokenizers, files = _load_tokenizers(folder, index, tokenizer, cache_dir)
@@ -68,7 +69,9 @@ def load_parts(
         else:
             loaded[name] = load_model(**sources[name], dtype=of_part[name], attention=attention, place=place)
     if controlnet is not None:
-        sources["controlnet"] = _controlnet_source(controlnet, {**hub, "revision": controlnet_revision}, variant)
+        sources["controlnet"] = _controlnet_source(
+            controlnet, {**hub, "revision": controlnet_revision, "config": None}, variant
+        )
         if "controlnet" in without_params:
             where = {name: value for name, value in sources["controlnet"].items() if name != "variant"}
             network, params = build_module(ModelFolder(**where), dtype, attention=attention), None

@@ -124,13 +124,14 @@ class Model:
         local_files_only: bool = False,
         controlnet_revision: str | None = None,
         tokenizer: str | Path | None = None,
+        config: str | Path | None = None,
         without_params: Collection[str] = (),
         place: PlaceFn | None = None,
     ) -> "Model":
         """Loads a model.
 
         Args:
-          source: a diffusers folder, or a repository on the Hugging Face Hub.
+          source: a diffusers folder, a repository on the Hugging Face Hub, or a single file with a complete model.
           controlnet: a ControlNet's folder or repository. Default: the one in ``source``, if any.
           lora: LoRA files, folders or repositories, or files in one (``owner/name/file.safetensors``), merged into the
             weights one after another.
@@ -143,6 +144,8 @@ class Model:
           local_files_only: never ask the hub.
           controlnet_revision: branch, tag or commit of ``controlnet``.
           tokenizer: a folder or repository whose tokenizer replaces the (first) one in ``source``.
+          config: for a single file, a diffusers folder or repository with its configurations and vocabulary. Default: a
+            repository of the file's family.
           without_params: names of networks whose weights are not read: only their ``config.json`` has to exist.
           place: puts each loaded parameter on devices; ``None`` is the default device.
 
@@ -162,6 +165,7 @@ class Model:
                 local_files_only=local_files_only,
                 controlnet_revision=controlnet_revision,
                 tokenizer=tokenizer,
+                config=config,
                 without_params=without_params,
                 place=place,
             )
@@ -436,6 +440,26 @@ class Model:
             ``model_index.json`` last.
         """
         saving.save(self, Path(folder).expanduser(), dtype)
+
+    def save_single_file(
+        self, path: str | Path, *, dtype: DTypeLike | None = None, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Writes the model as one safetensors file under the names of the original code, for ComfyUI and its like.
+
+        A ControlNet is not written: such programs take it as a file of its own.
+
+        Example:
+          >>> model.save_single_file("mine.safetensors", dtype="float16")
+
+        Args:
+          path: the file.
+          dtype: precision in the file. Default: each parameter's own.
+          metadata: texts by name, besides what is known of the model.
+
+        Raises:
+          WeightsError: if the model lacks parameters or takes guidance as an input, or the file cannot be written.
+        """
+        saving.save_single_file(self, Path(path).expanduser(), dtype, metadata or {})
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Int[np.ndarray, "n s"]]:
         """Token ids for every text encoder, by name; raises as `codi_jax.pipeline.text.tokenize` does."""

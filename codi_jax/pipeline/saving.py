@@ -2,21 +2,32 @@
 
 import importlib.metadata
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Shaped
 
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.diffusion.scheduler_config import CONFIG_NAME
 from codi_jax.io.atomic import write_json
+from codi_jax.io.single_file import SD1, SD2, SDXL, Family, write_single_file
+from codi_jax.io.state_dict import leaves_by_name, to_torch_layout
 from codi_jax.io.weights import copy_model, save_model
-from codi_jax.models.config import WeightsError
+from codi_jax.models.config import Params, WeightsError
 
 if TYPE_CHECKING:
     from codi_jax.pipeline.model import Model
+
+_ARCHITECTURES = {
+    SD1.name: "stable-diffusion-v1",
+    SD2.name: "stable-diffusion-v2",
+    SDXL.name: "stable-diffusion-xl-v1-base",
+}
 
 
 def save(
@@ -55,6 +66,66 @@ def save(
         write_json(folder / "model_index.json", _index(model))
     except OSError as error:
         raise WeightsError(f"Could not save {folder}: {error.strerror or error}.") from error
+
+
+def save_single_file(model: "Model", path: Path, dtype: DTypeLike | None, metadata: Mapping[str, str]) -> None:
+    """Writes a model as one file; arguments and errors as in `codi_jax.pipeline.model.Model.save_single_file`."""
+    networks = {name: each for name, each in model.networks.by_name().items() if name != "controlnet"}
+    if model.networks.unet.config.time_cond_proj_dim is not None:
+        raise WeightsError(
+            "this model takes its guidance as an input, which no program reads from a single file: export it with "
+            "--bake_guidance_scale first."
+        )
+    family = _family_of(model)
+    contents = {}
+    for name, network in networks.items():
+        if name not in model.params:
+            raise WeightsError(f"the model has no parameters for its {name}: load it completely first.")
+        contents[name] = network.abstract_params(), dict(_lazily(model.params[name]))
+    size = model.networks.unet.config.sample_size
+    side = (size if isinstance(size, int) else size[0]) * model.networks.vae.config.downscale
+    known = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": _ARCHITECTURES[family.name],
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.prediction_type": {"v_prediction": "v"}.get(model.schedule.prediction_type, "epsilon"),
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.title": path.stem,
+    }
+    if jax.process_index() != 0:
+        return
+    try:
+        write_single_file(path, family, contents, dtype=dtype, metadata={**known, **metadata})
+    except OSError as error:
+        raise WeightsError(f"Could not save {path}: {error.strerror or error}. Nothing was left behind.") from error
+
+
+def _family_of(model: "Model") -> Family:
+    if model.networks.is_sdxl:
+        return SDXL
+    # What tells the two apart is the text encoder: OpenAI's, which has an activation of its own, or OpenCLIP's.
+    return SD1 if model.networks.text_encoder.config.hidden_act == "quick_gelu" else SD2
+
+
+def _lazily(params: Params) -> Iterator[tuple[str, Any]]:
+    """The tensors by name, brought to the host when they are written."""
+    for name, (path, leaf, shape) in leaves_by_name(params).items():
+        yield name, _OnDevice(path[-1], leaf, shape, np.dtype(leaf.dtype))
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    """A tensor that is fetched and laid out for PyTorch when NumPy asks for it."""
+
+    kind: str
+    leaf: Any
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Shaped[np.ndarray, "..."]:
+        del copy
+        array = np.ascontiguousarray(to_torch_layout(self.kind, np.asarray(self.leaf)))
+        return array if dtype is None else array.astype(dtype, copy=False)
 
 
 def save_schedule(schedule: NoiseSchedule, folder: str | Path) -> Path:

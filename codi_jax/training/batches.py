@@ -18,7 +18,7 @@ from codi_jax.pipeline.conditions import encode_prompts, posterior
 from codi_jax.pipeline.model import Model
 from codi_jax.pipeline.networks import Networks
 from codi_jax.training.flags import RunFlags
-from codi_jax.training.loop import global_batch_size
+from codi_jax.training.starting import global_batch_size
 
 
 def open_training_data(flags: RunFlags, *, has_text: bool = True, batch_size: int | None = None) -> Source:

@@ -11,8 +11,8 @@ from codi_jax.cli.flags import Adjustable, Flags, Local, Operational
 from codi_jax.data import ConditionOf, DataFlags
 from codi_jax.data.load import ConditionTask, condition_of_task
 from codi_jax.models.kernels.attention import Implementation
-from codi_jax.training.loop import LoopFlags
 from codi_jax.training.optim import OptimizerFlags
+from codi_jax.training.starting import LoopFlags
 
 
 @dataclass(frozen=True)
@@ -154,13 +154,17 @@ class ModelFlags(ComputeFlags):
     """Flags about the pretrained model, and how it is computed and saved."""
 
     pretrained_model_name_or_path: str
-    """Model to start from: a folder in diffusers' layout, or an id on the Hugging Face Hub."""
+    """Model to start from: a folder in diffusers' layout, an id on the Hugging Face Hub, or a single .safetensors or
+    .ckpt file."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
     variant: str | None = None
     """Variant of the weight files, such as fp16, for each part of the model that has it, including the ControlNet."""
     tokenizer_name: str | None = None
     """Folder or id of a tokenizer to use instead of the model's."""
+    single_file_config: str | None = None
+    """For a model in a single file: a folder or id in diffusers' layout, whose configurations and vocabulary it takes.
+    Default: a repository of its family."""
     from_pt: Operational[bool] = False
     """Has no effect: PyTorch and Flax files are detected automatically."""
     scan_layers: Adjustable[bool] = False

@@ -24,7 +24,7 @@ from codi_jax.pipeline.model import Model
 from codi_jax.planning.plan import Plan
 from codi_jax.planning.programs import bytes_on_device, compile_for_target, with_shardings
 from codi_jax.planning.targets import Target, open_target
-from codi_jax.training import batches, loop, optim
+from codi_jax.training import batches, loop, optim, starting
 from codi_jax.training.configured import Configured, configure, frozen_of, without_unused
 from codi_jax.training.flags import RunFlags
 from codi_jax.training.method import Method
@@ -127,7 +127,7 @@ class _Planner:
             chip=self.target.chip,
             devices=mesh.size,
             batch=args.train_batch_size,
-            samples=loop.global_batch_size(args, mesh.size),
+            samples=starting.global_batch_size(args, mesh.size),
             kinds=kinds,
             program=program,
             is_half=args.mixed_precision != "no",
@@ -224,7 +224,7 @@ def abstract_step(
     networks, random = model.networks.by_name(), _random(args)
     params = {name: each.abstract_params(None if name in random else each.dtype) for name, each in networks.items()}
     batch = _batch(args, model, params, has_text, mesh)
-    batch_size = loop.global_batch_size(args, mesh.size)
+    batch_size = starting.global_batch_size(args, mesh.size)
     optimizer = method.optimizer(configured.flags, optim.maker(args, batch_size), args.max_train_steps or _STEPS)
     state, frozen = jax.eval_shape(functools.partial(_begin, method, args, configured, model, optimizer), params)
     state, frozen = (with_shardings(tree, sharding.shardings(mesh, tree)) for tree in (state, frozen))
@@ -260,7 +260,7 @@ def _batch(args: Any, model: Model, params: Mapping[str, Any], has_text: bool, m
         blanks = next(loader)
     finally:
         loader.close()
-    size, where = loop.global_batch_size(args, mesh.size), sharding.batch_sharding(mesh)
+    size, where = starting.global_batch_size(args, mesh.size), sharding.batch_sharding(mesh)
 
     def shape_of(leaf: np.ndarray) -> jax.ShapeDtypeStruct:
         dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)

@@ -22,7 +22,7 @@ from codi_jax.pipeline.conditions import Frozen
 from codi_jax.pipeline.model import Model
 from codi_jax.pipeline.saving import save, save_schedule
 from codi_jax.planning.report import report
-from codi_jax.training import batches, loop, optim, planned, teacher
+from codi_jax.training import batches, loop, optim, planned, starting, teacher
 from codi_jax.training.configured import configure, frozen_of, without_unused
 from codi_jax.training.flags import RunFlags
 from codi_jax.training.method import Export, Load, Method, Setup
@@ -170,7 +170,7 @@ def run(
     hooks = hooks or Hooks()
     if args.plan is not None:
         report(planned.plan(method, args, hooks.open_model, has_text=hooks.has_text), args.plan_output)
-    args = loop.start(args, identity)
+    args = starting.start(args, identity)
     source = batches.open_training_data(args, has_text=hooks.has_text)
     samples = hooks.samples(args)
     configured = configure(method, args, hooks.open_model)
@@ -178,7 +178,7 @@ def run(
     mesh = sharding.make_mesh(args.fsdp)
     model = without_unused(hooks.load_model(configured.model, args, mesh), setup)
     loader = batches.load_batches(args, model, source)
-    num_steps = loop.num_steps(args, loader.samples_per_epoch)
+    num_steps = starting.num_steps(args, loader.samples_per_epoch)
     student = _student_of(model, setup, schedule)
     this = Run(
         args=args, method=method, flags=configured.flags, setup=setup, model=model, student=student, samples=samples,
@@ -186,7 +186,7 @@ def run(
     )  # fmt: skip
     del model  # otherwise `_release` could not free its parameters
     hooks.check(this)
-    batch_size = loop.global_batch_size(args, mesh.size)
+    batch_size = starting.global_batch_size(args, mesh.size)
     optimizer = method.optimizer(configured.flags, optim.maker(args, batch_size), num_steps)
     state = method.init(setup, this.load, optimizer, jax.random.key(args.seed), mixed_precision=args.mixed_precision)
     frozen = hooks.frozen(this, frozen_of(setup, this.model, schedule))

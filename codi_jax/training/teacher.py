@@ -114,6 +114,7 @@ def _options(flags: TrainingFlags) -> dict[str, Any]:
         "revision": flags.revision,
         "variant": flags.variant,
         "cache_dir": flags.cache_dir,
+        "config": flags.single_file_config,
     }
 
 

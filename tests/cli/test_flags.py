@@ -23,7 +23,7 @@ from codi_jax.methods.codi import CodiFlags
 from codi_jax.methods.denoising import EditFlags, TextToImageFlags
 from codi_jax.methods.disback import DisbackFlags
 from codi_jax.methods.lcm import LcmEditFlags, LcmTextFlags
-from codi_jax.training import loop, optim
+from codi_jax.training import optim, starting
 from codi_jax.training.flags import EditDataFlags, ManyStepsFlags, ValidationFlags
 from codi_jax.training.jobs.autoencoder import VaeFlags
 from codi_jax.training.jobs.disback import DisbackRunFlags
@@ -33,11 +33,11 @@ PLAIN = (TextToImageFlags, ManyStepsFlags)
 EDIT = (EditDataFlags, EditFlags, ManyStepsFlags)
 BK_SDM = (BkSdmFlags, ManyStepsFlags)
 AUTOENCODER = (AutoencoderFlags, VaeFlags)
-CODI = (loop.LoopFlags, optim.OptimizerFlags, CodiFlags, DataFlags, ValidationFlags)
+CODI = (starting.LoopFlags, optim.OptimizerFlags, CodiFlags, DataFlags, ValidationFlags)
 LCM = (LcmRunFlags, EditDataFlags, LcmEditFlags)
 LCM_TEXT = (LcmRunFlags, LcmTextFlags)
 DISBACK_RUN = (DisbackRunFlags,)
-DISBACK = (DisbackFlags, loop.LoopFlags, optim.OptimizerFlags, DataFlags, ValidationFlags)
+DISBACK = (DisbackFlags, starting.LoopFlags, optim.OptimizerFlags, DataFlags, ValidationFlags)
 DATA_TOOL = (JobFlags, DownloadFlags, PairFlags, GenerateFlags, ScoreFlags)
 OF_ALL = {
     "fsdp": 0,

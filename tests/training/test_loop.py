@@ -18,10 +18,10 @@ import stand_in
 from stand_in import EXAMPLES, Loader, fingerprint, frozen_trees, init_state, make_train_step, metrics_of, run
 
 from codi_jax.models import sharding
-from codi_jax.training import loop
+from codi_jax.training import loop, starting
 from codi_jax.training.buffers import own_buffers
 from codi_jax.training.checkpoint import CheckpointError, list_checkpoints
-from codi_jax.training.loop import LoopFlags, num_steps
+from codi_jax.training.starting import LoopFlags, num_steps
 
 SCRIPT = Path(stand_in.__file__)
 
@@ -462,14 +462,14 @@ def test_a_number_that_makes_no_sense_is_refused(flag, value):
 
 
 def test_flags_that_jax_has_no_use_for(tmp_path, capsys):
-    loop.start(flags_of(tmp_path, local_rank=0))
+    starting.start(flags_of(tmp_path, local_rank=0))
     assert "--local_rank has no effect" in capsys.readouterr().err
 
 
 def test_tf32(tmp_path):
     before = jax.config.jax_default_matmul_precision
     try:
-        loop.start(flags_of(tmp_path, allow_tf32=True))
+        starting.start(flags_of(tmp_path, allow_tf32=True))
         assert jax.config.jax_default_matmul_precision == "tensorfloat32"
     finally:
         jax.config.update("jax_default_matmul_precision", before)
@@ -502,7 +502,7 @@ def test_a_flag_that_is_younger_than_a_checkpoint_is_not_compared(tmp_path):
 
     run(tmp_path, max_train_steps=5)
     given = {"output_dir": str(tmp_path), "train_batch_size": 8, "resume_from_checkpoint": "latest"}
-    loop.start(Younger(prediction_type="epsilon", **given), {"learning_rate": 1e-2})
+    starting.start(Younger(prediction_type="epsilon", **given), {"learning_rate": 1e-2})
 
 
 def test_damage_sends_a_run_back_to_the_checkpoint_before(tmp_path, capsys):

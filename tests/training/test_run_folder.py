@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from stand_in import Loader, run
 
-from codi_jax.training import loop
+from codi_jax.training import starting
 from codi_jax.training.checkpoint import CheckpointError
-from codi_jax.training.loop import LoopFlags
+from codi_jax.training.starting import LoopFlags
 
 
 def test_an_occupied_folder_is_refused(tmp_path):
@@ -34,8 +34,8 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path):
 
 
 def test_a_run_that_did_not_begin_leaves_its_folder_free(tmp_path):
-    loop.start(LoopFlags(output_dir=str(tmp_path), train_batch_size=3))
-    loop.start(LoopFlags(output_dir=str(tmp_path), train_batch_size=4))
+    starting.start(LoopFlags(output_dir=str(tmp_path), train_batch_size=3))
+    starting.start(LoopFlags(output_dir=str(tmp_path), train_batch_size=4))
     assert json.loads((tmp_path / "args.json").read_text())["train_batch_size"] == 4
 
 
@@ -44,7 +44,7 @@ def test_arguments_are_written_down_without_secrets(tmp_path):
     class Args(LoopFlags):
         betas: tuple[float, float] = (0.9, 0.999)
 
-    args = loop.start(Args(output_dir=str(tmp_path / "{timestamp}"), hub_token="hf_secret", ccache=Path("~/x")))
+    args = starting.start(Args(output_dir=str(tmp_path / "{timestamp}"), hub_token="hf_secret", ccache=Path("~/x")))
     (folder,) = tmp_path.iterdir()
     assert args.output_dir == str(folder)
     assert args.betas == (0.9, 0.999)
