@@ -53,9 +53,10 @@ class Args(Flags):
     controlnet: str | None = None
     """Folder or id of a ControlNet. Default: the one in the model's folder, if any."""
     lora: tuple[str, ...] = ()
-    """LoRA files, folders or ids to merge into the model. A file in a repository is owner/name/file.safetensors."""
+    """LoRA files, folders or ids to merge into the model, each with a scale of its own if one follows:
+    style.safetensors:0.7 detail.safetensors:0.4. A file in a repository is owner/name/file.safetensors."""
     lora_scale: float = 1.0
-    """Strength of every LoRA."""
+    """Strength of every LoRA, besides its own scale."""
     steps: int | None = None
     """Steps of the sampler. Default: 4 for students (samplers lcm, tcd and codi), as many as it was trained for for a
     one-step or few-step generator, 50 for other models."""
@@ -140,7 +141,7 @@ def run(args: Args) -> list[Path]:
         height=args.height,
         width=args.width,
     )
-    for lora in args.lora:
+    for lora, _ in map(_with_scale, args.lora):
         model.check_lora(lora)
     keep_compiled_programs(args.ccache)
     made, compile_seconds, seconds = _generate(_load(args), args, pictures)
@@ -187,6 +188,15 @@ def _sampling(args: Args) -> dict[str, Any]:
     }
 
 
+def _with_scale(lora: str) -> tuple[str, float]:
+    """A LoRA and its scale, 1 unless a number follows behind a colon."""
+    name, colon, number = lora.rpartition(":")
+    try:
+        return (name, float(number)) if colon and name else (lora, 1.0)
+    except ValueError:
+        return lora, 1.0
+
+
 def _source(args: Args) -> dict[str, Any]:
     """Where the model is, besides its name."""
     return {"revision": args.revision, "config": args.single_file_config}
@@ -196,7 +206,7 @@ def _load(args: Args) -> Model:
     return Model.from_pretrained(
         args.model,
         args.controlnet,
-        args.lora,
+        [*map(_with_scale, args.lora)],
         dtype=resolve_dtype(args.dtype),
         lora_scale=args.lora_scale,
         attention=args.attention,

@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Shaped
 
 from codi_jax.cli.messages import listed
+from codi_jax.io import lycoris
 from codi_jax.io.atomic import write_bytes
 from codi_jax.io.hub import ModelFolder
 from codi_jax.io.json_files import JsonError, parse_object
@@ -50,20 +51,20 @@ _KOHYA_PREFIXES = {
 _KEY = re.compile(
     r"(?P<module>.+?)("
     r"(\.lora_|[._]lora\.|\.lora_linear_layer\.)(?P<factor>A|B|down|up)(\.\w+)?\.weight"
-    r"|\.(?P<other>alpha|dora_scale|lora_magnitude_vector)(\.\w+)?(\.weight)?)"
+    rf"|\.(?P<other>alpha|dora_scale|lora_magnitude_vector|diff_b|{'|'.join(lycoris.TENSORS)})(\.\w+)?(\.weight)?)"
 )
 _FACTORS = {
     "A": "down", "B": "up", "down": "down", "up": "up",
-    "alpha": "alpha", "dora_scale": "magnitude", "lora_magnitude_vector": "magnitude",
+    "alpha": "alpha", "dora_scale": "magnitude", "lora_magnitude_vector": "magnitude", "diff_b": "bias",
+    **{name: name for name in lycoris.TENSORS},
 }  # fmt: skip
 # OneTrainer adds embeddings of new words to a LoRA, which prompts can use in its own programs.
 _WORDS = "bundle_emb."
 # The regular expressions that layer names need. A file could contain others, which take forever to match.
 _NAME_PATTERN = re.compile(r"\^?(\.\*)?[\w.\\-]+(\.\*)?\$?")
 _OTHER_ADAPTERS = {
-    r"\.hada_": "LoHa", r"\.lokr_": "LoKr", r"\.oft_": "OFT",
-    r"\.lora_mid": "LoCon with a Tucker decomposition", r"\.[wb]_norm$": "LyCORIS with norms", r"\.on_input$": "IA³",
-    r"\.diff(_b)?$": "a difference of whole weights", r"lora_B\.bias$": "LoRA with biases",
+    r"\.(oft|boft)_": "OFT", r"\.[wb]_norm$": "LyCORIS with norms", r"\.on_input$": "IA³",
+    r"lora_B\.bias$": "LoRA with biases", r"\.a1\.weight$": "GLoRA",
 }  # fmt: skip
 
 _OLD_TEXT_ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
@@ -106,17 +107,25 @@ def load_lora(
     folder, path = _find_file(str(source), weight_name, subfolder, revision, cache_dir, local_files_only)
     file = open_weights(path)
     if kinds := sorted({kind for key in file for mark, kind in _OTHER_ADAPTERS.items() if re.search(mark, key)}):
-        raise WeightsError(f"{path} is {' and '.join(kinds)}, which codi_jax cannot read: it supports plain LoRA only.")
+        raise WeightsError(
+            f"{path} is {' and '.join(kinds)}, which codi_jax cannot read: it supports LoRA, DoRA, LoHa, LoKr, LoCon "
+            "and differences of whole weights."
+        )
     config = _adapter_config(folder, file)
     file = _without_words(file)
     wanted = {part: model for part, model in models.items() if model is not None}
     kernels = {part: kernels_of(model) for part, model in wanted.items()}
     loras: dict[str, dict[ModulePath, LoraLayer]] = {}
     for (part, module), tensors in _match(file, models).items():
-        ndim = kernels[part][module].ndim
-        layer = {key: jnp.asarray(_read_factor(tensors[key], ndim, path), dtype) for key in ("down", "up")}
+        shape = kernels[part][module].shape
         alpha = np.asarray(tensors["alpha"]).item() if "alpha" in tensors else None
-        layer["alpha"] = jnp.asarray(_alpha(config, part, module, layer["down"].shape[-1], alpha), jnp.float32)
+        if tensors.keys() & {*lycoris.TENSORS, "bias"}:
+            layer = _read_difference(tensors, shape, alpha, path, f"{part}.{module_name(module)}")
+        else:
+            layer = {key: _read_factor(tensors[key], len(shape), path) for key in ("down", "up")}
+            rank = layer["down"].shape[-1]
+            layer["alpha"] = np.float32(_alpha(config, part, module, rank, alpha))
+        layer = {key: jnp.asarray(value, jnp.float32 if key == "alpha" else dtype) for key, value in layer.items()}
         if "magnitude" in tensors:
             shape, is_peft = kernels[part][module].shape, any("lora_magnitude_vector" in key for key in file)
             layer["magnitude"] = jnp.asarray(_magnitude(tensors["magnitude"], shape, is_peft, path), dtype)
@@ -160,9 +169,9 @@ def save_lora(
         layers = lora_layers(lora)
         if not layers:
             raise WeightsError(f"The LoRA for {part} has no layers: {path} was not written.")
-        if any("magnitude" in layer for layer in layers.values()):
+        if any(layer.keys() & {"magnitude", "difference", "bias"} for layer in layers.values()):
             raise WeightsError(
-                f"The LoRA for {part} is DoRA, which can be read but not written: merge it into the model."
+                f"The LoRA for {part} is DoRA or LyCORIS, which can be read but not written: merge it into the model."
             )
         alphas = {module: float(layer["alpha"]) for module, layer in layers.items()}
         for key, array in to_state_dict(_as_modules(layers)):
@@ -240,8 +249,11 @@ def _match(
     # Some files name each layer twice, as in diffusers and as in SDXL's original code: diffusers' names count.
     for _, part, path, factor, key in sorted(matches):
         found.setdefault((part, path), {}).setdefault(factor, file[key])
+    whole = {*lycoris.TENSORS, "bias"}
     if halves := [
-        f"{part}.{module_name(path)}" for (part, path), entry in found.items() if not {"down", "up"} <= {*entry}
+        f"{part}.{module_name(path)}"
+        for (part, path), entry in found.items()
+        if not {"down", "up"} <= {*entry} and not whole & {*entry}
     ]:
         raise WeightsError(f"{file.path} has only one of the two factors of {listed(halves)}: download it again.")
     return found
@@ -287,6 +299,26 @@ def _read_factor(tensor: StoredTensor, ndim: int, path: Path) -> Float[np.ndarra
     elif array.ndim == 4 and ndim == 2 and array.shape[2:] == (1, 1):
         array = array[:, :, 0, 0]
     return to_flax_layout("kernel", array)
+
+
+def _read_difference(
+    tensors: Mapping[str, StoredTensor], kernel: tuple[int, ...], alpha: float | None, path: Path, layer: str
+) -> dict[str, Float[np.ndarray, "..."]]:
+    """What an adapter other than plain LoRA adds to a layer's kernel, and to its bias."""
+    arrays = {name: np.asarray(tensor) for name, tensor in tensors.items() if name not in ("alpha", "magnitude")}
+    if not all(np.isfinite(array.astype(np.float32)).all() for array in arrays.values()):
+        raise WeightsError(f"{path} holds NaN or infinity: the file is damaged, use another version of it.")
+    found, bias = {}, arrays.pop("bias", None)
+    if bias is not None:
+        found["bias"] = bias
+    if arrays:
+        shape = tuple(kernel[axis] for axis in ([3, 2, 0, 1] if len(kernel) == 4 else [1, 0]))
+        try:
+            difference = lycoris.weight_difference(arrays, shape, alpha)
+        except (KeyError, ValueError) as error:
+            raise WeightsError(f"{path} does not fit {layer} ({error}): it is for another model, or damaged.") from None
+        found["difference"] = to_flax_layout("kernel", difference)
+    return found
 
 
 def _magnitude(tensor: StoredTensor, kernel: tuple[int, ...], is_peft: bool, path: Path) -> Float[np.ndarray, "..."]:

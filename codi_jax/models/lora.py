@@ -34,7 +34,10 @@ from codi_jax.models.names import torch_name
 
 ModulePath = tuple[str, ...]
 LoraLayer = dict[str, Any]
-"""``{"down": kernel, "up": kernel, "alpha": scalar}`` of one layer, and ``"magnitude"`` for DoRA."""
+"""``{"down": kernel, "up": kernel, "alpha": scalar}`` of one layer, and ``"magnitude"`` for DoRA. Of other adapters
+``"difference"``, what they add to the kernel, and ``"bias"``, what they add to the bias."""
+
+_PARTS = {"down", "difference", "bias"}  # each of which makes a node a layer
 
 LARGEST_RANK = 2**14
 """The largest rank of a trained LoRA: no layer of a known model is as wide."""
@@ -128,8 +131,10 @@ def lora_interceptor(lora: Params, scale: float | Float[Array, ""] = 1.0) -> Cal
       WeightsError: when a network with ``scan_layers`` runs in its context, or for DoRA.
     """
     layers = lora_layers(lora)
-    if any("magnitude" in layer for layer in layers.values()):
-        raise WeightsError("DoRA cannot run alongside the layers of a model: merge it into the model's weights.")
+    if any(layer.keys() & {"magnitude", "difference", "bias"} for layer in layers.values()):
+        raise WeightsError(
+            "DoRA and LyCORIS cannot run alongside the layers of a model: merge them into the model's weights."
+        )
 
     def intercept(next_call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
         module = context.module
@@ -170,6 +175,9 @@ def merge_lora(params: Params, lora: Params, scale: float | Float[Array, ""] = 1
     for path, layer in lora_layers(lora).items():
         kernel = flat[*path, "kernel"]
         flat[*path, "kernel"] = merged_kernel(kernel, layer, scale).astype(kernel.dtype)
+        if "bias" in layer:
+            bias = flat[*path, "bias"]
+            flat[*path, "bias"] = (jnp.asarray(bias, jnp.float32) + scale * layer["bias"]).astype(bias.dtype)
     return unflatten_dict(flat)
 
 
@@ -186,7 +194,9 @@ def merged_kernel(
 
 
 def layer_delta(layer: LoraLayer, scale: float | Float[Array, ""] = 1.0) -> Float[Array, "*window i o"]:
-    """Scale · α/r · B A of one layer, in the layout of its kernel, computed in float32."""
+    """Scale · α/r · B A of one layer, or what else it adds, in the layout of its kernel, computed in float32."""
+    if "down" not in layer:
+        return scale * jnp.asarray(layer.get("difference", 0), jnp.float32)
     product = jnp.einsum(
         "...r,ro->...o",
         jnp.asarray(layer["down"], jnp.float32),
@@ -212,6 +222,10 @@ def require_fit(params: Params, lora: Params, where: str = "The LoRA") -> None:
         kernel, name = kernels.get(path), module_name(path)
         if kernel is None:
             problems.append(f"{name} is not a layer with a kernel")
+        elif "down" not in layer:
+            shape = layer.get("difference", kernel).shape
+            if shape != kernel.shape:
+                problems.append(f"{name} has a difference {list(shape)} for a kernel {list(kernel.shape)}")
         elif not _fits(kernel.shape, layer["down"].shape, layer["up"].shape):
             down, up, shape = (list(x.shape) for x in (layer["down"], layer["up"], kernel))
             problems.append(f"{name} has down {down} and up {up} for a kernel {shape}")
@@ -224,7 +238,7 @@ def require_fit(params: Params, lora: Params, where: str = "The LoRA") -> None:
 
 def lora_layers(lora: Params) -> dict[ModulePath, LoraLayer]:
     """The adapted layers by their path in the model."""
-    layers: Any = flatten_dict(lora, is_leaf=lambda _, node: "down" in node)
+    layers: Any = flatten_dict(lora, is_leaf=lambda _, node: bool(_PARTS & node.keys()))
     return layers
 
 

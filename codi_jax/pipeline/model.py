@@ -72,8 +72,8 @@ class Model:
     """A model with all its parts. Immutable: methods that change something return a new model.
 
     Example:
-      >>> model = Model.from_pretrained("assets/emoji")
-      >>> images = model("a red heart", steps=20, guidance_scale=3, seed=1)  # uint8, [1, height, width, 3]
+      >>> model = Model.from_pretrained("assets/avatars")
+      >>> images = model("a planet with a ring", steps=20, guidance_scale=3, seed=1)  # uint8, [1, height, width, 3]
 
     Attributes:
       networks: the networks, static.
@@ -113,7 +113,7 @@ class Model:
         cls,
         source: str | Path,
         controlnet: str | Path | None = None,
-        lora: str | Path | Sequence[str | Path] | None = None,
+        lora: str | Path | Sequence[str | Path | tuple[str | Path, float | int]] | None = None,
         *,
         dtype: DTypeLike = jnp.float32,
         lora_scale: float | int = 1.0,
@@ -134,7 +134,7 @@ class Model:
           source: a diffusers folder, a repository on the Hugging Face Hub, or a single file with a complete model.
           controlnet: a ControlNet's folder or repository. Default: the one in ``source``, if any.
           lora: LoRA files, folders or repositories, or files in one (``owner/name/file.safetensors``), merged into the
-            weights one after another.
+            weights one after another; each alone or with a scale of its own, as ``(file, scale)``.
           dtype: the dtype of parameters and computation; with float16, a VAE that asks for float32 stays in float32.
           lora_scale: a factor for every LoRA.
           attention: the attention kernel.
@@ -170,8 +170,9 @@ class Model:
                 place=place,
             )
         )
-        for file in [lora] if isinstance(lora, str | Path) else lora or ():
-            model = model.merge_lora(file, lora_scale, cache_dir=cache_dir, local_files_only=local_files_only)
+        for each in [lora] if isinstance(lora, str | Path) else lora or ():
+            file, scale = each if isinstance(each, tuple) else (each, 1.0)
+            model = model.merge_lora(file, scale * lora_scale, cache_dir=cache_dir, local_files_only=local_files_only)
         return model
 
     @classmethod

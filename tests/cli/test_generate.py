@@ -175,3 +175,17 @@ def test_too_little_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "argv", ["generate", "--model", "m", "--prompt", "p"])
     with pytest.raises(SystemExit, match="error: the device has run out of memory: try a smaller --batch_size"):
         generate.main()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("style.safetensors", ("style.safetensors", 1.0)),
+        ("style.safetensors:0.7", ("style.safetensors", 0.7)),
+        ("owner/name/of/sd15.safetensors:-1", ("owner/name/of/sd15.safetensors", -1.0)),
+        ("folder:v2", ("folder:v2", 1.0)),
+        (":0.5", (":0.5", 1.0)),
+    ],
+)
+def test_each_lora_may_have_a_scale_of_its_own(text, expected):
+    assert generate._with_scale(text) == expected

@@ -231,7 +231,7 @@ def test_dora_of_peft(targets, models, tmp_path):
     model.save_pretrained(tmp_path)
     params = models["sd-1.x"]["unet"]
     lora = load_lora(tmp_path, {"unet": params})["unet"]
-    with pytest.raises(WeightsError, match="DoRA cannot run alongside the layers"):
+    with pytest.raises(WeightsError, match="DoRA and LyCORIS cannot run alongside the layers"):
         apply_lora(UNet2DCondition(UNetConfig.from_dict(SD15)), params, lora)
     with pytest.raises(WeightsError, match="DoRA, which can be read but not written"):
         save_lora(tmp_path / "out.safetensors", {"unet": lora})
@@ -359,11 +359,9 @@ def one_layer(shape_down=(4, 24), shape_up=(16, 4)):
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
-        ("lora_unet_conv_in.hada_w1_a", "LoHa"),
-        ("lora_unet_conv_in.lokr_w1", "LoKr"),
-        ("lora_unet_conv_in.lora_mid.weight", "LoCon with a Tucker"),
         ("lora_unet_conv_in.oft_blocks", "OFT"),
-        ("lora_unet_conv_in.diff", "a difference of whole weights"),
+        ("lora_unet_conv_in.w_norm", "LyCORIS with norms"),
+        ("lora_unet_conv_in.on_input", "IA³"),
         ("unet.conv_in.lora_B.bias", "LoRA with biases"),
     ],
 )

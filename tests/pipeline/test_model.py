@@ -118,6 +118,13 @@ def test_a_lora_equals_diffusers(pairs: Pairs, tmp_path: Path) -> None:
     assert_same_picture(run_ours(ours), wanted)
     assert np.abs(wanted.astype(int) - run_ours(pair.ours)).mean() > 3, "the LoRA changes nothing"
     # Several are merged one after the other, and what was merged is what is saved.
+    apart = Model.from_pretrained(
+        pair.folder, lora=[(tmp_path / "lora", 0.75), (tmp_path / "lora", 0.25)], lora_scale=0.5
+    )
+    assert all(
+        np.allclose(a, b, rtol=1e-5, atol=1e-6)
+        for a, b in zip(jax.tree.leaves(apart.params), jax.tree.leaves(ours.params), strict=True)
+    )
     twice = Model.from_pretrained(pair.folder, lora=[tmp_path / "lora"] * 2, lora_scale=0.25)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), twice.params, ours.params)
     assert same_tree(pair.ours.merge_lora(tmp_path / "lora", 0.5).params, ours.params)

@@ -111,9 +111,12 @@ def delta_of_lora(editor: Editor, lora: str | Path, text_encoders: Mapping[str, 
         raise WeightsError(f"{lora} adapts no layer of the UNet, but only {listed(sorted(loras))}.")
     layers = lora_layers(loras.pop("unet"))
     by_name = {f"{module_name(path)}.weight": layer for path, layer in layers.items()}
+    by_name |= {f"{module_name(path)}.bias": layer for path, layer in layers.items() if "bias" in layer}
     one_sided = dict.fromkeys(sorted(editor.tensors.keys() - by_name.keys()), "the editor")
 
     def adapt(name: str, tensor: np.ndarray, weight: float | int) -> Float[np.ndarray, "..."]:
+        if name.endswith(".bias"):
+            return tensor.astype(np.float32) + weight * np.asarray(by_name[name]["bias"], np.float32)
         kernel = jnp.asarray(to_flax_layout("kernel", tensor))
         return to_torch_layout("kernel", np.asarray(merged_kernel(kernel, by_name[name], float(weight))))
 
