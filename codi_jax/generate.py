@@ -1,7 +1,9 @@
 """``python3 -m codi_jax.generate``: generates images with a Stable Diffusion model or a distilled student."""
 
+import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -52,6 +54,8 @@ class Args(Flags):
     """File or URL of the ControlNet's condition, such as an image of edges."""
     controlnet: str | None = None
     """Folder or id of a ControlNet. Default: the one in the model's folder, if any."""
+    unet: str | None = None
+    """File with other weights for the model's UNet, such as a published student's, or owner/name/file.safetensors."""
     lora: tuple[str, ...] = ()
     """LoRA files, folders or ids to merge into the model, each with a scale of its own if one follows:
     style.safetensors:0.7 detail.safetensors:0.4. A file in a repository is owner/name/file.safetensors."""
@@ -66,10 +70,14 @@ class Args(Flags):
     image_guidance_scale: float | None = None
     """Guidance on the input image, for InstructPix2Pix; at 1, a step takes two passes instead of three. Default: 1.5,
     or 1 for a one-step or few-step generator."""
+    guidance_rescale: float = 0.0
+    """Takes back the contrast that a high --guidance_scale adds, from 0 (not at all) to 1 (Lin et al., 2024)."""
     controlnet_conditioning_scale: float = 1.0
     """Strength of the ControlNet."""
     sampler: SamplerName | None = None
     """Sampler. Default: from the model's folder."""
+    scheduler_config: tuple[str, ...] = ()
+    """Entries of scheduler_config.json to change, such as timestep_spacing=trailing or use_karras_sigmas=true."""
     gamma: float = 0.3
     """Randomness of the sampler tcd, from 0 (none) to 1 (as in lcm)."""
     timesteps: tuple[int, ...] = ()
@@ -112,7 +120,8 @@ class Args(Flags):
         fits = self.seed <= LARGEST_SEED - 2 * self.num_images
         self.require("seed", fits, "smaller: the other images have the seeds that follow, up to 2^63 - 1")
         self.require_at_least(0, "guidance_scale", "image_guidance_scale", "timesteps")
-        self.require_in(0, 1, "gamma")
+        self.require_in(0, 1, "gamma", "guidance_rescale")
+        _entries(self.scheduler_config)
         self.require_in(1, LARGEST_SIDE, "height", "width")
         check_output(self.output, self.num_images)
 
@@ -132,7 +141,7 @@ def run(args: Args) -> list[Path]:
     if args.plan is not None:
         _plan(args, args.plan)
     pictures = _pictures(args)
-    model = Model.open(args.model, args.controlnet, **_source(args))
+    model = _rescheduled(Model.open(args.model, args.controlnet, **_source(args)), args)
     model.check(
         **pictures,
         steps=args.steps,
@@ -162,6 +171,7 @@ def _plan(args: Args, target: str) -> NoReturn:
         opened = open_target(target, Path(folder))
         dtype = resolve_dtype(args.dtype, opened.platform)
         model = Model.open(args.model, args.controlnet, dtype=dtype, attention=args.attention, **_source(args))
+        model = _rescheduled(model, args)
         made = plan_sampling(model, call, opened, f"generate, {args.model}")
     report(made, args.plan_output)
 
@@ -179,6 +189,7 @@ def _sampling(args: Args) -> dict[str, Any]:
         "steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "image_guidance_scale": args.image_guidance_scale,
+        "guidance_rescale": args.guidance_rescale,
         "controlnet_conditioning_scale": args.controlnet_conditioning_scale,
         "sampler": args.sampler,
         "gamma": args.gamma,
@@ -202,8 +213,30 @@ def _source(args: Args) -> dict[str, Any]:
     return {"revision": args.revision, "config": args.single_file_config}
 
 
+def _entries(texts: Sequence[str]) -> dict[str, Any]:
+    """Entries of ``scheduler_config.json`` from ``key=value``, with values as in JSON, or texts."""
+    entries = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(
+                f"--scheduler_config {text} is not possible: write key=value, as in use_karras_sigmas=true."
+            )
+        try:
+            entries[key] = json.loads(value)
+        except json.JSONDecodeError:
+            entries[key] = value
+    return entries
+
+
+def _rescheduled(model: Model, args: Args) -> Model:
+    """The model with the entries of its scheduler that the user changes."""
+    entries = _entries(args.scheduler_config)
+    return model.replace(schedule=model.schedule.with_config(**entries)) if entries else model
+
+
 def _load(args: Args) -> Model:
-    return Model.from_pretrained(
+    model = Model.from_pretrained(
         args.model,
         args.controlnet,
         [*map(_with_scale, args.lora)],
@@ -212,8 +245,10 @@ def _load(args: Args) -> Model:
         attention=args.attention,
         variant=args.variant,
         **_source(args),
+        unet=args.unet,
         place=sharding.place_here(),
     )
+    return _rescheduled(model, args)
 
 
 def _generate(

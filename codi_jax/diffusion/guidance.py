@@ -39,12 +39,14 @@ class Guidance:
       is_embedded: whether the network takes the guidance as an input, so that one prediction is enough.
       scale: the text's guidance scale; if it is embedded, LCM's weight w, the scale minus one.
       image_scale: the same for the source image of an edit.
+      rescale: φ of `rescaled_guidance`; ``None`` does not rescale.
     """
 
     branches: tuple[Branch, ...] = field(default=("full",), metadata=_STATIC)
     is_embedded: bool = field(default=False, metadata=_STATIC)
     scale: Scale | Any = None
     image_scale: Scale | Any = None
+    rescale: Scale | Any = None
 
     @classmethod
     def none(cls) -> "Guidance":
@@ -62,9 +64,14 @@ class Guidance:
         return cls(is_embedded=True, scale=w, image_scale=w_image)
 
     @classmethod
-    def classifier_free(cls, scale: Scale) -> "Guidance":
-        """Guides away from the unconditional prediction, see `classifier_free_guidance`."""
-        return cls(("null", "full"), scale=scale)
+    def classifier_free(cls, scale: Scale, rescale: Scale | None = None) -> "Guidance":
+        """Guides away from the unconditional prediction, see `classifier_free_guidance`.
+
+        Args:
+          scale: s.
+          rescale: φ, see `rescaled_guidance`.
+        """
+        return cls(("null", "full"), scale=scale, rescale=rescale)
 
     @classmethod
     def edit(cls, scale: Scale, image_scale: Scale | None = None) -> "Guidance":
@@ -83,7 +90,8 @@ class Guidance:
         if not others:
             return first
         if len(others) == 1:
-            return classifier_free_guidance(first, others[0], self.scale)
+            guided = classifier_free_guidance(first, others[0], self.scale)
+            return guided if self.rescale is None else rescaled_guidance(guided, others[0], self.rescale)
         image_only, full = others
         return instruct_pix2pix_guidance(first, image_only, full, self.scale, self.image_scale)
 
@@ -105,7 +113,14 @@ def _for_each(scale: Scale, batch: int) -> Float[Array, " b"]:
     return jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (batch,))
 
 
-def choose_guidance(scale: float | int, image_scale: float | int, *, embeds_guidance: bool, is_edit: bool) -> Guidance:
+def choose_guidance(
+    scale: float | int,
+    image_scale: float | int,
+    *,
+    embeds_guidance: bool,
+    is_edit: bool,
+    rescale: float | int = 0,
+) -> Guidance:
     """The cheapest guidance that computes what the scales ask for, as diffusers' pipelines read them.
 
     Args:
@@ -113,6 +128,7 @@ def choose_guidance(scale: float | int, image_scale: float | int, *, embeds_guid
       image_scale: the image's scale, for InstructPix2Pix; 1 is no image guidance, less is no guidance at all.
       embeds_guidance: whether the UNet has a guidance embedding (``time_cond_proj_dim``).
       is_edit: whether the UNet is an InstructPix2Pix model.
+      rescale: φ of `rescaled_guidance`; 0 does not rescale.
     """
     s_T, s_I = np.float32(scale), np.float32(image_scale)
     if embeds_guidance:
@@ -120,7 +136,7 @@ def choose_guidance(scale: float | int, image_scale: float | int, *, embeds_guid
     if not is_guided(scale, image_scale if is_edit else 1):
         return Guidance.none()
     if not is_edit:
-        return Guidance.classifier_free(s_T)
+        return Guidance.classifier_free(s_T, np.float32(rescale) if rescale else None)
     return Guidance.edit(s_T, None if image_scale == 1 else s_I)
 
 
@@ -169,6 +185,22 @@ def classifier_free_guidance(uncond: Latents, cond: Latents, guidance_scale: Sca
       The guided prediction.
     """
     return uncond + _latent_rank(guidance_scale) * (cond - uncond)
+
+
+def rescaled_guidance(guided: Latents, cond: Latents, rescale: Scale) -> Latents:
+    """φ (std(ε_c) / std(ε_g)) ε_g + (1 − φ) ε_g (Lin et al., 2024, section 3.4): less contrast at high scales.
+
+    Args:
+      guided: the guided prediction, ε_g.
+      cond: the prediction with the condition, ε_c.
+      rescale: φ, one for all samples or one per sample.
+
+    Returns:
+      The rescaled prediction.
+    """
+    axes = tuple(range(1, guided.ndim))
+    ratio = cond.std(axis=axes, keepdims=True) / guided.std(axis=axes, keepdims=True)
+    return guided * (1 + _latent_rank(rescale) * (ratio - 1))
 
 
 def instruct_pix2pix_guidance(

@@ -24,6 +24,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Num, Shaped
 
+from codi_jax.diffusion.noise_levels import respaced_levels
 from codi_jax.diffusion.schedule import Latents, NoiseSchedule, x0_eps
 from codi_jax.diffusion.scheduler_config import SamplerName
 
@@ -205,6 +206,63 @@ def dpm_solver_pp_2m(
     return x
 
 
+def dpm_solver_pp_2m_sde(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    z: Latents,
+    timesteps: Times,
+    noise: Noise | None = None,
+    *,
+    on_step: OnStep = None,
+) -> Latents:
+    """SDE-DPM-Solver++(2M) (Lu et al., 2022, section 5.2 and appendix B.4): `dpm_solver_pp_2m` on the reverse SDE.
+
+    z' = (σ'/σ) e^−h z + α' (1 − e^−2h) D + σ' √(1 − e^−2h) ε, with the same D.
+    """
+    sigmas = _noise_levels(schedule, timesteps)
+    h = -jnp.diff(jnp.log(sigmas[:-1]))
+    extrapolation = jnp.zeros(len(sigmas) - 1).at[1:-1].set(h[1:] / (2 * h[:-1]))
+    noise = _for_every_step(noise, z, timesteps)
+
+    def step(carry: tuple, t: Array, sigma: Array, next_sigma: Array, extrapolation: Array, noise: Latents) -> tuple:
+        x, previous = carry  # x = z/α
+        x0, _ = _x0_eps_at(denoise, schedule, x, t, sigma)
+        D = x0 + extrapolation * (x0 - previous)
+        kept = (next_sigma / sigma) ** 2  # e^−2h
+        return kept * x + (1 - kept) * D + next_sigma * jnp.sqrt(1 - kept) * noise, x0
+
+    z = z.astype(jnp.float32)
+    x = z * jnp.sqrt(1 + sigmas[0] ** 2)
+    steps = (jnp.asarray(timesteps), sigmas[:-1], sigmas[1:], extrapolation, noise)
+    x, _ = _scan(step, (x, jnp.zeros_like(z)), steps, on_step)
+    return x
+
+
+def heun(denoise: Denoise, schedule: NoiseSchedule, z: Latents, timesteps: Times, *, on_step: OnStep = None) -> Latents:
+    """Heun's method on the probability flow ODE (Karras et al., 2022, algorithm 1 without churn).
+
+    In the variables of `euler`: a step to sigma', and the same step again with the mean of the slopes at its two ends,
+    except for the last one, to sigma = 0. The times have each end twice: for the second slope, and for the next step.
+    """
+    timesteps = jnp.asarray(timesteps)
+    sigmas = _noise_levels(schedule, jnp.concatenate([timesteps[:1], timesteps[1::2]]))
+    number = np.arange(len(timesteps))
+    is_second, step_of = number % 2 == 1, number // 2
+    level = sigmas[np.where(is_second, step_of + 1, step_of)]
+    length = jnp.diff(sigmas)[step_of]
+
+    def step(carry: tuple, t: Array, sigma: Array, length: Array, is_second: Array) -> tuple:
+        x, start, slope = carry
+        _, eps = _x0_eps_at(denoise, schedule, x, t, sigma)
+        once, again = x + length * eps, start + length * (slope + eps) / 2
+        kept = jax.tree.map(lambda old, new: jnp.where(is_second, old, new), (start, slope), (x, eps))
+        return jnp.where(is_second, again, once), *kept
+
+    x = z.astype(jnp.float32) * _initial_scale(schedule, sigmas[0])
+    x, *_ = _scan(step, (x, x, jnp.zeros_like(x)), (timesteps, level, length, jnp.asarray(is_second)), on_step)
+    return x
+
+
 def lcm(
     denoise: Denoise,
     schedule: NoiseSchedule,
@@ -329,7 +387,7 @@ def _for_every_step(noise: Noise | None, z: Latents, timesteps: Times) -> Float[
 
 
 def _noise_levels(schedule: NoiseSchedule, timesteps: Times) -> Float[Array, " n+1"]:
-    """σ/α at the times, linear between the training times, and 0 at the end.
+    """σ/α at the times, linear between the training times or as the schedule spreads them, and 0 at the end.
 
     Where α_{T−1} = 0 the first level would be infinite; ᾱ = 2⁻²⁴ stands for 0, as in diffusers.
     """
@@ -337,6 +395,8 @@ def _noise_levels(schedule: NoiseSchedule, timesteps: Times) -> Float[Array, " n
     levels = jnp.sqrt((1 - alphas_cumprod) / alphas_cumprod)
     times = jnp.asarray(timesteps, jnp.float32)
     levels = jnp.interp(times, jnp.arange(schedule.num_train_timesteps, dtype=jnp.float32), levels)
+    if schedule.sampling.levels != "spaced":
+        levels = respaced_levels(levels[0], levels[-1], len(times), schedule.sampling.levels).astype(jnp.float32)
     return jnp.append(levels, 0.0)
 
 
@@ -373,8 +433,10 @@ SAMPLERS: dict[SamplerName, Sampler] = {
     "ddim": Sampler(ddim, is_counted=True),
     "euler": Sampler(euler),
     "euler-ancestral": Sampler(euler_ancestral, is_stochastic=True),
+    "heun": Sampler(heun),
     "pndm": Sampler(pndm),
     "dpm-solver++": Sampler(dpm_solver_pp_2m),
+    "dpm-solver++-sde": Sampler(dpm_solver_pp_2m_sde, is_stochastic=True),
     "lcm": Sampler(lcm, is_stochastic=True, is_counted=True),
     "tcd": Sampler(tcd, is_stochastic=True, is_counted=True),
     "codi": Sampler(codi, is_counted=True),

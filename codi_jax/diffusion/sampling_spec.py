@@ -8,12 +8,14 @@ from codi_jax.diffusion.scheduler_config import (
     GENERATOR_TIMESTEPS,
     SCHEDULER_OF,
     DistillationGrid,
+    NoiseLevels,
     SamplerName,
     TimestepSpacing,
 )
 
 _FEW_STEPS, _MANY_STEPS = 4, 50  # of a distilled student; of diffusers' pipelines
 _FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+_WITH_LEVELS = ("euler", "heun", "dpm-solver++", "dpm-solver++-sde")  # which diffusers lets choose them
 _GUIDANCE_SCALES = (7.5, 1.5)  # of the text and of the source image, in diffusers' pipelines
 
 
@@ -33,6 +35,7 @@ class SamplingSpec:
       timestep_spacing: how the times of a many-step sampler are spread over 0 … T−1.
       steps_offset: added to the times of leading spacing.
       set_alpha_to_one: whether ᾱ_{−1}, where the last step of a sampler ends, is 1; otherwise it is ᾱ_0.
+      levels: how the noise levels of a sampler in σ/α lie between the first and the last one.
       grid_steps: N, the size of the grid that a few-step student was distilled on; ``None`` if the sampler needs a grid
         but the file has none.
       grid: which grid, see `codi_jax.diffusion.schedule.distillation_grid`.
@@ -45,6 +48,7 @@ class SamplingSpec:
     timestep_spacing: TimestepSpacing = "trailing"
     steps_offset: int = 1
     set_alpha_to_one: bool = True
+    levels: NoiseLevels = "spaced"
     grid_steps: int | None = 50
     grid: DistillationGrid = "trailing"
     timestep_scaling: float = 10.0
@@ -66,6 +70,7 @@ class SamplingSpec:
             timestep_spacing=values["timestep_spacing"],
             steps_offset=values["steps_offset"],
             set_alpha_to_one=values["set_alpha_to_one"],
+            levels=_levels_of(values) if sampler in _WITH_LEVELS else "spaced",
             grid_steps=values["distill_learning_steps" if sampler == "codi" else "original_inference_steps"],
             grid=values["distill_grid"] if sampler == "codi" else "trailing",
             timestep_scaling=float(values["distill_timestep_scaling" if is_codi else "timestep_scaling"]),
@@ -183,7 +188,14 @@ class SamplingSpec:
 def _sampler_of(values: Mapping[str, Any]) -> SamplerName | None:
     if values["distill_learning_steps"] is not None:
         return "codi"
+    if values.get("algorithm_type") == "sde-dpmsolver++":
+        return "dpm-solver++-sde"
     for sampler, scheduler in SCHEDULER_OF.items():
         if scheduler == values["_class_name"]:
             return sampler
     return None
+
+
+def _levels_of(values: Mapping[str, Any]) -> NoiseLevels:
+    names: tuple[NoiseLevels, ...] = ("karras", "exponential", "beta")
+    return next((name for name in names if values.get(f"use_{name}_sigmas")), "spaced")

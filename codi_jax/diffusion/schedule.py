@@ -54,7 +54,7 @@ class NoiseSchedule:
     Create it with `from_pretrained` or `from_config`; change it with `with_config` and `sampled`.
 
     Example:
-      >>> schedule = NoiseSchedule.from_pretrained("assets/emoji")
+      >>> schedule = NoiseSchedule.from_pretrained("assets/avatars")
       >>> z_t = schedule.add_noise(z0, noise, t=999)
 
     Attributes:

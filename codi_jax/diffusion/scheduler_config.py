@@ -18,14 +18,19 @@ PredictionType = Literal["epsilon", "v_prediction", "sample"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
 DistillationGrid = Literal["trailing", "leading"]
 
-SamplerName = Literal["ddim", "euler", "euler-ancestral", "pndm", "dpm-solver++", "lcm", "tcd", "codi"]
+SamplerName = Literal[
+    "ddim", "euler", "euler-ancestral", "heun", "pndm", "dpm-solver++", "dpm-solver++-sde", "lcm", "tcd", "codi"
+]  # fmt: skip
+NoiseLevels = Literal["spaced", "karras", "exponential", "beta"]
 
 SCHEDULER_OF: dict[SamplerName, str] = {
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",
     "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
     "pndm": "PNDMScheduler",
     "dpm-solver++": "DPMSolverMultistepScheduler",
+    "dpm-solver++-sde": "DPMSolverMultistepScheduler",  # if the file's algorithm_type is stochastic
     "lcm": "LCMScheduler",
     "tcd": "TCDScheduler",
     "codi": "DDIMScheduler",  # after "ddim", which a file with this class and no grid asks for

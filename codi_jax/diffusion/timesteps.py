@@ -6,6 +6,7 @@ from typing import Any, get_args
 import numpy as np
 from jaxtyping import Float, Int
 
+from codi_jax.diffusion.noise_levels import respaced_levels
 from codi_jax.diffusion.schedule import NoiseSchedule, distillation_grid
 from codi_jax.diffusion.scheduler_config import SamplerName
 
@@ -32,10 +33,11 @@ def timesteps_for(sampler: SamplerName, schedule: NoiseSchedule, steps: int) -> 
     Args:
       sampler: the sampler's name.
       schedule: the model's noise schedule.
-      steps: the number of steps. ``"pndm"`` evaluates the network once more, so it returns one more time.
+      steps: the number of steps. ``"pndm"`` evaluates the network once more, so it returns one more time; ``"heun"``
+        twice in every step but the last.
 
     Returns:
-      The times, int32; float32 for ``"euler"`` and ``"euler-ancestral"``.
+      The times, int32; float32 for ``"euler"``, ``"euler-ancestral"`` and ``"heun"``.
 
     Raises:
       ValueError: if the schedule has fewer such times than ``steps``, or its configuration asks for an unsupported
@@ -50,7 +52,25 @@ def _ddim_times(schedule: NoiseSchedule, steps: int) -> Int[np.ndarray, " n"]:
 
 
 def _euler_times(schedule: NoiseSchedule, steps: int) -> Float[np.ndarray, " n"]:
-    return _spaced(schedule, steps).astype(np.float32)
+    times = _spaced(schedule, steps)
+    if schedule.sampling.levels != "spaced":
+        times = _respaced(schedule, times[0], times[-1], steps)
+    return times.astype(np.float32)
+
+
+def _heun_times(schedule: NoiseSchedule, steps: int) -> Float[np.ndarray, " m"]:
+    times = _euler_times(schedule, steps)
+    return np.concatenate([times[:1], times[1:].repeat(2)])  # a step's end is where the next one begins
+
+
+def _respaced(schedule: NoiseSchedule, first: float | int, last: float | int, steps: int) -> Float[np.ndarray, " n"]:
+    """The times at which log σ/α, linear between the training times, has the values of other levels."""
+    levels = np.sqrt((1 - np.asarray(schedule.alphas_cumprod, np.float64)) / np.asarray(schedule.alphas_cumprod))
+    numbers = np.arange(len(levels))
+    ends = np.interp([first, last], numbers, levels)
+    return np.interp(
+        np.log(respaced_levels(ends[0], ends[1], steps, schedule.sampling.levels)), np.log(levels), numbers
+    )
 
 
 def _pndm_times(schedule: NoiseSchedule, steps: int) -> Int[np.ndarray, " n"]:
@@ -76,6 +96,8 @@ def _dpm_solver_times(schedule: NoiseSchedule, steps: int) -> Int[np.ndarray, " 
     """Like `_spaced`, but linspace and leading put the last of ``steps`` + 1 times, the end, at 0."""
     T = schedule.num_train_timesteps
     _check_steps(steps, T)
+    if schedule.sampling.levels != "spaced":
+        return _respaced(schedule, T - 1, 0, steps).round().astype(np.int32)
     match schedule.sampling.timestep_spacing:
         case "linspace":
             times = np.linspace(0, T - 1, steps + 1).round()[:0:-1]
@@ -138,8 +160,10 @@ _TIMES: dict[SamplerName, Callable[[NoiseSchedule, int], np.ndarray]] = {
     "ddim": _ddim_times,
     "euler": _euler_times,
     "euler-ancestral": _euler_times,
+    "heun": _heun_times,
     "pndm": _pndm_times,
     "dpm-solver++": _dpm_solver_times,
+    "dpm-solver++-sde": _dpm_solver_times,
     "lcm": _lcm_times,
     "tcd": _tcd_times,
     "codi": _codi_times,
@@ -150,13 +174,13 @@ def _check_variant(sampler: SamplerName, schedule: NoiseSchedule) -> None:
     """Refuses options that diffusers would honor and `sampler` does not."""
     config = schedule.to_config()
     needed: dict[str, tuple[Any, ...]] = {}
-    if sampler in ("euler", "dpm-solver++"):
-        spacings = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-        needed = {**dict.fromkeys(spacings, (False,)), "final_sigmas_type": ("zero",)}
+    if sampler in ("euler", "dpm-solver++", "dpm-solver++-sde"):
+        needed = {"use_lu_lambdas": (False,), "final_sigmas_type": ("zero",)}
     if sampler == "euler":
         needed |= {"interpolation_type": ("linear",), "timestep_type": ("discrete",)}
-    if sampler == "dpm-solver++":
-        needed |= {"algorithm_type": ("dpmsolver++",), "solver_order": (2,), "solver_type": ("midpoint",)}
+    if sampler in ("dpm-solver++", "dpm-solver++-sde"):
+        algorithms = ("dpmsolver++", "sde-dpmsolver++")
+        needed |= {"algorithm_type": algorithms, "solver_order": (2,), "solver_type": ("midpoint",)}
         needed |= {"lambda_min_clipped": (-np.inf,)}
     if sampler == "pndm":
         needed = {"skip_prk_steps": (True,), "prediction_type": ("epsilon", "v_prediction")}

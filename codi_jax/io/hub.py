@@ -166,3 +166,32 @@ class ModelFolder:
         if isinstance(error, HFValidationError):
             return WeightsError(f"There is no folder {self.source}, and it is not an id such as owner/name on the hub.")
         return WeightsError(f"Downloading {name} of {self} failed: {error}")
+
+
+def named_file(source: str) -> tuple[str, str]:
+    """The repository and the file in it of ``owner/name/file.safetensors``, which may be in a subfolder.
+
+    Raises:
+      WeightsError: if the text is the path of a file that does not exist.
+    """
+    path, parts = Path(source).expanduser(), source.split("/")
+    if path.is_absolute() or len(parts) < 3 or path.parent.is_dir() or parts[0] in ("", ".", "..", "~"):
+        raise WeightsError(f"There is no weight file {path}.")
+    return "/".join(parts[:2]), "/".join(parts[2:])
+
+
+def find_file(source: str | Path, **hub: Any) -> Path:
+    """The local path of a file, or of a file in a repository, ``owner/name/file.safetensors``.
+
+    Args:
+      source: the file.
+      **hub: other attributes of `ModelFolder`.
+
+    Raises:
+      WeightsError: if it does not exist.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    repository, name = named_file(str(source))
+    return ModelFolder(repository, **hub).require(name)

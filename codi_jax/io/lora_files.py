@@ -24,7 +24,7 @@ from jaxtyping import Float, Shaped
 from codi_jax.cli.messages import listed
 from codi_jax.io import lycoris
 from codi_jax.io.atomic import write_bytes
-from codi_jax.io.hub import ModelFolder
+from codi_jax.io.hub import ModelFolder, named_file
 from codi_jax.io.json_files import JsonError, parse_object
 from codi_jax.io.state_dict import to_flax_layout, to_state_dict
 from codi_jax.io.weight_files import StoredTensor, WeightFile, open_weights
@@ -191,7 +191,7 @@ def _find_file(source: str, weight_name: str | None, subfolder: str | None, *hub
     if path.is_file():
         return ModelFolder(str(path.parent)), path
     if path.suffix in _ENDINGS:
-        source, weight_name = _named_file(source, path)
+        source, weight_name = named_file(source)
         path = Path(source)
     folder = ModelFolder(str(path) if path.is_dir() else source, subfolder, *hub)
     if weight_name is not None:
@@ -207,18 +207,6 @@ def _find_file(source: str, weight_name: str | None, subfolder: str | None, *hub
             f"{folder} does not say which file is the LoRA ({folder.describe_contents()}): name the file{example}."
         )
     return folder, folder.require(names[0])
-
-
-def _named_file(source: str, path: Path) -> tuple[str, str]:
-    """The repository and the file in it of ``owner/name/file.safetensors``, which may be in a subfolder.
-
-    Raises:
-      WeightsError: if the text is the path of a file that does not exist.
-    """
-    parts = source.split("/")
-    if path.is_absolute() or len(parts) < 3 or path.parent.is_dir() or parts[0] in ("", ".", "..", "~"):
-        raise WeightsError(f"There is no weight file {path}.")
-    return "/".join(parts[:2]), "/".join(parts[2:])
 
 
 def _match(

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
 from codi_jax.io.atomic import staged_folder, write_json
-from codi_jax.io.hub import ModelFolder
+from codi_jax.io.hub import ModelFolder, find_file
 from codi_jax.io.single_file import recognize
 from codi_jax.io.state_dict import PlaceFn, convert, from_state_dict, leaves_by_name, require_match, to_state_dict
 from codi_jax.io.weight_files import StoredTensor, WeightFile, open_weights, shard_names, write_safetensors
@@ -57,6 +57,7 @@ def load_model(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     config: str | Path | None = None,
+    weights: str | Path | None = None,
     compute_dtype: DTypeLike | None = None,
     attention: Implementation = "auto",
     remat: bool = False,
@@ -65,7 +66,7 @@ def load_model(
     """Loads one network of a diffusers folder, tensor by tensor.
 
     Example:
-      >>> unet, params = load_model("assets/emoji", "unet")
+      >>> unet, params = load_model("assets/avatars", "unet")
 
     Args:
       source: a local folder, a repository on the Hugging Face Hub (``HF_HUB_OFFLINE`` and the cache are respected), or
@@ -79,6 +80,7 @@ def load_model(
       cache_dir: folder for the hub's files. Default: the hub's.
       local_files_only: never contact the hub.
       config: for a single file, where its configurations are.
+      weights: another file to read the parameters from, such as a student's UNet, or ``owner/name/file.safetensors``.
       compute_dtype: precision of the module. Default: ``dtype``, or float32.
       attention: the module's attention kernel.
       remat: whether the module recomputes activations in the backward pass.
@@ -97,14 +99,14 @@ def load_model(
     storage_dtype = jnp.float32 if dtype is None else dtype
     computation_dtype = storage_dtype if compute_dtype is None else compute_dtype
     module = build_module(folder, computation_dtype, attention=attention, remat=remat)
-    weights = _open_weights(folder, module, variant)
+    file = _open_weights(folder, module, variant, weights)
     params = from_state_dict(
         module.abstract_params(),
-        _modern_names(weights, module.config),
+        _modern_names(file, module.config),
         dtype,
         place,
-        layout=weights.layout,
-        where=str(weights.path),
+        layout=file.layout,
+        where=str(file.path),
     )
     return module, params
 
@@ -150,16 +152,22 @@ def _open_network(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     config: str | Path | None = None,
+    weights: str | Path | None = None,
 ) -> tuple[Network, WeightFile]:
     """A network without parameters, and the file that has them."""
     folder = ModelFolder(str(Path(source).expanduser()), subfolder, revision, cache_dir, local_files_only, config)
     folder = folder.pinned(folder.require("config.json"))
     module = build_module(folder)
-    return module, _open_weights(folder, module, variant)
+    return module, _open_weights(folder, module, variant, weights)
 
 
-def _open_weights(folder: ModelFolder, module: Network, variant: str | None) -> WeightFile:
-    """A network's tensors, in the folder or in the single file."""
+def _open_weights(folder: ModelFolder, module: Network, variant: str | None, other: str | Path | None) -> WeightFile:
+    """A network's tensors, in the folder, in the single file, or in another file."""
+    if other is not None:
+        path = find_file(other, cache_dir=folder.cache_dir, local_files_only=folder.local_files_only)
+        found = open_weights(path)
+        is_original = any(key.startswith("model.diffusion_model.") for key in found)
+        return recognize(path).part(folder.subfolder, module.abstract_params()) if is_original else found
     if folder.is_single_file:
         return recognize(folder.source).part(folder.subfolder, module.abstract_params())
     return open_weights(choose_file(folder, module.config, variant))

@@ -49,6 +49,7 @@ def load_parts(
     controlnet_revision: str | None = None,
     tokenizer: str | Path | None = None,
     config: str | Path | None = None,
+    unet: str | Path | None = None,
     without_params: Collection[str] = (),
     place: PlaceFn | None = None,
 ) -> dict[str, Any]:
@@ -61,6 +62,8 @@ def load_parts(
     if controlnet is None and _is_present(index, "controlnet"):
         names.append("controlnet")
     sources = {name: {"source": str(source), "subfolder": name, "variant": variant, **hub} for name in names}
+    if unet is not None:
+        sources["unet"]["weights"] = unet
     of_part = dict.fromkeys(names, dtype) | {"vae": _vae_dtype(folder, dtype)}
     loaded: dict[str, tuple[Network, Params | None]] = {}
     for name in names:

@@ -125,6 +125,7 @@ class Model:
         controlnet_revision: str | None = None,
         tokenizer: str | Path | None = None,
         config: str | Path | None = None,
+        unet: str | Path | None = None,
         without_params: Collection[str] = (),
         place: PlaceFn | None = None,
     ) -> "Model":
@@ -146,6 +147,7 @@ class Model:
           tokenizer: a folder or repository whose tokenizer replaces the (first) one in ``source``.
           config: for a single file, a diffusers folder or repository with its configurations and vocabulary. Default: a
             repository of the file's family.
+          unet: a file with other parameters for the UNet, such as a published student's.
           without_params: names of networks whose weights are not read: only their ``config.json`` has to exist.
           place: puts each loaded parameter on devices; ``None`` is the default device.
 
@@ -166,6 +168,7 @@ class Model:
                 controlnet_revision=controlnet_revision,
                 tokenizer=tokenizer,
                 config=config,
+                unet=unet,
                 without_params=without_params,
                 place=place,
             )
@@ -257,6 +260,7 @@ class Model:
         steps: int | None = None,
         guidance_scale: float | int | None = None,
         image_guidance_scale: float | int | None = None,
+        guidance_rescale: float | int = 0.0,
         controlnet_conditioning_scale: float | int = 1.0,
         sampler: SamplerName | None = None,
         gamma: float | int = 0.3,
@@ -284,6 +288,7 @@ class Model:
             input. Default: 7.5, or none for a generator, which was trained to need none.
           image_guidance_scale: the image's scale, for InstructPix2Pix; 1 needs two passes per step instead of three,
             and less turns off all guidance. Default: 1.5, or none for a generator.
+          guidance_rescale: φ of `codi_jax.diffusion.guidance.rescaled_guidance`, for high scales without edits.
           controlnet_conditioning_scale: a factor on the ControlNet's outputs.
           sampler: the sampler's name. Default: from the folder's scheduler.
           gamma: γ of the sampler tcd: 0 is deterministic; use more for more steps (diffusers' ``eta``).
@@ -328,19 +333,20 @@ class Model:
         )
         return self._generate(
             sampler,
-            self._guidance(guidance_scale, image_guidance_scale),
+            self._guidance(guidance_scale, image_guidance_scale, guidance_rescale),
             inputs,
             zero_null_text=negative_prompt is None and self.zeros_for_empty_prompt,
             on_step=on_step,
         )
 
-    def _guidance(self, scale: float | int | None, image_scale: float | int | None) -> Guidance:
+    def _guidance(self, scale: float | int | None, image_scale: float | int | None, rescale: float | int) -> Guidance:
         default, image_default = self.sampling.default_guidance_scales
         return choose_guidance(
             default if scale is None else scale,
             image_default if image_scale is None else image_scale,
             embeds_guidance=self.networks.unet.config.time_cond_proj_dim is not None,
             is_edit=self.task == "edit",
+            rescale=rescale,
         )
 
     def _generate(

@@ -107,8 +107,10 @@ CLASSES: dict[str, str] = {
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",
     "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
     "pndm": "PNDMScheduler",
     "dpm-solver++": "DPMSolverMultistepScheduler",
+    "dpm-solver++-sde": "DPMSolverMultistepScheduler",
     "lcm": "LCMScheduler",
     "tcd": "TCDScheduler",
 }

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from codi_jax.diffusion import guidance
 from codi_jax.diffusion.guidance import Guidance, choose_guidance, stack_branches
@@ -185,3 +186,19 @@ def test_one_program_serves_all_scales_of_a_kind():
         combine(Guidance.edit(scale), two)
         combine(Guidance.edit(scale, scale / 2), three)
     assert traced == [("null", "full"), ("image_only", "full"), ("null", "image_only", "full")]
+
+
+def test_rescaled_guidance_equals_diffusers():
+    """For each sample on its own; 0 changes nothing, 1 gives the conditional prediction's deviation."""
+    rng = np.random.default_rng(0)
+    uncond, cond = (jnp.asarray(rng.standard_normal((2, 5, 4, 3), np.float32)) * scale for scale in (1, 2))
+    of_scale = guidance.classifier_free_guidance(uncond, cond, 7.5)
+    for rescale in (0.0, 0.3, 0.7, 1.0):
+        wanted = rescale_noise_cfg(*(torch.tensor(np.asarray(each)) for each in (of_scale, cond)), rescale).numpy()
+        np.testing.assert_allclose(guidance.rescaled_guidance(of_scale, cond, rescale), wanted, rtol=1e-5, atol=1e-6)
+    stacked = jnp.concatenate([uncond, cond])
+    of_guidance = Guidance.classifier_free(7.5, rescale=0.7).combine(stacked)
+    np.testing.assert_allclose(of_guidance, guidance.rescaled_guidance(of_scale, cond, 0.7), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(Guidance.classifier_free(7.5).combine(stacked), of_scale)
+    one = np.asarray(guidance.rescaled_guidance(of_scale, cond, 1.0))
+    np.testing.assert_allclose(one.std(axis=(1, 2, 3)), cond.std(axis=(1, 2, 3)), rtol=1e-5)

@@ -101,11 +101,11 @@ def test_other_default_samplers():
 @pytest.mark.parametrize(
     ("sampler", "changes", "message"),
     [
-        ("euler", {"use_karras_sigmas": True}, "euler does not support use_karras_sigmas = True, only False"),
+        ("dpm-solver++", {"use_lu_lambdas": True}, "does not support use_lu_lambdas = True, only False"),
         ("euler", {"interpolation_type": "log_linear"}, "interpolation_type = 'log_linear', only 'linear'"),
         ("euler", {"final_sigmas_type": "sigma_min"}, "final_sigmas_type = 'sigma_min', only 'zero'"),
         ("dpm-solver++", {"solver_order": 3}, "solver_order = 3, only 2"),
-        ("dpm-solver++", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type = 'sde-dpmsolver\\+\\+'"),
+        ("dpm-solver++", {"algorithm_type": "dpmsolver"}, "algorithm_type = 'dpmsolver', only 'dpmsolver"),
         ("dpm-solver++", {"lambda_min_clipped": -5.1}, "lambda_min_clipped = -5.1, only -inf"),
         ("pndm", {"skip_prk_steps": False}, "skip_prk_steps = False, only True"),
         ("pndm", {"prediction_type": "sample"}, "prediction_type = 'sample', only 'epsilon' or 'v_prediction'"),

@@ -293,3 +293,28 @@ def test_names_of_the_published_models(network: Any, config: Any, count: int, di
     names = {each.name for each in originals(network(config).abstract_params()).values()}
     assert len(names) == count
     assert hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("naming", ["diffusers", "original"])
+def test_the_unet_of_another_file(naming: str, folders: dict[str, Path], files: dict[str, Path], tmp_path: Path):
+    """As few-step students are published: a UNet alone, for the rest of a known model."""
+    if naming == "diffusers":
+        other = tmp_path / "student_unet.safetensors"
+        halved = {
+            name: tensor / 2
+            for name, tensor in diffusers.UNet2DConditionModel.from_pretrained(folders["sd-1.x"], subfolder="unet")
+            .state_dict()
+            .items()
+        }
+        safetensors.torch.save_file(halved, other)
+    else:
+        checkpoint = safetensors.torch.load_file(files["sd-1.x"])
+        other = tmp_path / "original_unet.safetensors"
+        halved = {name: t / 2 for name, t in checkpoint.items() if name.startswith("model.diffusion_model.")}
+        safetensors.torch.save_file(halved, other)
+    ours, base = (Model.from_pretrained(folders["sd-1.x"], unet=unet) for unet in (other, None))
+    wanted = jax.tree.map(lambda leaf: leaf / 2, base.params["unet"])
+    assert_same(dict(to_state_dict(ours.params["unet"])), dict(to_state_dict(wanted)))
+    assert_same(dict(to_state_dict(ours.params["vae"])), dict(to_state_dict(base.params["vae"])))
+    with pytest.raises(WeightsError, match="There is no weight file"):
+        Model.from_pretrained(folders["sd-1.x"], unet=tmp_path / "missing.safetensors")
