@@ -60,16 +60,19 @@ stage_text() {
     --lr_warmup_steps 300 --ema_decay 0.9995 --output_dir "$work/text"
 }
 
+# The text-to-image model of this folder or, where that stage did not run, the one in assets.
+text() { if [ -e "$work/text/unet" ]; then echo "$work/text"; else echo assets/avatars; fi; }
+
 # By plain denoising: what CoDi starts from.
 stage_controlnet() {
-  "$python" training_scripts/train_controlnet_flax.py --pretrained_model_name_or_path "$work/text" "${data[@]}" "${run[@]}" \
+  "$python" training_scripts/train_controlnet_flax.py --pretrained_model_name_or_path "$(text)" "${data[@]}" "${run[@]}" \
     "${cached[@]}" --proportion_empty_prompts 0.3 --max_train_steps 3000 --learning_rate 5e-4 --lr_warmup_steps 50 \
     --ema_decay 0.998 --guidance_scale 1 --output_dir "$work/controlnet"
 }
 
 # InstructPix2Pix, from the text-to-image model.
 stage_editor() {
-  "$python" training_scripts/train_instruct_pix2pix_flax.py --pretrained_model_name_or_path "$work/text" \
+  "$python" training_scripts/train_instruct_pix2pix_flax.py --pretrained_model_name_or_path "$(text)" \
     --train_data_dir "$work/edits/train" --validation_data_dir "$work/edits/validation" --resolution 64 "${run[@]}" \
     "${cached[@]}" --conditioning_dropout_prob 0.05 --max_train_steps 8000 --learning_rate 4e-4 --lr_warmup_steps 100 \
     --ema_decay 0.999 --guidance_scale 3 --image_guidance_scale 1.5 --output_dir "$work/editor"
