@@ -17,6 +17,7 @@ from codi_jax.cli import command_line
 from codi_jax.cli.flags import LARGEST_SEED, LARGEST_SIDE, Flags
 from codi_jax.diffusion.scheduler_config import SamplerName
 from codi_jax.io.compiled_programs import keep_compiled_programs
+from codi_jax.io.hub import find_file
 from codi_jax.io.images import check_output, open_image, save_images
 from codi_jax.models import sharding
 from codi_jax.models.kernels.attention import Implementation
@@ -150,6 +151,8 @@ def run(args: Args) -> list[Path]:
         height=args.height,
         width=args.width,
     )
+    if args.unet is not None:
+        find_file(args.unet)
     for lora, _ in map(_with_scale, args.lora):
         model.check_lora(lora)
     keep_compiled_programs(args.ccache)

@@ -139,6 +139,10 @@ def test_bad_input_is_one_sentence(models: Models, tmp_path: Path) -> None:
         (["--lora", "OTHER"], r"error: .*lora\.safetensors.*is a LoRA for another model"),
         (["--seed", str(2**63)], "error: --seed 9223372036854775808 is not possible"),
         (["--guidance_scale", "nan"], "error: --guidance_scale nan is not possible: it must be a finite number"),
+        (["--unet", "student.safetensors"], "error: There is no weight file student.safetensors"),
+        (["--scheduler_config", "karras"], "error: --scheduler_config karras is not possible: write key=value, as in"),
+        (["--scheduler_config", "use_lu_lambdas=true", "--sampler=euler"], "does not support use_lu_lambdas = True"),
+        (["--guidance_rescale", "2"], "error: --guidance_rescale 2.0 is not possible"),
         (["--output", "/proc/self/out.png"], r"error: /proc/self/out\.png cannot be written"),
     ],
 )
@@ -189,3 +193,10 @@ def test_too_little_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_each_lora_may_have_a_scale_of_its_own(text, expected):
     assert generate._with_scale(text) == expected
+
+
+def test_entries_of_the_scheduler_are_read_as_json_or_text():
+    texts = ["timestep_spacing=trailing", "use_karras_sigmas=true", "steps_offset=0", "beta_start=0.1", "a=b=c"]
+    assert generate._entries(texts) == {
+        "timestep_spacing": "trailing", "use_karras_sigmas": True, "steps_offset": 0, "beta_start": 0.1, "a": "b=c",
+    }  # fmt: skip

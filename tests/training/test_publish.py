@@ -2,15 +2,13 @@ import os
 import shlex
 import subprocess
 import sys
-import threading
 import time
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
-import hub_standin
 import huggingface_hub
 import pytest
+from served_hub import serve_hub
 from stand_in import Loader, run
 
 from codi_jax.training import loop
@@ -33,19 +31,7 @@ LEFTOVERS = [
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub on this machine that huggingface_hub takes for the real one."""
-    handler = type("Handler", (hub_standin.Handler,), {"store": hub_standin.Store(tmp_path / "hub")})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    constants = huggingface_hub.constants
-    url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    yield SimpleNamespace(root=tmp_path / "hub/models", url=url, token_file=tmp_path / "token")
-    server.shutdown()
+    yield from serve_hub(tmp_path, monkeypatch)
 
 
 def write_run(folder: Path) -> None:

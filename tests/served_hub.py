@@ -1,0 +1,33 @@
+"""A hub on this machine that huggingface_hub takes for the real one."""
+
+import threading
+from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import hub_standin
+import huggingface_hub
+import pytest
+
+
+def serve_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """Serves ``folder/hub`` while the caller goes on; a fixture yields from it.
+
+    Yields:
+      ``root``, where its models are; ``url``; and ``token_file``, which does not exist.
+    """
+    handler = type("Handler", (hub_standin.Handler,), {"store": hub_standin.Store(folder / "hub")})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    constants = huggingface_hub.constants
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub-cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield SimpleNamespace(root=folder / "hub/models", url=url, token_file=folder / "token")
+    server.shutdown()
