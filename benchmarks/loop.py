@@ -1,6 +1,6 @@
 """Measures what the training loop adds to the compiled step: batches, logs, and the calls themselves.
 
-    python3 benchmarks/loop.py --pretrained_model_name_or_path MODEL --train_data_dir data/emoji/train
+    python3 benchmarks/loop.py --pretrained_model_name_or_path MODEL --train_data_dir data/avatars/train
 
 Trains CoDi with cached latents. Between stretches of the loop, where a run validates, the same program is called as
 often with one batch that is already on the device: both are timed alternately, in one process.

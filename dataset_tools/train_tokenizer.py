@@ -1,6 +1,6 @@
 """Learns a small BPE vocabulary from captions, in the format of CLIP's tokenizer.
 
-python3 dataset_tools/train_tokenizer.py --train_data_dir data/emoji/train --vocab_size 2048 --output_dir tokenizer
+python3 dataset_tools/train_tokenizer.py --train_data_dir data/avatars/train --vocab_size 1024 --output_dir tokenizer
 """
 
 import json

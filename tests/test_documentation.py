@@ -202,5 +202,5 @@ def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
             [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
-    assert (tmp_path / "heart.png").exists()
+    assert (tmp_path / "monster.png").exists()
     assert (tmp_path / "my-model/model_index.json").exists()

@@ -3,7 +3,8 @@
 The data needs no captions: a folder of images is enough.
 
 python3 training_scripts/train_autoencoder_flax.py --model_config_name_or_path vae/config.json \
-    --train_data_dir data/emoji/train --resolution 64 --train_batch_size 16 --max_train_steps 6000 --output_dir runs/vae
+    --train_data_dir data/avatars/train --resolution 64 --train_batch_size 16 --max_train_steps 6000 \
+    --output_dir runs/vae
 """
 
 from dataclasses import dataclass

@@ -1,36 +1,71 @@
 #!/usr/bin/env bash
-# The comparison in BENCHMARKS.md, from the models in assets/: three PE-CoDi students of four steps and one of full CoDi, the
-# ControlNet trained on as many samples more, and the evaluation of all.
-# About an hour and a half on 2 cores; every run goes on where it was when the script is started again.
+# Compares CoDi with what it starts from, the avatars in assets/ and a ControlNet of train_avatars.sh: three PE-CoDi students of
+# four steps and one of full CoDi, the ControlNet trained on as many samples more, students for super-resolution and
+# inpainting, and the evaluation of all. Every run goes on where it was when the script is started again.
 #
-#   bash assets/recipes/train_codi.sh [FOLDER]    (PYTHON=.venv/bin/python)
+#   bash assets/recipes/train_codi.sh [FOLDER] [STAGE ...]    (PYTHON=.venv/bin/python; all stages without STAGE)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 work=${1:-runs/codi}
-model=${MODEL:-assets/emoji}
-controlnet=${CONTROLNET:-assets/emoji-controlnet}
-[ -e "$work/data" ] || "$python" dataset_tools/emoji.py --copies 2 --output_dir "$work/data"
+model=${MODEL:-assets/avatars}
+controlnet=${CONTROLNET:-runs/avatars/controlnet}
+steps=${STEPS:-2000}
+every=$((steps / 5))
+stages=("${@:2}")
+[ ${#stages[@]} -gt 0 ] || stages=(data students tasks evaluate)
 
-run=(--pretrained_model_name_or_path "$model" --controlnet_model_name_or_path "$controlnet"
-     --train_data_dir "$work/data/train" --validation_data_dir "$work/data/validation" --resolution 64 --random_flip
-     --cache_latents --cache_dir "$work/cache" --train_batch_size 32 --learning_rate 3e-4 --lr_scheduler cosine
-     --lr_warmup_steps 50 --logging_steps 100 --checkpointing_steps 500 --checkpoints_total_limit 2
+run=(--pretrained_model_name_or_path "$model" --train_data_dir "$work/data/train"
+     --validation_data_dir "$work/data/validation" --resolution 64 --cache_latents --cache_dir "$work/cache"
+     --train_batch_size 32 --learning_rate 3e-4 --lr_scheduler cosine --lr_warmup_steps 50 --max_train_steps "$steps"
+     --export_steps "$every" --logging_steps 100 --checkpointing_steps "$every" --checkpoints_total_limit 1
      --resume_from_checkpoint latest --num_validation_images 16 --validation_steps 0 --save_dtype float16)
+from_controlnet=(--controlnet_model_name_or_path "$controlnet")
 
 # λ = 0 (no pull to the data) and a grid of the four times that the student is sampled at; the teacher's steps are taken
 # with the ControlNet that training starts from.
-codi=(--distill_learning_steps 4 --distill_x0_weight 0 --onestepode_control_params initial --ema_decay 0.95)
-student() { "$python" training_scripts/train_codi_flax.py "${run[@]}" "${codi[@]}" "$@"; }
+codi=("${from_controlnet[@]}" --distill_learning_steps 4 --distill_x0_weight 0 --onestepode_control_params initial
+      --ema_decay 0.95)
+train_codi() { "$python" training_scripts/train_codi_flax.py "${run[@]}" "$@"; }
+train_controlnet() {
+  "$python" training_scripts/train_controlnet_flax.py "${run[@]}" --use_ema --ema_decay 0.998 --guidance_scale 1 "$@"
+}
+draw() { "$python" dataset_tools/avatars.py "$@"; }
+evaluate() { "$python" -m codi_jax.evaluate --guidance_scale 1 "$@"; }
 
-student --max_train_steps 1000 --seed 0 --output_dir "$work/student-0"
-"$python" training_scripts/train_controlnet_flax.py "${run[@]}" --use_ema --ema_decay 0.998 --max_train_steps 1000 \
-  --guidance_scale 1 --output_dir "$work/controlnet"
-student --max_train_steps 1000 --seed 1 --output_dir "$work/student-1"
-student --max_train_steps 1000 --seed 2 --output_dir "$work/student-2"
-student --max_train_steps 800 --train unet --output_dir "$work/full"
+stage_data() {
+  draw --train_data_dir "$work/data/train" --max_train_samples 50000
+  draw --train_data_dir "$work/data/validation" --max_train_samples 1000 --split validation
+}
 
-"$python" -m codi_jax.evaluate --models "teacher=$model" "ControlNet=$work/controlnet" \
-  "PE-CoDi=$work/student-0,$work/student-1,$work/student-2" "full_CoDi=$work/full" \
-  --data "$work/data/validation" --steps 1 2 4 8 50 --guidance_scale 1 --guidance_scales teacher:3 --seeds 0 1 2 \
-  --output_dir "$work/evaluation"
+stage_students() {
+  train_codi "${codi[@]}" --seed 0 --output_dir "$work/student-0"
+  train_controlnet "${from_controlnet[@]}" --output_dir "$work/controlnet"
+  train_codi "${codi[@]}" --seed 1 --output_dir "$work/student-1"
+  train_codi "${codi[@]}" --seed 2 --output_dir "$work/student-2"
+  train_codi "${codi[@]}" --train unet --output_dir "$work/full"
+}
+
+# New conditions, learned and distilled in one go, as the method was made for: from the text-to-image model alone.
+stage_tasks() {
+  for task in super_resolution inpainting; do
+    draw --train_data_dir "$work/data/$task" --max_train_samples 400 --split validation --condition "$task"
+    train_codi --task "$task" --distill_learning_steps 4 --ema_decay 0.95 --output_dir "$work/$task"
+    train_controlnet --task "$task" --output_dir "$work/$task-controlnet"
+  done
+}
+
+stage_evaluate() {
+  models=("teacher=$model" "ControlNet=$work/controlnet" "PE-CoDi=$work/student-0,$work/student-1,$work/student-2"
+          "full_CoDi=$work/full")
+  evaluate --models "${models[@]}" --data "$work/data/validation" --max_samples 500 --steps 1 2 4 50 \
+    --guidance_scales teacher:3 --output_dir "$work/evaluation"
+  evaluate --models "${models[@]:1}" --data "$work/data/validation" --max_samples 500 --steps 1 4 \
+    --training_steps $(seq "$every" "$every" "$steps") --output_dir "$work/curve"
+  for task in super_resolution inpainting; do
+    evaluate --models "ControlNet@50,4=$work/$task-controlnet" "CoDi@4,1=$work/$task" --data "$work/data/$task" \
+      --metrics attributes fid_lite psnr --output_dir "$work/evaluation-$task"
+  done
+}
+
+for stage in "${stages[@]}"; do "stage_$stage"; done

@@ -19,7 +19,7 @@ class Networks:
     """The networks of a model, without their parameters: hashable, and static in a compiled program.
 
     Example:
-      >>> Model.from_pretrained("assets/emoji").networks.task
+      >>> Model.from_pretrained("assets/avatars").networks.task
 
     Attributes:
       unet: the denoising network; ``None`` for an autoencoder alone.
