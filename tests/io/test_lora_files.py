@@ -233,7 +233,7 @@ def test_dora_of_peft(targets, models, tmp_path):
     lora = load_lora(tmp_path, {"unet": params})["unet"]
     with pytest.raises(WeightsError, match="DoRA and LyCORIS cannot run alongside the layers"):
         apply_lora(UNet2DCondition(UNetConfig.from_dict(SD15)), params, lora)
-    with pytest.raises(WeightsError, match="DoRA, which can be read but not written"):
+    with pytest.raises(WeightsError, match="DoRA or LyCORIS, which can be read but not written"):
         save_lora(tmp_path / "out.safetensors", {"unet": lora})
     theirs = to_params(SimpleNamespace(abstract_params=lambda: params), model.merge_and_unload())
     assert_trees_close({"unet": merge_lora(params, lora)}, {"unet": theirs}, {"unet": params})

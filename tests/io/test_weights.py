@@ -344,7 +344,7 @@ def test_missing_folders_and_files(copy: Path):
         WeightsError, match=r"has no weights, none of .*: it holds config\.json, weights\.safetensors\.$"
     ):
         load_model(copy, "unet")
-    with pytest.raises(WeightsError, match="is a file; give a folder"):
+    with pytest.raises(WeightsError, match="it needs a folder with its config"):
         load_model(copy / "unet" / "weights.safetensors")
     (copy / "empty").mkdir()
     with pytest.raises(WeightsError, match="it is empty"):
