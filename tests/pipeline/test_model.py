@@ -193,8 +193,8 @@ def test_nan_is_an_error_that_names_the_image(pairs: Pairs) -> None:
 @pytest.mark.usefixtures("nothing_runs")
 def test_a_scheduler_without_a_sampler_needs_one(pairs: Pairs) -> None:
     ours = pairs("text-to-image").ours
-    ours = ours.replace(schedule=ours.schedule.with_config(_class_name="HeunDiscreteScheduler"))
-    with pytest.raises(ValueError, match="There is no sampler for HeunDiscreteScheduler: choose one of ddim"):
+    ours = ours.replace(schedule=ours.schedule.with_config(_class_name="KDPM2DiscreteScheduler"))
+    with pytest.raises(ValueError, match="There is no sampler for KDPM2DiscreteScheduler: choose one of ddim"):
         run_ours(ours)
 
 

@@ -222,9 +222,9 @@ def test_pictures_that_cannot_be_made_are_found_before_weights_are_read(
         assert schedule.sampling.most_steps(teacher.STEPS) == steps
         with pytest.raises(AssertionError):  # nothing was refused before weights are read
             load(folder, steps=(1, 2), shows_teacher=True)
-    path.write_text(json.dumps({**plain, "_class_name": "HeunDiscreteScheduler"}))
+    path.write_text(json.dumps({**plain, "_class_name": "KDPM2DiscreteScheduler"}))
     message = refused(steps=(1, 2), shows_teacher=True)
-    assert message.startswith("validation pictures of the teacher: There is no sampler for HeunDiscreteScheduler")
+    assert message.startswith("validation pictures of the teacher: There is no sampler for KDPM2DiscreteScheduler")
     with pytest.raises(AssertionError):  # where no pictures are made, it is of no matter
         Model.from_pretrained(folder)
 
