@@ -198,4 +198,7 @@ def _sampler_of(values: Mapping[str, Any]) -> SamplerName | None:
 
 def _levels_of(values: Mapping[str, Any]) -> NoiseLevels:
     names: tuple[NoiseLevels, ...] = ("karras", "exponential", "beta")
-    return next((name for name in names if values.get(f"use_{name}_sigmas")), "spaced")
+    for name in names:
+        if values.get(f"use_{name}_sigmas"):
+            return name
+    return "spaced"

@@ -124,7 +124,7 @@ def load_lora(
         else:
             layer = {key: _read_factor(tensors[key], len(shape), path) for key in ("down", "up")}
             rank = layer["down"].shape[-1]
-            layer["alpha"] = np.float32(_alpha(config, part, module, rank, alpha))
+            layer["alpha"] = np.asarray(_alpha(config, part, module, rank, alpha), np.float32)
         layer = {key: jnp.asarray(value, jnp.float32 if key == "alpha" else dtype) for key, value in layer.items()}
         if "magnitude" in tensors:
             shape, is_peft = kernels[part][module].shape, any("lora_magnitude_vector" in key for key in file)
