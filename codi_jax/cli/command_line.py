@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import sys
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -44,9 +43,9 @@ def run(
         function(args)
     except (Exception, KeyboardInterrupt) as error:
         explanation = _explained(error, save_memory or _other_values(args_class))
-        if explanation is None and not processes.are_several():
+        if explanation is None:
             raise
-        processes.end(explanation or traceback.format_exc())
+        processes.end(explanation)
 
 
 def _explained(error: BaseException, save_memory: str) -> str | None:

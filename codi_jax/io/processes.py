@@ -16,8 +16,10 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 import jax
@@ -43,7 +45,7 @@ def initialize(silence: float | int = _SILENT) -> None:
     Reads the variables that the launchers of TPU pods, Slurm, Open MPI and Kubernetes set, and
     ``JAX_COORDINATOR_ADDRESS`` (with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``). On a single host it does nothing.
     While it waits it names the missing processes, and it ends the process after ``CODI_JAX_JOIN_TIMEOUT`` seconds
-    (default: 300).
+    (default: 300). From then on an uncaught error in one process ends the others too.
 
     Args:
       silence: seconds without a sign of life after which another process counts as lost, and this one ends.
@@ -161,6 +163,7 @@ class _Watch:
         self.activity = "starting"
         self._silence: float | int = _SILENT
         self._stopped = threading.Event()
+        self._ending = threading.RLock()  # the first thread that ends the process has the word
         self._thread: threading.Thread | None = None
         self._beats: dict[int, tuple[str, float]] = {}  # for each process: the last one, and when it came
 
@@ -178,16 +181,25 @@ class _Watch:
         self._say("host", socket.gethostname())
         self._thread = threading.Thread(target=self._run, name="watch-processes", daemon=True)
         self._thread.start()
+        sys.excepthook = self._end_with_error
         # Runs before JAX waits for the others to end: from then on silence does not mean failure.
         atexit.register(self._finish)
 
     def end(self, message: str) -> NoReturn:
+        self._ending.acquire()
         failures = self._failures()
         if failures:
             message = self._because(failures)
         else:
             self._say("failed", message.strip().rpartition("\n")[2])
         self._exit(message)
+
+    def _end_with_error(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """Ends the run with an uncaught error: on its way out JAX would wait for the others, which wait for it."""
+        if not self.is_running:
+            sys.__excepthook__(kind, error, trace)
+        else:
+            self.end("".join(traceback.format_exception(kind, error, trace)))
 
     def _say(self, kind: str, text: str) -> None:
         _store().key_value_set(f"{_ROOT}/{kind}/{self.index}", text, allow_overwrite=True)
@@ -227,6 +239,7 @@ class _Watch:
         return next(late, None)
 
     def _exit(self, message: str) -> NoReturn:
+        self._ending.acquire()
         _print(message)
         sys.stdout.flush()
         with contextlib.suppress(jax.errors.JaxRuntimeError):

@@ -123,9 +123,11 @@ def test_whom_a_process_waits_for_is_said_and_the_wait_has_a_bound(index, other)
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_an_error_in_one_process_ends_both(index):
-    """The one that fails ends at once; the other one is told why."""
-    code = ["-c", COMMAND % (index, "raise KeyError('lost')")]
+@pytest.mark.parametrize("start_of_main", ["command_line.run(Args, main)", "main(Args())"])
+def test_an_error_in_one_process_ends_both(index, start_of_main):
+    """The one that fails ends at once; the other one is told why. So it is in a program of somebody else."""
+    command = COMMAND.replace("command_line.run(Args, main)", start_of_main)
+    code = ["-c", command % (index, "raise KeyError('lost')")]
     address = free_address()
     began = time.monotonic()
     ended = end_of([start(code, i, address) for i in (0, 1)])
