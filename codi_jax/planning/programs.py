@@ -83,7 +83,7 @@ def compile_for_target(
                 return made(*report)
             compiled = compilation.result()
     except jax.errors.JaxRuntimeError as error:
-        return made(_refused(error), None)
+        return made(_refused(error, given), None)
     memory: Any = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     # Not the compiler's count of arguments, among which those that the program does not read are missing.
@@ -126,9 +126,16 @@ def _laid_out(compilation: Any, reports: Path) -> tuple[int, str] | None:
     return None
 
 
-def _refused(error: Exception) -> int:
-    """The bytes that a program would need, from its compiler's refusal."""
-    used = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of", str(error))
-    if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
+def _refused(error: Exception, given: int) -> int:
+    """The bytes that a program would need, from its compiler's refusal.
+
+    Args:
+      error: the refusal, of the program as a whole or of its temporaries alone.
+      given: bytes of the program's inputs.
+    """
+    used = re.search(r"[Uu]sed (?P<size>[\d.]+)(?P<unit>[KMGT]?) of", str(error))
+    temporary = re.search(r"required for HLO temporaries \((?P<size>[\d.]+)(?P<unit>[KMGT]?)\)", str(error))
+    found = used or temporary
+    if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
         raise error
-    return round(float(used[1]) * _UNITS[used[2]])
+    return round(float(found["size"]) * _UNITS[found["unit"]]) + (0 if used else given)
