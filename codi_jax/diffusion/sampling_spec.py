@@ -188,7 +188,9 @@ class SamplingSpec:
 def _sampler_of(values: Mapping[str, Any]) -> SamplerName | None:
     if values["distill_learning_steps"] is not None:
         return "codi"
-    if values.get("algorithm_type") == "sde-dpmsolver++":
+    # A file that diffusers switched to another class keeps the entry, which that class does not read.
+    is_dpm_solver = values["_class_name"] == SCHEDULER_OF["dpm-solver++-sde"]
+    if is_dpm_solver and values.get("algorithm_type") == "sde-dpmsolver++":
         return "dpm-solver++-sde"
     for sampler, scheduler in SCHEDULER_OF.items():
         if scheduler == values["_class_name"]:

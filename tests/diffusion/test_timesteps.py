@@ -91,6 +91,8 @@ def test_default_samplers_of_published_models(model: str, sampler: SamplerName):
 
 def test_other_default_samplers():
     assert default_sampler(make(_class_name="DPMSolverMultistepScheduler")) == "dpm-solver++"
+    # diffusers keeps the entries of the class that a scheduler was switched from.
+    assert default_sampler(make(_class_name="EulerDiscreteScheduler", algorithm_type="sde-dpmsolver++")) == "euler"
     assert default_sampler(make().sampled(SamplingSpec.codi(50))) == "codi"
     with pytest.raises(
         ValueError, match=r"no sampler for UniPCMultistepScheduler: choose one of ddim, euler, .*, codi"
