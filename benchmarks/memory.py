@@ -11,7 +11,6 @@ is read from the compiler's report as soon as it is allocated: generating the co
 """
 
 import functools
-import math
 import os
 import re
 import sys
@@ -28,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from codi_jax.diffusion.schedule import NoiseSchedule
@@ -40,30 +38,13 @@ from codi_jax.models.unet_config import UNetConfig
 from codi_jax.models.vae import AutoencoderKL, VAEConfig
 from codi_jax.pipeline.conditions import Frozen, NullText
 from codi_jax.pipeline.networks import Networks
+from codi_jax.planning.chips import GPUS
+from codi_jax.planning.programs import bytes_on_device, with_shardings
+from codi_jax.planning.targets import open_target
 from codi_jax.training import loop, optim
 from codi_jax.training.method import Method, Setup
 
 GIB = 2**30
-# There is no device for autotuning kernels, and no need: their memory does not depend on it.
-GPU_FLAGS = (
-    "--xla_gpu_autotune_level=0", "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",
-    "--xla_gpu_disable_gpuasm_optimizations=true",
-)  # fmt: skip
-# What the compiler needs to know about an absent GPU.
-GPUS = {"h100": (84_929_347_584, 3_352_320_000_000), "h200": (150_754_820_096, 4_800_000_000_000)}
-GPU = """
-gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: {bandwidth} l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: {memory} shared_memory_per_block_optin: 232448 cuda_compute_capability {{ major: 9 }}
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 8 }}
-runtime_version {{ major: 12 minor: 8 }}
-device_description_str: "{name}"
-"""
 TEXT_TOKENS = 77
 
 
@@ -111,7 +92,6 @@ class Training:
 def main(args: Args) -> None:
     if args.part is not None and args.method != "disback":
         sys.exit(f"--part {args.part} is of no use with --method {args.method}: only the step of disback has parts.")
-    jax.config.update("jax_platforms", "cpu")  # for arrays
     with tempfile.TemporaryDirectory() as dump:
         compile_step(args, Path(dump))
     sys.stdout.flush()
@@ -122,10 +102,10 @@ def compile_step(args: Args, dump: Path) -> None:
     mesh = make_mesh(args, dump)
     networks = make_networks(args)
     training = {"lcm": lcm_training, "disback": disback_training}[args.method](args, networks)
-    state = on_devices(training.state, sharding.shardings(mesh, training.state))
-    frozen = on_devices(training.frozen, sharding.shardings(mesh, training.frozen))
+    state = with_shardings(training.state, sharding.shardings(mesh, training.state))
+    frozen = with_shardings(training.frozen, sharding.shardings(mesh, training.frozen))
     batch = abstract_batch(args, networks, mesh.size * args.batch)
-    batch = on_devices(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
+    batch = with_shardings(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
     step = loop.jit_step(training.step, state, mesh)
     with jax.set_mesh(mesh):
         lowered = step.lower(state, frozen, batch)
@@ -199,16 +179,7 @@ def teacher_schedule() -> NoiseSchedule:
 
 def make_mesh(args: Args, dump: Path) -> Mesh:
     """A mesh of absent devices, whose compiler writes its reports into the folder."""
-    if args.target in GPUS:
-        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *GPU_FLAGS])
-        memory, bandwidth = GPUS[args.target]
-        config = GPU.format(memory=memory, bandwidth=bandwidth, name=f"NVIDIA {args.target.upper()}")
-        topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
-    else:
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump}"
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise a server is asked which machine this is
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=args.target)
-    devices = topology.devices[: args.devices]
+    devices = open_target(args.target, dump).devices[: args.devices]
     shape = (len(devices) // args.fsdp, args.fsdp)
     return Mesh(np.array(devices).reshape(shape), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
@@ -246,10 +217,6 @@ def shape(*axes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(axes, dtype)
 
 
-def on_devices(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings)
-
-
 def total(program: jax.stages.Compiled) -> int:
     """Bytes per device of the step's inputs, outputs and temporaries."""
     memory: Any = program.memory_analysis()
@@ -267,11 +234,6 @@ def total_on_tpu(lowered: jax.stages.Lowered, dump: Path) -> int:
             # Allocations in memories other than HBM have a color.
             return sum(int(size) for size in re.findall(r"^allocation \d+: size (\d+), (?!color)", text, re.MULTILINE))
     return total(compilation.result())
-
-
-def bytes_on_device(tree: Any) -> int:
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def report(args: Args, mesh: Mesh, given: int, needed: int, seconds: float) -> None:
