@@ -53,7 +53,6 @@ def run(args: Args, command: Sequence[str]) -> int:
     if not command or not args.targets:
         raise ValueError(f"there is nothing to plan: {_USAGE}.")
     plans = [_planned(target, command) for target in args.targets]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.output, {"command": list(command), "plans": plans})
     print(table(plans))
     print(f"wrote {args.output}")

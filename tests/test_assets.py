@@ -97,15 +97,19 @@ def test_the_avatars_are_as_the_captions_say() -> None:
     assert shown_shares(Reader().read(pictures), others).mean() < 0.4
 
 
-def test_diffusers_draws_the_same_avatars() -> None:
-    prompts, side = ["a blue monster with three eyes", "a yellow planet with a ring"], SIZE // 8
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(AVATARS, torch_dtype=torch.float32)
+def assert_diffusers_draws_the_same(folder: Path, model: Model, prompts: list[str], channels: int) -> None:
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
-    noise = np.random.default_rng(0).standard_normal((2, side, side, 16), np.float32)
+    noise = np.random.default_rng(0).standard_normal((2, SIZE // 8, SIZE // 8, channels), np.float32)
     latents = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
     wanted = theirs(prompts, num_inference_steps=8, guidance_scale=3.0, latents=latents, output_type="np").images
-    ours = Model.from_pretrained(AVATARS)(prompts, steps=8, guidance_scale=3.0, latents=noise)
+    ours = model(prompts, steps=8, guidance_scale=3.0, latents=noise)
     assert np.abs(ours.astype(float) - 255 * wanted).max() <= 2.5
+
+
+def test_diffusers_draws_the_same_avatars() -> None:
+    prompts = ["a blue monster with three eyes", "a yellow planet with a ring"]
+    assert_diffusers_draws_the_same(AVATARS, Model.from_pretrained(AVATARS), prompts, 16)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -137,14 +141,7 @@ def test_the_recipe_has_the_vocabulary_that_is_here() -> None:
 
 
 def test_diffusers_makes_the_same_pictures(model: Model) -> None:
-    prompts, side = ["a red apple", "the flag of France"], SIZE // 8
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
-    theirs.set_progress_bar_config(disable=True)
-    noise = np.random.default_rng(0).standard_normal((2, side, side, 8), np.float32)
-    latents = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
-    wanted = theirs(prompts, num_inference_steps=8, guidance_scale=3.0, latents=latents, output_type="np").images
-    ours = model(prompts, steps=8, guidance_scale=3.0, latents=noise)
-    assert np.abs(ours.astype(float) - 255 * wanted).max() <= 2.5
+    assert_diffusers_draws_the_same(MODEL, model, ["a red apple", "the flag of France"], 8)
 
 
 def test_the_autoencoder_keeps_what_is_drawn(model: Model) -> None:

@@ -189,8 +189,7 @@ def dpm_solver_pp_2m(
     With λ = log(α/σ) and h = λ' − λ: z' = (σ'/σ) z − α' (e^−h − 1) D, D = x̂ + h/(2 h_previous) (x̂ − x̂_previous).
     """
     sigmas = _noise_levels(schedule, timesteps)  # σ/α = e^−λ
-    h = -jnp.diff(jnp.log(sigmas[:-1]))
-    extrapolation = jnp.zeros(len(sigmas) - 1).at[1:-1].set(h[1:] / (2 * h[:-1]))
+    extrapolation = _extrapolation(sigmas)
 
     def step(carry: tuple, t: Array, sigma: Array, next_sigma: Array, extrapolation: Array) -> tuple:
         x, previous = carry  # x = z/α
@@ -220,8 +219,7 @@ def dpm_solver_pp_2m_sde(
     z' = (σ'/σ) e^−h z + α' (1 − e^−2h) D + σ' √(1 − e^−2h) ε, with the same D.
     """
     sigmas = _noise_levels(schedule, timesteps)
-    h = -jnp.diff(jnp.log(sigmas[:-1]))
-    extrapolation = jnp.zeros(len(sigmas) - 1).at[1:-1].set(h[1:] / (2 * h[:-1]))
+    extrapolation = _extrapolation(sigmas)
     noise = _for_every_step(noise, z, timesteps)
 
     def step(carry: tuple, t: Array, sigma: Array, next_sigma: Array, extrapolation: Array, noise: Latents) -> tuple:
@@ -398,6 +396,12 @@ def _noise_levels(schedule: NoiseSchedule, timesteps: Times) -> Float[Array, " n
     if schedule.sampling.levels != "spaced":
         levels = respaced_levels(levels[0], levels[-1], len(times), schedule.sampling.levels).astype(jnp.float32)
     return jnp.append(levels, 0.0)
+
+
+def _extrapolation(sigmas: Float[Array, " n"]) -> Float[Array, " n-1"]:
+    """h/(2 h_previous) of each step of the second order, and 0 for the first step and the last."""
+    h = -jnp.diff(jnp.log(sigmas[:-1]))
+    return jnp.zeros(len(sigmas) - 1).at[1:-1].set(h[1:] / (2 * h[:-1]))
 
 
 def _initial_scale(schedule: NoiseSchedule, sigma: Float[Array, ""]) -> Float[Array, ""]:

@@ -29,7 +29,16 @@ from codi_jax.io.json_files import JsonError, parse_object
 from codi_jax.io.state_dict import to_flax_layout, to_state_dict
 from codi_jax.io.weight_files import StoredTensor, WeightFile, open_weights
 from codi_jax.models.config import Params, WeightsError
-from codi_jax.models.lora import LoraLayer, ModulePath, kernels_of, lora_layers, module_name, nested, require_fit
+from codi_jax.models.lora import (
+    LoraLayer,
+    ModulePath,
+    are_plain,
+    kernels_of,
+    lora_layers,
+    module_name,
+    nested,
+    require_fit,
+)
 from codi_jax.models.original_names import unet_originals
 
 Naming = Literal["diffusers", "kohya"]
@@ -127,7 +136,7 @@ def load_lora(
             layer["alpha"] = np.asarray(_alpha(config, part, module, rank, alpha), np.float32)
         layer = {key: jnp.asarray(value, jnp.float32 if key == "alpha" else dtype) for key, value in layer.items()}
         if "magnitude" in tensors:
-            shape, is_peft = kernels[part][module].shape, any("lora_magnitude_vector" in key for key in file)
+            is_peft = any("lora_magnitude_vector" in key for key in file)
             layer["magnitude"] = jnp.asarray(_magnitude(tensors["magnitude"], shape, is_peft, path), dtype)
         loras.setdefault(part, {})[module] = layer
     trees = {part: nested(layers) for part, layers in loras.items()}
@@ -169,7 +178,7 @@ def save_lora(
         layers = lora_layers(lora)
         if not layers:
             raise WeightsError(f"The LoRA for {part} has no layers: {path} was not written.")
-        if any(layer.keys() & {"magnitude", "difference", "bias"} for layer in layers.values()):
+        if not are_plain(layers):
             raise WeightsError(
                 f"The LoRA for {part} is DoRA or LyCORIS, which can be read but not written: merge it into the model."
             )

@@ -50,10 +50,7 @@ def weight_difference(tensors: Mapping[str, Array], shape: tuple[int, ...], alph
 
 def _hadamard_factor(t: Mapping[str, Array], number: int) -> Array:
     """One of the two low-rank matrices whose product, element by element, is LoHa's difference (equation 3)."""
-    a, b = t[f"hada_w{number}_a"], t[f"hada_w{number}_b"]
-    core = t.get(f"hada_t{number}")
-    # With a core, a is [rank, out] and b [rank, in].
-    return a @ b if core is None else np.einsum("ijkl,jr,ip->prkl", core, b, a)
+    return _low_rank(t[f"hada_w{number}_a"], t[f"hada_w{number}_b"], t.get(f"hada_t{number}"))
 
 
 def _kronecker(t: Mapping[str, Array]) -> tuple[Array, int | None]:
@@ -63,14 +60,15 @@ def _kronecker(t: Mapping[str, Array]) -> tuple[Array, int | None]:
         first, rank = t["lokr_w1_a"] @ t["lokr_w1_b"], t["lokr_w1_b"].shape[0]
     if (second := t.get("lokr_w2")) is None:
         rank = t["lokr_w2_b"].shape[0]
-        core = t.get("lokr_t2")
-        if core is None:
-            second = t["lokr_w2_a"] @ t["lokr_w2_b"]
-        else:
-            second = np.einsum("ijkl,jr,ip->prkl", core, t["lokr_w2_b"], t["lokr_w2_a"])
+        second = _low_rank(t["lokr_w2_a"], t["lokr_w2_b"], t.get("lokr_t2"))
     if second.ndim == 4:
         first = first[..., None, None]
     return np.kron(first, second), rank
+
+
+def _low_rank(a: Array, b: Array, core: Array | None) -> Array:
+    """[out, r] @ [r, in], or of convolutions with a core, whose factors are [r, out] and [r, in]."""
+    return a @ b if core is None else _tucker(core, a.T, b.T)
 
 
 def _tucker(core: Array, up: Array, down: Array) -> Array:

@@ -1,7 +1,7 @@
 """Single-file checkpoints: a complete model in one safetensors or .ckpt file, with the names of the original code.
 
 What such a file cannot say, configurations and vocabulary, comes from a folder in diffusers' layout of the same family,
-as in diffusers' ``from_single_file``: see `Recognized.config`.
+as in diffusers' ``from_single_file``: see `Family.config`.
 """
 
 import functools
@@ -28,7 +28,6 @@ from codi_jax.models.original_names import (
     vae_originals,
 )
 
-ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _FIRST_CONVOLUTION = f"{_UNET}input_blocks.0.0.weight"
 _TO_K = re.compile(r"model\.diffusion_model\.input_blocks\.\d+\.1\.transformer_blocks\.0\.attn2\.to_k\.weight")
@@ -178,9 +177,9 @@ class Recognized:
         return f"{prefix}text_model.{name}" if is_flat else key
 
 
-def is_single_file(source: str | Path) -> bool:
-    """Whether a model's source is a file, not a folder or an id on the hub."""
-    return Path(source).is_file()
+def has_original_unet(file: WeightFile) -> bool:
+    """Whether a file has a UNet under the names of the original code."""
+    return any(key.startswith(_UNET) for key in file)
 
 
 def recognize(path: str | Path) -> Recognized:

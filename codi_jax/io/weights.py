@@ -21,7 +21,7 @@ from jaxtyping import Shaped
 
 from codi_jax.io.atomic import staged_folder, write_json
 from codi_jax.io.hub import ModelFolder, find_file
-from codi_jax.io.single_file import recognize
+from codi_jax.io.single_file import has_original_unet, recognize
 from codi_jax.io.state_dict import PlaceFn, convert, from_state_dict, leaves_by_name, require_match, to_state_dict
 from codi_jax.io.weight_files import StoredTensor, WeightFile, open_weights, shard_names, write_safetensors
 from codi_jax.models.attribute_reader import AttributeReader, AttributeReaderConfig
@@ -94,12 +94,11 @@ def load_model(
         ``config.json``.
       ConfigError: for a value in ``config.json`` that codi_jax cannot build.
     """
-    folder = ModelFolder(str(Path(source).expanduser()), subfolder, revision, cache_dir, local_files_only, config)
-    folder = folder.pinned(folder.require("config.json"))
-    storage_dtype = jnp.float32 if dtype is None else dtype
-    computation_dtype = storage_dtype if compute_dtype is None else compute_dtype
-    module = build_module(folder, computation_dtype, attention=attention, remat=remat)
-    file = _open_weights(folder, module, variant, weights)
+    computation_dtype = dtype if compute_dtype is None else compute_dtype
+    module, file = _open_network(
+        source, subfolder, revision, variant, cache_dir, local_files_only, config, weights,
+        dtype=jnp.float32 if computation_dtype is None else computation_dtype, attention=attention, remat=remat,
+    )  # fmt: skip
     params = from_state_dict(
         module.abstract_params(),
         _modern_names(file, module.config),
@@ -153,11 +152,12 @@ def _open_network(
     local_files_only: bool = False,
     config: str | Path | None = None,
     weights: str | Path | None = None,
+    **options: Any,
 ) -> tuple[Network, WeightFile]:
-    """A network without parameters, and the file that has them."""
+    """A network without parameters, and the file that has them; options are those of `build_module`."""
     folder = ModelFolder(str(Path(source).expanduser()), subfolder, revision, cache_dir, local_files_only, config)
     folder = folder.pinned(folder.require("config.json"))
-    module = build_module(folder)
+    module = build_module(folder, **options)
     return module, _open_weights(folder, module, variant, weights)
 
 
@@ -166,8 +166,7 @@ def _open_weights(folder: ModelFolder, module: Network, variant: str | None, oth
     if other is not None:
         path = find_file(other, cache_dir=folder.cache_dir, local_files_only=folder.local_files_only)
         found = open_weights(path)
-        is_original = any(key.startswith("model.diffusion_model.") for key in found)
-        return recognize(path).part(folder.subfolder, module.abstract_params()) if is_original else found
+        return recognize(path).part(folder.subfolder, module.abstract_params()) if has_original_unet(found) else found
     if folder.is_single_file:
         return recognize(folder.source).part(folder.subfolder, module.abstract_params())
     return open_weights(choose_file(folder, module.config, variant))

@@ -17,7 +17,7 @@ computes with m W' / ‖W'‖, where the norm is over the axes where m has one e
 know nothing of LoRA; `apply_lora` adds the branch to their layers from outside.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -131,7 +131,7 @@ def lora_interceptor(lora: Params, scale: float | Float[Array, ""] = 1.0) -> Cal
       WeightsError: when a network with ``scan_layers`` runs in its context, or for DoRA.
     """
     layers = lora_layers(lora)
-    if any(layer.keys() & {"magnitude", "difference", "bias"} for layer in layers.values()):
+    if not are_plain(layers):
         raise WeightsError(
             "DoRA and LyCORIS cannot run alongside the layers of a model: merge them into the model's weights."
         )
@@ -234,6 +234,11 @@ def require_fit(params: Params, lora: Params, where: str = "The LoRA") -> None:
             f"{where} does not fit the model: {listed(problems)}. It was made for another model, perhaps of another "
             "family (text features are 768 wide in SD 1.x, 1024 in SD 2.x and 2048 in SDXL): use it with that one."
         )
+
+
+def are_plain(layers: Mapping[ModulePath, LoraLayer]) -> bool:
+    """Whether all layers are plain LoRA: neither DoRA nor another adapter, which can only be merged."""
+    return not any(layer.keys() & {"magnitude", "difference", "bias"} for layer in layers.values())
 
 
 def lora_layers(lora: Params) -> dict[ModulePath, LoraLayer]:

@@ -48,11 +48,10 @@ _CONTROLNET_LAYERS = {
     ("controlnet_mid_block",): "middle_block_out.0",
     ("controlnet_cond_embedding", "conv_in"): "input_hint_block.0",
 }
-RESNET = {
+_RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
     "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
 }  # fmt: skip
-"""The layers of the UNet's residual blocks."""
 
 _VAE = (
     (r"^(encoder|decoder)\.conv_norm_out\.", r"\1.norm_out."),
@@ -86,14 +85,14 @@ def unet_originals(params: Params) -> dict[str, Original]:
     Args:
       params: the network's parameters, or their shapes.
     """
-    blocks = _UNET_LAYERS | dict(unet_blocks(params)) | dict(_controlnet_blocks(params))
+    blocks = _UNET_LAYERS | dict(_unet_blocks(params)) | dict(_controlnet_blocks(params))
     found = {}
     for path in _paths(params):
         depth = next((n for n in range(len(path) - 1, 0, -1) if path[:n] in blocks), 0)
         if not depth:
             continue
         *rest, leaf = path[depth:]
-        inner = [RESNET.get(rest[0], rest[0]), *rest[1:]] if rest else []
+        inner = [_RESNET.get(rest[0], rest[0]), *rest[1:]] if rest else []
         if "attentions" in path[depth - 1]:
             inner = [torch_name((*rest, "kernel")).removesuffix(".weight")] if rest else []
         parts = [blocks[path[:depth]], *inner, torch_name((leaf,))]
@@ -101,7 +100,7 @@ def unet_originals(params: Params) -> dict[str, Original]:
     return found
 
 
-def unet_blocks(params: Params) -> Iterator[tuple[tuple[str, ...], str]]:
+def _unet_blocks(params: Params) -> Iterator[tuple[tuple[str, ...], str]]:
     """Residual blocks, attentions and samplers of a UNet or a ControlNet by their number in the original code."""
     number = 1  # 0 is conv_in
     for block, layers in _numbered(params, "down_blocks"):

@@ -25,7 +25,6 @@ def report(plan: Plan, file: Path) -> NoReturn:
       OSError: if it cannot be written.
     """
     file = file.expanduser()
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, plan.to_json())
     sys.stdout.write(f"{describe(plan)}\n\nwrote {file}\n")
     sys.stdout.flush()

@@ -101,14 +101,18 @@ def test_a_killed_evaluation_goes_on(devices: str, tmp_path: Path, tmp_path_fact
         assert Image.open(io.BytesIO(picture.read())).size == (SIZE, SIZE)
 
 
-@pytest.mark.slow
-def test_two_processes_evaluate_together(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each makes half of the shards, one writes the report, and its numbers are those of a single process."""
+@pytest.fixture
+def command(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """An evaluation in this folder, all but the name of its output."""
     command = _evaluation(tmp_path, saved_pipeline("text-to-image", tmp_path_factory.mktemp("models")))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return command
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_together(tmp_path: Path, command: list[str]) -> None:
+    """Each makes half of the shards, one writes the report, and its numbers are those of a single process."""
     subprocess.run([sys.executable, *command, "one"], env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"}, check=True)
     address = free_address()
     started = [start([*command, "two"], index, address) for index in range(2)]
@@ -123,12 +127,7 @@ def test_two_processes_evaluate_together(
 
 
 @pytest.mark.slow
-def test_processes_with_other_files_are_told(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = _evaluation(tmp_path, saved_pipeline("text-to-image", tmp_path_factory.mktemp("models")))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def test_processes_with_other_files_are_told(tmp_path: Path, command: list[str]) -> None:
     address = free_address()
     started = [start([*command, "two", "--guidance_scale", str(index)], index, address) for index in (1, 0)]
     for status, said in end_of(started, timeout=300):
