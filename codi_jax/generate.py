@@ -34,7 +34,8 @@ _LONG_RUN = 10  # number of steps that makes a progress bar worthwhile
 class Args(Flags):
     """Generates images. The model determines the task: text to image, edit (InstructPix2Pix) or inpaint.
 
-    Only --model and --prompt are required, and --image, --mask_image and --control_image if the model takes them.
+    Only --model and --prompt are required, and --image, --mask_image and --control_image if the model takes them. With
+    --image, a model of text to image starts from that image, and with --mask_image it paints into it.
     """
 
     model: str
@@ -48,9 +49,12 @@ class Args(Flags):
     negative_prompt: str | None = None
     """Description of what to avoid."""
     image: str | None = None
-    """File or URL of the image to edit or inpaint."""
+    """File or URL of the image to start from, to edit or to paint into."""
     mask_image: str | None = None
-    """File or URL of the mask for an inpainting model, white where it paints."""
+    """File or URL of the mask, white where to paint; the rest of --image stays."""
+    strength: float | None = None
+    """How much of --image to change, from 0 to 1: this part of the steps is taken. Default: 0.8, or 1 with
+    --mask_image."""
     control_image: str | None = None
     """File or URL of the ControlNet's condition, such as an image of edges."""
     controlnet: str | None = None
@@ -121,7 +125,7 @@ class Args(Flags):
         fits = self.seed <= LARGEST_SEED - 2 * self.num_images
         self.require("seed", fits, "smaller: the other images have the seeds that follow, up to 2^63 - 1")
         self.require_at_least(0, "guidance_scale", "image_guidance_scale", "timesteps")
-        self.require_in(0, 1, "gamma", "guidance_rescale")
+        self.require_in(0, 1, "gamma", "guidance_rescale", "strength")
         _entries(self.scheduler_config)
         self.require_in(1, LARGEST_SIDE, "height", "width")
         check_output(self.output, self.num_images)
@@ -143,8 +147,9 @@ def run(args: Args) -> list[Path]:
         _plan(args, args.plan)
     pictures = _pictures(args)
     model = _rescheduled(Model.open(args.model, args.controlnet, **_source(args)), args)
-    model.check(
+    times = model.check(
         **pictures,
+        strength=args.strength,
         steps=args.steps,
         sampler=args.sampler,
         timesteps=args.timesteps or None,
@@ -156,7 +161,7 @@ def run(args: Args) -> list[Path]:
     for lora, _ in map(_with_scale, args.lora):
         model.check_lora(lora)
     keep_compiled_programs(args.ccache)
-    made, compile_seconds, seconds = _generate(_load(args), args, pictures)
+    made, compile_seconds, seconds = _generate(_load(args), args, pictures, len(times))
     files = save_images(args.output, made[: args.num_images])
     print(
         f"{seconds / len(made):.2f} seconds per image ({len(made)} in {seconds:.1f} s on "
@@ -189,6 +194,7 @@ def _sampling(args: Args) -> dict[str, Any]:
     """How the model is sampled, as arguments of its call."""
     return {
         "negative_prompt": args.negative_prompt,
+        "strength": args.strength,
         "steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "image_guidance_scale": args.image_guidance_scale,
@@ -255,10 +261,9 @@ def _load(args: Args) -> Model:
 
 
 def _generate(
-    pipeline: Model, args: Args, pictures: dict[str, Any]
+    pipeline: Model, args: Args, pictures: dict[str, Any], steps: int
 ) -> tuple[UInt8[np.ndarray, "n h w 3"], float, float]:
     """The images, and the seconds of compilation and of generation. The last batch may have surplus images."""
-    steps = len(pipeline.times(args.steps, args.sampler, args.timesteps or None))
     # The last batch is as large as the others even if fewer images are left: another size would compile again.
     batch_size = min(args.batch_size or args.num_images, args.num_images)
     starts = range(0, args.num_images, batch_size)

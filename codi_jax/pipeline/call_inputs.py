@@ -26,6 +26,7 @@ def make_inputs(
     image: Any = None,
     mask_image: Any = None,
     control_image: Any = None,
+    strength: float | int | None = None,
     control_scale: float | int = 1.0,
     gamma: float | int = 0.3,
     seed: int = 0,
@@ -42,8 +43,9 @@ def make_inputs(
       ids: token ids, ``ids`` and ``null_ids``, by text encoder.
       size: the image size in pixels, see `image_size`.
       image: this and the following arguments are as in `codi_jax.pipeline.model.Model.__call__`.
-      mask_image: the mask of an inpainting model.
+      mask_image: where to paint.
       control_image: the ControlNet's condition.
+      strength: how much of the image to change.
       control_scale: a factor on the ControlNet's outputs.
       gamma: γ of the sampler tcd.
       seed: the first image's seed.
@@ -55,9 +57,12 @@ def make_inputs(
       ValueError: if arguments do not fit the model or each other.
     """
     batch = len(next(iter(ids["ids"].values())))
+    check_images(networks, image, mask_image, control_image, strength)
+    skipped = skipped_times(networks, sampler, times, image, mask_image, strength)
     inputs = {
         **ids,
         **_image_inputs(networks, batch, size, image, mask_image, control_image),
+        **_original_inputs(networks, batch, size, image, mask_image, skipped),
         **_noise_inputs(networks, batch, size, sampler, len(times), seed, latents, noise),
         **_sharing_inputs(batch, times, shared_attention),
         "timesteps": times,
@@ -103,32 +108,33 @@ def image_size(networks: Networks, height: int | None, width: int | None, pictur
     return size
 
 
-def check_images(networks: Networks, image: Any, mask_image: Any, control_image: Any) -> None:
+def check_images(
+    networks: Networks, image: Any, mask_image: Any, control_image: Any, strength: float | int | None = None
+) -> None:
     """Refuses images that the model does not take, and missing images that it needs.
 
     Args:
       networks: the model's networks.
-      image: to edit or to paint into.
+      image: to start from, to edit or to paint into.
       mask_image: where to paint.
       control_image: the ControlNet's condition.
+      strength: how much of the image to change.
 
     Raises:
-      ValueError: naming the missing or superfluous image.
+      ValueError: naming the missing or superfluous argument.
     """
     task, takes_control = networks.task, networks.controlnet is not None
     if image is None and task != "text-to-image":
         raise ValueError(f"this model is for the task {task!r}: give it an image.")
-    if image is not None and task == "text-to-image":
-        raise ValueError(
-            "this model has 4 input channels and takes no image: use an InstructPix2Pix model (8 channels) to "
-            "edit, an inpainting model (9 channels) to fill in, or a ControlNet with control_image."
-        )
-    if (mask_image is not None) != (task == "inpaint"):
-        raise ValueError(
-            "an inpainting model needs mask_image, white where it should paint."
-            if task == "inpaint"
-            else f"mask_image is for inpainting models (9 channels), and this one is for the task {task!r}."
-        )
+    if mask_image is None and task == "inpaint":
+        raise ValueError("an inpainting model needs mask_image, white where it should paint.")
+    if mask_image is not None and image is None:
+        raise ValueError("mask_image is where to paint in an image: give that image, too.")
+    for name, value in {"mask_image": mask_image, "strength": strength}.items():
+        if value is not None and task == "edit":
+            raise ValueError(f"an InstructPix2Pix model is told by the prompt what to change: it takes no {name}.")
+    if strength is not None and image is None:
+        raise ValueError("strength says how much of an image to change: give that image, too.")
     if (control_image is not None) != takes_control:
         raise ValueError(
             "the pipeline has a ControlNet: give it a control_image."
@@ -137,20 +143,74 @@ def check_images(networks: Networks, image: Any, mask_image: Any, control_image:
         )
 
 
+def skipped_times(
+    networks: Networks,
+    sampler: SamplerName,
+    times: np.ndarray,
+    image: Any,
+    mask_image: Any,
+    strength: float | int | None,
+) -> int:
+    """How many of the sampler's times are left out at the start, so that ⌊strength · steps⌋ steps remain.
+
+    Args:
+      networks: the model's networks.
+      sampler: the sampler's name.
+      times: all of its times.
+      image: to start from, to edit or to paint into.
+      mask_image: where to paint.
+      strength: how much of the image to change, from 0 to 1. Default: 0.8 of one to start from, as in diffusers, and
+        else all.
+
+    Raises:
+      ValueError: if no step remains.
+    """
+    if strength is None:
+        is_start = networks.task == "text-to-image" and image is not None and mask_image is None
+        strength = 0.8 if is_start else 1.0
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength = {strength}: choose a number from 0 to 1.")
+    evaluations = len(times)
+    steps = {"pndm": max(evaluations - 1, 1), "heun": evaluations // 2 + 1}.get(sampler, evaluations)
+    kept = int(steps * strength)
+    if not kept:
+        raise ValueError(
+            f"strength = {strength} of {steps} steps leaves none: choose at least {1 / steps:.3g}, or more steps."
+        )
+    if sampler == "pndm":  # a single step is not repeated
+        return 0 if kept == steps else evaluations - (kept + 1 if kept > 1 else 1)
+    return (steps - kept) * (2 if sampler == "heun" else 1)
+
+
 def _image_inputs(
     networks: Networks, batch: int, size: tuple[int, int], image: Any, mask_image: Any, control_image: Any
 ) -> dict[str, Any]:
-    check_images(networks, image, mask_image, control_image)
     inputs: dict[str, Any] = {}
-    if image is not None:
+    if image is not None and networks.task != "text-to-image":
         inputs["image"] = 2 * stack_pictures(image, batch, lambda each: to_pixels(each, size), "image") - 1
-    if mask_image is not None:
+    if networks.task == "inpaint":
         inputs["mask"] = stack_pictures(mask_image, batch, lambda each: to_mask(each, size), "mask_image")
     if control_image is not None:
         inputs["control"] = stack_pictures(control_image, batch, lambda each: to_pixels(each, size), "control_image")
     if networks.is_sdxl:
         # Original size, crop corner, target size: SDXL's inputs about its training images.
         inputs["time_ids"] = np.asarray([[*size, 0, 0, *size]] * batch, np.float32)
+    return inputs
+
+
+def _original_inputs(
+    networks: Networks, batch: int, size: tuple[int, int], image: Any, mask_image: Any, skipped: int
+) -> dict[str, Any]:
+    """The image to start from, or to keep a part of. With a mask, all of the times start from noise."""
+    if image is None or networks.task == "edit":
+        return {}
+    inputs: dict[str, Any] = {}
+    if skipped or mask_image is None:
+        inputs["skipped"] = np.int32(skipped)
+    if mask_image is not None and networks.task == "text-to-image":
+        inputs["changes"] = stack_pictures(mask_image, batch, lambda each: to_mask(each, size), "mask_image")
+    if inputs:
+        inputs["original"] = 2 * stack_pictures(image, batch, lambda each: to_pixels(each, size), "image") - 1
     return inputs
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from codi_jax.diffusion import samplers
 from codi_jax.diffusion.guidance import Guidance, split_branches, stack_branches
-from codi_jax.diffusion.samplers import OnStep
+from codi_jax.diffusion.samplers import OnStep, Original
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.diffusion.scheduler_config import SamplerName
 from codi_jax.models import sharding
@@ -29,7 +29,10 @@ Text = tuple[Float[Array, "b s d"], Float[Array, "b p"]]
 
 
 # The inputs of `generate` with one entry for each image, and the axis of the images.
-_IMAGE_AXES = {"ids": 0, "null_ids": 0, "z": 0, "noise": 1, "image": 0, "mask": 0, "control": 0, "time_ids": 0}
+_IMAGE_AXES = {
+    "ids": 0, "null_ids": 0, "z": 0, "noise": 1, "image": 0, "mask": 0, "control": 0, "time_ids": 0, "original": 0,
+    "changes": 0,
+}  # fmt: skip
 
 
 def split_over_devices(params: Mapping[str, Params], inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +96,9 @@ def generate(
         or ``None``). Depending on the model: ``image`` [b, H, W, 3] in [-1, 1]; ``mask`` [b, H, W, 1] with it for
         inpainting; ``control`` [b, H, W, 3] in [0, 1] and ``control_scale`` (scalar); ``time_ids`` [b, 6]. For the
         sampler tcd: ``gamma`` (scalar). For prompt-to-prompt: ``shared_until`` [b/2], see
-        `codi_jax.pipeline.conditions.Conditions`.
+        `codi_jax.pipeline.conditions.Conditions`. To start from an image, or to keep a part of it: ``original``
+        [b, H, W, 3] in [-1, 1], with ``skipped`` (scalar), ``changes`` [b, H, W, 1] or both, see
+        `codi_jax.diffusion.samplers.Original`.
       program: what to compute.
 
     Returns:
@@ -112,6 +117,7 @@ def generate(
         inputs["z"],
         inputs["timesteps"],
         inputs["noise"],
+        original=_original(params, inputs, networks),
         num_steps=inputs["num_steps"],
         on_step=program.on_step,
         **({"gamma": inputs["gamma"]} if "gamma" in inputs else {}),
@@ -158,6 +164,15 @@ def _encode_texts(
     return (null_context, null_pooled), (full_context, full_pooled)
 
 
+def _original(params: Mapping[str, Params], inputs: Mapping[str, Any], networks: Networks) -> Original | None:
+    """The image that sampling starts from or keeps a part of."""
+    if "original" not in inputs:
+        return None
+    z0 = _mode(params, inputs["original"], networks) * networks.vae.config.scaling_factor
+    mask = _at_latents(inputs["changes"], networks) if "changes" in inputs else None
+    return Original(z0, inputs.get("skipped"), mask)
+
+
 def _image_latents(
     params: Mapping[str, Params], inputs: Mapping[str, Any], networks: Networks
 ) -> Float[Array, "b h w c"] | None:
@@ -168,10 +183,19 @@ def _image_latents(
     """
     if "image" not in inputs:
         return None
-    vae, image = networks.vae, inputs["image"]
+    image = inputs["image"]
     if "mask" not in inputs:
-        return vae.apply({"params": params["vae"]}, image, method="encode").mode()
-    latents = vae.apply({"params": params["vae"]}, image * (1.0 - inputs["mask"]), method="encode").mode()
-    step = vae.config.downscale
-    mask = inputs["mask"][:, ::step, ::step]  # nearest neighbor, as in PyTorch's interpolate
-    return jnp.concatenate([mask, latents * vae.config.scaling_factor], axis=-1)
+        return _mode(params, image, networks)
+    latents = _mode(params, image * (1.0 - inputs["mask"]), networks) * networks.vae.config.scaling_factor
+    return jnp.concatenate([_at_latents(inputs["mask"], networks), latents], axis=-1)
+
+
+def _mode(params: Mapping[str, Params], image: Array, networks: Networks) -> Float[Array, "b h w c"]:
+    """The latents of an image, *not* times the scaling factor."""
+    return networks.vae.apply({"params": params["vae"]}, image, method="encode").mode()
+
+
+def _at_latents(mask: Array, networks: Networks) -> Float[Array, "b h w 1"]:
+    """The mask at the latents' size: the nearest neighbor, as in PyTorch's interpolate."""
+    step = networks.vae.config.downscale
+    return mask[:, ::step, ::step]

@@ -29,7 +29,7 @@ from codi_jax.models.config import ConfigError, Params
 from codi_jax.models.kernels.attention import Implementation
 from codi_jax.models.lora import merge_lora
 from codi_jax.pipeline import loading, saving
-from codi_jax.pipeline.call_inputs import check_images, image_size, make_inputs
+from codi_jax.pipeline.call_inputs import check_images, image_size, make_inputs, skipped_times
 from codi_jax.pipeline.generation import Program, generate, split_over_devices
 from codi_jax.pipeline.networks import Networks
 from codi_jax.pipeline.text import tokenize
@@ -256,6 +256,7 @@ class Model:
         control_image: Picture | Sequence[Picture] | None = None,
         *,
         mask_image: Picture | Sequence[Picture] | None = None,
+        strength: float | int | None = None,
         negative_prompt: str | None = None,
         steps: int | None = None,
         guidance_scale: float | int | None = None,
@@ -277,10 +278,12 @@ class Model:
 
         Args:
           prompt: one text, or several.
-          image: the image to edit or inpaint, one for all prompts or one per prompt (a list, or an array with four
-            axes); for models that take it.
+          image: the image to start from, to edit or to paint into, one for all prompts or one per prompt (a list, or an
+            array with four axes).
           control_image: the ControlNet's condition, as for ``image``.
-          mask_image: white where an inpainting model should paint.
+          mask_image: white where to paint; the rest of the image stays.
+          strength: how much of the image to change: this part of the steps is taken, from the image with noise; with
+            1 and a mask, from noise alone. Default: 0.8, or 1 with a mask. InstructPix2Pix models take none.
           negative_prompt: the text that guidance points away from. Default: the model's null text.
           steps: network evaluations of the sampler. Default: 4 for the samplers of few-step students, or as many as a
             generator was trained for, else 50.
@@ -320,10 +323,11 @@ class Model:
             sampler,
             times,
             ids=self._token_ids(prompts, negative_prompt),
-            size=self._size(height, width, image if image is not None else control_image),
+            size=image_size(self.networks, height, width, image if image is not None else control_image),
             image=image,
             mask_image=mask_image,
             control_image=control_image,
+            strength=strength,
             control_scale=controlnet_conditioning_scale,
             gamma=gamma,
             seed=seed,
@@ -381,35 +385,42 @@ class Model:
         control_image: Picture | Sequence[Picture] | None = None,
         *,
         mask_image: Picture | Sequence[Picture] | None = None,
+        strength: float | int | None = None,
         steps: int | None = None,
         sampler: SamplerName | None = None,
         timesteps: Sequence[int] | None = None,
         height: int | None = None,
         width: int | None = None,
-    ) -> None:
+    ) -> Num[np.ndarray, " n"]:
         """Refuses arguments of a call that do not fit the model or each other, as the call would; needs no weights.
 
         Args:
           image: see `__call__`, as for all arguments.
           control_image: see `__call__`.
           mask_image: see `__call__`.
+          strength: see `__call__`.
           steps: see `__call__`.
           sampler: see `__call__`.
           timesteps: see `__call__`.
           height: see `__call__`.
           width: see `__call__`.
 
+        Returns:
+          The training times at which the call evaluates the network.
+
         Raises:
           ValueError: if the call would raise one.
         """
-        self.times(steps, sampler, timesteps)
-        self._size(height, width, image if image is not None else control_image)
-        check_images(self.networks, image, mask_image, control_image)
+        check_images(self.networks, image, mask_image, control_image, strength)
+        image_size(self.networks, height, width, image if image is not None else control_image)
+        sampler = sampler or default_sampler(self.schedule)
+        times = self.times(steps, sampler, timesteps)
+        return times[skipped_times(self.networks, sampler, times, image, mask_image, strength) :]
 
     def times(
         self, steps: int | None = None, sampler: SamplerName | None = None, timesteps: Sequence[int] | None = None
     ) -> Num[np.ndarray, " n"]:
-        """The training times at which a call with these arguments evaluates the network.
+        """The training times at which a call with these arguments evaluates the network, if it starts from noise.
 
         Args:
           steps: see `__call__`.
@@ -421,7 +432,8 @@ class Model:
         """
         sampler = sampler or default_sampler(self.schedule)
         if timesteps is None:
-            return timesteps_for(sampler, self.schedule, self._default_steps(sampler) if steps is None else steps)
+            default = self.schedule.read_by(sampler).sampling.default_steps(sampler)
+            return timesteps_for(sampler, self.schedule, default if steps is None else steps)
         times, T = np.asarray(timesteps, np.int32), self.schedule.num_train_timesteps
         if steps not in (None, len(times)):
             raise ValueError(f"steps = {steps}, but timesteps has {len(times)} times: give only one of the two.")
@@ -430,9 +442,6 @@ class Model:
         if sampler == "pndm" or (sampler == "ddim" and len(times) > 1):
             raise ValueError(f"the sampler {sampler} takes even steps only: with timesteps use another, such as lcm.")
         return times
-
-    def _default_steps(self, sampler: SamplerName) -> int:
-        return self.schedule.read_by(sampler).sampling.default_steps(sampler)
 
     def save_pretrained(self, folder: str | Path, *, dtype: DTypeLike | Mapping[str, DTypeLike] | None = None) -> None:
         """Writes the model as a diffusers folder, which diffusers loads with the class that fits the task.
@@ -478,9 +487,6 @@ class Model:
         null = self.tokenize([negative_prompt or ""])
         repeated = {name: ids.repeat(len(prompts), axis=0) for name, ids in null.items()}
         return {"ids": self.tokenize(prompts), "null_ids": repeated}
-
-    def _size(self, height: int | None, width: int | None, picture: Any) -> tuple[int, int]:
-        return image_size(self.networks, height, width, picture)
 
 
 class _StepReporter:

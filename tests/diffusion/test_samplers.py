@@ -17,7 +17,7 @@ import torch
 from schedulers import CLASSES, PREDICTION_TYPES, PUBLISHED, SD, SPACINGS, config_for, make
 
 from codi_jax.diffusion.noise_levels import respaced_levels
-from codi_jax.diffusion.samplers import SAMPLERS, sample, tcd
+from codi_jax.diffusion.samplers import SAMPLERS, sample
 from codi_jax.diffusion.sampling_spec import SamplingSpec
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.diffusion.scheduler_config import SamplerName
@@ -259,7 +259,7 @@ def test_gamma_is_that_of_tcd():
     times, z = timesteps_for("tcd", schedule, 3), jnp.ones(SHAPE)
 
     def run(gamma: float, scale: float) -> jax.Array:
-        return tcd(denoise(jnp), schedule, z, times, jnp.full((2, *SHAPE), scale), gamma=gamma)
+        return sample("tcd", denoise(jnp), schedule, z, times, jnp.full((2, *SHAPE), scale), gamma=gamma)
 
     np.testing.assert_array_equal(run(0.0, 1.0), run(0.0, 5.0))
     assert np.abs(np.asarray(run(1.0, 1.0) - run(1.0, 5.0))).max() > 0.1

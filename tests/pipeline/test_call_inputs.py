@@ -8,6 +8,7 @@ import pytest
 from folders import SIZE
 from pairs import Pairs, latents, run_ours
 
+from codi_jax.diffusion.scheduler_config import SamplerName
 from codi_jax.pipeline import call_inputs
 
 
@@ -35,12 +36,16 @@ BAD_CALLS = {
     "no-times": ("lcm", {"timesteps": [], "steps": None}, "they must descend"),
     "uneven": ("text-to-image", {"timesteps": [999, 9]}, "the sampler ddim takes even steps only"),
     "two-counts": ("lcm", {"timesteps": [399], "steps": 2}, "steps = 2, but timesteps has 1 times: give only one"),
-    "image": ("text-to-image", {"image": TINY}, "this model has 4 input channels and takes no image: use an Instruct"),
+    "strength-alone": ("text-to-image", {"strength": 0.5}, "strength says how much of an image to change: give that"),
+    "strength": ("text-to-image", {"image": TINY, "strength": 1.5}, "strength = 1.5: choose a number from 0 to 1"),
+    "no-step": ("text-to-image", {"image": TINY, "strength": 0.4}, "strength = 0.4 of 2 steps leaves none: .* 0.5,"),
+    "strength-edit": ("instruct-pix2pix", {"image": TINY, "strength": 1}, "told by the prompt .* takes no strength"),
     "image-missing": ("instruct-pix2pix", {}, "this model is for the task 'edit': give it an image"),
     "image-count": ("instruct-pix2pix", {"image": [TINY] * 3}, "image has 3 images for 2 prompts"),
     "image-shape": ("instruct-pix2pix", {"image": TINY[..., :1]}, r"must be \[height, width, 3\]"),
     "mask-missing": ("inpainting", {"image": TINY}, "an inpainting model needs mask_image"),
-    "mask": ("instruct-pix2pix", {"image": TINY, "mask_image": TINY}, "mask_image is for inpainting models"),
+    "mask": ("instruct-pix2pix", {"image": TINY, "mask_image": TINY}, "told by the prompt .* no mask_image"),
+    "mask-alone": ("text-to-image", {"mask_image": TINY}, "mask_image is where to paint in an image: give that"),
     "control": ("text-to-image", {"control_image": TINY}, "control_image needs a ControlNet: load one"),
     "control-missing": ("controlnet", {}, "the pipeline has a ControlNet: give it a control_image"),
     "control-count": ("controlnet", {"control_image": [TINY] * 3}, "control_image has 3 images for 2 prompts"),
@@ -56,3 +61,25 @@ def test_bad_arguments(pairs: Pairs, family: str, options: dict[str, Any], messa
     with pytest.raises(ValueError, match=message) as caught:
         run_ours(pairs(family).ours, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "strength", "visited"),
+    [
+        ("ddim", 10, 0.8, 8),
+        ("ddim", 10, 0.79, 7),
+        ("ddim", 4, 1, 4),
+        ("heun", 10, 0.5, 9),
+        ("pndm", 10, 1, 11),
+        ("pndm", 10, 0.5, 6),
+        ("pndm", 10, 0.1, 1),
+        ("pndm", 1, 1, 1),
+    ],
+)
+def test_a_part_of_the_steps_is_taken(
+    pairs: Pairs, sampler: SamplerName, steps: int, strength: float, visited: int
+) -> None:
+    model = pairs("text-to-image").ours
+    times = model.check(TINY, steps=steps, sampler=sampler, strength=strength)
+    assert len(times) == visited
+    np.testing.assert_array_equal(times, model.times(steps, sampler)[-visited:])
