@@ -66,6 +66,9 @@ class Args(Flags):
     style.safetensors:0.7 detail.safetensors:0.4. A file in a repository is owner/name/file.safetensors."""
     lora_scale: float = 1.0
     """Strength of every LoRA, besides its own scale."""
+    textual_inversion: tuple[str, ...] = ()
+    """Files, folders or ids with words that were learned by textual inversion, each with the word to use for it if one
+    follows: easynegative.safetensors:<bad>. Default: the file's own word, or its name."""
     steps: int | None = None
     """Steps of the sampler. Default: 4 for students (samplers lcm, tcd and codi), as many as it was trained for for a
     one-step or few-step generator, 50 for other models."""
@@ -146,7 +149,7 @@ def run(args: Args) -> list[Path]:
     if args.plan is not None:
         _plan(args, args.plan)
     pictures = _pictures(args)
-    model = _rescheduled(Model.open(args.model, args.controlnet, **_source(args)), args)
+    model = _changed(Model.open(args.model, args.controlnet, **_source(args)), args)
     times = model.check(
         **pictures,
         strength=args.strength,
@@ -179,7 +182,7 @@ def _plan(args: Args, target: str) -> NoReturn:
         opened = open_target(target, Path(folder))
         dtype = resolve_dtype(args.dtype, opened.platform)
         model = Model.open(args.model, args.controlnet, dtype=dtype, attention=args.attention, **_source(args))
-        model = _rescheduled(model, args)
+        model = _changed(model, args)
         made = plan_sampling(model, call, opened, f"generate, {args.model}")
     report(made, args.plan_output)
 
@@ -217,6 +220,12 @@ def _with_scale(lora: str) -> tuple[str, float]:
         return lora, 1.0
 
 
+def _with_word(source: str) -> tuple[str, str | None]:
+    """A textual inversion and the word for it, if one follows behind a colon."""
+    name, colon, word = source.rpartition(":")
+    return (name, word) if colon and name and word else (source, None)
+
+
 def _source(args: Args) -> dict[str, Any]:
     """Where the model is, besides its name."""
     return {"revision": args.revision, "config": args.single_file_config}
@@ -238,8 +247,10 @@ def _entries(texts: Sequence[str]) -> dict[str, Any]:
     return entries
 
 
-def _rescheduled(model: Model, args: Args) -> Model:
-    """The model with the entries of its scheduler that the user changes."""
+def _changed(model: Model, args: Args) -> Model:
+    """The model with the words that the user adds, and the entries of its scheduler that the user changes."""
+    for source, word in map(_with_word, args.textual_inversion):
+        model = model.add_words(source, word)
     entries = _entries(args.scheduler_config)
     return model.replace(schedule=model.schedule.with_config(**entries)) if entries else model
 
@@ -257,7 +268,7 @@ def _load(args: Args) -> Model:
         unet=args.unet,
         place=sharding.place_here(),
     )
-    return _rescheduled(model, args)
+    return _changed(model, args)
 
 
 def _generate(

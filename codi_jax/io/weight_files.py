@@ -357,8 +357,9 @@ def _open_torch_legacy(file: io.BufferedIOBase, path: Path) -> tuple[Any, dict[s
 
 
 def _state_dict(path: Path, content: Any) -> dict[str, PickledTensor]:
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    for inner in ("state_dict", "string_to_param"):  # of checkpoints, and of A1111's textual inversions
+        if isinstance(content, dict) and isinstance(content.get(inner), dict):
+            content = content[inner]
     if not isinstance(content, dict):
         kind = "single tensor" if isinstance(content, PickledTensor) else type(content).__name__
         raise WeightsError(f"{path} holds a {kind}, not a state dict of named tensors.")

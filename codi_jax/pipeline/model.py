@@ -5,7 +5,6 @@ inpainting (9), each with or without a ControlNet; SD 1.x, 2.x and SDXL.
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,47 +23,17 @@ from codi_jax.diffusion.timesteps import default_sampler, timesteps_for
 from codi_jax.io.images import Picture
 from codi_jax.io.lora_files import load_lora
 from codi_jax.io.state_dict import PlaceFn
-from codi_jax.models import sharding
 from codi_jax.models.config import ConfigError, Params
 from codi_jax.models.kernels.attention import Implementation
 from codi_jax.models.lora import merge_lora
-from codi_jax.pipeline import loading, saving
+from codi_jax.pipeline import loading, saving, words
 from codi_jax.pipeline.call_inputs import check_images, image_size, make_inputs, skipped_times
-from codi_jax.pipeline.generation import Program, generate, split_over_devices
+from codi_jax.pipeline.generation import Program, split_over_devices
 from codi_jax.pipeline.networks import Networks
+from codi_jax.pipeline.programs import Programs
 from codi_jax.pipeline.text import tokenize
 
-_jitted_generate = jax.jit(generate, static_argnames="program")
 _ADAPTABLE = ("unet", "text_encoder", "text_encoder_2")
-
-
-class Programs:
-    """Compiled programs, kept between calls, and the timing of the last call.
-
-    Models that differ only in their parameters share them.
-
-    Attributes:
-      compile_seconds: compile time of the last call; 0 if the program was already compiled.
-    """
-
-    def __init__(self) -> None:
-        self.compile_seconds = self.seconds = 0.0
-        self._compiled: dict[Any, Any] = {}
-        self.reporter = _StepReporter()
-
-    def run(self, program: Program, *arguments: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Runs `codi_jax.pipeline.generation.generate`, compiled once per kind of input."""
-        leaves, tree = jax.tree.flatten(arguments)
-        key = (program, tree, *map(jax.typeof, leaves))
-        start = time.perf_counter()
-        if key not in self._compiled:
-            with sharding.context_of(arguments):
-                self._compiled[key] = _jitted_generate.lower(*arguments, program).compile()
-        compiled = time.perf_counter()
-        images, finite = sharding.fetch(self._compiled[key](*arguments))
-        jax.effects_barrier()
-        self.compile_seconds, self.seconds = compiled - start, time.perf_counter() - compiled
-        return images, finite
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -237,6 +206,22 @@ class Model:
         model = self.without_params(name) if params is None else self.with_params({name: params})
         sources = self.sources if source is None else {**self.sources, name: source}
         return model.replace(networks=dataclasses.replace(self.networks, **{name: network}), sources=sources)
+
+    def add_words(self, source: str | Path, word: str | None = None, **hub: Any) -> "Model":
+        """The model with words that stand for learned features (textual inversion, Gal et al., 2023).
+
+        Example:
+          >>> model.add_words("sd-concepts-library/cat-toy")("a photo of <cat-toy>")
+
+        Args:
+          source: the file, or the folder or repository with ``learned_embeds.safetensors`` or ``.bin``.
+          word: what to write in prompts. Default: the file's own words, or the file's name where it has none.
+          **hub: attributes of `codi_jax.io.hub.ModelFolder`.
+
+        Raises:
+          WeightsError: if the file is not for this model, or a word already means something.
+        """
+        return words.add(self, source, word, **hub)
 
     def check_lora(self, source: str | Path, **hub: Any) -> None:
         """Raises the `WeightsError` that `merge_lora` would raise; needs the LoRA, but not the model's weights."""
@@ -487,13 +472,3 @@ class Model:
         null = self.tokenize([negative_prompt or ""])
         repeated = {name: ids.repeat(len(prompts), axis=0) for name, ids in null.items()}
         return {"ids": self.tokenize(prompts), "null_ids": repeated}
-
-
-class _StepReporter:
-    """Reports steps to the caller. JAX keeps it with the compiled program, so it must not hold the pipeline."""
-
-    listener: Callable[[int], Any] | None = None
-
-    def __call__(self, step: Any) -> None:
-        if self.listener is not None:
-            self.listener(int(step))

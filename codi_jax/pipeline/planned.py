@@ -9,7 +9,8 @@ import numpy as np
 
 from codi_jax.models import sharding
 from codi_jax.pipeline.generation import Program, generate, input_shardings
-from codi_jax.pipeline.model import Model, Programs
+from codi_jax.pipeline.model import Model
+from codi_jax.pipeline.programs import Programs
 from codi_jax.planning.plan import Plan
 from codi_jax.planning.programs import bytes_on_device, compile_for_target, with_shardings
 from codi_jax.planning.targets import Target

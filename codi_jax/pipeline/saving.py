@@ -57,6 +57,8 @@ def save(
     if jax.process_index() != 0:
         return
     try:
+        for name in model.tokenizers.keys() - model.tokenizer_files.keys():  # with new words
+            model.tokenizers[name].save_pretrained(folder / name)
         for name, files in model.tokenizer_files.items():
             (folder / name).mkdir(parents=True, exist_ok=True)
             for file in files:

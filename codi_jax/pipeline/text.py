@@ -50,14 +50,15 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], text_encoder: CLIPTextModel
     length = min(tokenizer.model_max_length, config.max_position_embeddings)
     if length < 2:  # the tokens that begin and end a text
         raise WeightsError(f"the tokenizer's model_max_length = {length} has no room for a text; CLIP's is 77.")
+    prompts = [_with_all_tokens(tokenizer, prompt) for prompt in prompts]
     options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "np"}
-    ids = tokenizer(list(prompts), **options).input_ids.astype(np.int32)
+    ids = tokenizer(prompts, **options).input_ids.astype(np.int32)
     if ids.max() >= config.vocab_size:
         raise ValueError(
             f"the tokenizer made token {ids.max()}, but the text encoder knows {config.vocab_size}: "
             "they are not from the same model."
         )
-    for prompt, whole in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
+    for prompt, whole in zip(prompts, tokenizer(prompts, verbose=False).input_ids, strict=True):
         if len(whole) > length:
             cut = tokenizer.decode(whole[length - 1 : -1]).strip()
             warnings.warn(
@@ -66,3 +67,12 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], text_encoder: CLIPTextModel
                 stacklevel=2,
             )
     return ids
+
+
+def _with_all_tokens(tokenizer: Any, prompt: str) -> str:
+    """The prompt with every token of its new words, ``word word_1 word_2``, as diffusers writes them."""
+    added = tokenizer.added_tokens_encoder
+    for word in (word for word in added if f"{word}_1" in added and word in prompt):
+        count = next(number for number in range(1, len(added) + 1) if f"{word}_{number}" not in added)
+        prompt = prompt.replace(word, " ".join([word, *(f"{word}_{number}" for number in range(1, count))]))
+    return prompt

@@ -137,6 +137,7 @@ def test_bad_input_is_one_sentence(models: Models, tmp_path: Path) -> None:
         (["--steps", "1001"], "error: steps = 1001: choose 1 to 1000"),
         (["--controlnet", "CONTROLNET"], "error: the pipeline has a ControlNet: give it a control_image"),
         (["--height", "100000000"], "error: --height 100000000 is not possible: it must be between 1 and 16384"),
+        (["--textual_inversion", "no.safetensors:<toy>"], r"error: There is no weight file no\.safetensors"),
         (["--lora", "nothing.safetensors"], r"error: There is no weight file nothing\.safetensors"),
         (["--lora", "OTHER"], r"error: .*lora\.safetensors.*is a LoRA for another model"),
         (["--seed", str(2**63)], "error: --seed 9223372036854775808 is not possible"),

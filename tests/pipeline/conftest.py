@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pairs import Pair, Pairs, load_pair
 
-from codi_jax.pipeline.model import Programs
+from codi_jax.pipeline.programs import Programs
 
 
 @pytest.fixture(scope="session")

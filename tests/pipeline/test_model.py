@@ -30,7 +30,8 @@ from codi_jax.diffusion.sampling_spec import SamplingSpec
 from codi_jax.diffusion.timesteps import default_sampler, timesteps_for
 from codi_jax.models.config import ConfigError, WeightsError
 from codi_jax.pipeline import DiffusionPipeline
-from codi_jax.pipeline.model import Model, Programs
+from codi_jax.pipeline.model import Model
+from codi_jax.pipeline.programs import Programs
 
 
 def test_another_schedule_is_another_program(pairs: Pairs) -> None:

@@ -9,7 +9,8 @@ import pytest
 from folders import SIZE, refuse_weights, saved_pipeline
 
 from codi_jax.pipeline import planned
-from codi_jax.pipeline.model import Model, Programs
+from codi_jax.pipeline.model import Model
+from codi_jax.pipeline.programs import Programs
 from codi_jax.planning.chips import Chip
 from codi_jax.planning.targets import Target
 

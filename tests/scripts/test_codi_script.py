@@ -30,7 +30,8 @@ from script_runs import (
 )
 
 from codi_jax.diffusion.timesteps import default_sampler
-from codi_jax.pipeline.model import Model, Programs
+from codi_jax.pipeline.model import Model
+from codi_jax.pipeline.programs import Programs
 from codi_jax.training import run as runner
 from codi_jax.training.checkpoint import CheckpointError
 from training_scripts import train_codi_flax as codi

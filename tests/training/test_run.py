@@ -20,7 +20,8 @@ from codi_jax.diffusion.sampling_spec import SamplingSpec
 from codi_jax.models import sharding
 from codi_jax.models.config import Params
 from codi_jax.pipeline.conditions import Frozen
-from codi_jax.pipeline.model import Model, Programs
+from codi_jax.pipeline.model import Model
+from codi_jax.pipeline.programs import Programs
 from codi_jax.training import batches, loop, optim, teacher
 from codi_jax.training import run as runner
 from codi_jax.training.checkpoint import CheckpointError
