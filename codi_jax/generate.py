@@ -48,6 +48,10 @@ class Args(Flags):
     ..."""
     negative_prompt: str | None = None
     """Description of what to avoid."""
+    long_prompts: bool = False
+    """Read prompts of more than 77 tokens in chunks instead of cutting them off."""
+    weighted_prompts: bool = False
+    """Read (word:1.2), (word) and [word] as weights of words, as A1111's web UI does; prompts may be long, too."""
     image: str | None = None
     """File or URL of the image to start from, to edit or to paint into."""
     mask_image: str | None = None
@@ -197,6 +201,8 @@ def _sampling(args: Args) -> dict[str, Any]:
     """How the model is sampled, as arguments of its call."""
     return {
         "negative_prompt": args.negative_prompt,
+        "long_prompts": args.long_prompts,
+        "weighted_prompts": args.weighted_prompts,
         "strength": args.strength,
         "steps": args.steps,
         "guidance_scale": args.guidance_scale,

@@ -271,9 +271,10 @@ class CLIPTextModel(Network):
 def encode_text(
     text_encoders: Mapping[str, CLIPTextModel],
     params: Mapping[str, Any],
-    ids: Mapping[str, Int[Array, "b s"]],
+    ids: Mapping[str, Int[Array, "b *k s"]],
     is_sdxl: bool,
-) -> tuple[Float[Array, "b s d"], Float[Array, "b p"]]:
+    weights: Mapping[str, Float[Array, "b k s"]] | None = None,
+) -> tuple[Float[Array, "b n d"], Float[Array, "b p"]]:
     """Encodes token ids as Stable Diffusion does.
 
     SD 1.x and 2.x attend to the last hidden state. SDXL attends to the second-to-last of both encoders, concatenated,
@@ -282,20 +283,29 @@ def encode_text(
     Args:
       text_encoders: ``text_encoder``, and for SDXL ``text_encoder_2``.
       params: their parameters, under the same names.
-      ids: token ids for each, under the same names.
+      ids: token ids for each, under the same names. Texts in k chunks are encoded one chunk after another, and attended
+        to as one text; the pooled output is the first chunk's.
       is_sdxl: whether to use them as SDXL does.
+      weights: factors on the features of the tokens, under the same names, after which each text's mean is restored.
 
     Returns:
       The features, and the pooled output of the last encoder.
     """
-    outputs: list[Any] = [
-        text_encoders[name].apply({"params": params[name]}, ids[name]) for name in sorted(text_encoders)
-    ]
-    if is_sdxl:
-        context = jnp.concatenate([out.hidden_states[-2] for out in outputs], axis=-1)
-    else:
-        context = outputs[0].last_hidden_state
-    return context, outputs[-1].pooled
+    features, pooled = [], jnp.empty(0)
+    for name in sorted(text_encoders):
+        of_encoder = ids[name]
+        out = text_encoders[name].apply({"params": params[name]}, of_encoder.reshape(-1, of_encoder.shape[-1]))
+        states: Any = out.hidden_states[-2] if is_sdxl else out.last_hidden_state
+        states = states.reshape(len(of_encoder), -1, states.shape[-1])
+        features.append(states if weights is None else _weighted(states, weights[name]))
+        pooled = out.pooled.reshape(len(of_encoder), -1, out.pooled.shape[-1])[:, 0]
+    return jnp.concatenate(features, axis=-1), pooled
+
+
+def _weighted(features: Float[Array, "b n d"], weights: Float[Array, "b k s"]) -> Float[Array, "b n d"]:
+    weights = weights.reshape(*features.shape[:2], 1).astype(features.dtype)
+    old, new = features.mean((1, 2), keepdims=True), (features * weights).mean((1, 2), keepdims=True)
+    return features * weights * (old / new)
 
 
 def layer_norm(config: TransformerConfig, dtype: Any) -> nn.LayerNorm:

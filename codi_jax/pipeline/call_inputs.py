@@ -21,7 +21,7 @@ def make_inputs(
     sampler: SamplerName,
     times: np.ndarray,
     *,
-    ids: Mapping[str, Any],
+    texts: Mapping[str, Any],
     size: tuple[int, int],
     image: Any = None,
     mask_image: Any = None,
@@ -40,7 +40,7 @@ def make_inputs(
       networks: the model's networks.
       sampler: the sampler's name.
       times: the times at which it evaluates the network.
-      ids: token ids, ``ids`` and ``null_ids``, by text encoder.
+      texts: from `codi_jax.pipeline.text.prompt_inputs`.
       size: the image size in pixels, see `image_size`.
       image: this and the following arguments are as in `codi_jax.pipeline.model.Model.__call__`.
       mask_image: where to paint.
@@ -56,11 +56,11 @@ def make_inputs(
     Raises:
       ValueError: if arguments do not fit the model or each other.
     """
-    batch = len(next(iter(ids["ids"].values())))
+    batch = len(next(iter(texts["ids"].values())))
     check_images(networks, image, mask_image, control_image, strength)
     skipped = skipped_times(networks, sampler, times, image, mask_image, strength)
     inputs = {
-        **ids,
+        **texts,
         **_image_inputs(networks, batch, size, image, mask_image, control_image),
         **_original_inputs(networks, batch, size, image, mask_image, skipped),
         **_noise_inputs(networks, batch, size, sampler, len(times), seed, latents, noise),

@@ -31,7 +31,7 @@ Text = tuple[Float[Array, "b s d"], Float[Array, "b p"]]
 # The inputs of `generate` with one entry for each image, and the axis of the images.
 _IMAGE_AXES = {
     "ids": 0, "null_ids": 0, "z": 0, "noise": 1, "image": 0, "mask": 0, "control": 0, "time_ids": 0, "original": 0,
-    "changes": 0,
+    "changes": 0, "weights": 0, "null_weights": 0,
 }  # fmt: skip
 
 
@@ -91,11 +91,12 @@ def generate(
       params: the parameters of every network of ``program``.
       schedule: the model's noise schedule.
       guidance: the guidance, with one scale for all images.
-      inputs: the arrays. Always ``ids`` and ``null_ids`` (token ids by text encoder, [b, s]), ``z`` (noise, [b, h, w,
-        c]), ``timesteps`` [n], ``num_steps`` (how many of them to visit, or ``None``) and ``noise`` ([n-1, b, h, w, c]
-        or ``None``). Depending on the model: ``image`` [b, H, W, 3] in [-1, 1]; ``mask`` [b, H, W, 1] with it for
-        inpainting; ``control`` [b, H, W, 3] in [0, 1] and ``control_scale`` (scalar); ``time_ids`` [b, 6]. For the
-        sampler tcd: ``gamma`` (scalar). For prompt-to-prompt: ``shared_until`` [b/2], see
+      inputs: the arrays. Always ``ids`` and ``null_ids`` (token ids by text encoder, [b, s], or in k chunks [b, k, s]
+        with the tokens' ``weights`` and ``null_weights`` in the same shape), ``z`` (noise, [b, h, w, c]), ``timesteps``
+        [n], ``num_steps`` (how many of them to visit, or ``None``) and ``noise`` ([n-1, b, h, w, c] or ``None``).
+        Depending on the model: ``image`` [b, H, W, 3] in [-1, 1]; ``mask`` [b, H, W, 1] with it for inpainting;
+        ``control`` [b, H, W, 3] in [0, 1] and ``control_scale`` (scalar); ``time_ids`` [b, 6]. For the sampler tcd:
+        ``gamma`` (scalar). For prompt-to-prompt: ``shared_until`` [b/2], see
         `codi_jax.pipeline.conditions.Conditions`. To start from an image, or to keep a part of it: ``original``
         [b, H, W, 3] in [-1, 1], with ``skipped`` (scalar), ``changes`` [b, H, W, 1] or both, see
         `codi_jax.diffusion.samplers.Original`.
@@ -155,11 +156,16 @@ def _encode_texts(
 ) -> tuple[Text, Text]:
     """The features of the null text and of the prompts."""
     networks = program.networks
+
+    def encode(ids: Any, weights: Any) -> Text:
+        return encode_text(networks.text_encoders, params, ids, networks.is_sdxl, weights)
+
     if program.zero_null_text or guidance.branches == ("full",):
-        text = encode_text(networks.text_encoders, params, inputs["ids"], networks.is_sdxl)
+        text = encode(inputs["ids"], inputs.get("weights"))
         return jax.tree.map(jnp.zeros_like, text), text
     ids = stack_branches(inputs["null_ids"], inputs["ids"])
-    context, pooled = encode_text(networks.text_encoders, params, ids, networks.is_sdxl)
+    weights = stack_branches(inputs["null_weights"], inputs["weights"]) if "weights" in inputs else None
+    context, pooled = encode(ids, weights)
     (null_context, full_context), (null_pooled, full_pooled) = split_branches(context, 2), split_branches(pooled, 2)
     return (null_context, null_pooled), (full_context, full_pooled)
 

@@ -31,7 +31,7 @@ from codi_jax.pipeline.call_inputs import check_images, image_size, make_inputs,
 from codi_jax.pipeline.generation import Program, split_over_devices
 from codi_jax.pipeline.networks import Networks
 from codi_jax.pipeline.programs import Programs
-from codi_jax.pipeline.text import tokenize
+from codi_jax.pipeline.text import prompt_inputs, tokenize
 
 _ADAPTABLE = ("unet", "text_encoder", "text_encoder_2")
 
@@ -243,6 +243,8 @@ class Model:
         mask_image: Picture | Sequence[Picture] | None = None,
         strength: float | int | None = None,
         negative_prompt: str | None = None,
+        long_prompts: bool = False,
+        weighted_prompts: bool = False,
         steps: int | None = None,
         guidance_scale: float | int | None = None,
         image_guidance_scale: float | int | None = None,
@@ -270,6 +272,10 @@ class Model:
           strength: how much of the image to change: this part of the steps is taken, from the image with noise; with
             1 and a mask, from noise alone. Default: 0.8, or 1 with a mask. InstructPix2Pix models take none.
           negative_prompt: the text that guidance points away from. Default: the model's null text.
+          long_prompts: whether prompts may have more tokens than the text encoders take, which read them in chunks;
+            else the rest is cut off, with a warning.
+          weighted_prompts: whether parentheses weigh words, ``(word:1.2)``, see `codi_jax.pipeline.emphasis`; prompts
+            may then be long, too.
           steps: network evaluations of the sampler. Default: 4 for the samplers of few-step students, or as many as a
             generator was trained for, else 50.
           guidance_scale: the text's scale; 1 or less is no guidance. A model with a guidance embedding takes it as an
@@ -307,7 +313,14 @@ class Model:
             self.networks,
             sampler,
             times,
-            ids=self._token_ids(prompts, negative_prompt),
+            texts=prompt_inputs(
+                self.tokenizers,
+                self.networks.text_encoders,
+                prompts,
+                negative_prompt,
+                is_long=long_prompts,
+                is_weighted=weighted_prompts,
+            ),
             size=image_size(self.networks, height, width, image if image is not None else control_image),
             image=image,
             mask_image=mask_image,
@@ -467,8 +480,3 @@ class Model:
         encoders = self.networks.text_encoders
         by_encoder = {name.replace("tokenizer", "text_encoder"): each for name, each in self.tokenizers.items()}
         return {name: tokenize(tokenizer, prompts, encoders[name]) for name, tokenizer in by_encoder.items()}
-
-    def _token_ids(self, prompts: Sequence[str], negative_prompt: str | None) -> dict[str, Any]:
-        null = self.tokenize([negative_prompt or ""])
-        repeated = {name: ids.repeat(len(prompts), axis=0) for name, ids in null.items()}
-        return {"ids": self.tokenize(prompts), "null_ids": repeated}
