@@ -92,6 +92,8 @@ class Args(Flags):
     """Entries of scheduler_config.json to change, such as timestep_spacing=trailing or use_karras_sigmas=true."""
     gamma: float = 0.3
     """Randomness of the sampler tcd, from 0 (none) to 1 (as in lcm)."""
+    eta: float = 0.0
+    """Randomness of the sampler ddim, from 0 (none) to 1 (as DDPM)."""
     timesteps: tuple[int, ...] = ()
     """Descending training timesteps to sample at instead of --steps, such as 399 for a one-step generator."""
     seed: int = 0
@@ -132,7 +134,7 @@ class Args(Flags):
         fits = self.seed <= LARGEST_SEED - 2 * self.num_images
         self.require("seed", fits, "smaller: the other images have the seeds that follow, up to 2^63 - 1")
         self.require_at_least(0, "guidance_scale", "image_guidance_scale", "timesteps")
-        self.require_in(0, 1, "gamma", "guidance_rescale", "strength")
+        self.require_in(0, 1, "gamma", "eta", "guidance_rescale", "strength")
         _entries(self.scheduler_config)
         self.require_in(1, LARGEST_SIDE, "height", "width")
         check_output(self.output, self.num_images)
@@ -211,6 +213,7 @@ def _sampling(args: Args) -> dict[str, Any]:
         "controlnet_conditioning_scale": args.controlnet_conditioning_scale,
         "sampler": args.sampler,
         "gamma": args.gamma,
+        "eta": args.eta,
         "timesteps": args.timesteps or None,
         "height": args.height,
         "width": args.width,

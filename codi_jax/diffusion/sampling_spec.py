@@ -15,7 +15,7 @@ from codi_jax.diffusion.scheduler_config import (
 
 _FEW_STEPS, _MANY_STEPS = 4, 50  # of a distilled student; of diffusers' pipelines
 _FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
-_WITH_LEVELS = ("euler", "heun", "dpm-solver++", "dpm-solver++-sde")  # which diffusers lets choose them
+_WITH_LEVELS = ("euler", "heun", "dpm-solver++", "dpm-solver++-sde", "unipc")  # which diffusers lets choose them
 _GUIDANCE_SCALES = (7.5, 1.5)  # of the text and of the source image, in diffusers' pipelines
 
 

@@ -19,7 +19,8 @@ TimestepSpacing = Literal["leading", "trailing", "linspace"]
 DistillationGrid = Literal["trailing", "leading"]
 
 SamplerName = Literal[
-    "ddim", "euler", "euler-ancestral", "heun", "pndm", "dpm-solver++", "dpm-solver++-sde", "lcm", "tcd", "codi"
+    "ddim", "euler", "euler-ancestral", "heun", "pndm", "dpm-solver++", "dpm-solver++-sde", "unipc", "lcm", "tcd",
+    "codi",
 ]  # fmt: skip
 NoiseLevels = Literal["spaced", "karras", "exponential", "beta"]
 
@@ -31,6 +32,7 @@ SCHEDULER_OF: dict[SamplerName, str] = {
     "pndm": "PNDMScheduler",
     "dpm-solver++": "DPMSolverMultistepScheduler",
     "dpm-solver++-sde": "DPMSolverMultistepScheduler",  # if the file's algorithm_type is stochastic
+    "unipc": "UniPCMultistepScheduler",
     "lcm": "LCMScheduler",
     "tcd": "TCDScheduler",
     "codi": "DDIMScheduler",  # after "ddim", which a file with this class and no grid asks for

@@ -75,7 +75,7 @@ def _respaced(schedule: NoiseSchedule, first: float | int, last: float | int, st
 
 def _pndm_times(schedule: NoiseSchedule, steps: int) -> Int[np.ndarray, " n"]:
     times = _ddim_times(schedule, steps)
-    return np.concatenate([times[:2], times[1:]])  # the second time is visited twice, see `samplers.pndm`
+    return np.concatenate([times[:2], times[1:]])  # the second time is visited twice, see `time_samplers.pndm`
 
 
 def _spaced(schedule: NoiseSchedule, steps: int) -> Float[np.ndarray, " n"]:
@@ -164,24 +164,33 @@ _TIMES: dict[SamplerName, Callable[[NoiseSchedule, int], np.ndarray]] = {
     "pndm": _pndm_times,
     "dpm-solver++": _dpm_solver_times,
     "dpm-solver++-sde": _dpm_solver_times,
+    "unipc": _dpm_solver_times,
     "lcm": _lcm_times,
     "tcd": _tcd_times,
     "codi": _codi_times,
 }
 
 
+# Each class takes the values of the other one for its own default.
+_OF_UNIPC, _OF_DPM_SOLVER = ("bh1", "bh2", "logrho"), ("midpoint", "heun", "logrho")
+
+
 def _check_variant(sampler: SamplerName, schedule: NoiseSchedule) -> None:
     """Refuses options that diffusers would honor and `sampler` does not."""
     config = schedule.to_config()
     needed: dict[str, tuple[Any, ...]] = {}
-    if sampler in ("euler", "dpm-solver++", "dpm-solver++-sde"):
+    if sampler in ("euler", "dpm-solver++", "dpm-solver++-sde", "unipc"):
         needed = {"use_lu_lambdas": (False,), "final_sigmas_type": ("zero",)}
     if sampler == "euler":
         needed |= {"interpolation_type": ("linear",), "timestep_type": ("discrete",)}
     if sampler in ("dpm-solver++", "dpm-solver++-sde"):
         algorithms = ("dpmsolver++", "sde-dpmsolver++")
-        needed |= {"algorithm_type": algorithms, "solver_order": (2,), "solver_type": ("midpoint",)}
+        needed |= {"algorithm_type": algorithms, "solver_order": (2,), "solver_type": ("midpoint", *_OF_UNIPC)}
         needed |= {"lambda_min_clipped": (-np.inf,)}
+    if sampler == "unipc":
+        needed |= {"solver_order": (2,), "solver_type": ("bh2", *_OF_DPM_SOLVER), "predict_x0": (True,)}
+        needed |= {"disable_corrector": ([],)}
+        needed |= {"solver_p": (None,), "lower_order_final": (True,)}
     if sampler == "pndm":
         needed = {"skip_prk_steps": (True,), "prediction_type": ("epsilon", "v_prediction")}
         config.setdefault("skip_prk_steps", schedule.sampling.scheduler != "PNDMScheduler")

@@ -8,7 +8,7 @@ A student that leads from any time t to any earlier time r on the teacher's traj
 
 with f^{→r}(z_t, t) = α_r x̂ + σ_r ε̂, the first-order exponential integrator of the semi-linear ODE:
 f^{→t}(z_t, t) = z_t holds by construction, so no boundary scalings are needed. The sampler is
-`codi_jax.diffusion.samplers.tcd`.
+`codi_jax.diffusion.time_samplers.tcd`.
 
 It shares flags, student and exports with LCM, its neighbor; new is r, which is 0 there.
 """

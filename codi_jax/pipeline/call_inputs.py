@@ -29,6 +29,7 @@ def make_inputs(
     strength: float | int | None = None,
     control_scale: float | int = 1.0,
     gamma: float | int = 0.3,
+    eta: float | int = 0.0,
     seed: int = 0,
     latents: Any = None,
     noise: Any = None,
@@ -48,6 +49,7 @@ def make_inputs(
       strength: how much of the image to change.
       control_scale: a factor on the ControlNet's outputs.
       gamma: γ of the sampler tcd.
+      eta: η of the sampler ddim.
       seed: the first image's seed.
       latents: noise to start from.
       noise: what a stochastic sampler adds.
@@ -59,11 +61,12 @@ def make_inputs(
     batch = len(next(iter(texts["ids"].values())))
     check_images(networks, image, mask_image, control_image, strength)
     skipped = skipped_times(networks, sampler, times, image, mask_image, strength)
+    has_noise = SAMPLERS[sampler].is_stochastic or (sampler == "ddim" and eta > 0)
     inputs = {
         **texts,
         **_image_inputs(networks, batch, size, image, mask_image, control_image),
         **_original_inputs(networks, batch, size, image, mask_image, skipped),
-        **_noise_inputs(networks, batch, size, sampler, len(times), seed, latents, noise),
+        **_noise_inputs(networks, batch, size, has_noise, len(times), seed, latents, noise),
         **_sharing_inputs(batch, times, shared_attention),
         "timesteps": times,
         "num_steps": None,
@@ -72,6 +75,8 @@ def make_inputs(
         inputs["control_scale"] = np.float32(control_scale)
     if sampler == "tcd":
         inputs["gamma"] = np.float32(gamma)
+    if sampler == "ddim" and eta > 0:
+        inputs["eta"] = np.float32(eta)
     if shared_attention is not None and latents is None:
         inputs["z"] = _of_sources(inputs["z"], axis=0)
         inputs["noise"] = None if inputs["noise"] is None else _of_sources(inputs["noise"], axis=1)
@@ -218,7 +223,7 @@ def _noise_inputs(
     networks: Networks,
     batch: int,
     size: tuple[int, int],
-    sampler: SamplerName,
+    has_noise: bool,
     steps: int,
     seed: int,
     latents: Any,
@@ -231,7 +236,7 @@ def _noise_inputs(
         latents = jnp.stack([jax.random.normal(jax.random.fold_in(key, 0), shape) for key in keys])
     if latents.shape != (batch, *shape):
         raise ValueError(f"latents have shape {list(latents.shape)}, but {[batch, *shape]} is needed.")
-    if not SAMPLERS[sampler].is_stochastic:
+    if not has_noise:
         noise = None
     elif noise is None:
         more = (steps - 1, *shape)

@@ -96,7 +96,7 @@ def generate(
         [n], ``num_steps`` (how many of them to visit, or ``None``) and ``noise`` ([n-1, b, h, w, c] or ``None``).
         Depending on the model: ``image`` [b, H, W, 3] in [-1, 1]; ``mask`` [b, H, W, 1] with it for inpainting;
         ``control`` [b, H, W, 3] in [0, 1] and ``control_scale`` (scalar); ``time_ids`` [b, 6]. For the sampler tcd:
-        ``gamma`` (scalar). For prompt-to-prompt: ``shared_until`` [b/2], see
+        ``gamma`` (scalar), and for ddim ``eta``. For prompt-to-prompt: ``shared_until`` [b/2], see
         `codi_jax.pipeline.conditions.Conditions`. To start from an image, or to keep a part of it: ``original``
         [b, H, W, 3] in [-1, 1], with ``skipped`` (scalar), ``changes`` [b, H, W, 1] or both, see
         `codi_jax.diffusion.samplers.Original`.
@@ -121,7 +121,7 @@ def generate(
         original=_original(params, inputs, networks),
         num_steps=inputs["num_steps"],
         on_step=program.on_step,
-        **({"gamma": inputs["gamma"]} if "gamma" in inputs else {}),
+        **{name: inputs[name] for name in ("gamma", "eta") if name in inputs},
     )
     vae = networks.vae
     pixels = vae.apply({"params": params["vae"]}, z / vae.config.scaling_factor, method="decode").astype(jnp.float32)

@@ -252,6 +252,7 @@ class Model:
         controlnet_conditioning_scale: float | int = 1.0,
         sampler: SamplerName | None = None,
         gamma: float | int = 0.3,
+        eta: float | int = 0.0,
         timesteps: Sequence[int] | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -286,6 +287,7 @@ class Model:
           controlnet_conditioning_scale: a factor on the ControlNet's outputs.
           sampler: the sampler's name. Default: from the folder's scheduler.
           gamma: γ of the sampler tcd: 0 is deterministic; use more for more steps (diffusers' ``eta``).
+          eta: η of the sampler ddim: 0 adds no noise, and 1 is DDPM.
           timesteps: custom times instead of ``steps``, see `times`.
           height: in pixels. Default: the given image's, or else the model's.
           width: in pixels. Default: as for ``height``.
@@ -328,6 +330,7 @@ class Model:
             strength=strength,
             control_scale=controlnet_conditioning_scale,
             gamma=gamma,
+            eta=eta,
             seed=seed,
             latents=latents,
             noise=noise,

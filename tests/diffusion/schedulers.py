@@ -111,6 +111,7 @@ CLASSES: dict[str, str] = {
     "pndm": "PNDMScheduler",
     "dpm-solver++": "DPMSolverMultistepScheduler",
     "dpm-solver++-sde": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
     "lcm": "LCMScheduler",
     "tcd": "TCDScheduler",
 }

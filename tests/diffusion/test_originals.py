@@ -119,15 +119,15 @@ def test_into_a_part_from_noise(sampler: SamplerName) -> None:
 
 
 @pytest.mark.parametrize("levels", ["karras", "exponential", "beta"])
-@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm-solver++"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm-solver++", "unipc"])
 def test_other_levels(sampler: SamplerName, levels: str) -> None:
     """Those of all steps, of which the last ones are taken."""
     config = configuration(sampler, **{f"use_{levels}_sigmas": True})
     expected, left_out = theirs(config, 4, MASK)
     original = Original(jnp.asarray(Z0), jnp.int32(left_out), jnp.asarray(MASK))
     made = ours(sampler, NoiseSchedule.from_config(config), original, left_out)
-    # Their DPM-Solver cuts off the times of levels other than Karras', of 998.99… to 998.
-    is_cut = sampler == "dpm-solver++" and levels != "karras"
+    # Their DPM-Solver and UniPC cut off the times of levels other than Karras', of 998.99… to 998.
+    is_cut = sampler in ("dpm-solver++", "unipc") and levels != "karras"
     assert relative_error(made, expected) <= (2e-3 if is_cut else 1e-4)
 
 

@@ -97,7 +97,7 @@ def replayed_noise(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
 @pytest.mark.parametrize(
     ("sampler", "prediction_type"),
     [
-        *itertools.product(["ddim", "euler", "dpm-solver++"], PREDICTION_TYPES),
+        *itertools.product(["ddim", "euler", "dpm-solver++", "unipc"], PREDICTION_TYPES),
         *itertools.product(["pndm"], ["epsilon", "v_prediction"]),
     ],
 )
@@ -113,7 +113,7 @@ def test_deterministic_samplers(sampler: SamplerName, prediction_type: str, spac
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
-@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm-solver++"])
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm-solver++", "unipc"])
 def test_zero_terminal_snr(sampler: SamplerName, prediction_type: str, spacing: str):
     config = config_for(sampler, prediction_type=prediction_type, timestep_spacing=spacing, rescale_betas_zero_snr=True)
     schedule, z = NoiseSchedule.from_config(config), normal(0)
@@ -143,6 +143,25 @@ def test_where_the_last_step_ends(sampler: SamplerName, set_alpha_to_one: bool):
     schedule, z = NoiseSchedule.from_config(config), normal(0)
     _, expected = diffusers_sample(config, z, num_inference_steps=5)
     assert relative_error(our_sample(sampler, schedule, z, timesteps_for(sampler, schedule, 5)), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("eta", [0.4, 1.0])
+def test_ddim_with_noise(eta: float, prediction_type: str, spacing: str):
+    config = config_for("ddim", prediction_type=prediction_type, timestep_spacing=spacing, set_alpha_to_one=True)
+    schedule, z = NoiseSchedule.from_config(config), normal(0)
+    scheduler, model, noise = diffusers.DDIMScheduler.from_config(config), denoise(torch), normal(4, 20, *SHAPE)
+    for steps in (1, 2, 20):
+        scheduler.set_timesteps(steps)
+        x = torch.tensor(z)
+        for t, added in zip(scheduler.timesteps, noise, strict=False):
+            x = scheduler.step(model(x, t), t, x, eta=eta, variance_noise=torch.tensor(added), return_dict=False)[0]
+        given = jnp.asarray(noise[: steps - 1]) if steps > 1 else None
+        ours = sample(
+            "ddim", denoise(jnp), schedule, jnp.asarray(z), timesteps_for("ddim", schedule, steps), given, eta=eta
+        )
+        assert relative_error(ours, x) <= TOLERANCE, steps
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -191,12 +210,12 @@ def test_heun(prediction_type: str, spacing: str):
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("levels", ["karras", "exponential", "beta"])
-@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm-solver++"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm-solver++", "unipc"])
 def test_other_noise_levels(sampler: SamplerName, levels: str, spacing: str):
     config = config_for(sampler, timestep_spacing=spacing, **{f"use_{levels}_sigmas": True})
     schedule, z = NoiseSchedule.from_config(config), normal(0)
-    # diffusers' DPM-Solver rounds the times of Karras' levels, as we do, but cuts off the others, of 998.99… to 998.
-    is_cut = sampler == "dpm-solver++" and levels != "karras"
+    # Their DPM-Solver and UniPC round the times of Karras' levels, as we do, but cut off the others, of 998.99… to 998.
+    is_cut = sampler in ("dpm-solver++", "unipc") and levels != "karras"
     for steps in (2, 5, 20):
         times, expected = diffusers_sample(config, z, num_inference_steps=steps)
         ours = timesteps_for(sampler, schedule, steps)
