@@ -59,10 +59,11 @@ class Args(Flags):
     strength: float | None = None
     """How much of --image to change, from 0 to 1: this part of the steps is taken. Default: 0.8, or 1 with
     --mask_image."""
-    control_image: str | None = None
-    """File or URL of the ControlNet's condition, such as an image of edges."""
-    controlnet: str | None = None
-    """Folder or id of a ControlNet. Default: the one in the model's folder, if any."""
+    control_image: tuple[str, ...] = ()
+    """File or URL of the ControlNet's condition, such as an image of edges; one for each ControlNet."""
+    controlnet: tuple[str, ...] = ()
+    """Folder or id of a ControlNet, or of several, whose outputs add up. Default: the one in the model's folder, if
+    any."""
     unet: str | None = None
     """File with other weights for the model's UNet, such as a published student's, or owner/name/file.safetensors."""
     lora: tuple[str, ...] = ()
@@ -84,8 +85,12 @@ class Args(Flags):
     or 1 for a one-step or few-step generator."""
     guidance_rescale: float = 0.0
     """Takes back the contrast that a high --guidance_scale adds, from 0 (not at all) to 1 (Lin et al., 2024)."""
-    controlnet_conditioning_scale: float = 1.0
-    """Strength of the ControlNet."""
+    controlnet_conditioning_scale: tuple[float, ...] = (1.0,)
+    """Strength of the ControlNet, or of each of several."""
+    control_guidance_start: tuple[float, ...] = (0.0,)
+    """Part of the steps after which the ControlNet takes part, from 0 to 1; one number, or one for each."""
+    control_guidance_end: tuple[float, ...] = (1.0,)
+    """Part of the steps after which the ControlNet no longer takes part; one number, or one for each."""
     sampler: SamplerName | None = None
     """Sampler. Default: from the model's folder."""
     scheduler_config: tuple[str, ...] = ()
@@ -135,6 +140,7 @@ class Args(Flags):
         self.require("seed", fits, "smaller: the other images have the seeds that follow, up to 2^63 - 1")
         self.require_at_least(0, "guidance_scale", "image_guidance_scale", "timesteps")
         self.require_in(0, 1, "gamma", "eta", "guidance_rescale", "strength")
+        self.require_in(0, 1, "control_guidance_start", "control_guidance_end")
         _entries(self.scheduler_config)
         self.require_in(1, LARGEST_SIDE, "height", "width")
         check_output(self.output, self.num_images)
@@ -155,7 +161,7 @@ def run(args: Args) -> list[Path]:
     if args.plan is not None:
         _plan(args, args.plan)
     pictures = _pictures(args)
-    model = _changed(Model.open(args.model, args.controlnet, **_source(args)), args)
+    model = _changed(Model.open(args.model, args.controlnet or None, **_source(args)), args)
     times = model.check(
         **pictures,
         strength=args.strength,
@@ -187,7 +193,7 @@ def _plan(args: Args, target: str) -> NoReturn:
     with tempfile.TemporaryDirectory(prefix="plan-", ignore_cleanup_errors=True) as folder:
         opened = open_target(target, Path(folder))
         dtype = resolve_dtype(args.dtype, opened.platform)
-        model = Model.open(args.model, args.controlnet, dtype=dtype, attention=args.attention, **_source(args))
+        model = Model.open(args.model, args.controlnet or None, dtype=dtype, attention=args.attention, **_source(args))
         model = _changed(model, args)
         made = plan_sampling(model, call, opened, f"generate, {args.model}")
     report(made, args.plan_output)
@@ -195,8 +201,12 @@ def _plan(args: Args, target: str) -> NoReturn:
 
 def _pictures(args: Args) -> dict[str, Any]:
     """The images that the model is given."""
-    given = {"image": args.image, "mask_image": args.mask_image, "control_image": args.control_image}
-    return {name: open_image(source) for name, source in given.items() if source is not None}
+    given = {"image": args.image, "mask_image": args.mask_image}
+    pictures: dict[str, Any] = {name: open_image(source) for name, source in given.items() if source is not None}
+    if args.control_image:
+        conditions = [open_image(source) for source in args.control_image]
+        pictures["control_image"] = conditions if len(conditions) > 1 else conditions[0]
+    return pictures
 
 
 def _sampling(args: Args) -> dict[str, Any]:
@@ -211,6 +221,8 @@ def _sampling(args: Args) -> dict[str, Any]:
         "image_guidance_scale": args.image_guidance_scale,
         "guidance_rescale": args.guidance_rescale,
         "controlnet_conditioning_scale": args.controlnet_conditioning_scale,
+        "control_guidance_start": args.control_guidance_start,
+        "control_guidance_end": args.control_guidance_end,
         "sampler": args.sampler,
         "gamma": args.gamma,
         "eta": args.eta,
@@ -267,7 +279,7 @@ def _changed(model: Model, args: Args) -> Model:
 def _load(args: Args) -> Model:
     model = Model.from_pretrained(
         args.model,
-        args.controlnet,
+        args.controlnet or None,
         [*map(_with_scale, args.lora)],
         dtype=resolve_dtype(args.dtype),
         lora_scale=args.lora_scale,

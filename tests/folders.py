@@ -83,7 +83,7 @@ def make_pipeline(family: str, scratch: Path, scheduler: Any = None) -> Any:
     else:
         parts.update(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     if has_controlnet:
-        parts["controlnet"] = make_torch("controlnet", _controlnet(is_sdxl), 5)
+        parts["controlnet"] = make_controlnet(is_sdxl=is_sdxl)
     pipeline = cls(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -96,9 +96,10 @@ def saved_pipeline(family: str, scratch: Path) -> Path:
     return scratch / family
 
 
-def _controlnet(is_sdxl: bool) -> dict[str, Any]:
-    unet = XL_UNET if is_sdxl else SD_UNET
-    return {key: unet.get(key, value) for key, value in TINY_CONTROLNETS["sdxl" if is_sdxl else "sd-1.x"].items()}
+def make_controlnet(*, is_sdxl: bool, seed: int = 5) -> Any:
+    """A randomly weighted ControlNet for the models here."""
+    unet, config = (XL_UNET, TINY_CONTROLNETS["sdxl"]) if is_sdxl else (SD_UNET, TINY_CONTROLNETS["sd-1.x"])
+    return make_torch("controlnet", {key: unet.get(key, value) for key, value in config.items()}, seed)
 
 
 def refuse_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,26 +106,32 @@ def sample(
 
 def _follow(course: Course, z: Latents, original: Original | None, visits: Visits, on_step: OnStep) -> Latents:
     """Takes the steps of a course from the noise ``z``."""
-
-    def at(levels: tuple[ArrayLike, ArrayLike], original: Original) -> Latents:
-        alpha, sigma = levels
-        return alpha * original.z0 + sigma * z
+    pasted = None if original is None or original.mask is None else original
 
     def body(index: Array, carry: tuple[Latents, ...]) -> tuple[Latents, ...]:
         x, *kept = course.step(carry, *(values[index] for values in course.values))
-        if original is not None and original.mask is not None:
+        if pasted is not None:
             alphas, sigmas = course.ends
-            x = jnp.where(original.mask > 0, x, at((alphas[index], sigmas[index]), original))
+            x = _pasted(x, pasted, alphas[index] * pasted.z0 + sigmas[index] * z)
         if on_step is not None:
             # Passing one element of the step's result makes the report wait for it.
             jax.debug.callback(lambda index, _, report=on_step: report(index), index, x[0, 0, 0, 0])
         return x, *kept
 
-    is_from_noise = original is None or original.skipped is None
-    x = course.scale * z if is_from_noise else at(course.start, original)
+    if original is None or original.skipped is None:
+        x = course.scale * z
+    else:
+        alpha, sigma = course.start
+        x = alpha * original.z0 + sigma * z
     kept = (jnp.zeros_like(z),) * course.memory
     x, *_ = jax.lax.fori_loop(visits.first, visits.count, body, (x, *kept))
-    return x if original is None or original.mask is None else jnp.where(original.mask > 0, x, original.z0)
+    return x if pasted is None else _pasted(x, pasted, pasted.z0)
+
+
+def _pasted(x: Latents, original: Original, outside: Latents) -> Latents:
+    """The latents where the image may change, and others elsewhere."""
+    mask: Any = original.mask
+    return jnp.where(mask > 0, x, outside)
 
 
 def _for_every_step(noise: Float[Array, "m b h w c"] | None, z: Latents, visits: Visits) -> Float[Array, "n b h w c"]:

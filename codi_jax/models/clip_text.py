@@ -294,8 +294,8 @@ def encode_text(
     features, pooled = [], jnp.empty(0)
     for name in sorted(text_encoders):
         of_encoder = ids[name]
-        out = text_encoders[name].apply({"params": params[name]}, of_encoder.reshape(-1, of_encoder.shape[-1]))
-        states: Any = out.hidden_states[-2] if is_sdxl else out.last_hidden_state
+        out: Any = text_encoders[name].apply({"params": params[name]}, of_encoder.reshape(-1, of_encoder.shape[-1]))
+        states = out.hidden_states[-2] if is_sdxl else out.last_hidden_state
         states = states.reshape(len(of_encoder), -1, states.shape[-1])
         features.append(states if weights is None else _weighted(states, weights[name]))
         pooled = out.pooled.reshape(len(of_encoder), -1, out.pooled.shape[-1])[:, 0]

@@ -1,11 +1,14 @@
 """ControlNet: a copy of the UNet's encoder that reads an image (Zhang et al., 2023), for SD 1.x, 2.x and SDXL."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from codi_jax.models.config import Channels, ConfigError, Params
@@ -151,6 +154,57 @@ class ControlNet(UNetEncoder):
                 added_cond=config.example_added_cond(),
             )["params"]
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class ControlNets:
+    """Several ControlNets with a condition each, whose outputs add up.
+
+    Attributes:
+      nets: the networks; the parameters are by their numbers, from ``"0"``.
+    """
+
+    nets: tuple[ControlNet, ...]
+
+    @property
+    def dtype(self) -> Any:
+        """The computation's dtype."""
+        return self.nets[0].dtype
+
+    def abstract_params(self, dtype: DTypeLike | None = None) -> Params:
+        """The parameter trees by number, as `codi_jax.models.network.Network.abstract_params`."""
+        return {str(number): net.abstract_params(dtype) for number, net in enumerate(self.nets)}
+
+    def apply(
+        self,
+        variables: Mapping[str, Any],
+        sample: Float[Array, "b h w c_in"],
+        timesteps: Int[Array, "b"] | Float[Array, "b"],
+        encoder_hidden_states: Float[Array, "b s d"],
+        controlnet_cond: Float[Array, "b h_image w_image c_all"],
+        conditioning_scale: Float[Array, "k"] | None = None,
+        added_cond: dict[str, Array] | None = None,
+    ) -> tuple[tuple[Array, ...], Float[Array, "b h_low w_low c_low"]]:
+        """The sum of the networks' outputs; arguments and errors as in `ControlNet.__call__`.
+
+        Args:
+          variables: ``{"params": parameters}``.
+          sample: noisy latents.
+          timesteps: training times, one per sample.
+          encoder_hidden_states: text features.
+          controlnet_cond: the networks' condition images, one after another along the channels.
+          conditioning_scale: a factor for each network. Default: 1.
+          added_cond: SDXL's ``text_embeds`` and ``time_ids``.
+        """
+        ends = np.cumsum([net.config.conditioning_channels for net in self.nets])[:-1]
+        images = jnp.split(controlnet_cond, ends, axis=-1)
+        scales = jnp.ones(len(self.nets)) if conditioning_scale is None else conditioning_scale
+        inputs = sample, timesteps, encoder_hidden_states
+        outputs = [
+            net.apply({"params": variables["params"][str(number)]}, *inputs, images[number], scales[number], added_cond)
+            for number, net in enumerate(self.nets)
+        ]
+        return jax.tree.map(lambda *each: sum(each[1:], each[0]), *outputs)
 
 
 def controlnet_from_unet(

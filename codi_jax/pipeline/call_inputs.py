@@ -11,6 +11,7 @@ from jaxtyping import Array
 from codi_jax.diffusion.samplers import SAMPLERS
 from codi_jax.diffusion.scheduler_config import SamplerName
 from codi_jax.io.images import as_list, stack_pictures, to_mask, to_pixels
+from codi_jax.models.controlnet import ControlNets
 from codi_jax.pipeline.networks import Networks
 
 _ROOMS = (8, 64)  # step counts that programs are compiled for, if a sampler can stop earlier
@@ -27,7 +28,9 @@ def make_inputs(
     mask_image: Any = None,
     control_image: Any = None,
     strength: float | int | None = None,
-    control_scale: float | int = 1.0,
+    control_scale: float | int | Sequence[float | int] = 1.0,
+    control_start: float | int | Sequence[float | int] = 0.0,
+    control_end: float | int | Sequence[float | int] = 1.0,
     gamma: float | int = 0.3,
     eta: float | int = 0.0,
     seed: int = 0,
@@ -48,6 +51,8 @@ def make_inputs(
       control_image: the ControlNet's condition.
       strength: how much of the image to change.
       control_scale: a factor on the ControlNet's outputs.
+      control_start: the part of the steps after which the ControlNet takes part.
+      control_end: the part of the steps after which it no longer does.
       gamma: γ of the sampler tcd.
       eta: η of the sampler ddim.
       seed: the first image's seed.
@@ -72,7 +77,7 @@ def make_inputs(
         "num_steps": None,
     }
     if control_image is not None:
-        inputs["control_scale"] = np.float32(control_scale)
+        inputs |= _control_inputs(networks, times[skipped:], control_scale, control_start, control_end)
     if sampler == "tcd":
         inputs["gamma"] = np.float32(gamma)
     if sampler == "ddim" and eta > 0:
@@ -83,19 +88,23 @@ def make_inputs(
     return _padded(inputs) if SAMPLERS[sampler].is_counted else inputs
 
 
-def image_size(networks: Networks, height: int | None, width: int | None, picture: Any) -> tuple[int, int]:
+def image_size(
+    networks: Networks, height: int | None, width: int | None, image: Any = None, control_image: Any = None
+) -> tuple[int, int]:
     """The image size in pixels, checked against what the VAE can downsample.
 
     Args:
       networks: the model's networks.
       height: in pixels. Default: the image's height, or else the model's.
       width: in pixels. Default: the image's width, or else the model's.
-      picture: the first of the given images, or ``None``.
+      image: the image to start from, to edit or to paint into.
+      control_image: the ControlNet's condition.
 
     Raises:
       ValueError: if the model cannot make images of this size.
     """
     downscale = networks.vae.config.downscale
+    picture = next(iter(_conditions_of(networks, control_image)), None) if image is None else image
     if picture is not None and (height is None or width is None):
         picture = as_list(picture)[0]
         own = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
@@ -146,6 +155,41 @@ def check_images(
             if takes_control
             else "control_image needs a ControlNet: load one with controlnet=."
         )
+    _conditions_of(networks, control_image)
+
+
+def _conditions_of(networks: Networks, control_image: Any) -> list[Any]:
+    """The condition images of each ControlNet."""
+    if control_image is None or not isinstance(networks.controlnet, ControlNets):
+        return [] if control_image is None else [control_image]
+    count = len(networks.controlnet.nets)
+    if not isinstance(control_image, list | tuple) or len(control_image) != count:
+        raise ValueError(f"the model has {count} ControlNets: give control_image as a list with one entry for each.")
+    return list(control_image)
+
+
+def _control_inputs(networks: Networks, times: np.ndarray, scale: Any, start: Any, end: Any) -> dict[str, Any]:
+    """The factors on the ControlNets' outputs, and between which times each takes part, as in diffusers."""
+    count = len(networks.controlnet.nets) if isinstance(networks.controlnet, ControlNets) else 1
+    values = {"controlnet_conditioning_scale": scale, "control_guidance_start": start, "control_guidance_end": end}
+    for name, value in values.items():
+        given = np.atleast_1d(np.asarray(value, np.float64))
+        if given.ndim > 1 or len(given) not in (1, count):
+            raise ValueError(f"{name} = {value}: give one number, or one for each of the {count} ControlNets.")
+        if name != "controlnet_conditioning_scale" and not np.all((given >= 0) & (given <= 1)):
+            raise ValueError(f"{name} = {value}: it must be between 0 and 1, a part of the steps.")
+        values[name] = np.broadcast_to(given, count)
+    scales, *ends = values.values()
+    steps = np.arange(len(times)) / len(times)
+    windows = []
+    for first, last in zip(*ends, strict=True):
+        taking = times[(steps >= first) & (steps + 1 / len(times) <= last + 1e-9)]
+        windows.append((taking[0], taking[-1]) if len(taking) else (-1, 0))  # none: no time is below the first
+    shape = () if count == 1 and not isinstance(networks.controlnet, ControlNets) else (count,)
+    return {
+        "control_scale": scales.astype(np.float32).reshape(shape),
+        "control_window": np.asarray(windows, np.float32).reshape(*shape, 2),
+    }
 
 
 def skipped_times(
@@ -196,7 +240,13 @@ def _image_inputs(
     if networks.task == "inpaint":
         inputs["mask"] = stack_pictures(mask_image, batch, lambda each: to_mask(each, size), "mask_image")
     if control_image is not None:
-        inputs["control"] = stack_pictures(control_image, batch, lambda each: to_pixels(each, size), "control_image")
+        inputs["control"] = np.concatenate(
+            [
+                stack_pictures(condition, batch, lambda each: to_pixels(each, size), "control_image")
+                for condition in _conditions_of(networks, control_image)
+            ],
+            axis=-1,
+        )
     if networks.is_sdxl:
         # Original size, crop corner, target size: SDXL's inputs about its training images.
         inputs["time_ids"] = np.asarray([[*size, 0, 0, *size]] * batch, np.float32)

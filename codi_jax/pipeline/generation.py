@@ -95,9 +95,10 @@ def generate(
         with the tokens' ``weights`` and ``null_weights`` in the same shape), ``z`` (noise, [b, h, w, c]), ``timesteps``
         [n], ``num_steps`` (how many of them to visit, or ``None``) and ``noise`` ([n-1, b, h, w, c] or ``None``).
         Depending on the model: ``image`` [b, H, W, 3] in [-1, 1]; ``mask`` [b, H, W, 1] with it for inpainting;
-        ``control`` [b, H, W, 3] in [0, 1] and ``control_scale`` (scalar); ``time_ids`` [b, 6]. For the sampler tcd:
-        ``gamma`` (scalar), and for ddim ``eta``. For prompt-to-prompt: ``shared_until`` [b/2], see
-        `codi_jax.pipeline.conditions.Conditions`. To start from an image, or to keep a part of it: ``original``
+        ``control`` [b, H, W, 3] in [0, 1], ``control_scale`` (scalar) and ``control_window`` [2], the first and last
+        time at which the ControlNet takes part, or for k ControlNets [b, H, W, 3k], [k] and [k, 2]; ``time_ids`` [b,
+        6]. For the sampler tcd: ``gamma`` (scalar), and for ddim ``eta``. For prompt-to-prompt: ``shared_until`` [b/2],
+        see `codi_jax.pipeline.conditions.Conditions`. To start from an image, or to keep a part of it: ``original``
         [b, H, W, 3] in [-1, 1], with ``skipped`` (scalar), ``changes`` [b, H, W, 1] or both, see
         `codi_jax.diffusion.samplers.Original`.
       program: what to compute.
@@ -109,7 +110,9 @@ def generate(
     conditions = _conditions(params, inputs, program, guidance)
 
     def denoise(z: Float[Array, "b h w c"], t: Array) -> Float[Array, "b h w c"]:
-        return predict(networks, params, z, jnp.full((batch,), t), conditions, guidance)
+        scale = _control_scale(inputs, t)
+        at_t = conditions if scale is None else dataclasses.replace(conditions, control_scale=scale)
+        return predict(networks, params, z, jnp.full((batch,), t), at_t, guidance)
 
     z = samplers.sample(
         program.sampler,
@@ -146,9 +149,16 @@ def _conditions(
         full=condition(text, image),
         null=condition(null_text, jnp.zeros_like(image) if is_edit and image is not None else image),
         image_only=condition(null_text, image) if is_edit else None,
-        control_scale=inputs.get("control_scale"),
         shared_until=inputs.get("shared_until"),
     )
+
+
+def _control_scale(inputs: Mapping[str, Any], t: Array) -> Array | None:
+    """The factors on the ControlNets' outputs at a time: 0 outside of their windows."""
+    if "control_scale" not in inputs:
+        return None
+    first, last = inputs["control_window"][..., 0], inputs["control_window"][..., 1]
+    return inputs["control_scale"] * ((t <= first) & (t >= last))
 
 
 def _encode_texts(

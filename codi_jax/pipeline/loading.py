@@ -1,6 +1,6 @@
 """Loads the parts of a model that ``model_index.json`` names, from a diffusers folder or the Hugging Face Hub."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from codi_jax.io.hub import ModelFolder
 from codi_jax.io.state_dict import PlaceFn
 from codi_jax.io.weights import build_module, load_model
 from codi_jax.models.config import ConfigError, Params, WeightsError
-from codi_jax.models.controlnet import ControlNet
+from codi_jax.models.controlnet import ControlNet, ControlNetConfig, ControlNets
 from codi_jax.models.kernels.attention import Implementation
 from codi_jax.models.network import Network
 from codi_jax.pipeline.networks import Networks
@@ -38,7 +38,7 @@ ALL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet")
 
 def load_parts(
     source: str | Path,
-    controlnet: str | Path | None = None,
+    controlnet: str | Path | Sequence[str | Path] | None = None,
     *,
     dtype: DTypeLike = jnp.float32,
     attention: Implementation = "auto",
@@ -65,22 +65,26 @@ def load_parts(
     if unet is not None:
         sources["unet"]["weights"] = unet
     of_part = dict.fromkeys(names, dtype) | {"vae": _vae_dtype(folder, dtype)}
-    loaded: dict[str, tuple[Network, Params | None]] = {}
+    loaded: dict[str, tuple[Network | ControlNets, Params | None]] = {}
     for name in names:
         if name in without_params:
             loaded[name] = build_module(folder.part(name), of_part[name], attention=attention), None
         else:
             loaded[name] = load_model(**sources[name], dtype=of_part[name], attention=attention, place=place)
     if controlnet is not None:
-        sources["controlnet"] = _controlnet_source(
-            controlnet, {**hub, "revision": controlnet_revision, "config": None}, variant
-        )
-        if "controlnet" in without_params:
-            where = {name: value for name, value in sources["controlnet"].items() if name != "variant"}
-            network, params = build_module(ModelFolder(**where), dtype, attention=attention), None
-        else:
-            network, params = load_model(**sources["controlnet"], dtype=dtype, attention=attention, place=place)
-        loaded["controlnet"] = _require_controlnet(network, sources["controlnet"]["source"]), params
+        where = {**hub, "revision": controlnet_revision, "config": None}
+        given = [controlnet] if isinstance(controlnet, str | Path) else list(controlnet)
+        found = [_controlnet_source(each, where, variant) for each in given]
+        nets = []
+        for each in found:
+            if "controlnet" in without_params:
+                place_of_it = ModelFolder(**{name: value for name, value in each.items() if name != "variant"})
+                network, params = build_module(place_of_it, dtype, attention=attention), None
+            else:
+                network, params = load_model(**each, dtype=dtype, attention=attention, place=place)
+            nets.append((_require_controlnet(network, each["source"]), params))
+        loaded["controlnet"] = nets[0] if len(nets) == 1 else _together(nets)
+        sources["controlnet"] = found[0]
     networks: dict[str, Any] = {name: network for name, (network, _) in loaded.items()}
     return {
         "networks": Networks(**networks),
@@ -106,7 +110,13 @@ def check_controlnet(networks: Networks) -> None:
     Raises:
       ConfigError: naming the difference.
     """
-    unet, controlnet = networks.unet.config, networks.controlnet.config
+    nets = networks.controlnet.nets if isinstance(networks.controlnet, ControlNets) else (networks.controlnet,)
+    for net in nets:
+        _check_controlnet(networks, net.config)
+
+
+def _check_controlnet(networks: Networks, controlnet: ControlNetConfig) -> None:
+    unet = networks.unet.config
     if controlnet.in_channels != networks.vae.config.latent_channels:
         raise ConfigError(
             f"the ControlNet has in_channels = {controlnet.in_channels}, but it only gets the noisy latents, "
@@ -184,6 +194,12 @@ def _controlnet_source(source: str | Path, hub: Mapping[str, Any], variant: str 
     folder = ModelFolder(str(Path(source).expanduser()), **hub)
     subfolder = "controlnet" if folder.find("config.json") is None else None
     return {"source": folder.source, "subfolder": subfolder, "variant": variant, **hub}
+
+
+def _together(nets: Sequence[tuple[ControlNet, Params | None]]) -> tuple[ControlNets, Params | None]:
+    """Several ControlNets as one network."""
+    params = {str(number): each for number, (_, each) in enumerate(nets) if each is not None}
+    return ControlNets(tuple(net for net, _ in nets)), params or None
 
 
 def _require_controlnet(network: Network, source: str) -> ControlNet:

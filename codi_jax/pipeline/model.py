@@ -81,7 +81,7 @@ class Model:
     def from_pretrained(
         cls,
         source: str | Path,
-        controlnet: str | Path | None = None,
+        controlnet: str | Path | Sequence[str | Path] | None = None,
         lora: str | Path | Sequence[str | Path | tuple[str | Path, float | int]] | None = None,
         *,
         dtype: DTypeLike = jnp.float32,
@@ -102,7 +102,7 @@ class Model:
 
         Args:
           source: a diffusers folder, a repository on the Hugging Face Hub, or a single file with a complete model.
-          controlnet: a ControlNet's folder or repository. Default: the one in ``source``, if any.
+          controlnet: a ControlNet's folder or repository, or several. Default: the one in ``source``, if any.
           lora: LoRA files, folders or repositories, or files in one (``owner/name/file.safetensors``), merged into the
             weights one after another; each alone or with a scale of its own, as ``(file, scale)``.
           dtype: the dtype of parameters and computation; with float16, a VAE that asks for float32 stays in float32.
@@ -148,7 +148,9 @@ class Model:
         return model
 
     @classmethod
-    def open(cls, source: str | Path, controlnet: str | Path | None = None, **options: Any) -> "Model":
+    def open(
+        cls, source: str | Path, controlnet: str | Path | Sequence[str | Path] | None = None, **options: Any
+    ) -> "Model":
         """A model without its weights, for checks before they are downloaded and read.
 
         Args:
@@ -238,7 +240,7 @@ class Model:
         self,
         prompt: str | Sequence[str],
         image: Picture | Sequence[Picture] | None = None,
-        control_image: Picture | Sequence[Picture] | None = None,
+        control_image: Picture | Sequence[Picture | Sequence[Picture]] | None = None,
         *,
         mask_image: Picture | Sequence[Picture] | None = None,
         strength: float | int | None = None,
@@ -249,7 +251,9 @@ class Model:
         guidance_scale: float | int | None = None,
         image_guidance_scale: float | int | None = None,
         guidance_rescale: float | int = 0.0,
-        controlnet_conditioning_scale: float | int = 1.0,
+        controlnet_conditioning_scale: float | int | Sequence[float | int] = 1.0,
+        control_guidance_start: float | int | Sequence[float | int] = 0.0,
+        control_guidance_end: float | int | Sequence[float | int] = 1.0,
         sampler: SamplerName | None = None,
         gamma: float | int = 0.3,
         eta: float | int = 0.0,
@@ -268,7 +272,7 @@ class Model:
           prompt: one text, or several.
           image: the image to start from, to edit or to paint into, one for all prompts or one per prompt (a list, or an
             array with four axes).
-          control_image: the ControlNet's condition, as for ``image``.
+          control_image: the ControlNet's condition, as for ``image``; for several, a list with one entry for each.
           mask_image: white where to paint; the rest of the image stays.
           strength: how much of the image to change: this part of the steps is taken, from the image with noise; with
             1 and a mask, from noise alone. Default: 0.8, or 1 with a mask. InstructPix2Pix models take none.
@@ -284,7 +288,9 @@ class Model:
           image_guidance_scale: the image's scale, for InstructPix2Pix; 1 needs two passes per step instead of three,
             and less turns off all guidance. Default: 1.5, or none for a generator.
           guidance_rescale: φ of `codi_jax.diffusion.guidance.rescaled_guidance`, for high scales without edits.
-          controlnet_conditioning_scale: a factor on the ControlNet's outputs.
+          controlnet_conditioning_scale: a factor on the ControlNet's outputs, or one for each of several.
+          control_guidance_start: the part of the steps after which the ControlNet takes part, or one for each.
+          control_guidance_end: the part of the steps after which it no longer does, or one for each.
           sampler: the sampler's name. Default: from the folder's scheduler.
           gamma: γ of the sampler tcd: 0 is deterministic; use more for more steps (diffusers' ``eta``).
           eta: η of the sampler ddim: 0 adds no noise, and 1 is DDPM.
@@ -323,12 +329,14 @@ class Model:
                 is_long=long_prompts,
                 is_weighted=weighted_prompts,
             ),
-            size=image_size(self.networks, height, width, image if image is not None else control_image),
+            size=image_size(self.networks, height, width, image, control_image),
             image=image,
             mask_image=mask_image,
             control_image=control_image,
             strength=strength,
             control_scale=controlnet_conditioning_scale,
+            control_start=control_guidance_start,
+            control_end=control_guidance_end,
             gamma=gamma,
             eta=eta,
             seed=seed,
@@ -383,7 +391,7 @@ class Model:
     def check(
         self,
         image: Picture | Sequence[Picture] | None = None,
-        control_image: Picture | Sequence[Picture] | None = None,
+        control_image: Picture | Sequence[Picture | Sequence[Picture]] | None = None,
         *,
         mask_image: Picture | Sequence[Picture] | None = None,
         strength: float | int | None = None,
@@ -413,7 +421,7 @@ class Model:
           ValueError: if the call would raise one.
         """
         check_images(self.networks, image, mask_image, control_image, strength)
-        image_size(self.networks, height, width, image if image is not None else control_image)
+        image_size(self.networks, height, width, image, control_image)
         sampler = sampler or default_sampler(self.schedule)
         times = self.times(steps, sampler, timesteps)
         return times[skipped_times(self.networks, sampler, times, image, mask_image, strength) :]

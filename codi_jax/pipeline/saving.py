@@ -19,6 +19,7 @@ from codi_jax.io.single_file import SD1, SD2, SDXL, Family, write_single_file
 from codi_jax.io.state_dict import leaves_by_name, to_torch_layout
 from codi_jax.io.weights import copy_model, save_model
 from codi_jax.models.config import Params, WeightsError
+from codi_jax.models.controlnet import ControlNets
 
 if TYPE_CHECKING:
     from codi_jax.pipeline.model import Model
@@ -49,6 +50,8 @@ def save(
       WeightsError: as in `codi_jax.pipeline.model.Model.save_pretrained`.
     """
     networks = model.networks.by_name()
+    if isinstance(networks.get("controlnet"), ControlNets):
+        raise WeightsError("several ControlNets cannot be saved with a model: save it with one, or without.")
     for name, params in model.params.items():
         of_file = dtype.get(name) if isinstance(dtype, Mapping) else dtype
         save_model(folder, name, networks[name], params, dtype=of_file)

@@ -1,0 +1,81 @@
+"""Several ControlNets, and the part of the steps in which they take part, against diffusers."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+from folders import make_controlnet
+from pairs import PROMPTS, Pair, Pairs, as_in_folder, assert_same_picture, latents, picture, run_theirs
+
+from codi_jax.models.config import WeightsError
+from codi_jax.pipeline.model import Model
+
+CONDITIONS = [[picture(0), picture(1)], [picture(2), picture(3)]]
+SCALES = (0.8, 1.3)
+RUN = {"guidance_scale": 3.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another ControlNet for the same model."""
+    folder = tmp_path_factory.mktemp("second")
+    make_controlnet(is_sdxl=False, seed=9).save_pretrained(folder)
+    return folder
+
+
+def with_both(pair: Pair, folder: Path) -> tuple[Any, Model]:
+    theirs = as_in_folder(pair)
+    parts = {**theirs.components, "requires_safety_checker": False}
+    nets = [parts["controlnet"], diffusers.ControlNetModel.from_pretrained(folder)]
+    theirs = type(theirs)(**{**parts, "controlnet": diffusers.MultiControlNetModel(nets)})
+    theirs.set_progress_bar_config(disable=True)
+    return theirs, Model.from_pretrained(pair.folder, [pair.folder, folder])
+
+
+def test_two_equal_diffusers(pairs: Pairs, folder: Path) -> None:
+    pair = pairs("controlnet")
+    theirs, ours = with_both(pair, folder)
+    options = {"controlnet_conditioning_scale": list(SCALES), **RUN}
+    wanted = run_theirs("text-to-image", theirs, latents(), image=CONDITIONS, num_inference_steps=2, **options)
+    made = ours(PROMPTS, control_image=CONDITIONS, steps=2, latents=latents(), **options)
+    assert_same_picture(made, wanted)
+    swapped = ours(PROMPTS, control_image=CONDITIONS[::-1], steps=2, latents=latents(), **options)
+    assert np.any(swapped != made)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.0, 0.5), (0.25, 1.0), (0.5, 0.75), (0.4, 0.6), (0.0, 0.0)])
+def test_a_part_of_the_steps(pairs: Pairs, start: float, end: float) -> None:
+    pair = pairs("controlnet")
+    options = {"control_guidance_start": start, "control_guidance_end": end, **RUN}
+    if start < end:  # diffusers refuses an empty part
+        wanted = run_theirs(
+            "text-to-image", as_in_folder(pair), latents(), image=CONDITIONS[0], num_inference_steps=4, **options
+        )
+    else:
+        options_of_none = {"controlnet_conditioning_scale": 0.0, **RUN}
+        wanted = pair.ours(PROMPTS, control_image=CONDITIONS[0], steps=4, latents=latents(), **options_of_none)
+    assert_same_picture(pair.ours(PROMPTS, control_image=CONDITIONS[0], steps=4, latents=latents(), **options), wanted)
+
+
+def test_each_has_a_part_of_its_own(pairs: Pairs, folder: Path) -> None:
+    theirs, ours = with_both(pairs("controlnet"), folder)
+    parts = {"control_guidance_start": [0.0, 0.5], "control_guidance_end": [0.5, 1.0], **RUN}
+    wanted = run_theirs("text-to-image", theirs, latents(), image=CONDITIONS, num_inference_steps=4, **parts)
+    assert_same_picture(ours(PROMPTS, control_image=CONDITIONS, steps=4, latents=latents(), **parts), wanted)
+
+
+def test_what_is_not_given_once_or_for_each(pairs: Pairs, folder: Path, tmp_path: Path) -> None:
+    pair = pairs("controlnet")
+    ours = Model.open(pair.folder, [pair.folder, folder])
+    with pytest.raises(ValueError, match="the model has 2 ControlNets: give control_image as a list"):
+        ours.check(control_image=picture(0))
+    for name, value, message in (
+        ("controlnet_conditioning_scale", (1, 2, 3), "give one number, or one for each of the 2 ControlNets"),
+        ("control_guidance_end", 1.5, "must be between 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ours(PROMPTS, control_image=CONDITIONS, steps=2, **{name: value})
+    with pytest.raises(WeightsError, match="several ControlNets cannot be saved with a model"):
+        ours.save_pretrained(tmp_path)
