@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -46,6 +49,16 @@ def flags_of(script: Any, inputs: Inputs, output_dir: Path, **flags: Any) -> Any
 def run(script: Any, inputs: Inputs, output_dir: Path, **flags: Any) -> Path:
     script.main(flags_of(script, inputs, output_dir, **flags))
     return output_dir
+
+
+def card_of(folder: Path) -> tuple[huggingface_hub.ModelCard, str, list[str]]:
+    """A model's card, and with the folder in place of the name the code in it and the words of its command."""
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    code, command = (
+        re.search(rf"```{language}\n(.*?)\n```", card.text, re.DOTALL)[1].replace(f'"{folder.name}"', f'"{folder}"')
+        for language in ("python", "bash")
+    )
+    return card, code, [str(folder) if word == folder.name else word for word in shlex.split(command)]
 
 
 class Prepared(NamedTuple):

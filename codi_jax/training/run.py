@@ -26,6 +26,7 @@ from codi_jax.training import batches, loop, optim, planned, starting, teacher
 from codi_jax.training.configured import configure, frozen_of, without_unused
 from codi_jax.training.flags import RunFlags
 from codi_jax.training.method import Export, Load, Method, Setup
+from codi_jax.training.model_card import write_card
 from codi_jax.training.validation import Samples, generate_with, validation_samples
 
 Args = TypeVar("Args", bound=RunFlags)
@@ -200,10 +201,17 @@ def run(
         mesh=mesh,
         validate=None if hooks.show is None else functools.partial(_validate, hooks.show, this),
         record=_exports(hooks, this) if hooks.record is None else hooks.record(this),
-        export=functools.partial(hooks.write, this),
+        export=functools.partial(_finish, hooks.write, this),
         run_config=identity,
     )
     return args
+
+
+def _finish(write: Callable[[Run, Any, Path], None], run: Run, state: Any, folder: Path) -> None:
+    """Writes the export of a finished run, and its card."""
+    write(run, state, folder)
+    if jax.process_index() == 0:
+        write_card(folder, run.args, run.student)
 
 
 def _exports(hooks: Hooks, run: Run) -> loop.Recorder | None:

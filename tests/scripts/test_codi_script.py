@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from script_runs import (
     assert_same_weights,
     assert_trained,
     cached_in,
+    card_of,
     condition,
     generate,
     picture_of,
@@ -29,6 +31,7 @@ from script_runs import (
     weights_of,
 )
 
+from codi_jax import generate as generate_command
 from codi_jax.diffusion.timesteps import default_sampler
 from codi_jax.pipeline.model import Model
 from codi_jax.pipeline.programs import Programs
@@ -57,6 +60,31 @@ def test_codi_writes_a_student_that_diffusers_loads(inputs: Inputs, codi_run: Pa
     assert_frozen(codi_run, inputs.model, "unet", "vae", "text_encoder")
     outputs = [key for key in weights_of(codi_run / "controlnet") if key.startswith("controlnet_mid_block.")]
     assert all(weights_of(codi_run / "controlnet")[key].any() for key in outputs)
+
+
+def test_the_card_says_what_it_is_and_how_to_use_it(codi_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    card, code, command = card_of(codi_run)
+    assert card.data.to_dict()["library_name"] == "diffusers"
+    assert {"codi_jax", "controlnet"} <= {*card.data.tags}
+    assert "- `--max_train_steps 4`" in card.text
+    assert re.search(r"The last step that was logged: step 4, .*loss [\d.e-]+", card.text)
+    assert "hf_secret" not in card.text
+    assert str(tmp_path.parent) not in card.text  # nor any other folder of this machine
+    made: dict[str, Any] = {"control_image": Image.fromarray(condition())}
+    exec(code, made)
+    assert made["image"].size == (SIZE, SIZE)
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(condition()).save("control.png")
+    monkeypatch.setattr(sys, "argv", command[2:])
+    generate_command.main()
+    assert Image.open("out.png").size == (SIZE, SIZE)
+
+
+def test_a_card_that_somebody_wrote_stays(inputs: Inputs, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
+    run(codi, inputs, tmp_path / "run")
+    assert (tmp_path / "run" / "README.md").read_text().endswith("# Mine\n")
 
 
 def test_a_student_says_how_it_is_to_be_sampled(codi_run: Path):

@@ -24,6 +24,7 @@ from script_runs import (
     assert_frozen,
     assert_reports,
     assert_same_weights,
+    card_of,
     flags_of,
     prepare,
     run,
@@ -196,6 +197,12 @@ def test_a_lora_loads_in_diffusers(models: Models, tmp_path: Path) -> None:
     assert np.abs(made - 255 * wanted).max() <= 2
     plain = Model.from_pretrained(inputs.model)("a dog", **given)
     assert np.abs(made.astype(float) - plain).max() > 2
+    _, code, command = card_of(out)
+    by_card: dict[str, Any] = {}
+    exec(code.replace(f'"{inputs.model.name}"', f'"{inputs.model}"'), by_card)
+    assert type(by_card["pipeline"].scheduler) is diffusers.LCMScheduler
+    assert by_card["image"].size == (SIZE, SIZE)
+    assert command[command.index("--lora") + 1] == str(out)
 
 
 @pytest.mark.parametrize("use_lora", [False, True], ids=["whole", "lora"])
