@@ -81,6 +81,19 @@ def test_kohya_file(family, models, tmp_path):
     assert_trees_close(ours, merged_by_diffusers(path, family, models[family]), models[family])
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+def test_files_of_few_bits(dtype, models, tmp_path):
+    parts = torch_parts("sd-1.x")
+    for model in parts.values():
+        adapt(model)
+    few = {key: x if key.endswith("alpha") else x.to(dtype) for key, x in kohya_state(parts, 1.5).items()}
+    path, full = tmp_path / "few.safetensors", tmp_path / "full.safetensors"
+    safetensors.torch.save_file({key: x.contiguous() for key, x in few.items()}, path)
+    safetensors.torch.save_file({key: x.float().contiguous() for key, x in few.items()}, full)
+    ours, wanted = (load_lora(file, models["sd-1.x"]) for file in (path, full))
+    assert_same(ours, wanted)
+
+
 def test_a_file_without_alpha_has_alpha_r(models, tmp_path):
     parts = torch_parts("sd-1.x")
     for model in parts.values():

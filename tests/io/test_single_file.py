@@ -126,6 +126,19 @@ def test_checkpoints_of_pytorch(family: str, folders: dict[str, Path], files: di
         assert_same(dict(to_state_dict(ours.params[name])), dict(to_state_dict(halves)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+def test_files_of_few_bits(dtype: torch.dtype, folders: dict[str, Path], files: dict[str, Path], tmp_path: Path):
+    few = {name: tensor.to(dtype) for name, tensor in safetensors.torch.load_file(files["sd-1.x"]).items()}
+    safetensors.torch.save_file(few, tmp_path / "few.safetensors")
+    full = {name: tensor.float() for name, tensor in few.items()}
+    safetensors.torch.save_file(full, tmp_path / "full.safetensors")
+    ours, wanted = (
+        Model.from_pretrained(tmp_path / f"{name}.safetensors", config=folders["sd-1.x"]) for name in ("few", "full")
+    )
+    for name, params in wanted.params.items():
+        assert_same(dict(to_state_dict(ours.params[name])), dict(to_state_dict(params)))
+
+
 def test_text_encoders_of_early_files(folders: dict[str, Path], files: dict[str, Path], tmp_path: Path):
     """Without the level "text_model"."""
     checkpoint = safetensors.torch.load_file(files["sd-1.x"])
