@@ -3,11 +3,12 @@
 The standard library's unpickler can be kept from calling functions, but not from wasting resources: a memo index
 allocates that many slots, and a key of nested tuples takes forever to hash. This interpreter refuses every opcode that
 tensors do not need, allows only strings as keys, lets calls create only dictionaries and tensors, and limits how much
-is read.
+is read. Of what PyTorch Lightning adds to a checkpoint, callbacks and the like, nothing is made.
 """
 
 import io
 import pickletools
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -148,13 +149,23 @@ def _dictionary(items: Any = ()) -> dict[str, Any]:
 
 
 def _set_item(target: Any, key: Any, value: Any) -> None:
+    if target is _UNNEEDED or key is _UNNEEDED:
+        return
     # For other keys, hashing alone could take forever.
     if not isinstance(target, dict) or not (isinstance(key, str) or _is_int(key)):
         raise ValueError("it sets something other than a named entry of a dictionary")
     target[key] = value
 
 
-# All that a pickle may name. Dtypes are strings.
+_UNNEEDED = object()
+"""What a checkpoint of PyTorch Lightning holds besides tensors: never made, and nothing comes of using it."""
+_OF_LIGHTNING = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf)\..*"
+    r"|numpy\.(_?core\.multiarray\.scalar|dtype)|_codecs\.encode|typing\.Any"
+    r"|collections\.defaultdict|(__builtin__|builtins)\.(dict|int|list|float|str|bool)"
+)
+
+# All else that a pickle may name. Dtypes are strings.
 _NAMES: Mapping[str, Any] = {
     "collections.OrderedDict": _Call(_dictionary),
     "torch.Size": _Call(checked_shape),
@@ -257,6 +268,8 @@ class _Machine:
 
     def _extend(self, values: list[Any]) -> None:
         target = self._top()
+        if target is _UNNEEDED:
+            return
         if not isinstance(target, list):
             raise ValueError("it appends to something other than a list")
         target.extend(values)
@@ -271,6 +284,9 @@ class _Machine:
 
     def _reduce(self, _: None) -> None:
         function, arguments = self._pop_many(2)
+        if function is _UNNEEDED:
+            self.stack.append(_UNNEEDED)
+            return
         if not isinstance(function, _Call) or not isinstance(arguments, tuple) or len(arguments) > _MAX_ARGUMENTS:
             raise ValueError("it calls something other than a function")
         self._items += sum(len(argument) for argument in arguments if isinstance(argument, list | tuple))
@@ -278,9 +294,15 @@ class _Machine:
             raise ValueError("its calls have too many arguments")
         self.stack.append(function.function(*arguments))
 
+    def _make(self, _: None) -> None:
+        kind, _arguments = self._pop_many(2)
+        if kind is not _UNNEEDED:
+            raise ValueError("it makes something other than a tensor")
+        self.stack.append(_UNNEEDED)
+
     def _build(self, _: None) -> None:
         self._pop()  # attributes of a state dict, such as module versions: not needed
-        if not isinstance(self._top(), dict):
+        if not isinstance(self._top(), dict) and self._top() is not _UNNEEDED:
             raise ValueError("it sets attributes of something other than a dictionary")
 
     def _storage(self, _: None) -> None:
@@ -308,6 +330,7 @@ _OPERATIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
     "SETITEM": _Machine._set,
     "SETITEMS": _Machine._set_all,
     "REDUCE": _Machine._reduce,
+    "NEWOBJ": _Machine._make,
     "BUILD": _Machine._build,
     "BINPERSID": _Machine._storage,
 }
@@ -316,9 +339,11 @@ _OPERATIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
 def _find(module: Any, name: Any) -> Any:
     if not isinstance(module, str) or not isinstance(name, str):
         raise ValueError("it looks up something other than a name")
-    if (found := _NAMES.get(f"{module}.{name}")) is None:
-        raise RefusedError(f"{module}.{name}"[:200])
-    return found
+    if (found := _NAMES.get(f"{module}.{name}")) is not None:
+        return found
+    if _OF_LIGHTNING.fullmatch(f"{module}.{name}"):
+        return _UNNEEDED
+    raise RefusedError(f"{module}.{name}"[:200])
 
 
 def _pairs(values: list[Any]) -> Iterable[tuple[Any, Any]]:

@@ -1,7 +1,10 @@
 """Models in one file: what diffusers reads of ours, what we read of it, and what is no model."""
 
+import collections
 import hashlib
 import json
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +127,36 @@ def test_checkpoints_of_pytorch(family: str, folders: dict[str, Path], files: di
     for name, params in theirs.params.items():
         halves = jax.tree.map(lambda leaf: leaf.astype("float16").astype("float32"), params)
         assert_same(dict(to_state_dict(ours.params[name])), dict(to_state_dict(halves)))
+
+
+class ModelCheckpoint:
+    """As PyTorch Lightning's: the checkpoints of Stable Diffusion 1.x have the class as a key."""
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_checkpoints_of_lightning(
+    protocol: int, folders: dict[str, Path], files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint"):
+        module = types.ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(ModelCheckpoint, "__module__", module.__name__)
+    module.ModelCheckpoint = ModelCheckpoint
+    callback = ModelCheckpoint()
+    callback.best = torch.tensor(0.5)
+    content = {
+        "epoch": 3, "global_step": 7, "pytorch-lightning_version": "1.4.2",
+        "state_dict": safetensors.torch.load_file(files["sd-1.x"]),
+        "callbacks": {ModelCheckpoint: {"monitor": "val/loss", "best_model_score": np.float64(0.1), "best": callback}},
+        "optimizer_states": [{"state": {0: {"step": 7}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}]}],
+        "lr_schedulers": [{"base_lrs": [1e-4], "lr_lambdas": [None]}],
+        "hyper_parameters": collections.defaultdict(list, names=["a"]),
+    }  # fmt: skip
+    torch.save(content, tmp_path / "model.ckpt", pickle_protocol=protocol)
+    ours = Model.from_pretrained(tmp_path / "model.ckpt", config=folders["sd-1.x"])
+    theirs = Model.from_pretrained(folders["sd-1.x"])
+    for name, params in theirs.params.items():
+        assert_same(dict(to_state_dict(ours.params[name])), dict(to_state_dict(params)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
