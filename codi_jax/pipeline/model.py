@@ -7,7 +7,7 @@ inpainting (9), each with or without a ControlNet; SD 1.x, 2.x and SDXL.
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -467,24 +467,29 @@ class Model:
         saving.save(self, Path(folder).expanduser(), dtype)
 
     def save_single_file(
-        self, path: str | Path, *, dtype: DTypeLike | None = None, metadata: Mapping[str, str] | None = None
+        self,
+        path: str | Path,
+        part: Literal["unet", "controlnet"] | None = None,
+        *,
+        dtype: DTypeLike | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         """Writes the model as one safetensors file under the names of the original code, for ComfyUI and its like.
-
-        A ControlNet is not written: such programs take it as a file of its own.
 
         Example:
           >>> model.save_single_file("mine.safetensors", dtype="float16")
 
         Args:
           path: the file.
+          part: the UNet or the ControlNet alone. Default: everything but a ControlNet, which is in a file of its own
+            there.
           dtype: precision in the file. Default: each parameter's own.
           metadata: texts by name, besides what is known of the model.
 
         Raises:
           WeightsError: if the model lacks parameters or takes guidance as an input, or the file cannot be written.
         """
-        saving.save_single_file(self, Path(path).expanduser(), dtype, metadata or {})
+        saving.save_single_file(self, Path(path).expanduser(), part, dtype, metadata or {})
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Int[np.ndarray, "n s"]]:
         """Token ids for every text encoder, by name; raises as `codi_jax.pipeline.text.tokenize` does."""

@@ -15,11 +15,12 @@ from jaxtyping import Shaped
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.diffusion.scheduler_config import CONFIG_NAME
 from codi_jax.io.atomic import write_json
-from codi_jax.io.single_file import SD1, SD2, SDXL, Family, write_single_file
+from codi_jax.io.single_file import CONTROLNET, SD1, SD2, SDXL, Family, write_single_file
 from codi_jax.io.state_dict import leaves_by_name, to_torch_layout
 from codi_jax.io.weights import copy_model, save_model
 from codi_jax.models.config import Params, WeightsError
 from codi_jax.models.controlnet import ControlNets
+from codi_jax.models.network import Network
 
 if TYPE_CHECKING:
     from codi_jax.pipeline.model import Model
@@ -73,15 +74,25 @@ def save(
         raise WeightsError(f"Could not save {folder}: {error.strerror or error}.") from error
 
 
-def save_single_file(model: "Model", path: Path, dtype: DTypeLike | None, metadata: Mapping[str, str]) -> None:
+def save_single_file(
+    model: "Model", path: Path, part: str | None, dtype: DTypeLike | None, metadata: Mapping[str, str]
+) -> None:
     """Writes a model as one file; arguments and errors as in `codi_jax.pipeline.model.Model.save_single_file`."""
-    networks = {name: each for name, each in model.networks.by_name().items() if name != "controlnet"}
-    if model.networks.unet.config.time_cond_proj_dim is not None:
+    existing = model.networks.by_name()
+    if part is not None and not isinstance(existing.get(part), Network):
+        raise WeightsError(f"the model has no {part}, or several: there is nothing to write.")
+    networks = {
+        name: each for name, each in existing.items() if (name != "controlnet" if part is None else name == part)
+    }
+    if part != "controlnet" and model.networks.unet.config.time_cond_proj_dim is not None:
         raise WeightsError(
             "this model takes its guidance as an input, which no program reads from a single file: export it with "
             "--bake_guidance_scale first."
         )
     family = _family_of(model)
+    architecture = _ARCHITECTURES[family.name] + (f"/{part}" if part else "")
+    if part == "controlnet":
+        family = CONTROLNET
     contents = {}
     for name, network in networks.items():
         if name not in model.params:
@@ -91,7 +102,7 @@ def save_single_file(model: "Model", path: Path, dtype: DTypeLike | None, metada
     side = (size if isinstance(size, int) else size[0]) * model.networks.vae.config.downscale
     known = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _ARCHITECTURES[family.name],
+        "modelspec.architecture": architecture,
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.prediction_type": {"v_prediction": "v"}.get(model.schedule.prediction_type, "epsilon"),
         "modelspec.resolution": f"{side}x{side}",

@@ -220,6 +220,30 @@ def test_controlnets(tmp_path: Path):
         assert names[ours_name] == theirs_name
 
 
+def test_parts_alone(folders: dict[str, Path], tmp_path: Path):
+    """What is written is read again, and by diffusers."""
+    pipeline = make_pipeline("controlnet", tmp_path / "parts")
+    pipeline.save_pretrained(tmp_path / "model")
+    model = Model.from_pretrained(tmp_path / "model")
+    for part in ("unet", "controlnet"):
+        file = tmp_path / f"{part}.safetensors"
+        model.save_single_file(file, part)
+        config = tmp_path / "model" / "controlnet" if part == "controlnet" else tmp_path / "model"
+        subfolder = None if part == "controlnet" else part
+        _, ours = load_model(file, subfolder, config=config)
+        assert_same(dict(to_state_dict(ours)), dict(to_state_dict(model.params[part])))
+        with safetensors.safe_open(file, framework="np") as opened:
+            assert opened.metadata()["modelspec.architecture"] == f"stable-diffusion-v1/{part}"
+    theirs = diffusers.UNet2DConditionModel.from_single_file(
+        str(tmp_path / "unet.safetensors"), config=str(tmp_path / "model"), subfolder="unet", local_files_only=True
+    )
+    assert_same({name: x.numpy() for name, x in theirs.state_dict().items()}, dict(to_state_dict(model.params["unet"])))
+    student = Model.from_pretrained(tmp_path / "model", unet=tmp_path / "unet.safetensors")
+    assert_same(dict(to_state_dict(student.params["unet"])), dict(to_state_dict(model.params["unet"])))
+    with pytest.raises(WeightsError, match="the model has no controlnet, or several: there is nothing to write"):
+        Model.open(folders["sd-1.x"]).save_single_file(tmp_path / "none.safetensors", "controlnet")
+
+
 # ---- What a file says of itself
 
 
