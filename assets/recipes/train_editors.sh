@@ -1,42 +1,87 @@
 #!/usr/bin/env bash
-# Editing, from the models in assets/: LCM students of the InstructPix2Pix teacher (three, and one that takes both
-# guidances), the training-free adaptation, and the comparison of all.
-# About an hour and a half on 2 cores; every run goes on where it was when the script is started again.
+# Editing, from the avatars in assets/: LCM students of the InstructPix2Pix teacher (three, and one that takes both guidances),
+# the training-free adaptation with the difference of a whole LCM and of a LoRA, and the comparison of all. Every run goes on
+# where it was when the script is started again.
 #
-#   bash assets/recipes/train_editors.sh [FOLDER]    (PYTHON=.venv/bin/python)
+#   bash assets/recipes/train_editors.sh [FOLDER] [STAGE ...]    (PYTHON=.venv/bin/python; all stages without STAGE)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 work=${1:-runs/editors}
-teacher=${MODEL:-assets/emoji-edit}
-[ -e "$work/data" ] || "$python" dataset_tools/emoji.py --copies 2 --output_dir "$work/data"
+teacher=${TEACHER:-assets/avatars-edit}
+model=${MODEL:-assets/avatars}
+steps=${STEPS:-1500}
+stages=("${@:2}")
+[ ${#stages[@]} -gt 0 ] || stages=(data students guidances adapted evaluate scales)
 
 run=(--resolution 64 --cache_latents --cache_dir "$work/cache" --train_batch_size 32 --lr_scheduler cosine
-     --lr_warmup_steps 100 --logging_steps 50 --checkpointing_steps 400 --checkpoints_total_limit 2
-     --resume_from_checkpoint latest --num_validation_images 16 --validation_steps 0 --save_dtype float16)
-edits=(--train_data_dir "$work/data/edits/train" --validation_data_dir "$work/data/edits/validation")
-text=(--train_data_dir "$work/data/train" --validation_data_dir "$work/data/validation")
-scales=(--guidance_scale 6 --image_guidance_scale 1.5)
+     --lr_warmup_steps 100 --learning_rate 3e-4 --max_train_steps "$steps" --logging_steps 100 --checkpointing_steps 300
+     --checkpoints_total_limit 1 --resume_from_checkpoint latest --num_validation_images 16 --validation_steps 0
+     --save_dtype float16)
+edits=(--pretrained_teacher_model "$teacher" --train_data_dir "$work/data/edits/train"
+       --validation_data_dir "$work/data/edits/validation" --guidance_scale 3 --image_guidance_scale 1.5)
+text=(--pretrained_teacher_model "$model" --train_data_dir "$work/data/text/train"
+      --validation_data_dir "$work/data/text/validation" --guidance_scale 3)
+# w is the guidance scale minus 1.
+guided=(--w_min 1 --w_max 5)
+both_guided=("${guided[@]}" --w_image_min 0 --w_image_max 1)
+weights=(0.25 0.5 0.75 1)
 
-# w is the guidance scale minus 1. After so few steps a student follows w only in part: it is trained, and sampled, with
-# more guidance than the teacher is sampled with.
-lcm=("${run[@]}" --w_min 2 --w_max 8 --learning_rate 3e-4 --max_train_steps "${STEPS:-800}")
-for seed in 0 1 2; do
-  "$python" training_scripts/train_lcm_distil_instruct_pix2pix_sdxl.py --pretrained_teacher_model "$teacher" \
-    "${edits[@]}" "${lcm[@]}" "${scales[@]}" --seed "$seed" --output_dir "$work/student-$seed"
-done
-"$python" training_scripts/train_lcm_distil_instruct_pix2pix_sdxl.py --pretrained_teacher_model "$teacher" \
-  "${edits[@]}" "${lcm[@]}" "${scales[@]}" --w_image_min 0 --w_image_max 1 --output_dir "$work/two-guidances"
+draw() { "$python" dataset_tools/avatars.py "$@"; }
+train_editor() { "$python" training_scripts/train_lcm_distil_instruct_pix2pix_sdxl.py "${run[@]}" "${edits[@]}" "$@"; }
+train_text() { "$python" training_scripts/train_lcm_flax.py "${run[@]}" "${text[@]}" "${guided[@]}" "$@"; }
+adapt() { "$python" training_scripts/adapt_instruct_pix2pix.py --pretrained_model_name_or_path "$teacher" "$@"; }
+evaluate() {
+  "$python" -m codi_jax.evaluate --data "$work/data/edits/validation" --guidance_scale 3 --image_guidance_scale 1.5 "$@"
+}
 
-# The training-free adaptation: what LCM changed in the text-to-image model.
-"$python" training_scripts/train_lcm_flax.py --pretrained_teacher_model assets/emoji "${text[@]}" "${lcm[@]}" \
-  --guidance_scale 6 --output_dir "$work/text-student"
-"$python" training_scripts/adapt_instruct_pix2pix.py --pretrained_model_name_or_path "$teacher" \
-  --base_model assets/emoji --distilled_model "$work/text-student" --weight 0.5 --output_dir "$work/adapted"
+stage_data() {
+  draw --train_data_dir "$work/data/edits/train" --max_train_samples 50000 --task edit
+  draw --train_data_dir "$work/data/edits/validation" --max_train_samples 1000 --task edit --split validation
+  draw --train_data_dir "$work/data/text/train" --max_train_samples 50000
+  draw --train_data_dir "$work/data/text/validation" --max_train_samples 1000 --split validation
+}
 
-students="$work/student-0,$work/student-1,$work/student-2"
-"$python" -m codi_jax.evaluate --models "teacher=$teacher" "LCM=$students" \
-  "LCM, two guidances@1,2,4,8=$work/two-guidances" "adapted@2,5,8=$work/adapted" \
-  --data "$work/data/edits/validation" --guidance_scale 6 --image_guidance_scale 1.5 \
-  --guidance_scales teacher:3 adapted:2 --image_guidance_scales adapted:1 --seeds 0 1 2 \
-  --max_samples 200 --output_dir "$work/evaluation"
+stage_students() {
+  for seed in 0 1 2; do train_editor "${guided[@]}" --seed "$seed" --output_dir "$work/student-$seed"; done
+}
+
+stage_guidances() { train_editor "${both_guided[@]}" --output_dir "$work/two-guidances"; }
+
+# What LCM changed in the text-to-image model that the editor began as, added to the editor.
+stage_adapted() {
+  train_text --output_dir "$work/text-student"
+  train_text --use_lora --lora_rank 32 --output_dir "$work/text-lora"
+  adapt --base_model "$model" --distilled_model "$work/text-student" --weight "${weights[@]}" --output_dir "$work/adapted"
+  adapt --lora "$work/text-lora" --weight "${weights[@]}" --output_dir "$work/adapted-lora"
+}
+
+stage_evaluate() {
+  models=("teacher@50,4,2,1=$teacher" "LCM@4,2,1=$work/student-0,$work/student-1,$work/student-2"
+          "two guidances@4,2,1=$work/two-guidances")
+  scales=(--guidance_scales)
+  images=(--image_guidance_scales)
+  for kind in adapted adapted-lora; do
+    for weight in "${weights[@]}"; do
+      models+=("$kind $weight@4,5=$work/$kind/weight-$weight")
+      scales+=("$kind $weight:2")
+      images+=("$kind $weight:1")
+    done
+  done
+  evaluate --models "${models[@]}" "${scales[@]}" "${images[@]}" --max_samples 300 --output_dir "$work/evaluation"
+}
+
+# Success and preservation as functions of both scales, of the teacher in 50 steps and the student in 4.
+stage_scales() {
+  models=() scales=(--guidance_scales) images=(--image_guidance_scales)
+  for scale in 1.5 3 5; do
+    for image in 1 1.5 2; do
+      models+=("teacher $scale $image@50=$teacher" "student $scale $image@4=$work/two-guidances")
+      scales+=("teacher $scale $image:$scale" "student $scale $image:$scale")
+      images+=("teacher $scale $image:$image" "student $scale $image:$image")
+    done
+  done
+  evaluate --models "${models[@]}" "${scales[@]}" "${images[@]}" --seeds 0 --max_samples 100 --output_dir "$work/scales"
+}
+
+for stage in "${stages[@]}"; do "stage_$stage"; done
