@@ -19,7 +19,7 @@ NOT_TORCH := grep -vE '^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)=='
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow test-lowest lint format lock clean
+.PHONY: help venv demo test test-slow test-lowest lint format docs lock clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,6 +90,10 @@ lint: $(INSTALLED)  ## ruff check, ruff format --check, pyright
 format: $(INSTALLED)  ## let ruff mend and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED)  ## build the documentation's site in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "See build/site/index.html, or run: $(BIN)/mkdocs serve"
 
 lock: | $(BIN)/python  ## resolve requirements.lock anew, for Python 3.11 and later
 	@test -x $(BIN)/uv || $(BIN)/python $(PIP) uv

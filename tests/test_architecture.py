@@ -229,7 +229,7 @@ def test_the_makefile_installs_the_torch_of_the_test_extra():
 
 @pytest.mark.parametrize("name", codi_jax.__all__)
 def test_the_interface_is_documented_by_example(name: str):
-    assert "Example:\n" in (getattr(codi_jax, name).__doc__ or "")
+    assert "Examples:\n" in (getattr(codi_jax, name).__doc__ or "")
 
 
 def test_the_interface_is_imported_when_it_is_used():

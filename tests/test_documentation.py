@@ -135,7 +135,8 @@ def test_the_readme_is_short() -> None:
 @each(DOCS)
 def test_every_page_can_be_found(page: Path) -> None:
     index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
-    assert page.name == "README.md" or f"({page.relative_to(ROOT / 'docs')})" in index
+    is_reference = page.parent.name == "api"  # which only the site can show
+    assert page.name == "README.md" or is_reference or f"({page.relative_to(ROOT / 'docs')})" in index
 
 
 @each(PAGES)

@@ -17,7 +17,7 @@ _EVERY = 10.0  # seconds between two lines in a file
 class Progress:
     """Shows how much of some work is done, and how long the rest will take.
 
-    Example:
+    Examples:
       >>> with Progress("encoding images", len(images)) as progress:
       ...     for image in images:
       ...         progress.advance()

@@ -29,7 +29,7 @@ _STATIC = {"static": True}
 class Guidance:
     """How the predictions for several conditions become one; create it with the class methods.
 
-    Example:
+    Examples:
       >>> guidance = Guidance.classifier_free(7.5)
       >>> guidance.branches
       ('null', 'full')

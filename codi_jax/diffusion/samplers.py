@@ -64,7 +64,7 @@ def sample(
 ) -> Latents:
     """Runs the sampler of that name.
 
-    Example:
+    Examples:
       >>> z0 = sample("ddim", denoise, schedule, z, timesteps_for("ddim", schedule, 50))
 
     Args:

@@ -26,7 +26,7 @@ class SamplingSpec:
     A model is sampled the way it was last trained for. A training method creates the spec with one of the class
     methods; it is saved with the student's noise schedule, see `codi_jax.diffusion.schedule.NoiseSchedule.sampled`.
 
-    Example:
+    Examples:
       >>> schedule = schedule.sampled(SamplingSpec.lcm(num_steps=50))
 
     Attributes:

@@ -53,7 +53,7 @@ class NoiseSchedule:
 
     Create it with `from_pretrained` or `from_config`; change it with `with_config` and `sampled`.
 
-    Example:
+    Examples:
       >>> schedule = NoiseSchedule.from_pretrained("assets/avatars")
       >>> z_t = schedule.add_noise(z0, noise, t=999)
 
@@ -292,7 +292,7 @@ def distillation_grid(
     - ``"leading"``: t_n = (n − 1)k, the grid of CoDi's reference code. It never trains t = T − 1, and its first entry
       t = s = 0 teaches no consistency.
 
-    Example:
+    Examples:
       >>> t, s = distillation_grid(1000, 4)
 
     Args:

@@ -27,7 +27,7 @@ def default_sampler(schedule: NoiseSchedule) -> SamplerName:
 def timesteps_for(sampler: SamplerName, schedule: NoiseSchedule, steps: int) -> np.ndarray:
     """The descending times of a sampler, as from diffusers' ``set_timesteps``.
 
-    Example:
+    Examples:
       >>> timesteps_for("lcm", schedule, steps=4)
 
     Args:

@@ -92,7 +92,7 @@ def load_lora(
 ) -> dict[str, Params]:
     """Reads a LoRA and matches it to models.
 
-    Example:
+    Examples:
       >>> loras = load_lora("latent-consistency/lcm-lora-sdv1-5", {"unet": params})
 
     Args:
@@ -153,7 +153,7 @@ def save_lora(
     The file is written next to its target and then moved. In a run of several processes all must call it, and the first
     one writes.
 
-    Example:
+    Examples:
       >>> save_lora("runs/mine", {"unet": lora})
 
     Args:

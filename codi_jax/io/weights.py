@@ -65,7 +65,7 @@ def load_model(
 ) -> tuple[Network, Params]:
     """Loads one network of a diffusers folder, tensor by tensor.
 
-    Example:
+    Examples:
       >>> unet, params = load_model("assets/avatars", "unet")
 
     Args:
@@ -207,7 +207,7 @@ def save_model(
     existing folder, files with the same names and older safetensors of the model are replaced, and all others are kept.
     In a run of several processes all must call it (tensors are gathered), and the first one writes.
 
-    Example:
+    Examples:
       >>> save_model("runs/mine", "unet", unet, params, dtype="float16")
 
     Args:

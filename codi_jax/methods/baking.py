@@ -21,7 +21,7 @@ def bake_guidance(
     Exactly the same function: the projection is linear and enters before ``linear_1``, so for a fixed w it raises that
     layer's bias by W₁ · cond_proj(embedding of w).
 
-    Example:
+    Examples:
       >>> unet, params = bake_guidance(unet, params, guidance_scale=7.5)
 
     Args:

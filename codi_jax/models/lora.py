@@ -59,7 +59,7 @@ def init_lora(
 ) -> Params:
     """A LoRA that changes nothing yet: A is Kaiming-uniform as in PEFT, B is zero (Hu et al., 2021, section 4.1).
 
-    Example:
+    Examples:
       >>> lora = init_lora(jax.random.key(0), params, rank=64)
 
     Args:
@@ -156,7 +156,7 @@ def adapted(lora: Params | None) -> AbstractContextManager[Any]:
 def merge_lora(params: Params, lora: Params, scale: float | Float[Array, ""] = 1.0) -> Params:
     """The parameters with W + scale · α/r · B A (or its DoRA form) instead of W, stored in W's dtype.
 
-    Example:
+    Examples:
       >>> params = merge_lora(params, lora, scale=0.7)
 
     Args:

@@ -41,7 +41,7 @@ class NullText:
 class Frozen:
     """What a training step reads but does not change: the teacher, for any method.
 
-    Example:
+    Examples:
       >>> Frozen({"unet": teacher_params, "vae": vae_params}, model.schedule)
 
     Attributes:
@@ -84,7 +84,7 @@ class Condition:
 class Conditions:
     """The condition of each sample, and the conditions that guidance points away from.
 
-    Example:
+    Examples:
       >>> Conditions(full=Condition(text_features), null=Condition(null_features))
 
     Attributes:

@@ -19,7 +19,7 @@ _PARTS = re.compile(
 def parse_emphasis(prompt: str) -> list[Piece]:
     """The pieces of a prompt and their weights.
 
-    Example:
+    Examples:
       >>> parse_emphasis("an (important:1.3) word")
       [('an ', 1.0), ('important', 1.3), (' word', 1.0)]
 

@@ -40,7 +40,7 @@ _ADAPTABLE = ("unet", "text_encoder", "text_encoder_2")
 class Model:
     """A model with all its parts. Immutable: methods that change something return a new model.
 
-    Example:
+    Examples:
       >>> model = Model.from_pretrained("assets/avatars")
       >>> images = model("a planet with a ring", steps=20, guidance_scale=3, seed=1)  # uint8, [1, height, width, 3]
 
@@ -212,7 +212,7 @@ class Model:
     def add_words(self, source: str | Path, word: str | None = None, **hub: Any) -> "Model":
         """The model with words that stand for learned features (textual inversion, Gal et al., 2023).
 
-        Example:
+        Examples:
           >>> model.add_words("sd-concepts-library/cat-toy")("a photo of <cat-toy>")
 
         Args:
@@ -476,7 +476,7 @@ class Model:
     ) -> None:
         """Writes the model as one safetensors file under the names of the original code, for ComfyUI and its like.
 
-        Example:
+        Examples:
           >>> model.save_single_file("mine.safetensors", dtype="float16")
 
         Args:

@@ -18,7 +18,7 @@ _EMBEDDING_CHANNELS = (16, 32, 96, 256)  # of a ControlNet's condition embedding
 class Networks:
     """The networks of a model, without their parameters: hashable, and static in a compiled program.
 
-    Example:
+    Examples:
       >>> Model.from_pretrained("assets/avatars").networks.task
 
     Attributes:

@@ -33,7 +33,7 @@ def predict(
 
     Guiding x̂ or ε̂ would give the same result: they are linear in the output, and the weights sum to one.
 
-    Example:
+    Examples:
       >>> eps = predict(networks, params, z, t, conditions, Guidance.classifier_free(7.5))
 
     Args:

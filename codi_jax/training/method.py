@@ -42,7 +42,7 @@ class Setup:
 
     A method's own setup has more attributes.
 
-    Example:
+    Examples:
       >>> Setup(networks=networks, student=networks, trained=("unet",), frozen=("vae", "text_encoder"))
 
     Attributes:
@@ -68,7 +68,7 @@ class Setup:
 class Export:
     """What a run writes of a state.
 
-    Example:
+    Examples:
       >>> Export({"unet": (setup.student.unet, state.ema["unet"])})
 
     Attributes:
@@ -173,7 +173,7 @@ def export_result(state: TrainState, setup: Setup, load: Load) -> Export:
 class Method(Generic[F, S]):
     """One way to train or to distill a model.
 
-    Example:
+    Examples:
       >>> METHOD = Method(flags=LcmFlags, sampling=sampling, configure=configure, init=init, loss=loss, export=export)
 
     Attributes:

@@ -117,7 +117,7 @@ def _write_whole(run: Run, export: Export, folder: Path) -> None:
 class Hooks:
     """What a run does differently from most; the defaults are what most runs do.
 
-    Example:
+    Examples:
       >>> run(method, args, hooks=Hooks(show=None))
 
     Attributes:
@@ -150,7 +150,7 @@ def run(
 ) -> Args:
     """Trains with a method, from the start or from a checkpoint, and writes what it exports.
 
-    Example:
+    Examples:
       >>> run(lcm.TEXT, args)
 
     Args:
