@@ -46,23 +46,23 @@ venv: $(INSTALLED)  ## make .venv with the locked packages, where it is missing 
 $(DEMO_READY): requirements.lock pyproject.toml | $(BIN)/python
 	@test -e $(INSTALLED) || { \
 	    echo "Installing what the demo needs into $(VENV) (a minute or two the first time) ..."; \
-	    $(BIN)/python $(PIP) -c requirements.lock -e ".[avatars,emoji,evaluation]"; }
+	    $(BIN)/python $(PIP) -c requirements.lock -e ".[avatars,evaluation]"; }
 	@touch $@
 
-# The CoDi command of the README on the models in assets/: the ControlNet, and a student distilled from it in minutes,
-# the UNet too, which gains more in so short a time.
-demo: $(DEMO_READY)  ## distill a 4-step student from the models in assets/ and compare the two (10 minutes on 2 cores)
-	@test -e $(DEMO)/data || $(BIN)/python dataset_tools/emoji.py --copies 1 --output_dir $(DEMO)/data
-	$(BIN)/python training_scripts/train_codi_flax.py \
-	    --pretrained_model_name_or_path assets/emoji --controlnet_model_name_or_path assets/emoji-controlnet \
+# The LCM command of the README on the model in assets/, and what one and two steps then draw. The teacher is better with
+# guidance, which the student has built in.
+demo: $(DEMO_READY)  ## distill a one-step student of the model in assets/ and compare the two (10 minutes on 2 cores)
+	$(BIN)/python dataset_tools/avatars.py --train_data_dir $(DEMO)/data/train --max_train_samples 8000
+	$(BIN)/python dataset_tools/avatars.py --train_data_dir $(DEMO)/data/validation --max_train_samples 100 \
+	    --split validation
+	$(BIN)/python training_scripts/train_lcm_flax.py --pretrained_teacher_model assets/avatars \
 	    --train_data_dir $(DEMO)/data/train --validation_data_dir $(DEMO)/data/validation --resolution 64 \
-	    --cache_latents --cache_dir $(DEMO)/cache --distill_learning_steps 4 --distill_x0_weight 0 \
-	    --train unet --onestepode_control_params initial --ema_decay 0.95 --train_batch_size 32 --max_train_steps 180 \
-	    --learning_rate 3e-4 --lr_scheduler cosine --lr_warmup_steps 20 --logging_steps 25 --checkpointing_steps 50 \
-	    --checkpoints_total_limit 1 --resume_from_checkpoint latest --output_dir $(DEMO)/student
-	$(BIN)/python -m codi_jax.evaluate --models ControlNet@50,4,1=assets/emoji+assets/emoji-controlnet \
-	    student@4,1=$(DEMO)/student --data $(DEMO)/data/validation --guidance_scale 1 --seeds 0 \
-	    --output_dir $(DEMO)/evaluation
+	    --cache_latents --cache_dir $(DEMO)/cache --w_min 2 --w_max 2 --guidance_scale 3 --train_batch_size 32 \
+	    --max_train_steps 240 --learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 20 --logging_steps 20 \
+	    --checkpointing_steps 80 --checkpoints_total_limit 1 --resume_from_checkpoint latest --validation_steps 0 \
+	    --output_dir $(DEMO)/student
+	$(BIN)/python -m codi_jax.evaluate --models teacher@50,2,1=assets/avatars student@2,1=$(DEMO)/student \
+	    --data $(DEMO)/data/validation --guidance_scale 3 --seeds 0 --output_dir $(DEMO)/evaluation
 
 test: $(INSTALLED)  ## run the tests, except the slow ones
 	$(BIN)/python $(PYTEST) $(ARGS)

@@ -107,6 +107,22 @@ def assert_diffusers_draws_the_same(folder: Path, model: Model, prompts: list[st
     assert np.abs(ours.astype(float) - 255 * wanted).max() <= 2.5
 
 
+def test_the_avatars_follow_edges() -> None:
+    """And what edges do not say, the text does: colors."""
+    rngs = [np.random.default_rng(5 * 10**6 + number) for number in range(32)]
+    looks = [random_look(rng, "validation") for rng in rngs]
+    pictures = np.stack([draw(look, SIZE) for look in looks])
+    edges = np.stack([canny(picture) for picture in pictures]) > 0
+    control = np.repeat(255 * edges[..., None].astype(np.uint8), 3, axis=-1)
+    prompts = [caption(look, rng) for look, rng in zip(looks, rngs, strict=True)]
+    model = Model.from_pretrained(AVATARS, ASSETS / "avatars-controlnet")
+    made = model(prompts, control_image=control, steps=4, guidance_scale=1.0)
+    followed = edge_f1(np.stack([canny(picture) for picture in made]) > 0, edges).mean()
+    assert followed > 0.9
+    assert shown_shares(Reader().read(made), looks).mean() > 0.9
+    assert psnr(made, pictures).mean() > 26
+
+
 def test_diffusers_draws_the_same_avatars() -> None:
     prompts = ["a blue monster with three eyes", "a yellow planet with a ring"]
     assert_diffusers_draws_the_same(AVATARS, Model.from_pretrained(AVATARS), prompts, 16)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Compares CoDi with what it starts from, the avatars in assets/ and a ControlNet of train_avatars.sh: three PE-CoDi students of
-# four steps and one of full CoDi, the ControlNet trained on as many samples more, students for super-resolution and
-# inpainting, and the evaluation of all. Every run goes on where it was when the script is started again.
+# Compares CoDi with what it starts from, the avatars in assets/ and their ControlNet: three PE-CoDi students of four steps and
+# one of full CoDi, the ControlNet trained on as many samples more, students for super-resolution and inpainting, and the
+# evaluation of all. Every run goes on where it was when the script is started again.
 #
 #   bash assets/recipes/train_codi.sh [FOLDER] [STAGE ...]    (PYTHON=.venv/bin/python; all stages without STAGE)
 set -euo pipefail
@@ -9,7 +9,7 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 work=${1:-runs/codi}
 model=${MODEL:-assets/avatars}
-controlnet=${CONTROLNET:-runs/avatars/controlnet}
+controlnet=${CONTROLNET:-assets/avatars-controlnet}
 steps=${STEPS:-2000}
 every=$((steps / 5))
 stages=("${@:2}")

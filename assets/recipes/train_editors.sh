@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Editing, from the avatars in assets/: LCM students of the InstructPix2Pix teacher (three, and one that takes both guidances),
+# Editing, from an editor of train_avatars.sh: LCM students of that teacher (three, and one that takes both guidances),
 # the training-free adaptation with the difference of a whole LCM and of a LoRA, and the comparison of all. Every run goes on
 # where it was when the script is started again.
 #
@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 work=${1:-runs/editors}
-teacher=${TEACHER:-assets/avatars-edit}
+teacher=${TEACHER:-runs/avatars/editor}
 model=${MODEL:-assets/avatars}
 steps=${STEPS:-1500}
 stages=("${@:2}")

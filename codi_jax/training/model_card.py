@@ -80,8 +80,9 @@ def _usage(folder: Path, args: RunFlags, student: Model, name: str, base: str | 
     if student.schedule is None or student.schedule.sampling.sampler is None:
         return []
     is_whole, is_lora = (folder / "model_index.json").exists(), (folder / "pytorch_lora_weights.safetensors").exists()
-    steps = next(iter(args.shown.steps), None) or len(student.times())
-    scales = {key: value for key, value in args.shown.scales.items() if key.endswith("guidance_scale")}
+    steps = len(student.times())
+    kinds = ("guidance_scale", "image_guidance_scale") if student.task == "edit" else ("guidance_scale",)
+    scales = {key: value for key, value in args.shown.scales.items() if key in kinds}
     call = {"num_inference_steps": steps, **scales}
     flags = [f"--steps {steps}", *(f"--{key} {value:g}" for key, value in scales.items())]
     given = {"edit": ["image"], "inpaint": ["image", "mask_image"]}.get(student.task or "", [])
@@ -121,7 +122,7 @@ def _training(folder: Path, args: RunFlags) -> str:
     told = {
         name: value
         for name, value in args.values_within(Scope.RESUME).items()
-        if value != json.loads(json.dumps(defaults[name], default=str))
+        if name != "output_dir" and value != json.loads(json.dumps(defaults[name], default=str))
     }
     lines = [f"- `--{name} {_shown(value)}`" for name, value in told.items()]
     metrics = folder / "metrics.jsonl"
