@@ -141,7 +141,7 @@ def test_the_recipe_makes_the_avatars_networks(name: str) -> None:
 def test_they_are_small() -> None:
     # The editor shares all but its UNet with the model that it comes from: links, which git keeps.
     files = [path for path in ASSETS.rglob("*") if path.is_file() and path.resolve() == path]
-    assert sum(path.stat().st_size for path in files) < 65e6
+    assert sum(path.stat().st_size for path in files) < 70e6
     assert max(path.stat().st_size for path in files) < 13e6
 
 
