@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 import pytest
-from pairs import Pair, Pairs, load_pair
+from pairs import Pair, Pairs, as_in_folder, load_pair
 
 from codi_jax.pipeline.programs import Programs
 
@@ -15,7 +15,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     def load(family: str) -> Pair:
         return load_pair(family, tmp_path_factory.mktemp(family))
 
-    return load
+    return lambda family: as_in_folder(load(family))
 
 
 @pytest.fixture(autouse=True)

@@ -85,17 +85,17 @@ def run_ours(ours: Model, **options: Any) -> np.ndarray:
     return ours(**{"prompt": PROMPTS, "latents": latents(), **RUN, **options})
 
 
-def as_in_folder(pair: Pair) -> Any:
-    """Their pipeline with the scheduler that is in the folder, whatever the tests before did."""
+def as_in_folder(pair: Pair) -> Pair:
+    """The pair, their pipeline with the scheduler that is in the folder, whatever the tests before did."""
     scheduler_class = getattr(diffusers, pair.ours.sampling.scheduler)
     pair.theirs.scheduler = scheduler_class.from_config(pair.ours.schedule.to_config())
-    return pair.theirs
+    return pair
 
 
 def run_both(pair: Pair, ours: dict[str, Any] | None = None, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """Our picture and theirs; ``ours`` are arguments with another name or value in our call."""
     theirs = {"latents": latents(), "num_inference_steps": 2, "guidance_scale": 3.0, **options}
-    wanted = run_theirs(pair.family, as_in_folder(pair), **theirs)
+    wanted = run_theirs(pair.family, pair.theirs, **theirs)
     return run_ours(pair.ours, **{**images_for(pair.family), **options, **(ours or {})}), wanted
 
 

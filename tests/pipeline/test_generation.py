@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from folders import FAMILIES
-from pairs import PROMPTS, Pairs, as_in_folder, assert_same_picture, images_for, latents, run_both, run_ours, run_theirs
+from pairs import PROMPTS, Pairs, assert_same_picture, images_for, latents, run_both, run_ours, run_theirs
 from PIL import Image
 
 from codi_jax.pipeline.model import Model
@@ -131,7 +131,7 @@ def test_image_guidance_one_needs_two_passes_and_equals_diffusers(pairs: Pairs) 
 @pytest.mark.slow
 def test_inpainting_with_a_controlnet_equals_diffusers(pairs: Pairs) -> None:
     inpainting, controlnet = pairs("inpainting"), pairs("controlnet")
-    parts = {**as_in_folder(inpainting).components, "controlnet": controlnet.theirs.controlnet}
+    parts = {**inpainting.theirs.components, "controlnet": controlnet.theirs.controlnet}
     theirs = diffusers.StableDiffusionControlNetInpaintPipeline(**parts, requires_safety_checker=False)
     scales = {"guidance_scale": 3.0, "controlnet_conditioning_scale": 0.7}
     options = {"control_image": images_for("controlnet")["control_image"], **scales}

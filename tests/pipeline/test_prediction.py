@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from folders import SIZE
 from oracle import assert_close, nhwc
-from pairs import PROMPTS, Pair, Pairs, as_in_folder, images_for, latents, run_theirs
+from pairs import PROMPTS, Pair, Pairs, images_for, latents, run_theirs
 
 from codi_jax.diffusion.guidance import Guidance
 from codi_jax.models.config import Params
@@ -33,7 +33,7 @@ class Prediction(NamedTuple):
 
 def their_predictions(pair: Pair, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Prediction]:
     """Those of a run of two steps."""
-    pipeline, seen = as_in_folder(pair), []
+    pipeline, seen = pair.theirs, []
     step = pipeline.scheduler.step
 
     def record(output: Any, t: Any, z: Any, *args: Any, **kwargs: Any) -> Any:

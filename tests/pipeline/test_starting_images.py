@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from pairs import PROMPTS, Pairs, as_in_folder, assert_same_picture, images_for, latents, picture
+from pairs import PROMPTS, Pairs, assert_same_picture, images_for, latents, picture
 
 STARTS = [picture(2), picture(3)]
 SCALES = {"guidance_scale": 3.0}
@@ -36,7 +36,7 @@ def _as_we_encode(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def theirs(pair: Any, pipeline_class: Any, **options: Any) -> np.ndarray:
-    parts = as_in_folder(pair).components
+    parts = pair.theirs.components
     extra = {"requires_safety_checker": False} if "safety_checker" in parts else {}
     pipeline = pipeline_class(**parts, **extra)
     pipeline.set_progress_bar_config(disable=True)

@@ -18,7 +18,7 @@ from codi_jax.diffusion.sampling_spec import SamplingSpec
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.models import sharding
 from codi_jax.models.network import Network
-from codi_jax.pipeline import model as pipelines
+from codi_jax.pipeline import programs
 from codi_jax.pipeline.model import Model
 from codi_jax.training import batches, teacher
 from codi_jax.training.configured import null_text_of
@@ -179,7 +179,7 @@ def test_programs_are_traced_on_the_mesh_of_their_parameters(
         traced.append(jax.sharding.get_abstract_mesh().axis_names)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipelines, "_jitted_generate", SimpleNamespace(lower=trace))
+    monkeypatch.setattr(programs, "_jitted_generate", SimpleNamespace(lower=trace))
     monkeypatch.setattr(batches, "posterior", trace)
     picture = np.zeros((SIZE, SIZE, 3), np.uint8)
     calls: dict[str, Callable[[], Any]] = {
