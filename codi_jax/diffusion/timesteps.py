@@ -47,6 +47,20 @@ def timesteps_for(sampler: SamplerName, schedule: NoiseSchedule, steps: int) -> 
     return _TIMES[sampler](schedule.read_by(sampler), steps)
 
 
+def visited_times(sampler: SamplerName, times: np.ndarray, skipped: int) -> np.ndarray:
+    """The times at which a sampler evaluates the network where it leaves out the first ones.
+
+    Args:
+      sampler: the sampler's name.
+      times: all of its times.
+      skipped: how many evaluations are left out.
+    """
+    if sampler != "pndm" or not skipped:
+        return times[skipped:]
+    once = np.delete(times, 1)[-max(len(times) - skipped - 1, 1) :]
+    return np.concatenate([once[:2], once[1:]])  # of those that are left, too, the second is visited twice
+
+
 def _ddim_times(schedule: NoiseSchedule, steps: int) -> Int[np.ndarray, " n"]:
     return _spaced(schedule, steps).round().astype(np.int32)
 

@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from codi_jax.diffusion.samplers import SAMPLERS
 from codi_jax.diffusion.scheduler_config import SamplerName
+from codi_jax.diffusion.timesteps import visited_times
 from codi_jax.io.images import as_list, stack_pictures, to_mask, to_pixels
 from codi_jax.models.controlnet import ControlNets
 from codi_jax.pipeline.networks import Networks
@@ -77,7 +78,9 @@ def make_inputs(
         "num_steps": None,
     }
     if control_image is not None:
-        inputs |= _control_inputs(networks, times[skipped:], control_scale, control_start, control_end)
+        inputs |= _control_inputs(
+            networks, visited_times(sampler, times, skipped), control_scale, control_start, control_end
+        )
     if sampler == "tcd":
         inputs["gamma"] = np.float32(gamma)
     if sampler == "ddim" and eta > 0:

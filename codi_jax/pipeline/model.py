@@ -19,7 +19,7 @@ from codi_jax.diffusion.guidance import Guidance, choose_guidance
 from codi_jax.diffusion.sampling_spec import SamplingSpec
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.diffusion.scheduler_config import SamplerName
-from codi_jax.diffusion.timesteps import default_sampler, timesteps_for
+from codi_jax.diffusion.timesteps import default_sampler, timesteps_for, visited_times
 from codi_jax.io.images import Picture
 from codi_jax.io.lora_files import load_lora
 from codi_jax.io.state_dict import PlaceFn
@@ -424,7 +424,8 @@ class Model:
         image_size(self.networks, height, width, image, control_image)
         sampler = sampler or default_sampler(self.schedule)
         times = self.times(steps, sampler, timesteps)
-        return times[skipped_times(self.networks, sampler, times, image, mask_image, strength) :]
+        skipped = skipped_times(self.networks, sampler, times, image, mask_image, strength)
+        return visited_times(sampler, times, skipped)
 
     def times(
         self, steps: int | None = None, sampler: SamplerName | None = None, timesteps: Sequence[int] | None = None

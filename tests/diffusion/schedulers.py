@@ -1,8 +1,12 @@
 """Scheduler files, and the schedulers of diffusers that read them."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import diffusers
+import numpy as np
+import pytest
+import torch
 
 from codi_jax.diffusion.schedule import NoiseSchedule
 
@@ -115,6 +119,18 @@ CLASSES: dict[str, str] = {
     "lcm": "LCMScheduler",
     "tcd": "TCDScheduler",
 }
+
+
+def replay(noise: Iterable[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes diffusers' schedulers draw this noise, one array after the other; each of them from the first one."""
+    modules = (
+        "scheduling_lcm", "scheduling_tcd", "scheduling_euler_ancestral_discrete", "scheduling_dpmsolver_multistep"
+    )  # fmt: skip
+    for module in modules:
+        draws = iter(noise)
+        monkeypatch.setattr(
+            f"diffusers.schedulers.{module}.randn_tensor", lambda *_, d=draws, **__: torch.tensor(next(d))
+        )
 
 
 def make(**changes: Any) -> NoiseSchedule:

@@ -4,18 +4,19 @@ import itertools
 from typing import Any
 
 import diffusers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from schedulers import config_for, make
+from schedulers import config_for, make, replay
 from test_samplers import SHAPE, denoise, normal, relative_error
 
 from codi_jax.diffusion.samplers import SAMPLERS, Original, sample
 from codi_jax.diffusion.sampling_spec import SamplingSpec
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.diffusion.scheduler_config import SamplerName
-from codi_jax.diffusion.timesteps import timesteps_for
+from codi_jax.diffusion.timesteps import timesteps_for, visited_times
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
@@ -35,14 +36,13 @@ CASES = [  # the times of the last two depend on no spacing
 
 @pytest.fixture(autouse=True)
 def _replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = (
-        "scheduling_lcm", "scheduling_tcd", "scheduling_euler_ancestral_discrete", "scheduling_dpmsolver_multistep"
-    )  # fmt: skip
-    for module in modules:
-        draws = iter(NOISE)
-        monkeypatch.setattr(
-            f"diffusers.schedulers.{module}.randn_tensor", lambda *_, d=draws, **__: torch.tensor(next(d))
-        )
+    replay(NOISE, monkeypatch)
+
+
+def network(xp: Any) -> Any:
+    """One whose output depends on the neighbors of a place, too: what is kept has to be seen by what is painted."""
+    prediction, roll = denoise(xp), jnp.roll if xp is jnp else torch.roll
+    return lambda z, t: prediction((z + roll(z, 1, 1)) / 2, t)
 
 
 def theirs(config: dict[str, Any], skipped: int | None, mask: np.ndarray | None) -> tuple[np.ndarray, int]:
@@ -69,7 +69,7 @@ def theirs(config: dict[str, Any], skipped: int | None, mask: np.ndarray | None)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(left_out)
     x = z * scheduler.init_noise_sigma if skipped is None else scheduler.add_noise(z0, z, times[:1])
-    model = denoise(torch)
+    model = network(torch)
     for index, t in enumerate(times):
         x = scheduler.step(model(scheduler.scale_model_input(x, t), t), t, x, return_dict=False)[0]
         if mask is not None:
@@ -84,7 +84,7 @@ def ours(sampler: SamplerName, schedule: NoiseSchedule, original: Original, skip
     times, noise = timesteps_for(sampler, schedule, STEPS), None
     if SAMPLERS[sampler].is_stochastic:
         noise = jnp.concatenate([jnp.full((skipped, *SHAPE), 1e9), NOISE])[: len(times) - 1]
-    return sample(sampler, denoise(jnp), schedule, jnp.asarray(normal(0)), times, noise, original=original, gamma=0.3)
+    return sample(sampler, network(jnp), schedule, jnp.asarray(normal(0)), times, noise, original=original, gamma=0.3)
 
 
 def configuration(sampler: SamplerName, **more: Any) -> dict[str, Any]:
@@ -108,6 +108,22 @@ def test_from_an_image(sampler: SamplerName, spacing: str, skipped: int, masked:
     assert relative_error(made, expected) <= TOLERANCE
     if masked:
         np.testing.assert_array_equal(np.asarray(made)[MASK[..., 0] == 0], Z0[MASK[..., 0] == 0])
+
+
+@pytest.mark.parametrize("skipped", [0, 1, 5, 8, STEPS])
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "pndm"])
+def test_the_times_that_are_visited(sampler: SamplerName, skipped: int) -> None:
+    schedule, seen = NoiseSchedule.from_config(configuration(sampler)), []
+    times = timesteps_for(sampler, schedule, STEPS)
+    skipped = min(skipped, len(times) - 1)
+
+    def seen_network(z: jax.Array, t: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda t: seen.append(float(t)), t, ordered=True)
+        return denoise(jnp)(z, t)
+
+    sample(sampler, seen_network, schedule, jnp.asarray(normal(0)), times, original=Original(jnp.asarray(Z0), skipped))
+    jax.effects_barrier()
+    np.testing.assert_allclose(seen, visited_times(sampler, times, skipped))
 
 
 @pytest.mark.parametrize("sampler", OF_DIFFUSERS)
@@ -135,5 +151,5 @@ def test_codi_goes_on_from_the_image_with_noise() -> None:
     schedule = make().sampled(SamplingSpec.codi(STEPS))
     times, z, z0 = timesteps_for("codi", schedule, STEPS), jnp.asarray(normal(0)), jnp.asarray(Z0)
     whole = ours("codi", schedule, Original(z0, 4), 4)
-    rest = sample("codi", denoise(jnp), schedule, schedule.add_noise(z0, z, times[4]), times[4:])
+    rest = sample("codi", network(jnp), schedule, schedule.add_noise(z0, z, times[4]), times[4:])
     np.testing.assert_allclose(whole, rest, rtol=1e-5, atol=1e-5)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from schedulers import CLASSES, PREDICTION_TYPES, PUBLISHED, SD, SPACINGS, config_for, make
+from schedulers import CLASSES, PREDICTION_TYPES, PUBLISHED, SD, SPACINGS, config_for, make, replay
 
 from codi_jax.diffusion.noise_levels import respaced_levels
 from codi_jax.diffusion.samplers import SAMPLERS, sample
@@ -79,14 +79,7 @@ def our_sample(
 def replayed_noise(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """Noise for 50 steps, which diffusers draws one after the other."""
     noise = normal(4, max(STEPS), *SHAPE)
-    modules = (
-        "scheduling_lcm", "scheduling_tcd", "scheduling_euler_ancestral_discrete", "scheduling_dpmsolver_multistep"
-    )  # fmt: skip
-    for module in modules:
-        draws = iter(noise)
-        monkeypatch.setattr(
-            f"diffusers.schedulers.{module}.randn_tensor", lambda *_, d=draws, **__: torch.tensor(next(d))
-        )
+    replay(noise, monkeypatch)
     return noise
 
 
@@ -147,16 +140,18 @@ def test_where_the_last_step_ends(sampler: SamplerName, set_alpha_to_one: bool):
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize("eta", [0.4, 1.0])
-def test_ddim_with_noise(eta: float, prediction_type: str, spacing: str):
-    config = config_for("ddim", prediction_type=prediction_type, timestep_spacing=spacing, set_alpha_to_one=True)
+@pytest.mark.parametrize(("eta", "to_one"), [(0.4, True), (1.0, True), (1.0, False)])
+def test_ddim_with_noise(eta: float, to_one: bool, prediction_type: str, spacing: str):
+    """But without noise after the last step, which diffusers adds where ᾱ does not end at 1."""
+    config = config_for("ddim", prediction_type=prediction_type, timestep_spacing=spacing, set_alpha_to_one=to_one)
     schedule, z = NoiseSchedule.from_config(config), normal(0)
     scheduler, model, noise = diffusers.DDIMScheduler.from_config(config), denoise(torch), normal(4, 20, *SHAPE)
     for steps in (1, 2, 20):
         scheduler.set_timesteps(steps)
         x = torch.tensor(z)
-        for t, added in zip(scheduler.timesteps, noise, strict=False):
-            x = scheduler.step(model(x, t), t, x, eta=eta, variance_noise=torch.tensor(added), return_dict=False)[0]
+        for index, (t, added) in enumerate(zip(scheduler.timesteps, torch.tensor(noise), strict=False)):
+            now = eta if index < steps - 1 else 0.0
+            x = scheduler.step(model(x, t), t, x, eta=now, variance_noise=added, return_dict=False)[0]
         given = jnp.asarray(noise[: steps - 1]) if steps > 1 else None
         ours = sample(
             "ddim", denoise(jnp), schedule, jnp.asarray(z), timesteps_for("ddim", schedule, steps), given, eta=eta

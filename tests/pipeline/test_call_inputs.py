@@ -82,4 +82,7 @@ def test_a_part_of_the_steps_is_taken(
     model = pairs("text-to-image").ours
     times = model.check(TINY, steps=steps, sampler=sampler, strength=strength)
     assert len(times) == visited
-    np.testing.assert_array_equal(times, model.times(steps, sampler)[-visited:])
+    last = model.times(steps, sampler)[-visited:]
+    if sampler == "pndm" and 1 < visited <= steps:  # the second time is visited twice, of the rest as of all
+        last = np.concatenate([last[1:3], last[2:]])
+    np.testing.assert_array_equal(times, last)
