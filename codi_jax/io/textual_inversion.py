@@ -12,6 +12,7 @@ from codi_jax.io.weight_files import WeightFile, open_weights
 from codi_jax.models.config import WeightsError
 
 _NAMES = ("learned_embeds.safetensors", "learned_embeds.bin")
+_ENDINGS = (".safetensors", ".bin", ".pt")
 _NAMELESS = ("emb_params", "*")  # in files of A1111's web UI, whose word is the file's name
 _OF_ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # in files for SDXL
 _FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
@@ -50,11 +51,10 @@ def load_words(
 
 
 def _find(source: str | Path, hub: Mapping[str, Any]) -> Path:
-    folder = Path(source).expanduser()
-    is_repository = not folder.exists() and str(source).count("/") == 1
-    if not folder.is_dir() and not is_repository:
+    path = Path(source).expanduser()
+    if path.is_file() or path.suffix in _ENDINGS:
         return find_file(source, **hub)
-    folder = ModelFolder(str(folder), **hub)
+    folder = ModelFolder(str(path), **hub)
     path = next((path for path in map(folder.find, _NAMES) if path is not None), None)
     if path is None:
         raise WeightsError(f"There is no {' or '.join(_NAMES)} in {folder}: {folder.describe_contents()}.")
