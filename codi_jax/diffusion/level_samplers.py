@@ -64,8 +64,7 @@ def dpm_solver_pp_2m(denoise: Denoise, schedule: NoiseSchedule, visits: Visits) 
         ratio = next_sigma / sigma  # e^−h
         return ratio * x + (1 - ratio) * D, x0
 
-    scale = jnp.sqrt(1 + sigmas[0] ** 2)
-    return _over_alpha(step, visits, sigmas, scale, _extrapolation(sigmas, visits), memory=1)
+    return _over_alpha(step, visits, sigmas, _of_unit_variance(sigmas[0]), _extrapolation(sigmas, visits), memory=1)
 
 
 def dpm_solver_pp_2m_sde(denoise: Denoise, schedule: NoiseSchedule, visits: Visits, noise: Noise) -> Course:
@@ -82,8 +81,9 @@ def dpm_solver_pp_2m_sde(denoise: Denoise, schedule: NoiseSchedule, visits: Visi
         kept = (next_sigma / sigma) ** 2  # e^−2h
         return kept * x + (1 - kept) * D + next_sigma * jnp.sqrt(1 - kept) * noise, x0
 
-    scale = jnp.sqrt(1 + sigmas[0] ** 2)
-    return _over_alpha(step, visits, sigmas, scale, _extrapolation(sigmas, visits), noise, memory=1)
+    return _over_alpha(
+        step, visits, sigmas, _of_unit_variance(sigmas[0]), _extrapolation(sigmas, visits), noise, memory=1
+    )
 
 
 def unipc(denoise: Denoise, schedule: NoiseSchedule, visits: Visits) -> Course:
@@ -108,9 +108,8 @@ def unipc(denoise: Denoise, schedule: NoiseSchedule, visits: Visits) -> Course:
         D = new + extrapolation * (new - x0)
         return ratio * x + (1 - ratio) * D, x, new, x0
 
-    scale = jnp.sqrt(1 + sigmas[0] ** 2)
     values = visits.number, _extrapolation(sigmas, visits), ratios, old_shares, new_shares
-    return _over_alpha(step, visits, sigmas, scale, *values, memory=3)
+    return _over_alpha(step, visits, sigmas, _of_unit_variance(sigmas[0]), *values, memory=3)
 
 
 def heun(denoise: Denoise, schedule: NoiseSchedule, visits: Visits) -> Course:
@@ -198,7 +197,12 @@ def _correction(sigmas: Float[Array, " m"], visits: Visits) -> tuple[Array, Arra
 
 def _initial_scale(schedule: NoiseSchedule, sigma: Float[Array, ""]) -> Float[Array, ""]:
     """The standard deviation of x = z/α at the start, as in diffusers: of σ/α ε alone, or of z_0 + σ/α ε."""
-    return jnp.sqrt(1 + sigma**2) if schedule.sampling.timestep_spacing == "leading" else sigma
+    return _of_unit_variance(sigma) if schedule.sampling.timestep_spacing == "leading" else sigma
+
+
+def _of_unit_variance(sigma: Float[Array, ""]) -> Float[Array, ""]:
+    """The standard deviation of x = z/α where z has unit variance."""
+    return jnp.sqrt(1 + sigma**2)
 
 
 def _x0_eps_at(

@@ -87,7 +87,8 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], text_encoder: CLIPTextModel
       ValueError: if the tokenizer has tokens that the encoder does not know.
     """
     length = _length(tokenizer, text_encoder)
-    prompts = [_with_all_tokens(tokenizer, prompt) for prompt in prompts]
+    words = _words_of_several_tokens(tokenizer)
+    prompts = [_with_all_tokens(prompt, words) for prompt in prompts]
     options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "np"}
     ids = tokenizer(prompts, **options).input_ids.astype(np.int32)
     _require_known(ids, text_encoder)
@@ -117,6 +118,7 @@ def tokenize_chunks(
       ValueError: as in `tokenize`.
     """
     room = _length(tokenizer, text_encoder) - 2
+    words = _words_of_several_tokens(tokenizer)
     chunks = []
     for prompt in prompts:
         parts: list[list[tuple[int, float]]] = [[]]
@@ -124,7 +126,7 @@ def tokenize_chunks(
             if text is None:
                 parts.append([])
                 continue
-            for token in tokenizer(_with_all_tokens(tokenizer, text), verbose=False).input_ids[1:-1]:
+            for token in tokenizer(_with_all_tokens(text, words), verbose=False).input_ids[1:-1]:
                 if len(parts[-1]) == room:
                     parts.append([])
                 parts[-1].append((token, weight))
@@ -158,10 +160,18 @@ def _require_known(ids: Int[np.ndarray, "..."], text_encoder: CLIPTextModel) -> 
         )
 
 
-def _with_all_tokens(tokenizer: Any, prompt: str) -> str:
-    """The prompt with every token of its new words, ``word word_1 word_2``, as diffusers writes them."""
+def _words_of_several_tokens(tokenizer: Any) -> dict[str, str]:
+    """The new words of more than one token, and how diffusers writes their tokens: ``word word_1 word_2``."""
     added = tokenizer.added_tokens_encoder
-    for word in (word for word in added if f"{word}_1" in added and word in prompt):
+    words = {}
+    for word in (word for word in added if f"{word}_1" in added):
         count = next(number for number in range(1, len(added) + 1) if f"{word}_{number}" not in added)
-        prompt = prompt.replace(word, " ".join([word, *(f"{word}_{number}" for number in range(1, count))]))
+        words[word] = " ".join([word, *(f"{word}_{number}" for number in range(1, count))])
+    return words
+
+
+def _with_all_tokens(prompt: str, words: Mapping[str, str]) -> str:
+    """The prompt with all tokens of its words."""
+    for word, tokens in words.items():
+        prompt = prompt.replace(word, tokens)
     return prompt

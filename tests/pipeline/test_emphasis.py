@@ -1,14 +1,17 @@
 """Prompts with weights, and of any length: the pieces as A1111's web UI documents them, the features by PyTorch."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from folders import make_tokenizer
 from pairs import PROMPTS, Pairs, assert_same_picture, latents, run_theirs
+from transformers import CLIPTokenizer
 
 from codi_jax.pipeline.emphasis import Piece, parse_emphasis
-from codi_jax.pipeline.text import tokenize_chunks
+from codi_jax.pipeline.text import tokenize, tokenize_chunks
 
 # From the documentation of ``parse_prompt_attention``.
 DOCUMENTED = {
@@ -99,6 +102,14 @@ def test_parentheses_mean_nothing_unless_told(pairs: Pairs) -> None:
     ids, weights = tokenize_chunks(model.tokenizers["tokenizer"], ["(a)"], model.networks.text_encoder, False)
     np.testing.assert_array_equal(ids[:, 0], model.tokenize(["(a)"])["text_encoder"])
     assert (weights == 1).all()
+
+
+def test_the_end_and_the_padding_are_the_tokenizers_own(pairs: Pairs, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path, pad_token="!")  # as in SD 2.x and SDXL
+    encoder, prompts = pairs("text-to-image").ours.networks.text_encoder, ["a cat", ""]
+    ids, _ = tokenize_chunks(tokenizer, prompts, encoder, False)
+    np.testing.assert_array_equal(ids[:, 0], tokenize(tokenizer, prompts, encoder))
 
 
 def test_a_pause_ends_a_chunk(pairs: Pairs) -> None:

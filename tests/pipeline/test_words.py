@@ -1,5 +1,6 @@
 """Textual inversion against diffusers, in the formats that its trainers and A1111's web UI write."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pairs import Pairs, assert_same_picture, latents, run_theirs
+from pairs import Pairs, assert_same_picture, edit_json, latents, run_theirs
 from safetensors.torch import save_file
 
 from codi_jax.models.config import WeightsError
@@ -74,6 +75,16 @@ def test_words_of_sdxl_have_vectors_for_both_encoders(pairs: Pairs, tmp_path: Pa
     assert model.networks.text_encoder_2.config.eos_token_id == 513
 
 
+def test_the_end_of_the_text_is_no_new_word(pairs: Pairs, tmp_path: Path) -> None:
+    """Old configurations do not say what the end is: it was the highest token, which a new word would be."""
+    shutil.copytree(pairs("sdxl").folder, tmp_path / "old")
+    edit_json(tmp_path / "old" / "text_encoder_2" / "config.json", eos_token_id=2)
+    save_file({"clip_l": vectors(1, WIDTH), "clip_g": vectors(1, SECOND, 1)}, tmp_path / "style.safetensors")
+    model = Model.from_pretrained(tmp_path / "old")
+    assert model.networks.text_encoder_2.config.eos_token_id == 2
+    assert model.add_words(tmp_path / "style.safetensors").networks.text_encoder_2.config.eos_token_id == 513
+
+
 def test_a_name_of_ones_own(pairs: Pairs, tmp_path: Path) -> None:
     path = tmp_path / "style.bin"
     torch.save({"<toy>": vectors(1, WIDTH)[0]}, path)
@@ -103,6 +114,17 @@ def test_what_is_none_for_this_model(pairs: Pairs, tmp_path: Path, what: str) ->
 def test_an_empty_folder(pairs: Pairs, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"There is no learned_embeds\.safetensors or learned_embeds\.bin in"):
         pairs("text-to-image").ours.add_words(tmp_path)
+
+
+def test_a_file_that_is_not_there_is_not_asked_of_the_hub(
+    pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the path of one folder and a file looks like an id."""
+    (tmp_path / "embeddings").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(WeightsError, match=r"There is no weight file embeddings/bad\.pt"):
+        pairs("text-to-image").ours.add_words("embeddings/bad.pt")
 
 
 def test_one_name_for_two_words(pairs: Pairs, tmp_path: Path) -> None:
