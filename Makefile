@@ -9,6 +9,7 @@ BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_READY := $(VENV)/.installed-demo
 LOWEST    := .venv-lowest
+BARE      := build/bare
 # -qq: errors only. Without it pip prints a line for each of some 100 packages.
 PIP       := -m pip --disable-pip-version-check install -qq
 # A file's tests run in one process, which makes their models and compiles their programs once.
@@ -19,7 +20,7 @@ NOT_TORCH := grep -vE '^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)=='
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow test-lowest lint format docs lock clean
+.PHONY: help venv demo test test-slow test-lowest lint format docs wheel lock clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +95,18 @@ format: $(INSTALLED)  ## let ruff mend and format the code
 docs: $(INSTALLED)  ## build the documentation's site in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo "See build/site/index.html, or run: $(BIN)/mkdocs serve"
+
+# Outside of the checkout, and without what only the tests need.
+wheel: $(INSTALLED)  ## build the wheel in dist/, and try it in an environment of its own
+	@rm -rf dist $(BARE)
+	$(BIN)/uv build -q --wheel
+	@$(BIN)/python -m venv $(BARE)
+	$(BARE)/bin/python $(PIP) -c requirements.lock "$$(echo dist/*.whl)[avatars]"
+	cd $(BARE) && bin/codi-jax data avatars --train_data_dir data --max_train_samples 4
+	cd $(BARE) && bin/codi-jax train lcm --pretrained_teacher_model $(CURDIR)/assets/avatars --train_data_dir data \
+	    --resolution 64 --train_batch_size 2 --max_train_steps 2 --validation_steps 0 --num_validation_images 1 \
+	    --output_dir student
+	cd $(BARE) && bin/codi-jax generate --model student --prompt "a green cactus" --steps 1 --output student.png
 
 lock: | $(BIN)/python  ## resolve requirements.lock anew, for Python 3.11 and later
 	@test -x $(BIN)/uv || $(BIN)/python $(PIP) uv

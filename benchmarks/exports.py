@@ -131,7 +131,7 @@ RUNS: dict[str, tuple[str, str, bool]] = {
 }
 _BARE = "--pretrained_teacher_model {assets}/emoji --train_data_dir {data} --bake_guidance_scale 2"
 # Contents that differ between runs: places, times and versions.
-_PASSING = ("args.json", "metrics.jsonl", "path.json", ".lock", "events.out")
+_PASSING = ("config.yaml", "metrics.jsonl", "path.json", ".lock", "events.out")
 
 
 def main() -> None:

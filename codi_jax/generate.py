@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import jax
 import numpy as np
@@ -37,6 +37,10 @@ class Args(Flags):
     Only --model and --prompt are required, and --image, --mask_image and --control_image if the model takes them. With
     --image, a model of text to image starts from that image, and with --mask_image it paints into it.
     """
+
+    essential: ClassVar[tuple[str, ...]] = (
+        "model", "prompt", "output", "image", "control_image", "lora", "steps", "guidance_scale", "seed", "num_images",
+    )  # fmt: skip
 
     model: str
     """Folder of the model in diffusers' layout, its id (owner/name) on the Hugging Face Hub, or a single .safetensors

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from codi_jax.cli import command_line
+from codi_jax.cli import command_line, commands
 from codi_jax.cli.flags import Flags
 from codi_jax.io.atomic import write_json
 from codi_jax.planning.plan import table
@@ -62,14 +62,25 @@ def run(args: Args, command: Sequence[str]) -> int:
 def _planned(target: str, command: Sequence[str]) -> dict[str, Any]:
     """The plan for one target."""
     print(f"planning for {target} ...", file=sys.stderr, flush=True)
-    program = [command[0]] if command[0].endswith(".py") else ["-m", command[0]]
+    program = _arguments(command)
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         file = Path(folder) / "plan.json"
         flags = ["--plan", target, "--plan_output", str(file)]
-        done = subprocess.run([sys.executable, *program, *command[1:], *flags], stdout=subprocess.PIPE, check=False)
+        done = subprocess.run([sys.executable, *program, *flags], stdout=subprocess.PIPE, check=False)
         if done.returncode not in (0, DOES_NOT_FIT) or not file.is_file():
             raise ValueError(f"there is no plan for {target}: see the message above.")
         return json.loads(file.read_text())
+
+
+def _arguments(command: Sequence[str]) -> list[str]:
+    """What follows ``python3`` to run a script, a module, or a command of ``codi-jax``."""
+    first, *rest = command
+    if first.endswith(".py"):
+        return [first, *rest]
+    if "." in first:
+        return ["-m", first, *rest]
+    found, rest = commands.find(command)
+    return [*found.as_arguments, *rest]
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import huggingface_hub
 import jax
 import numpy as np
 import pytest
+import yaml
 from folders import SIZE
 from PIL import Image
 from safetensors.numpy import load_file
@@ -129,8 +130,8 @@ def assert_reports(folder: Path, steps: int, picture: str = "samples") -> None:
     assert all(np.isfinite(line["loss"]) and line["skipped"] == 0 for line in lines)
     assert list_checkpoints(folder)[-1] == steps
     assert [path.name for path in (folder / "validation").iterdir()] == [f"{picture}-{steps}.png"]
-    arguments = (folder / "args.json").read_text()
-    assert json.loads(arguments)["output_dir"] == str(folder)
+    arguments = (folder / "config.yaml").read_text()
+    assert yaml.safe_load(arguments)["output_dir"] == str(folder)
     assert "hub_token" not in arguments
 
 

@@ -33,8 +33,8 @@ LAYERS = (
     "codi_jax.training.jobs",  # what some runs do in another way than most
     "codi_jax.evaluation",
     "codi_jax.data.preparation",
-    "codi_jax.cli.command_line",
-    "codi_jax.generate codi_jax.evaluate codi_jax.plan",
+    "codi_jax.cli.command_line codi_jax.cli.commands",
+    "codi_jax.generate codi_jax.evaluate codi_jax.plan codi_jax.__main__",
     "codi_jax",  # the interface, imported when it is used
 )
 # Mathematics: functions of arrays, which reach nothing that reads, writes or drives a run, by any path of imports.

@@ -7,7 +7,6 @@ import ast
 import contextlib
 import functools
 import importlib
-import io
 import os
 import re
 import shlex
@@ -19,6 +18,8 @@ from pathlib import Path
 import pytest
 
 from codi_jax.cli import command_line
+from codi_jax.cli import commands as command_names
+from codi_jax.cli.help_text import flags_of
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -39,9 +40,11 @@ _LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")
 _FLAG = re.compile(r"--[a-z][a-z0-9_]*")
 _FOLDERS = ("codi_jax", "training_scripts", "dataset_tools", "benchmarks", "assets", "tests", "docs")
 _SCRIPT_FOLDERS = ("training_scripts", "dataset_tools")
-_OTHERS = re.compile(r"python3 (benchmarks/|-m pip )")  # not parsed here; of benchmarks the flags are looked up
+_OTHERS = re.compile(
+    r"python3 (benchmarks/|-m pip )|codi-jax (completion\b|#|$| )"
+)  # not parsed here; of benchmarks the flags are looked up
 # Flags of XLA and of launchers, and the ones that all command lines have.
-_FOREIGN_FLAGS = {"--help", "--xla_force_host_platform_device_count"}
+_FOREIGN_FLAGS = {"--help", "--config", "--xla_force_host_platform_device_count"}
 _FOREIGN_FLAGS |= {"--zone", "--worker", "--command"}  # gcloud
 _FOREIGN_FLAGS |= {"--nodes", "--ntasks", "--gpus", "--cpus", "--host", "--map"}  # srun and mpirun, up to the first "-"
 
@@ -72,19 +75,23 @@ def anchors(page: Path) -> set[str]:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of every ``python3`` command of a page, in fenced code and inline; not those that end in "…"."""
+    """The words of every command of a page, in fenced code and inline; not those that end in "…"."""
     lines = [line for code in blocks(page, "bash") for line in code.replace("\\\n", " ").splitlines()]
     lines += _CODE.findall(prose(page))
     for line in lines:
-        if line.startswith("python3 ") and not _OTHERS.match(line) and not line.endswith("…"):
+        if line.startswith(("python3 ", "codi-jax ")) and not _OTHERS.match(line) and not line.endswith("…"):
             yield shlex.split(line, comments=True)
 
 
 def module_of(words: list[str]) -> tuple[str, list[str]]:
     """The module that a command runs, and the command's arguments."""
+    if words[0] == "codi-jax":
+        command, rest = command_names.find(words[1:])
+        words = ["python3", *command.as_arguments, *rest]
     if words[1] == "-m":
         return words[2], words[3:]
-    path = Path(words[1])
+    path = Path(words[1]).resolve()
+    path = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(words[1])
     assert path.parts[0] in _SCRIPT_FOLDERS, words
     return ".".join(path.with_suffix("").parts), words[2:]
 
@@ -107,14 +114,10 @@ def resolves(name: str) -> bool:
 
 @functools.cache
 def known_flags() -> frozenset[str]:
-    """All flags of all scripts, from their help; of benchmarks and the Makefile, from their source."""
+    """All flags of all scripts; of benchmarks and the Makefile, from their source."""
     scripts = [f"{folder}.{path.stem}" for folder in _SCRIPT_FOLDERS for path in (ROOT / folder).glob("[a-z]*.py")]
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text):
-        for name in (*scripts, "codi_jax.generate", "codi_jax.evaluate", "codi_jax.plan"):
-            with pytest.raises(SystemExit):
-                command_line.parse(importlib.import_module(name).Args, ["--help"])
-    fields: list[str] = []
+    commands = (*scripts, "codi_jax.generate", "codi_jax.evaluate", "codi_jax.plan")
+    fields = [name for each in commands for flag in flags_of(importlib.import_module(each).Args) for name in flag.names]
     for path in (ROOT / "benchmarks").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
@@ -125,7 +128,7 @@ def known_flags() -> frozenset[str]:
                 fields += [
                     arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
                 ]
-    return frozenset(_FLAG.findall(text.getvalue())) | frozenset(fields) | _FOREIGN_FLAGS
+    return frozenset(fields) | _FOREIGN_FLAGS
 
 
 def test_the_readme_is_short() -> None:
@@ -155,8 +158,12 @@ def test_links_resolve(page: Path) -> None:
 def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "assets").symlink_to(ROOT / "assets")
+    (tmp_path / "runs/lcm").mkdir(parents=True)
+    (tmp_path / "runs/lcm/config.yaml").write_text("pretrained_model_name_or_path: m\ntrain_data_dir: data\n")
     for words in [part for each in commands(page) for part in _planned(each)]:
         module, arguments = module_of(words)
+        if "--help" in arguments:
+            continue
         try:
             args = command_line.parse(importlib.import_module(module).Args, arguments)
         except SystemExit:

@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from codi_jax.cli import command_line
-from codi_jax.cli.flags import Adjustable, Operational
+from codi_jax.cli.flags import Adjustable, ForValidation
 from codi_jax.io.pruning_levels import find_level
 from codi_jax.methods import bk_sdm
 from codi_jax.training import starting
@@ -38,7 +38,7 @@ class Args(bk_sdm.BkSdmFlags, ManyStepsFlags):
     """Branch, tag or commit on the hub for the UNet, if different from the model's."""
     validation_prompt: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--validation_prompts"])] = ()
     """Prompts to show instead of samples of the data."""
-    validation_epochs: Operational[int | None] = None
+    validation_epochs: ForValidation[int | None] = None
     """Passes through the data between validations, instead of --validation_steps."""
 
     def check(self) -> None:

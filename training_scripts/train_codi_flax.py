@@ -7,9 +7,10 @@ python3 training_scripts/train_codi_flax.py \
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from codi_jax.cli import command_line
-from codi_jax.cli.flags import Operational
+from codi_jax.cli.flags import ForValidation, Operational
 from codi_jax.data import ConditionOf
 from codi_jax.methods import codi
 from codi_jax.training.flags import ConditionFlags, Shown, TrainingFlags
@@ -19,6 +20,11 @@ from codi_jax.training.run import run
 @dataclass(frozen=True, kw_only=True)
 class Args(ConditionFlags, codi.CodiFlags, TrainingFlags):
     """Distills a text-to-image model, with a new condition, into a student of few steps."""
+
+    essential: ClassVar[tuple[str, ...]] = (
+        "pretrained_model_name_or_path", "controlnet_model_name_or_path", "train_data_dir", "task", "output_dir",
+        "resolution", "train_batch_size", "learning_rate", "max_train_steps", "mixed_precision",
+    )  # fmt: skip
 
     controlnet_model_name_or_path: str | None = None
     """ControlNet to start from. Default: a new one, a copy of the UNet's encoder."""
@@ -30,13 +36,13 @@ class Args(ConditionFlags, codi.CodiFlags, TrainingFlags):
     """The learning rate, after warm-up."""
     checkpointing_steps: int = 5000
     """Steps between checkpoints; 0 for none."""
-    validation_sampling_steps: Operational[tuple[int, ...]] = (1, 2, 4, 8)
+    validation_sampling_steps: ForValidation[tuple[int, ...]] = (1, 2, 4, 8)
     """Numbers of steps with which validation images show the student. Values above --distill_learning_steps are
     skipped: its grid has no times for them."""
-    guidance_scale: Operational[float] = 1.0
+    guidance_scale: ForValidation[float] = 1.0
     """Guidance scale of the student in validation images; with --cfg_aware_distill, choose one in its training
     range."""
-    teacher_guidance_scale: Operational[float] = 7.5
+    teacher_guidance_scale: ForValidation[float] = 7.5
     """Guidance scale of the teacher in validation images."""
 
     def check(self) -> None:

@@ -9,7 +9,7 @@ python3 training_scripts/train_instruct_pix2pix_flax.py \
 from dataclasses import dataclass, replace
 
 from codi_jax.cli import command_line
-from codi_jax.cli.flags import Operational
+from codi_jax.cli.flags import ForValidation
 from codi_jax.methods import denoising
 from codi_jax.training.flags import EditDataFlags, ManyStepsFlags, Shown
 from codi_jax.training.run import run
@@ -19,7 +19,7 @@ from codi_jax.training.run import run
 class Args(EditDataFlags, denoising.EditFlags, ManyStepsFlags):
     """Trains an editor on pairs of images and instructions."""
 
-    image_guidance_scale: Operational[float] = 1.5
+    image_guidance_scale: ForValidation[float] = 1.5
     """Guidance scale of the image in validation images."""
 
     def check(self) -> None:

@@ -1,6 +1,7 @@
 """Command lines: flags from a dataclass, and errors as one sentence."""
 
 import dataclasses
+import itertools
 import os
 import sys
 import warnings
@@ -11,6 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 import jax
 import tyro
 
+from codi_jax.cli import config_file, help_text
 from codi_jax.cli.flags import Flags, Scope
 from codi_jax.io import processes
 
@@ -21,7 +23,6 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _HIDDEN = "***"
 _SHOWN = 10  # warnings from one place: each of a million captions may have a problem
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _SAVE_MEMORY = ("train_batch_size", "gradient_checkpointing", "fsdp")
 
 
@@ -74,6 +75,8 @@ def _hide_secrets(args_class: type) -> None:
 def parse(args_class: type[Args], words: Sequence[str], prog: str | None = None) -> Args:
     """Parses a command line. A boolean flag may be written ``--flag``, ``--no_flag`` or ``--flag False``.
 
+    ``--config FILE`` reads flags from a file, and ``--help`` prints the flags that matter, ``--help all`` all of them.
+
     Args:
       args_class: a dataclass, see `run`.
       words: the command line without the program.
@@ -81,10 +84,30 @@ def parse(args_class: type[Args], words: Sequence[str], prog: str | None = None)
 
     Raises:
       SystemExit: after an error message, or after ``--help``.
+      ValueError: if a file of ``--config`` or a topic of ``--help`` is not possible.
+      OSError: if a file of ``--config`` cannot be read.
     """
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+        if word in ("-h", "--help"):
+            topic = "" if following.startswith("-") else following
+            _show(help_text.show(args_class, _program(prog), topic))
+            raise SystemExit(0)
     switches = {name for name, kind in get_type_hints(args_class).items() if kind is bool}
-    plain = list(_without_truth_values(words, switches))
-    return tyro.cli(args_class, args=plain, prog=prog, use_underscores=True, config=(tyro.conf.DisallowNone,))
+    plain = list(_without_truth_values(config_file.with_files(args_class, words), switches))
+    return tyro.cli(args_class, args=plain, prog=_program(prog), use_underscores=True, config=(tyro.conf.DisallowNone,))
+
+
+def _program(given: str | None) -> str:
+    """The program's name: as `codi_jax.cli.commands` calls it, or else as given, or as typed."""
+    return os.environ.get("CODI_JAX_PROGRAM") or given or f"python3 {sys.argv[0]}"
+
+
+def _show(text: str) -> None:
+    """Prints a text that may be longer than what its reader, such as ``head``, takes."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
 
 
 def _without_truth_values(words: Sequence[str], switches: set[str]) -> Iterable[str]:
@@ -97,9 +120,9 @@ def _without_truth_values(words: Sequence[str], switches: set[str]) -> Iterable[
         if not flag.startswith("--") or name not in switches:
             yield word
             continue
-        if not equals and rest and rest[-1].lower() in _TRUTH:
+        if not equals and rest and rest[-1].lower() in config_file.TRUTH:
             value = rest.pop()
-        truth = _TRUTH.get(value.lower(), True if not equals else None)
+        truth = config_file.TRUTH.get(value.lower(), True if not equals else None)
         yield word if truth is None else f"--{name}" if truth else f"--no_{name}"
 
 

@@ -32,10 +32,31 @@ class Scope(enum.IntEnum):
     """One process; the value is never saved."""
 
 
+class Topic(enum.StrEnum):
+    """What a flag is about, which groups the flags in the help: its class says it, or its annotation."""
+
+    MODEL = "model"
+    INPUT = "input"
+    DATA = "data"
+    METHOD = "method"
+    OPTIMIZER = "optimizer"
+    RUN = "run"
+    CHECKPOINTS = "checkpoints"
+    VALIDATION = "validation"
+    LOGS = "logs"
+    HUB = "hub"
+    PLAN = "plan"
+    PICTURES = "pictures"
+    DOWNLOADS = "downloads"
+    OUTPUT = "output"
+    MACHINES = "machines"
+
+
 Adjustable = Annotated[_T, Scope.RESUME]
 Operational = Annotated[_T, Scope.START]
 Local = Annotated[_T, Scope.PROCESS]
 Secret = Annotated[_T, Scope.SECRET]
+ForValidation = Annotated[_T, Scope.START, Topic.VALIDATION]
 
 LARGEST_SIDE = 2**14
 """The longest side of an image, in pixels. No device has the memory for more, and failing would take minutes."""
@@ -52,8 +73,13 @@ class Flags:
     groups checks them all. The limits of all numbers and output folders are checked here.
 
     Attributes:
+      topic: what the flags are about.
+      essential: the flags that matter to everyone, which the help explains first.
       may_be_infinite: the flags for which inf means no limit.
     """
+
+    topic: ClassVar[Topic] = Topic.METHOD
+    essential: ClassVar[tuple[str, ...]] = ()
 
     may_be_infinite: ClassVar[tuple[str, ...]] = ("max_grad_norm",)
 

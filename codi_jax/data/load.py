@@ -6,13 +6,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import grain
 import tyro
 
 from codi_jax.cli.choices import choices_with_aliases
-from codi_jax.cli.flags import LARGEST_SIDE, Adjustable, Flags, Local
+from codi_jax.cli.flags import LARGEST_SIDE, Adjustable, Flags, Local, Topic
 from codi_jax.data.images import (
     FORMER_CONDITION_NAMES,
     Condition,
@@ -50,6 +50,8 @@ def condition_of_task(task: str) -> ConditionOf:
 @dataclass(frozen=True)
 class DataFlags(Flags):
     """Which data, and how it becomes batches."""
+
+    topic: ClassVar[Topic] = Topic.DATA
 
     dataset_name: Adjustable[str | None] = None
     """Data set to train on: its id on the Hugging Face Hub (private ones require `hf auth login`), a folder, or
@@ -167,6 +169,8 @@ class DataFlags(Flags):
 @dataclass(frozen=True)
 class PromptFlags(DataFlags):
     """Which data, for training that may not need images."""
+
+    topic: ClassVar[Topic] = Topic.DATA
 
     train_prompt_path: Adjustable[str | None] = None
     """File of prompts to train on: one per line, or parquet with --caption_column. Any of the data sets above may be

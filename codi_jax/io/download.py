@@ -15,10 +15,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from urllib.parse import urljoin
 
-from codi_jax.cli.flags import Flags
+from codi_jax.cli.flags import Flags, Topic
 from codi_jax.io.decoding import RejectedError
 
 Result = TypeVar("Result")
@@ -39,6 +39,8 @@ _ADDRESS = re.compile(
 @dataclass(frozen=True, kw_only=True)
 class DownloadFlags(Flags):
     """How pictures are downloaded."""
+
+    topic: ClassVar[Topic] = Topic.DOWNLOADS
 
     connections: int = 64
     """Concurrent downloads of each process."""

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.path import step as step_lib
 
-from codi_jax.cli.flags import Flags, Operational
+from codi_jax.cli.flags import Flags, Operational, Topic
 from codi_jax.cli.messages import first_line
 from codi_jax.io import processes
 from codi_jax.io.checksums import DamagedError, verify_checksums, write_checksums
@@ -43,6 +43,8 @@ class CheckpointError(ValueError):
 @dataclass(frozen=True)
 class CheckpointFlags(Flags):
     """Flags about checkpoints."""
+
+    topic: ClassVar[Topic] = Topic.CHECKPOINTS
 
     checkpointing_steps: Operational[int] = 5000
     """Steps between checkpoints; 0 writes none, not even at the end."""

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from codi_jax.cli.flags import Adjustable, Flags, Local, Operational
+from codi_jax.cli.flags import Adjustable, Flags, Local, Operational, Topic
 from codi_jax.data import ConditionOf, DataFlags
 from codi_jax.data.load import ConditionTask, condition_of_task
 from codi_jax.models.kernels.attention import Implementation
@@ -36,6 +36,8 @@ class Replacement:
 class ComputeFlags(Flags):
     """Flags about how networks are computed and saved."""
 
+    topic: ClassVar[Topic] = Topic.RUN
+
     gradient_checkpointing: Adjustable[bool] = False
     """Recompute activations in the backward pass: slower, but takes less memory."""
     save_dtype: Adjustable[Literal["float32", "float16", "bfloat16"]] = "float32"
@@ -60,6 +62,8 @@ class Shown:
 @dataclass(frozen=True)
 class ValidationFlags(Flags):
     """Flags about validation images."""
+
+    topic: ClassVar[Topic] = Topic.VALIDATION
 
     validation_data_dir: Operational[str | None] = None
     """Folder of held-out samples to show, in the format of --train_data_dir. Default: training samples."""
@@ -98,6 +102,8 @@ class ValidationFlags(Flags):
 class PlanFlags(Flags):
     """Flags for planning a run instead of starting it."""
 
+    topic: ClassVar[Topic] = Topic.PLAN
+
     plan: Operational[str | None] = None
     """Plan instead of training: compile the step for these devices, which need not be here, and say what memory and
     time it takes. cpu, cpu:8, gpu (the one that is here), h100, h200:8, or a TPU slice such as v5e:4x4. Reads neither
@@ -114,6 +120,13 @@ class RunFlags(ComputeFlags, LoopFlags, OptimizerFlags, DataFlags, ValidationFla
 
     A script overrides the properties that its flags change.
     """
+
+    topic: ClassVar[Topic] = Topic.CHECKPOINTS
+
+    essential: ClassVar[tuple[str, ...]] = (
+        "train_data_dir", "dataset_name", "output_dir", "resolution", "train_batch_size", "learning_rate",
+        "max_train_steps", "mixed_precision", "resume_from_checkpoint",
+    )  # fmt: skip
 
     export_steps: Operational[int] = 0
     """Steps between exports into folders step-N, besides the one at the end; 0 for none. evaluate --training_steps
@@ -153,6 +166,8 @@ class RunFlags(ComputeFlags, LoopFlags, OptimizerFlags, DataFlags, ValidationFla
 class ModelFlags(ComputeFlags):
     """Flags about the pretrained model, and how it is computed and saved."""
 
+    topic: ClassVar[Topic] = Topic.MODEL
+
     pretrained_model_name_or_path: str
     """Model to start from: a folder in diffusers' layout, an id on the Hugging Face Hub, or a single .safetensors or
     .ckpt file."""
@@ -178,6 +193,8 @@ class ModelFlags(ComputeFlags):
 @dataclass(frozen=True, kw_only=True)
 class TrainingFlags(ModelFlags, RunFlags):
     """The flags of every run that starts from a model, and the properties that follow from a script's own flags."""
+
+    essential: ClassVar[tuple[str, ...]] = ("pretrained_model_name_or_path", *RunFlags.essential)
 
     @property
     def controlnet(self) -> str | None:
@@ -207,6 +224,8 @@ class TrainingFlags(ModelFlags, RunFlags):
 @dataclass(frozen=True, kw_only=True)
 class ConditionFlags(Flags):
     """What the images of a ControlNet are."""
+
+    topic: ClassVar[Topic] = Topic.DATA
 
     task: ConditionTask = "column"
     """Where condition images come from. column, edit: --conditioning_image_column, whatever it holds: edges, depth, or
@@ -244,6 +263,8 @@ class EditDataFlags(DataFlags):
 @dataclass(frozen=True, kw_only=True)
 class ManyStepsFlags(TrainingFlags):
     """The flags of a run whose model is sampled in many steps, with guidance."""
+
+    topic: ClassVar[Topic] = Topic.VALIDATION
 
     validation_sampling_steps: Operational[int] = 50
     """Steps of the sampler for validation images."""

@@ -8,14 +8,14 @@ unless a number is not finite; the moving average. A method that trains two netw
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from codi_jax.cli.flags import Adjustable, Flags
+from codi_jax.cli.flags import Adjustable, Flags, Topic
 from codi_jax.models.config import Params
 from codi_jax.training.adam_8bit import scale_by_adam_8bit
 
@@ -37,6 +37,8 @@ LOSS_SCALE_GROWTH_INTERVAL = 2000
 @dataclass(frozen=True)
 class OptimizerFlags(Flags):
     """The flags of optimizer, learning rate and precision."""
+
+    topic: ClassVar[Topic] = Topic.OPTIMIZER
 
     learning_rate: Adjustable[float] = 1e-4
     """The learning rate, after warm-up."""
@@ -80,6 +82,8 @@ class OptimizerFlags(Flags):
 @dataclass(frozen=True)
 class EmaFlags(Flags):
     """The flags of the parameters' moving average, for methods where it is optional."""
+
+    topic: ClassVar[Topic] = Topic.OPTIMIZER
 
     use_ema: bool = False
     """Keep a moving average of the parameters, and show and save it."""

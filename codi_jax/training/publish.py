@@ -4,10 +4,11 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from huggingface_hub import HfApi
 
-from codi_jax.cli.flags import Flags, Operational, Secret
+from codi_jax.cli.flags import Flags, Operational, Secret, Topic
 from codi_jax.cli.messages import first_line
 
 _INDEX = "model_index.json"
@@ -23,6 +24,8 @@ _ENDINGS = (".json", ".safetensors", ".txt", ".model", ".jinja")
 @dataclass(frozen=True)
 class HubFlags(Flags):
     """Flags about uploading the trained model."""
+
+    topic: ClassVar[Topic] = Topic.HUB
 
     push_to_hub: Operational[bool] = False
     """Upload the trained model to the Hugging Face Hub."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import socket
 import time
@@ -12,11 +11,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from codi_jax.cli import config_file
 from codi_jax.cli.flags import Flags, Scope
-from codi_jax.io.atomic import write_json
-from codi_jax.io.json_files import read_object
+from codi_jax.io.atomic import write_text
 
-ARGS_NAME = "args.json"
+CONFIG_NAME = "config.yaml"
 _LOCK_NAME = ".lock"
 
 _held: dict[Path, int] = {}  # file descriptors of folders locked by this process
@@ -74,13 +73,13 @@ def unlock(output_dir: Path) -> None:
 
 
 def write_arguments(flags: Flags, output_dir: Path) -> None:
-    """Writes ``args.json``, without secrets.
+    """Writes ``config.yaml``, without secrets; ``--config`` reads it.
 
     Raises:
       OSError: if the folder cannot be written.
     """
     try:
-        write_json(output_dir / ARGS_NAME, flags.values_within(Scope.PROCESS))
+        write_text(output_dir / CONFIG_NAME, config_file.dump(flags.values_within(Scope.PROCESS)))
     except OSError as error:
         raise _unwritable(output_dir, error) from error
 
@@ -89,21 +88,29 @@ def check_arguments(flags: Flags, output_dir: Path) -> None:
     """Compares flags with those of the run whose files are in the folder, except flags that do not affect it.
 
     Raises:
-      ValueError: naming the first flag that differs, or ``args.json`` if it is damaged.
+      ValueError: naming the first flag that differs, or ``config.yaml`` if it is damaged.
     """
-    path = output_dir / ARGS_NAME
+    path = output_dir / CONFIG_NAME
     # If it is alone in its folder, it is from a run that was later refused for its model or data.
-    if not path.exists() or {file.name for file in output_dir.iterdir()} <= {ARGS_NAME, _LOCK_NAME}:
+    if not path.exists() or {file.name for file in output_dir.iterdir()} <= {CONFIG_NAME, _LOCK_NAME}:
         return
-    remedy = "it has the arguments of an earlier run; choose another --output_dir, or remove that file to use this one"
-    earlier, given = read_object(path, remedy), flags.values_within(Scope.RESUME)
+    try:
+        earlier = config_file.load(path)
+    except ValueError as error:
+        remedy = "choose another --output_dir, or remove that file to use this one"
+        raise ValueError(f"{error} It has the arguments of an earlier run: {remedy}.") from None
+    given = config_file.parse(config_file.dump(flags.values_within(Scope.RESUME)))
     operational = {name for name, scope in flags.scopes().items() if scope > Scope.RESUME}
     for name in sorted((earlier.keys() | given.keys()) - operational):
         if earlier.get(name) != given.get(name):
             raise ValueError(
-                f"{output_dir} holds another run, with --{name} {json.dumps(earlier.get(name))} instead of "
-                f"{json.dumps(given.get(name))}: choose another --output_dir."
+                f"{output_dir} holds another run, with --{name} {_shown(earlier.get(name))} instead of "
+                f"{_shown(given.get(name))}: choose another --output_dir."
             )
+
+
+def _shown(value: str | list[str] | None) -> str:
+    return " ".join(value) if isinstance(value, list) else "without a value" if value is None else value
 
 
 def _unwritable(output_dir: Path, error: OSError) -> OSError:

@@ -5,11 +5,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 
-from codi_jax.cli.flags import Adjustable, Local, Operational, Scope
+from codi_jax.cli.flags import Adjustable, ForValidation, Local, Operational, Scope, Topic
 from codi_jax.io import processes
 from codi_jax.io.compiled_programs import keep_compiled_programs
 from codi_jax.models import sharding
@@ -33,6 +33,8 @@ _BATCH = "batch_size"  # of all devices and passes, among a checkpoint's setting
 class LoopFlags(CheckpointFlags, TrackingFlags, HubFlags):
     """Flags of the training loop."""
 
+    topic: ClassVar[Topic] = Topic.RUN
+
     output_dir: Adjustable[str] = "runs/{timestamp}"
     """Folder for checkpoints, logs and the trained model; {timestamp} is replaced by the time."""
     seed: int = 0
@@ -46,9 +48,9 @@ class LoopFlags(CheckpointFlags, TrackingFlags, HubFlags):
     """Passes through the data, if --max_train_steps is not given."""
     max_train_steps: Adjustable[int | None] = None
     """Total number of steps (parameter updates), including those before a resume."""
-    validation_steps: Operational[int] = 100
+    validation_steps: ForValidation[int] = 100
     """Steps between validations, if there is something to validate; 0 validates only at the end."""
-    validate_at_start: Operational[bool] = False
+    validate_at_start: ForValidation[bool] = False
     """Also validate before the first step."""
     fsdp: Adjustable[int] = 1
     """Number of devices to split parameters and optimizer over; 1 keeps a copy on every device."""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from codi_jax.cli.flags import Flags, Operational
+from codi_jax.cli.flags import Flags, Operational, Topic
 from codi_jax.io.atomic import write_text
 
 METRICS_NAME = "metrics.jsonl"
@@ -26,6 +26,8 @@ _WARM_UP = 3  # steps before a profile starts
 @dataclass(frozen=True)
 class TrackingFlags(Flags):
     """Flags about what a run reports, and where."""
+
+    topic: ClassVar[Topic] = Topic.LOGS
 
     logging_dir: Operational[str] = "logs"
     """Folder for TensorBoard's files, in --output_dir."""

@@ -27,7 +27,7 @@ def test_what_is_wrong_is_told_in_one_sentence(tmp_path: Path, content: bytes, r
 
 
 def test_a_byte_order_mark_and_infinity_are_read(tmp_path: Path):
-    path = tmp_path / "args.json"
+    path = tmp_path / "flags.json"
     path.write_bytes(b'\xef\xbb\xbf{"max_grad_norm": Infinity, "name": "\xc3\xa9"}')
     assert read_object(path, "") == {"max_grad_norm": math.inf, "name": "é"}
     assert parse_object('{"a": 1}', "text", "") == {"a": 1}

@@ -181,4 +181,4 @@ def test_a_training_with_other_flags_in_each_process_does_not_begin(tmp_path, fl
     for status, said in end_of(started, timeout=120):
         assert status == 1
         assert named in said
-    assert not (tmp_path / "args.json").exists()
+    assert not (tmp_path / "config.yaml").exists()

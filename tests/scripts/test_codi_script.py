@@ -50,7 +50,7 @@ def codi_run(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_codi_writes_a_student_that_diffusers_loads(inputs: Inputs, codi_run: Path):
     assert_reports(codi_run, 4)
-    assert "hf_secret" not in (codi_run / "args.json").read_text()
+    assert "hf_secret" not in (codi_run / "config.yaml").read_text()
     loaded = diffusers.DiffusionPipeline.from_pretrained(codi_run)
     assert type(loaded) is diffusers.StableDiffusionControlNetPipeline
     loaded.set_progress_bar_config(disable=True)

@@ -21,8 +21,8 @@ MODEL = [
     "tokenizer/vocab.json", "scheduler/scheduler_config.json", "controlnet/config.json",
 ]  # fmt: skip
 LEFTOVERS = [
-    "args.json", "metrics.jsonl", ".lock", "checkpoint-10/state/d/x", "checkpoint-8.damaged/checksums.json",
-    "degradation/checkpoint-3/checksums.json", "degradation/args.json", "path/path.json",
+    "config.yaml", "metrics.jsonl", ".lock", "checkpoint-10/state/d/x", "checkpoint-8.damaged/checksums.json",
+    "degradation/checkpoint-3/checksums.json", "degradation/config.yaml", "path/path.json",
     "path/node_00/diffusion_pytorch_model.safetensors", "step-10/unet/config.json", "logs/events.out.tfevents.1",
     "wandb/run-1/files/wandb-metadata.json", ".unet.partial-1234/diffusion_pytorch_model.safetensors",
     "unet/.config.json.swp", "validation/samples-10.png", "memory_final.prof", "notes.txt", ".env",
@@ -56,7 +56,7 @@ def test_only_the_model_is_uploaded(tmp_path, hub):
 
 
 def test_a_lora_is_uploaded_with_its_scheduler(tmp_path):
-    for name in ("pytorch_lora_weights.safetensors", "scheduler/scheduler_config.json", "args.json"):
+    for name in ("pytorch_lora_weights.safetensors", "scheduler/scheduler_config.json", "config.yaml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     assert model_files(tmp_path) == ["pytorch_lora_weights.safetensors", "scheduler/scheduler_config.json"]

@@ -4,11 +4,13 @@ import functools
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import cv2
 import numpy as np
 from jaxtyping import UInt8
 
+from codi_jax.cli.flags import Topic
 from codi_jax.data.images import Condition, current_condition_name, low_resolution, masked
 from codi_jax.data.preparation.pictures import Picture, PictureFlags, encode, encode_exactly, read_beside, read_picture
 from codi_jax.data.preparation.rows import InputRow
@@ -21,6 +23,8 @@ _FROM_FILE = "depth_from_file"
 @dataclass(frozen=True, kw_only=True)
 class PairFlags(PictureFlags):
     """Which condition images are made."""
+
+    topic: ClassVar[Topic] = Topic.PICTURES
 
     condition: str = "canny"
     """canny: thin edges; soft_edges: gradients of three scales (as HED's edges look, without its network); grayscale;

@@ -10,12 +10,12 @@ import pickle
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import datasets
 from datasets import Dataset
 
-from codi_jax.cli.flags import Flags
+from codi_jax.cli.flags import Flags, Topic
 from codi_jax.cli.messages import first_line
 
 Function = Callable[[Any], Any]
@@ -27,6 +27,8 @@ _OUT_OF_MEMORY = "one of the processes was killed, perhaps for lack of memory: r
 @dataclass(frozen=True, kw_only=True)
 class EngineFlags(Flags):
     """Which machines do the work."""
+
+    topic: ClassVar[Topic] = Topic.MACHINES
 
     engine: Literal["datasets", "ray"] = "datasets"
     """datasets: processes of this machine. ray: a Ray cluster, or a local one that is started for the work."""

@@ -17,11 +17,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
 
-from codi_jax.cli.flags import Flags
+from codi_jax.cli.flags import Flags, Topic
 from codi_jax.cli.progress import Progress
 from codi_jax.data.files import Folder
 from codi_jax.data.images import current_condition_name
@@ -42,6 +42,8 @@ _BYTES = 2**28  # limit of the pictures in memory that wait for a process
 class OutputFlags(Flags):
     """The data set that is written."""
 
+    topic: ClassVar[Topic] = Topic.OUTPUT
+
     train_data_dir: str
     """Folder to write, a path or a URL such as gs://bucket/folder: new, empty, or begun by the same command."""
     output_format: FormatName = "folder"
@@ -60,6 +62,11 @@ class OutputFlags(Flags):
 @dataclass(frozen=True, kw_only=True)
 class JobFlags(OutputFlags, EngineFlags):
     """The flags that this module reads; those of a tool include more."""
+
+    essential: ClassVar[tuple[str, ...]] = (
+        "input", "train_data_dir", "max_train_samples", "output_format", "resolution", "image_format", "num_proc",
+        "engine", "seed",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ faster than decoding the full picture; the rest of the scaling averages over pix
 
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import cv2
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from codi_jax.cli.flags import Flags
+from codi_jax.cli.flags import Flags, Topic
 from codi_jax.data.images import Placement, place
 from codi_jax.io import decoding
 from codi_jax.io.decoding import LARGEST_MEGAPIXELS, MAX_MEGAPIXELS, RejectedError
@@ -28,6 +28,8 @@ _ASPECT = 0.02  # relative difference of two aspect ratios that rounding of size
 @dataclass(frozen=True, kw_only=True)
 class PictureFlags(Flags):
     """Which pictures are accepted, and how they are written."""
+
+    topic: ClassVar[Topic] = Topic.PICTURES
 
     resolution: int = 512
     """Shorter side of the written pictures. Smaller ones are not enlarged."""

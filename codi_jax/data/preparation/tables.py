@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
-from codi_jax.cli.flags import Flags
+from codi_jax.cli.flags import Flags, Topic
 from codi_jax.cli.messages import first_line, listed
 from codi_jax.data.access import Access, is_web, names_own_files
 from codi_jax.data.files import Folder
@@ -40,11 +40,13 @@ _IDS = ("id", "ID", "SAMPLE_ID", "key", "hash")
 class TableFlags(Flags):
     """The flags of the input."""
 
+    topic: ClassVar[Topic] = Topic.INPUT
+
     input: str | None = None
     """Parquet, CSV, TSV or JSON lines of URLs and captions (files, patterns such as part-*.parquet, or URLs), a data
     set on the hub, what save_to_disk wrote, or a folder of images, whose captions are in .txt files of the same names
     or in a metadata.jsonl."""
-    config: str | None = None
+    dataset_config_name: str | None = None
     """Configuration of a data set on the hub that has several."""
     split: str = "train"
     """Split of a data set on the hub."""
@@ -99,6 +101,8 @@ class Filter:
 @dataclass(frozen=True, kw_only=True)
 class ScoreFlags(Flags):
     """Which rows are used, by score columns of web data sets; a missing column rejects nothing."""
+
+    topic: ClassVar[Topic] = Topic.INPUT
 
     min_clip_similarity: float | None = None
     """Least similarity of image and caption in CLIP's space."""
@@ -345,7 +349,7 @@ def _load(where: str, folder: Folder, flags: TableFlags, in_memory_order: bool) 
         if files:
             builder = _BUILDERS[ending]
             return datasets.load_dataset(builder, data_files={flags.split: files}, **options, **text_options(ending))
-        return datasets.load_dataset(where, flags.config, **options)
+        return datasets.load_dataset(where, flags.dataset_config_name, **options)
     except Exception as error:
         raise ValueError(f"--input {where} could not be read: {first_line(error)}") from error
 

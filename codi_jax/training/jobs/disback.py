@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from codi_jax.cli.flags import Adjustable, Operational
+from codi_jax.cli.flags import Adjustable, ForValidation, Operational
 from codi_jax.cli.outputs import file_in_place_of
 from codi_jax.data import ConditionOf, PromptFlags
 from codi_jax.io.checksums import digest_of
@@ -63,7 +63,7 @@ class DisbackRunFlags(ConditionFlags, PromptFlags, disback.DisbackFlags, Trainin
     """Gradients of each network are scaled down to this norm; inf for no limit."""
     checkpointing_steps: int = 500
     """Steps between checkpoints, in both stages; 0 for none."""
-    teacher_guidance_scale: Operational[float] = 7.5
+    teacher_guidance_scale: ForValidation[float] = 7.5
     """Guidance scale of the teacher in validation images."""
     lora_dropout: float = 0.0
     """Must be 0: a LoRA is trained without dropout here."""

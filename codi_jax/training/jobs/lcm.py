@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from codi_jax.cli.flags import Adjustable, Operational
+from codi_jax.cli.flags import Adjustable, ForValidation, Operational
 from codi_jax.data import ConditionOf
 from codi_jax.methods.lcm import LcmFlags, LcmTextFlags
 from codi_jax.training.flags import ConditionFlags, Replacement, Shown, TrainingFlags
@@ -33,11 +33,11 @@ class LcmRunFlags(LcmFlags, TrainingFlags):
     """Has no effect: frozen networks are always kept in the precision of the computation."""
     checkpointing_steps: int = 500
     """Steps between checkpoints; 0 for none."""
-    validation_sampling_steps: Operational[tuple[int, ...]] = (1, 2, 4)
+    validation_sampling_steps: ForValidation[tuple[int, ...]] = (1, 2, 4)
     """Numbers of steps with which validation images show the student."""
-    guidance_scale: Operational[float] = 7.5
+    guidance_scale: ForValidation[float] = 7.5
     """Guidance scale in validation images, for teacher and student."""
-    image_guidance_scale: Operational[float] = 1.5
+    image_guidance_scale: ForValidation[float] = 1.5
     """Guidance scale of the source image in validation images, for teacher and student."""
 
     def check(self) -> None:
