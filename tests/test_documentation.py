@@ -116,7 +116,7 @@ def resolves(name: str) -> bool:
 def known_flags() -> frozenset[str]:
     """All flags of all scripts; of benchmarks and the Makefile, from their source."""
     scripts = [f"{folder}.{path.stem}" for folder in _SCRIPT_FOLDERS for path in (ROOT / folder).glob("[a-z]*.py")]
-    commands = (*scripts, "codi_jax.generate", "codi_jax.evaluate", "codi_jax.plan")
+    commands = (*scripts, "codi_jax.generate", "codi_jax.evaluate", "codi_jax.plan", "codi_jax.app")
     fields = [name for each in commands for flag in flags_of(importlib.import_module(each).Args) for name in flag.names]
     for path in (ROOT / "benchmarks").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

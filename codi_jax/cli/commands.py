@@ -48,7 +48,7 @@ _SCRIPTS = {
         "cache-latents": "cache_latents",
     },
 }
-_MODULES = ("generate", "evaluate", "plan")
+_MODULES = ("generate", "evaluate", "plan", "app")
 _COMPLETION = "completion"
 _SHELLS = ("bash", "zsh", "tcsh")
 

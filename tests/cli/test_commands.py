@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OF = {
     **{name: importlib.import_module(f"training_scripts.{name}") for name in SCRIPTS},
     **{name: importlib.import_module(f"dataset_tools.{name}") for name in TOOLS},
-    **{name: importlib.import_module(f"codi_jax.{name}") for name in ("generate", "evaluate")},
+    **{name: importlib.import_module(f"codi_jax.{name}") for name in ("app", "generate", "evaluate")},
 }
 
 # Where a negative number means something: a direction to go against, a similarity, a level below any other.
@@ -49,6 +49,8 @@ def needed(name: str, folder: Path) -> dict[str, Any]:
     match name:
         case "adapt_instruct_pix2pix":
             return {**model, "lora": "none/such", "output_dir": out}
+        case "app":
+            return {"model": "none/such"}
         case "train_autoencoder_flax":
             return {**model, "train_data_dir": data, "output_dir": out}
         case "cache_latents":
@@ -129,13 +131,15 @@ def test_every_number_is_tried(name: str, tmp_path: Path) -> None:
 def test_flags_are_checked_before_anything_is_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model or a data set that is not there would be the next message."""
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    flag = next(flag for flag in ("seed", "seeds", "part", "copies", "vocab_size") if flag in numeric_flags(name))
+    flag = next(
+        flag for flag in ("seed", "seeds", "part", "copies", "vocab_size", "port") if flag in numeric_flags(name)
+    )
     values = {**needed(name, tmp_path), flag: -1}
     words = itertools.chain.from_iterable(
         (f"--{key}", *(value if isinstance(value, tuple) else (str(value),))) for key, value in values.items()
     )
     monkeypatch.setattr("sys.argv", [name, *map(str, words)])
-    run = OF[name].run if name in ("generate", "evaluate") else OF[name].main
+    run = OF[name].run if name in ("app", "generate", "evaluate") else OF[name].main
     with pytest.raises(SystemExit, match=rf"^error: --{flag} -1[^\n]*\.$"):
         run() if name == "train_tokenizer" else command_line.run(OF[name].Args, run)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
