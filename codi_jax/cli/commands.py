@@ -17,7 +17,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from codi_jax.cli.help_text import completion_parser
 
@@ -155,7 +155,7 @@ def _completion(words: Sequence[str]) -> str:
     import shtab
 
     parser = argparse.ArgumentParser(_PROGRAM, add_help=False)
-    within = {(): parser.add_subparsers()}
+    within: dict[tuple[str, ...], Any] = {(): parser.add_subparsers()}
     for command in commands():
         group, name = command.words[:-1], command.words[-1]
         if group not in within:

@@ -94,9 +94,11 @@ def _apart(words: Sequence[str]) -> tuple[list[str], list[Path]]:
 def _words(flag: Flag, value: Any, path: Path) -> list[str]:
     """A flag of a file as words of a command line."""
     takes_several = " " in flag.values
-    several = value if isinstance(value, list) and takes_several else [value]
-    is_truth = flag.values != "" or str(value).lower() in (*TRUTH, *_NOTHING, "")
-    if not (is_truth and all(isinstance(each, str) for each in several)):
+    several: list[Any] = value if isinstance(value, list) and takes_several else [value]
+    is_possible = all(isinstance(each, str) for each in several)
+    if is_possible and not flag.values:
+        is_possible = value.lower() in (*TRUTH, *_NOTHING, "")
+    if not is_possible:
         what = "texts or numbers, [a, b]" if takes_several else "one text or number" if flag.values else "true or false"
         raise ValueError(f"{path}: {flag.field} must be {what}.")
     if value in _NOTHING or (value == "" and flag.values != "TEXT"):

@@ -178,7 +178,7 @@ def _topics(args_class: type) -> dict[str, Topic]:
     """A flag belongs to the topic of its annotation, or else of the class that declared it first."""
     topics: dict[str, Topic] = {}
     for base in reversed(args_class.__mro__):
-        topic = vars(base).get("topic", Topic.METHOD)
+        topic: Topic = vars(base).get("topic") or Topic.METHOD
         for name, annotation in inspect.get_annotations(base, eval_str=True).items():
             marks = [mark for mark in getattr(annotation, "__metadata__", ()) if isinstance(mark, Topic)]
             topics[name] = marks[-1] if marks else topics.get(name, topic)

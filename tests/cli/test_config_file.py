@@ -93,3 +93,15 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"bytes\.yaml is not a file of flags"):
         parse(RunFlags, ["--config", str(tmp_path / "bytes.yaml")])
+
+
+def test_a_bomb_is_not_written_out(tmp_path: Path) -> None:
+    """Ten times ten times … ten: as text, it would fill the memory."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    with pytest.raises(ValueError, match="there is no flag a0"):
+        parsed(tmp_path, "\n".join(lines))
+    nested = "[" * 3 + ", ".join(["*x"] * 9) + "]" * 3
+    for flag in ("streaming", "resolution", "validation_prompt"):
+        with pytest.raises(ValueError, match=f"{flag} must be"):
+            parsed(tmp_path, f"caption_column: &x a\n{flag}: {nested}")
