@@ -40,7 +40,7 @@ from codi_jax.pipeline.networks import Networks
 from codi_jax.training import loop, optim
 
 ROOT = Path(__file__).resolve().parent.parent
-EMOJI = ROOT / "assets" / "recipes" / "emoji"
+AVATARS = ROOT / "assets" / "avatars"
 SEED = 0
 
 
@@ -48,7 +48,7 @@ SEED = 0
 class Args:
     """Times the training step of CoDi."""
 
-    config: Literal["emoji", "sd-1.5"] = "emoji"
+    config: Literal["avatars", "sd-1.5"] = "avatars"
     """The embedded model (64 px), or SD 1.5 (512 px)."""
     resolution: int | None = None
     """Side of the images in pixels. Default: the model's native size."""
@@ -71,9 +71,9 @@ class Args:
 
 def configs(args: Args) -> dict[str, Any]:
     """The configurations of the networks, by their folders."""
-    if args.config == "emoji":
+    if args.config == "avatars":
         return {
-            name: json.loads((EMOJI / name / "config.json").read_text()) for name in ("unet", "vae", "text_encoder")
+            name: json.loads((AVATARS / name / "config.json").read_text()) for name in ("unet", "vae", "text_encoder")
         }
     return {"unet": UNETS["sd-1.5"], "vae": VAE, "text_encoder": TEXT_ENCODERS["clip-vit-l (sd-1.x, sdxl)"]}
 
@@ -106,8 +106,8 @@ def problem(args: Args) -> tuple[codi.CodiSetup, dict[str, Any], dict[str, Any]]
 
 
 def teacher_schedule(args: Args) -> NoiseSchedule:
-    if args.config == "emoji":
-        return NoiseSchedule.from_pretrained(EMOJI)
+    if args.config == "avatars":
+        return NoiseSchedule.from_pretrained(AVATARS)
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
     return NoiseSchedule.from_config({"_class_name": "DDIMScheduler", **betas})
 

@@ -33,103 +33,103 @@ _COMMON = (
 RUNS: dict[str, tuple[str, str, bool]] = {
     "autoencoder": (
         "train_autoencoder_flax",
-        "--pretrained_model_name_or_path {assets}/emoji --train_data_dir {data} --use_ema --learning_rate 1e-3",
+        "--pretrained_model_name_or_path {assets}/avatars --train_data_dir {data} --use_ema --learning_rate 1e-3",
         True,
     ),
     "text_to_image": (
         "train_text_to_image_flax",
-        "--pretrained_model_name_or_path {assets}/emoji --train_data_dir {data} --train_text_encoder --use_ema "
+        "--pretrained_model_name_or_path {assets}/avatars --train_data_dir {data} --train_text_encoder --use_ema "
         "--snr_gamma 5 --noise_offset 0.1 --input_perturbation 0.1 --validation_sampling_steps 2",
         True,
     ),
     "controlnet": (
         "train_controlnet_flax",
-        "--pretrained_model_name_or_path {assets}/emoji --train_data_dir {data} --task canny "
+        "--pretrained_model_name_or_path {assets}/avatars --train_data_dir {data} --task canny "
         "--validation_sampling_steps 2",
         True,
     ),
     "instruct_pix2pix": (
         "train_instruct_pix2pix_flax",
-        "--pretrained_model_name_or_path {assets}/emoji --train_data_dir {data} --original_image_column "
+        "--pretrained_model_name_or_path {assets}/avatars --train_data_dir {data} --original_image_column "
         "conditioning_image --edit_prompt_column text --edited_image_column image --conditioning_dropout_prob 0.1 "
         "--validation_sampling_steps 2",
         True,
     ),
     "codi": (
         "train_codi_flax",
-        "--pretrained_model_name_or_path {assets}/emoji --train_data_dir {data} --distill_learning_steps 8 "
+        "--pretrained_model_name_or_path {assets}/avatars --train_data_dir {data} --distill_learning_steps 8 "
         "--cfg_aware_distill --onestepode_cfg --snr_gamma 5 --validation_sampling_steps 1 2",
         True,
     ),
     "codi_unet": (
         "train_codi_flax",
-        "--pretrained_model_name_or_path {assets}/emoji --controlnet_model_name_or_path {assets}/emoji-controlnet "
+        "--pretrained_model_name_or_path {assets}/avatars --controlnet_model_name_or_path {assets}/avatars-controlnet "
         "--train_data_dir {data} --distill_learning_steps 4 --train unet --onestepode_control_params initial "
         "--cache_latents --cache_latents_dir {runs}/latents --validation_sampling_steps 1",
         True,
     ),
     "lcm": (
         "train_lcm_flax",
-        "--pretrained_teacher_model {assets}/emoji --train_data_dir {data} --num_ddim_timesteps 10 --loss_type huber "
+        "--pretrained_teacher_model {assets}/avatars --train_data_dir {data} --num_ddim_timesteps 10 --loss_type huber "
         "--validation_sampling_steps 1 2",
         True,
     ),
     "lcm_lora": (
         "train_lcm_flax",
-        "--pretrained_teacher_model {assets}/emoji --train_data_dir {data} --use_lora --lora_rank 4 "
+        "--pretrained_teacher_model {assets}/avatars --train_data_dir {data} --use_lora --lora_rank 4 "
         "--validation_sampling_steps 2",
         True,
     ),
     "tcd": (
         "train_tcd_flax",
-        "--pretrained_teacher_model {assets}/emoji --train_data_dir {data} --num_ddim_timesteps 10 "
+        "--pretrained_teacher_model {assets}/avatars --train_data_dir {data} --num_ddim_timesteps 10 "
         "--validation_sampling_steps 1 2",
         True,
     ),
     "lcm_controlnet": (
         "train_lcm_flax",
-        "--pretrained_teacher_model {assets}/emoji --controlnet_model_name_or_path {assets}/emoji-controlnet "
+        "--pretrained_teacher_model {assets}/avatars --controlnet_model_name_or_path {assets}/avatars-controlnet "
         "--train_data_dir {data} --task canny --bake_guidance_scale 3 --mixed_precision bf16 "
         "--validation_sampling_steps 1",
         True,
     ),
     "lcm_instruct_pix2pix": (
         "train_lcm_distil_instruct_pix2pix_sdxl",
-        "--pretrained_teacher_model {assets}/emoji-edit --train_data_dir {data} --original_image_column "
+        "--pretrained_teacher_model {assets}/avatars-edit --train_data_dir {data} --original_image_column "
         "conditioning_image --edit_prompt_column text --edited_image_column image --w_image_min 0 --w_image_max 1 "
         "--conditioning_dropout_prob 0.05 --validation_sampling_steps 1",
         True,
     ),
     "bk_sdm": (
         "train_bk_sdm_flax",
-        "--pretrained_model_name_or_path {assets}/emoji --train_data_dir {data} --distill_level tiny "
+        "--pretrained_model_name_or_path {assets}/avatars --train_data_dir {data} --distill_level tiny "
         "--distill_table {assets}/recipes/small-levels.yaml --prediction_type v_prediction --use_ema "
         "--validation_sampling_steps 2",
         True,
     ),
     "disback": (
         "train_disback_flax",
-        "--pretrained_model_name_or_path {assets}/emoji --train_data_dir {data} --num_nodes 2 "
+        "--pretrained_model_name_or_path {assets}/avatars --train_data_dir {data} --num_nodes 2 "
         "--degradation_interval 1 --interval 1 --use_ema --generator_lr 1e-4 --guidance_lr 2e-4 "
         "--real_guidance_scale 3",
         True,
     ),
     "dmd_gan": (
         "train_disback_flax",
-        "--pretrained_model_name_or_path {assets}/emoji --train_data_dir {data} --stage backtracking --path none "
+        "--pretrained_model_name_or_path {assets}/avatars --train_data_dir {data} --stage backtracking --path none "
         "--denoising --num_denoising_step 2 --backward_simulation --cls_on_clean_image --gen_cls_loss --diffusion_gan "
         "--generator_lora --lora_rank 4",
         True,
     ),
     "adapted": (
         "adapt_instruct_pix2pix",
-        "--pretrained_model_name_or_path {assets}/emoji-edit --base_model {assets}/emoji --distilled_model {runs}/bare "
-        "--weight 0.5 --validation_prompt 3 --validation_image {data}/processed_images/3.png "
-        "--validation_sampling_steps 2",
+        "--pretrained_model_name_or_path {assets}/avatars-edit --base_model {assets}/avatars "
+        "--distilled_model {runs}/bare --weight 0.5 --validation_prompt 3 "
+        "--validation_image {data}/processed_images/3.png --validation_sampling_steps 2",
         False,
     ),
 }
-_BARE = "--pretrained_teacher_model {assets}/emoji --train_data_dir {data} --bake_guidance_scale 2"
+_BARE = "--pretrained_teacher_model {assets}/avatars --train_data_dir {data} --bake_guidance_scale 2"
 # Contents that differ between runs: places, times and versions.
 _PASSING = ("config.yaml", "metrics.jsonl", "path.json", ".lock", "events.out")
 

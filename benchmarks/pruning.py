@@ -1,6 +1,6 @@
 """Times a UNet without some of its blocks against the complete one, in the same run.
 
-    python3 benchmarks/pruning.py --model assets/emoji --table assets/recipes/small-levels.yaml --batch 64
+    python3 benchmarks/pruning.py --model assets/avatars --table assets/recipes/small-levels.yaml --batch 64
     python3 benchmarks/pruning.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --levels bk_base bk_small bk_tiny
 
 The UNets take turns, so that a machine whose speed drifts slows all; a ratio is the median over the turns. Weights are

@@ -75,7 +75,7 @@ stage_editor() {
   "$python" training_scripts/train_instruct_pix2pix_flax.py --pretrained_model_name_or_path "$(text)" \
     --train_data_dir "$work/edits/train" --validation_data_dir "$work/edits/validation" --resolution 64 "${run[@]}" \
     "${cached[@]}" --conditioning_dropout_prob 0.05 --max_train_steps 8000 --learning_rate 4e-4 --lr_warmup_steps 100 \
-    --ema_decay 0.999 --guidance_scale 3 --image_guidance_scale 1.5 --output_dir "$work/editor"
+    --ema_decay 0.999 --guidance_scale 3 --image_guidance_scale 2.5 --output_dir "$work/editor"
 }
 
 for stage in "${stages[@]}"; do "stage_$stage"; done

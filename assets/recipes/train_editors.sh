@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Editing, from an editor of train_avatars.sh: LCM students of that teacher (three, and one that takes both guidances),
+# Editing, from the editor in assets: LCM students of that teacher (three, and one that takes both guidances),
 # the training-free adaptation with the difference of a whole LCM and of a LoRA, and the comparison of all. Every run goes on
 # where it was when the script is started again.
 #
@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 work=${1:-runs/editors}
-teacher=${TEACHER:-runs/avatars/editor}
+teacher=${TEACHER:-assets/avatars-edit}
 model=${MODEL:-assets/avatars}
 steps=${STEPS:-1500}
 stages=("${@:2}")
@@ -19,12 +19,13 @@ run=(--resolution 64 --cache_latents --cache_dir "$work/cache" --train_batch_siz
      --checkpoints_total_limit 1 --resume_from_checkpoint latest --num_validation_images 16 --validation_steps 0
      --save_dtype float16)
 edits=(--pretrained_teacher_model "$teacher" --train_data_dir "$work/data/edits/train"
-       --validation_data_dir "$work/data/edits/validation" --guidance_scale 3 --image_guidance_scale 1.5)
+       --validation_data_dir "$work/data/edits/validation" --guidance_scale 3 --image_guidance_scale 2.5)
 text=(--pretrained_teacher_model "$model" --train_data_dir "$work/data/text/train"
       --validation_data_dir "$work/data/text/validation" --guidance_scale 3)
 # w is the guidance scale minus 1.
 guided=(--w_min 1 --w_max 5)
-both_guided=("${guided[@]}" --w_image_min 0 --w_image_max 1)
+at_image_scale=("${guided[@]}" --w_image_min 1.5 --w_image_max 1.5)
+both_guided=("${guided[@]}" --w_image_min 0 --w_image_max 2)
 weights=(0.25 0.5 0.75 1)
 
 draw() { "$python" dataset_tools/avatars.py "$@"; }
@@ -32,7 +33,7 @@ train_editor() { "$python" training_scripts/train_lcm_distil_instruct_pix2pix_sd
 train_text() { "$python" training_scripts/train_lcm_flax.py "${run[@]}" "${text[@]}" "${guided[@]}" "$@"; }
 adapt() { "$python" training_scripts/adapt_instruct_pix2pix.py --pretrained_model_name_or_path "$teacher" "$@"; }
 evaluate() {
-  "$python" -m codi_jax.evaluate --data "$work/data/edits/validation" --guidance_scale 3 --image_guidance_scale 1.5 "$@"
+  "$python" -m codi_jax.evaluate --data "$work/data/edits/validation" --guidance_scale 3 --image_guidance_scale 2.5 "$@"
 }
 
 stage_data() {
@@ -43,7 +44,7 @@ stage_data() {
 }
 
 stage_students() {
-  for seed in 0 1 2; do train_editor "${guided[@]}" --seed "$seed" --output_dir "$work/student-$seed"; done
+  for seed in 0 1 2; do train_editor "${at_image_scale[@]}" --seed "$seed" --output_dir "$work/student-$seed"; done
 }
 
 stage_guidances() { train_editor "${both_guided[@]}" --output_dir "$work/two-guidances"; }
@@ -75,7 +76,7 @@ stage_evaluate() {
 stage_scales() {
   models=() scales=(--guidance_scales) images=(--image_guidance_scales)
   for scale in 1.5 3 5; do
-    for image in 1 1.5 2; do
+    for image in 1 2 3; do
       models+=("teacher $scale $image@50=$teacher" "student $scale $image@4=$work/two-guidances")
       scales+=("teacher $scale $image:$scale" "student $scale $image:$scale")
       images+=("teacher $scale $image:$image" "student $scale $image:$image")
