@@ -52,7 +52,7 @@ $(DEMO_READY): requirements.lock pyproject.toml | $(BIN)/python
 
 # The LCM command of the README on the model in assets/, and what one and two steps then draw. The teacher is better with
 # guidance, which the student has built in.
-demo: $(DEMO_READY)  ## distill a one-step student of the model in assets/ and compare the two (12 minutes on 2 cores)
+demo: $(DEMO_READY)  ## distill a one-step student of the model in assets/ and compare the two (10 minutes on 2 cores)
 	$(BIN)/python dataset_tools/avatars.py --train_data_dir $(DEMO)/data/train --max_train_samples 8000
 	$(BIN)/python dataset_tools/avatars.py --train_data_dir $(DEMO)/data/validation --max_train_samples 100 \
 	    --split validation

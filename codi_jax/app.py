@@ -56,8 +56,11 @@ class Args(Flags):
     """A ControlNet of the teacher that follows edges, for the Control tab. Default: the embedded one, if --model is."""
     guidance_scale: float = 3.0
     """The guidance scale that the page starts with."""
-    student_guidance_scale: float = 1.0
-    """The student's; 1 for students that have it built in."""
+    student_guidance_scale: float | None = None
+    """The student's. Default: as the teacher's for a student that takes it as an input, as LCM's do, else 1: it is
+    built in."""
+    image_guidance_scale: float | None = None
+    """The editor's guidance scale of the picture that the page starts with. Default: 1.5; 2.5 for the embedded one."""
     steps: int = 50
     """The teacher's steps that the page starts with: 1, 2, 4, 8, 20 or 50."""
     student_steps: int = 4
@@ -79,7 +82,7 @@ class Args(Flags):
 
     def check(self) -> None:
         super().check()
-        self.require_at_least(0, "guidance_scale", "student_guidance_scale")
+        self.require_at_least(0, "guidance_scale", "student_guidance_scale", "image_guidance_scale")
         self.require_in(1, 65535, "port")
         self.require_at_least(1, "max_upload_megabytes")
         for flag in ("steps", "student_steps"):
@@ -117,6 +120,16 @@ def load(args: Args) -> Studio:
     return Studio(models)
 
 
+def scale_of(name: str, studio: Studio, args: Args) -> float:
+    """The guidance scale that the page starts with, for one of the models."""
+    if name != "student":
+        return args.guidance_scale
+    if args.student_guidance_scale is not None:
+        return args.student_guidance_scale
+    takes_guidance = studio.models[name].networks.unet.config.time_cond_proj_dim is not None
+    return args.guidance_scale if takes_guidance else 1.0
+
+
 def warm_up(studio: Studio, args: Args) -> Iterator[str]:
     """Compiles what the page starts with; says what it compiles."""
     for name in studio.models:
@@ -124,9 +137,8 @@ def warm_up(studio: Studio, args: Args) -> Iterator[str]:
         height, width = studio.size(name)
         needs = {"editor": "image", "controlnet": "control_image"}
         pictures = {needs[name]: Image.new("RGB", (width, height))} if name in needs else {}
-        few = name == "student"
-        scale = args.student_guidance_scale if few else args.guidance_scale
-        steps = args.student_steps if few else args.steps
+        steps = args.student_steps if name == "student" else args.steps
+        scale = scale_of(name, studio, args)
         studio.make(name, "", steps, lambda *_: None, guidance_scale=scale, **pictures)
 
 
@@ -183,7 +195,7 @@ def _draw_tab(gr: Any, make: _Maker, args: Args) -> None:
             few_steps = gr.Radio(list(_STEPS), value=args.student_steps, label=of_few)
             few_scale = scale
             if few == "student":
-                few_scale = _scale(gr, "Guidance of the student", args.student_guidance_scale)
+                few_scale = _scale(gr, "Guidance of the student", scale_of(few, make.studio, args))
             button = gr.Button("Draw", variant="primary")
         with gr.Column(scale=2, min_width=280), gr.Row():
             left, right = _picture(gr, f"{few}, few steps"), _picture(gr, "teacher")
@@ -209,7 +221,10 @@ def _edit_tab(gr: Any, make: _Maker, args: Args) -> None:
             seed = _seed(gr)
             steps = gr.Radio(list(_STEPS), value=args.steps, label="Steps")
             scale = _scale(gr, "Guidance of the text", args.guidance_scale)
-            image_scale = _scale(gr, "Guidance of the picture", 1.5)
+            of_picture = args.image_guidance_scale
+            if of_picture is None:
+                of_picture = 2.5 if args.editor is None else 1.5
+            image_scale = _scale(gr, "Guidance of the picture", of_picture)
             button = gr.Button("Edit", variant="primary")
         with gr.Column(scale=2, min_width=280):
             result = _picture(gr, "Edited")
@@ -284,7 +299,7 @@ def _compare_tab(gr: Any, make: _Maker, args: Args) -> None:
 
     def made(which: tuple[str, int], prompt: str, seed: int | None, scale: float, progress: Any) -> Made:
         name, count = which
-        its_scale = args.student_guidance_scale if name == "student" else scale
+        its_scale = scale_of(name, make.studio, args) if name == "student" else scale
         return make(progress, name, prompt, count, seed, guidance_scale=its_scale)
 
     def compare(

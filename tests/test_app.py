@@ -231,6 +231,14 @@ def test_without_flags_it_shows_the_embedded_models(studio: Studio, monkeypatch:
         app.load(app.Args())
 
 
+def test_the_students_guidance_is_the_teachers_or_built_in(args: app.Args, studio: Studio) -> None:
+    of_text = Studio({**studio.models, "student": studio.models["teacher"]})
+    assert app.scale_of("student", studio, args) == args.guidance_scale == 3  # an input of the LCM
+    assert app.scale_of("student", of_text, args) == 1
+    assert app.scale_of("teacher", of_text, args) == 3
+    assert app.scale_of("student", studio, dataclasses.replace(args, student_guidance_scale=0.0)) == 0
+
+
 def test_the_page_starts_with_compiled_programs(args: app.Args, studio: Studio) -> None:
     assert list(app.warm_up(studio, args)) == ["teacher", "student", "editor", "controlnet"]
     before = studio.models["teacher"].compile_seconds
