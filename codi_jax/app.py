@@ -352,9 +352,8 @@ def _upload(gr: Any, label: str, **options: Any) -> Any:
 
 
 def _picture(gr: Any, label: str) -> Any:
-    return gr.Image(
-        label=label, format="png", height=320, interactive=False, elem_classes="picture", buttons=["download"]
-    )
+    options = {"format": "png", "height": 320, "buttons": ["download"], "elem_classes": "picture"}
+    return gr.Image(label=label, alt_text=label, interactive=False, **options)
 
 
 def _shown(gr: Any, picture: Made) -> Any:
