@@ -1,6 +1,7 @@
 """Flags in a YAML file, in place of a long command line; every run writes its own."""
 
 import difflib
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def parse(text: str) -> dict[str, Any]:
 
 
 def with_files(args_class: type, words: Sequence[str]) -> list[str]:
-    """A command line with the flags of its ``--config`` files, unless they are on the command line, too.
+    """A command line that begins with the flags of its ``--config`` files, so that it has the last word itself.
 
     Of several files, later ones have the last word.
 
@@ -63,8 +64,6 @@ def with_files(args_class: type, words: Sequence[str]) -> list[str]:
         return rest
     flags = flags_of(args_class)
     by_name = {name.lstrip("-"): flag for flag in flags for name in (f"--{flag.field}", *flag.names)}
-    typed = {word.partition("=")[0].replace("-", "_").lstrip("_") for word in rest if word.startswith("--")}
-    given = {by_name[name].field for name in typed if name in by_name}
     values: dict[str, list[str]] = {}
     for path in paths:
         for name, value in load(path).items():
@@ -74,7 +73,8 @@ def with_files(args_class: type, words: Sequence[str]) -> list[str]:
                 hint = f": did you mean {near[0]}?" if near else "."
                 raise ValueError(f"{path}: there is no flag {name}{hint}")
             values[flag.field] = _words(flag, value, path)
-    return [word for field, of_file in values.items() if field not in given for word in of_file] + rest
+    # Of a flag that is there twice, the parser takes the last one.
+    return [*itertools.chain.from_iterable(values.values()), *rest]
 
 
 def _apart(words: Sequence[str]) -> tuple[list[str], list[Path]]:
