@@ -262,10 +262,11 @@ def _plot(results: Sequence[Result], across: str, key: str) -> str:
             if is_level:  # models without training steps, as a reference level
                 drawn_as[name] = axes.axhline(line[0].mean(key), color=color, linestyle="--", linewidth=1.5)
                 continue
+            deviations = [result.sd(key) for result in line]
             drawn_as[name] = axes.errorbar(
                 [1000 * result.mean("seconds") if across == "seconds" else getattr(result, across) for result in line],
                 [result.mean(key) for result in line],
-                [result.sd(key) or 0 for result in line],
+                None if set(deviations) == {None} else [each or 0 for each in deviations],  # one seed has no bars
                 color=color, marker="o", markersize=5, linewidth=2, capsize=3,
             )  # fmt: skip
         if across != "training_steps":

@@ -384,6 +384,14 @@ def test_plots_take_the_color_of_the_page(small_report: Report) -> None:
     assert text.count("#d55e00") == sum(svg.count("#d55e00") for svg in plots.values())
 
 
+def test_one_seed_has_no_error_bars(small_report: Report) -> None:
+    values = {"fid_lite": [3.0], "seconds": [0.1]}
+    results = [dataclasses.replace(each, values=values) for each in small_report.results]
+    alone = report.draw_plots(dataclasses.replace(small_report, results=results))
+    assert "LineCollection" in report.draw_plots(small_report)["fid_lite-steps"]
+    assert "LineCollection" not in alone["fid_lite-steps"]
+
+
 def test_names_are_plotted_as_they_are(small_report: Report) -> None:
     """Nothing in them is a formula, or hides them."""
     names = ["$x^$", "5$", "a$b$", "_hidden", "\\alpha"]
