@@ -44,7 +44,7 @@ def randomized(model: Any) -> Any:
 
 def write_clip(folder: Path, **text: Any) -> CLIPModel:
     """A small CLIP with the vocabulary of the embedded models."""
-    tokens = {"vocab_size": 2048, "bos_token_id": 2046, "eos_token_id": 2047, "max_position_embeddings": 32}
+    tokens = {"vocab_size": 864, "bos_token_id": 862, "eos_token_id": 863, "max_position_embeddings": 40}
     config = CLIPConfig(
         text_config={**LAYERS, "intermediate_size": 40, **tokens, **text},
         vision_config={**LAYERS, "intermediate_size": 32, "image_size": 32, "patch_size": 8, **text},
@@ -54,7 +54,7 @@ def write_clip(folder: Path, **text: Any) -> CLIPModel:
     model.save_pretrained(folder)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32})
     processor.save_pretrained(folder)
-    for file in (ASSETS / "emoji" / "tokenizer").iterdir():
+    for file in (ASSETS / "avatars" / "tokenizer").iterdir():
         shutil.copy(file, folder)
     return model
 
@@ -154,9 +154,9 @@ def test_files_that_are_something_else_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="LPIPS of alex needs images of at least 63 pixels"):
         lpips_distances(weights, heads)(small, small)
     with pytest.raises(WeightsError, match="describes 'clip_text_model', not a whole CLIP with both towers"):
-        Clip(str(ASSETS / "emoji" / "text_encoder"))
+        Clip(str(ASSETS / "avatars" / "text_encoder"))
     with pytest.raises(ConfigError, match="model_type = 'clip_text_model' is not supported; only clip, vit and dinov2"):
-        dino(str(ASSETS / "emoji" / "text_encoder"))
+        dino(str(ASSETS / "avatars" / "text_encoder"))
 
 
 def test_a_processor_of_another_network_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from folders import FAMILIES, SIZE, make_pipeline
 from pairs import (
     PROMPTS,
     Pairs,
+    as_in_folder,
     assert_same_picture,
     latents,
     run_both,
@@ -38,7 +39,7 @@ def test_another_schedule_is_another_program(pairs: Pairs) -> None:
     pair = pairs("text-to-image")
     run_ours(pair.ours)
     schedule = pair.ours.schedule.with_config(prediction_type="v_prediction")
-    assert_same_picture(*run_both(pair._replace(ours=pair.ours.replace(schedule=schedule))))
+    assert_same_picture(*run_both(as_in_folder(pair._replace(ours=pair.ours.replace(schedule=schedule)))))
 
 
 def test_a_teacher_is_shown_in_no_more_steps_than_it_was_distilled_for(pairs: Pairs) -> None:

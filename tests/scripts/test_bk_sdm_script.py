@@ -270,9 +270,9 @@ def test_a_student_whose_config_does_not_fit_its_weights_is_refused(
 
 
 def test_the_levels_fit_the_embedded_model() -> None:
-    emoji = Model.from_pretrained(ASSETS / "emoji")
+    model = Model.from_pretrained(ASSETS / "avatars")
     counts = [
-        sum(leaf.size for leaf in jax.tree.leaves(prune(emoji.networks.unet, emoji.params["unet"], level)[1]))
+        sum(leaf.size for leaf in jax.tree.leaves(prune(model.networks.unet, model.params["unet"], level)[1]))
         for level in (find_level(name, LEVELS) for name in ("base", "small", "tiny"))
     ]
-    assert counts == [4_290_568, 3_237_512, 1_645_544]
+    assert counts == [4_304_400, 3_251_344, 1_659_376]
