@@ -112,7 +112,8 @@ def load(args: Args) -> Studio:
     if editor := args.editor or (_embedded("avatars-edit") if embedded else None):
         models["editor"] = open_model(editor)
     if controlnet := args.controlnet or (_embedded("avatars-controlnet") if embedded else None):
-        models["controlnet"] = open_model(teacher, controlnet)
+        shared = models["teacher"].params
+        models["controlnet"] = open_model(teacher, controlnet, without_params=tuple(shared)).with_params(shared)
     for name, model in models.items():
         flag, task = name.replace("teacher", "model"), "edit" if name == "editor" else "text-to-image"
         if model.task != task:

@@ -195,6 +195,12 @@ def test_other_files_are_not_served(client: gradio_client.Client, args: app.Args
             urllib.request.urlopen(f"{client.src}gradio_api/file={path}")
 
 
+def test_the_controlnet_shares_the_teachers_weights(studio: Studio) -> None:
+    controlled = studio.models["controlnet"].params
+    assert "controlnet" in controlled
+    assert all(controlled[name] is params for name, params in studio.models["teacher"].params.items())
+
+
 def test_steps_are_counted(studio: Studio) -> None:
     seen: list[tuple[int, int]] = []
     studio.make("teacher", PROMPT, 20, lambda *counts: seen.append(counts), seed=0)
