@@ -63,7 +63,9 @@ def with_files(args_class: type, words: Sequence[str]) -> list[str]:
     if not paths:
         return rest
     flags = flags_of(args_class)
-    by_name = {name.lstrip("-"): flag for flag in flags for name in (f"--{flag.field}", *flag.names)}
+    # Not the names that switch something off: with "true", they would say the opposite.
+    names = {flag.field: flag.names if flag.values else flag.names[:-1] for flag in flags}
+    by_name = {name.lstrip("-"): flag for flag in flags for name in (flag.field, *names[flag.field])}
     values: dict[str, list[str]] = {}
     for path in paths:
         for name, value in load(path).items():

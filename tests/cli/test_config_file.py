@@ -105,3 +105,9 @@ def test_a_bomb_is_not_written_out(tmp_path: Path) -> None:
     for flag in ("streaming", "resolution", "validation_prompt"):
         with pytest.raises(ValueError, match=f"{flag} must be"):
             parsed(tmp_path, f"caption_column: &x a\n{flag}: {nested}")
+
+
+def test_the_negative_of_a_switch_is_no_flag_of_a_file(tmp_path: Path) -> None:
+    """Read as the switch itself, it would mean the opposite."""
+    with pytest.raises(ValueError, match=r"run\.yaml: there is no flag no_streaming: did you mean streaming\?"):
+        parsed(tmp_path, "no_streaming: true")
