@@ -107,7 +107,7 @@ def main() -> None:
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
         print(_overview(commands()), end="")
-    elif (len(words) == 1 and words[0] in _SCRIPTS) or (words[1:2] in (["-h"], ["--help"]) and words[0] in _SCRIPTS):
+    elif words[0] in _SCRIPTS and words[1:2] in ([], ["-h"], ["--help"]):
         print(_overview(command for command in commands() if command.words[0] == words[0]), end="")
     elif words[0] == _COMPLETION:
         print(_completion(words[1:]))

@@ -199,10 +199,8 @@ def _flag(field: dataclasses.Field, annotation: Any, text: str, topic: Topic) ->
         given = next((mark.metavar for mark in marks if getattr(mark, "metavar", None)), None)
         values = given or _values(kind)
         choices = tuple(values.strip("{}").split(",")) if values.startswith("{") and " " not in values else ()
-    default = dataclasses.MISSING if field.default_factory is not dataclasses.MISSING else field.default
-    is_required = default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    if field.default_factory is not dataclasses.MISSING:
-        default = field.default_factory()
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    is_required = default is dataclasses.MISSING
     return Flag(
         field.name, names, values, choices, text, "required" if is_required else _shown(default), is_required, topic
     )
