@@ -8,7 +8,7 @@ import jax
 from codi_jax.cli import command_line
 from codi_jax.evaluation.arguments import Args
 from codi_jax.evaluation.comparison import compare
-from codi_jax.evaluation.report import Report, markdown
+from codi_jax.evaluation.results import Report, markdown, verdict
 
 _PROGRAM = "python3 -m codi_jax.evaluate"
 
@@ -18,6 +18,8 @@ def run(args: Args) -> Report:
     report = compare(args, f"{_PROGRAM} {shlex.join(sys.argv[1:])}")
     if jax.process_index() == 0:
         print(markdown(report))
+        if sentence := verdict(report):
+            print(sentence)
         print(f"wrote {args.output_dir}/report.html")
     return report
 

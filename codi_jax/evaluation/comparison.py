@@ -17,7 +17,9 @@ from codi_jax.diffusion.timesteps import default_sampler
 from codi_jax.evaluation.arguments import SEED_STRIDE, Args
 from codi_jax.evaluation.candidates import Candidate, Checkpoint, read_candidates
 from codi_jax.evaluation.measures import Measures, build_measures
-from codi_jax.evaluation.report import Example, Report, Result, check_plots, write_report
+from codi_jax.evaluation.plots import check_plots
+from codi_jax.evaluation.report import write_report
+from codi_jax.evaluation.results import Example, Report, Result
 from codi_jax.evaluation.samples import Data, Samples, open_samples
 from codi_jax.evaluation.shards import files_of, shards_of
 from codi_jax.io import processes

@@ -57,7 +57,7 @@ class Measures:
     Attributes:
       observers: what is observed, by name.
       summaries: for each metric of ``--metrics`` the observation, and what it amounts to, by the keys of
-        `codi_jax.evaluation.report.METRICS`.
+        `codi_jax.evaluation.results.METRICS`.
     """
 
     observers: Mapping[str, Observe]

@@ -2,6 +2,7 @@
 
 import math
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ Picture = Image.Image | np.ndarray
 FAST_PNG = (cv2.IMWRITE_PNG_COMPRESSION, 1)
 """OpenCV's options for PNG files that are written quickly, and are a little larger."""
 _LABEL_WIDTH, _LABEL_HEIGHT = 96, 14  # pixels
+_LETTER_WIDTH = 7  # pixels of the mean letter, and a little more
+_CAPTION_LINES = 8
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -193,15 +196,27 @@ def check_output(path: str | Path, count: int = 1) -> None:
 
 
 def labeled_rows(
-    rows: Mapping[str, Sequence[np.ndarray] | np.ndarray | None],
+    rows: Mapping[str, Sequence[np.ndarray] | np.ndarray | None], captions: Sequence[str] = ()
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Batches of images as one picture: one row each, preceded by its name; ``None`` gives no row."""
+    """Batches of images as one picture: one row each, preceded by its name; ``None`` gives no row.
+
+    Args:
+      rows: the batches, by name; each has as many images of the same width as the others.
+      captions: the texts above the columns. Default: none.
+    """
     shown = {name: np.concatenate(list(images), axis=1) for name, images in rows.items() if images is not None}
-    height = sum(max(row.shape[0], _LABEL_HEIGHT) for row in shown.values())
     font = ImageFont.load_default(11)
     left = max(_LABEL_WIDTH, *(math.ceil(font.getlength(name)) + 8 for name in shown))
-    canvas = Image.new("RGB", (left + max(row.shape[1] for row in shown.values()), height), "white")
-    draw, top = ImageDraw.Draw(canvas), 0
+    width = max(row.shape[1] for row in shown.values())
+    letters = max(1, width // max(1, len(captions)) // _LETTER_WIDTH)
+    texts = [textwrap.wrap(caption, letters, max_lines=_CAPTION_LINES, placeholder="…") for caption in captions]
+    top = max((_LABEL_HEIGHT * len(lines) for lines in texts), default=0)
+    height = top + sum(max(row.shape[0], _LABEL_HEIGHT) for row in shown.values())
+    canvas = Image.new("RGB", (left + width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, lines in enumerate(texts):
+        at = (left + i * width // len(texts) + 2, top - 2)
+        draw.multiline_text(at, "\n".join(lines), fill="black", font=font, spacing=2, anchor="ld")
     for name, row in shown.items():
         draw.text((4, top + row.shape[0] // 2), name, fill="black", anchor="lm", font=font)
         canvas.paste(Image.fromarray(row), (left, top))

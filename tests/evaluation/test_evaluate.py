@@ -1,30 +1,27 @@
 """The comparison of models, as a user runs it, on tiny models with random weights."""
 
 import base64
-import dataclasses
 import functools
 import io
 import json
-import re
 import shutil
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from folders import SIZE, refuse_weights, saved_pipeline
+from pages import Page
 from PIL import Image
 from quick_features import quarters
 
 from codi_jax import evaluate
 from codi_jax.evaluate import Args, run
-from codi_jax.evaluation import measures, report
+from codi_jax.evaluation import measures, plots
 from codi_jax.evaluation.candidates import Candidate, Checkpoint
 from codi_jax.evaluation.comparison import make_pictures
 from codi_jax.evaluation.metrics import edge_f1, fid, kid, psnr
-from codi_jax.evaluation.report import Example, Report, Result, markdown, page
 from codi_jax.evaluation.samples import Samples, open_samples
 from codi_jax.io.images import canny
 from codi_jax.pipeline.model import Model
@@ -76,33 +73,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
     )
     return folder
-
-
-class Page(HTMLParser):
-    """Collects the tags of a page, and checks that they are closed in order."""
-
-    VOID = ("meta", "img", "br", "link")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 @pytest.mark.slow
@@ -160,12 +130,14 @@ def test_a_comparison(models: Models, data: Path, tmp_path: Path, monkeypatch, c
         "psnr-steps.svg", "report.html", "shards",
     ]  # fmt: skip
     rows = np.asarray(Image.open(tmp_path / "out" / "pictures.png"))
-    assert len(rows) == SIZE * (1 + 4 + 1)
-    np.testing.assert_array_equal(rows[:SIZE, -SIZE:], samples.conditions[4])
+    assert len(rows) == 14 * 2 + SIZE * (1 + 4 + 1)  # the texts above, of two lines
+    np.testing.assert_array_equal(rows[28 : 28 + SIZE, -SIZE:], samples.conditions[4])
     np.testing.assert_array_equal(rows[-SIZE:, -SIZE:], samples.truth[4])
     out = capsys.readouterr().out
     assert out.startswith("| model | steps | FID-lite ↓ | KID-lite ×10³ ↓ | Edge F1 ↑ | PSNR dB ↑ | s / image ↓ |\n")
-    assert out.endswith(f"wrote {tmp_path}/out/report.html\n")
+    sentence = written["verdict"]
+    assert sentence.startswith("edges in ")
+    assert out.endswith(f"{sentence}\nwrote {tmp_path}/out/report.html\n")
 
 
 def test_editing(models: Models, data: Path, tmp_path: Path) -> None:
@@ -324,121 +296,6 @@ def test_every_model_is_checked_before_weights_are_read(
 
 
 def test_missing_matplotlib_is_told_first(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r'the plots need matplotlib: pip install "codi_jax\[evaluation\]"'):
         run(Args(("a=owner/repository",), str(data)))
-
-
-# ---- The page
-
-
-@pytest.fixture
-def small_report() -> Report:
-    picture = np.zeros((1, 4, 4, 3), np.uint8)
-    results = [
-        Result("a <b>", 1, "lcm", 1.0, {"fid_lite": [3.0, 5.0], "edge_f1": [0.5, 0.5], "seconds": [0.1, 0.1]}, picture),
-        Result("a <b>", 4, "lcm", 1.0, {"fid_lite": [2.0, 2.0], "edge_f1": [0.9, 0.9], "seconds": [0.4, 0.4]}, picture),
-        Result("c|d", 4, "ddim", 7.5, {"fid_lite": [2.001, 2.001], "seconds": [0.8, 0.8]}, picture),
-    ]
-    examples = [Example('"quoted" & <i>', picture[0], None)]
-    return Report("Title & more", results, examples, {"Data": "<here>"}, "python3 -m codi_jax.evaluate 'a b'")
-
-
-def test_the_table_marks_the_best(small_report: Report) -> None:
-    assert markdown(small_report).splitlines() == [
-        "| model | steps | FID-lite ↓ | Edge F1 ↑ | s / image ↓ |",
-        "| --- | ---: | ---: | ---: | ---: |",
-        "| a <b> | 1 | 4.00 ± 1.41 | 0.500 ± 0.000 | **0.1000 ± 0.0000** |",
-        "| a <b> | 4 | **2.00 ± 0.00** | **0.900 ± 0.000** | 0.4000 ± 0.0000 |",
-        "| c\\|d | 4 | **2.00 ± 0.00** | – | 0.8000 ± 0.0000 |",
-    ]
-    text = page(small_report, {})
-    best = re.findall(r"<td class=best><strong>([\d.]+)</strong>", text)
-    assert best == ["0.1000", "2.00", "0.900", "2.00"]
-
-
-def test_the_page_is_whole_and_escaped(small_report: Report) -> None:
-    text = page(small_report, report.draw_plots(small_report))
-    html = Page(text)
-    assert "<i>" not in text
-    assert "<b>c" not in text
-    assert html.all("img")[0]["alt"] == '"quoted" & <i>, a <b>, 1 steps'
-    assert "$" not in re.sub(r"base64,[^\"]*", "", text)
-    ids = [attributes["id"] for _, attributes in html.tags if attributes.get("id")]
-    assert len(ids) == len(set(ids))
-    targets = re.findall(r'(?:href="#|url\(#)([^")]+)', text)
-    assert set(targets) <= set(ids)
-    assert len(targets) > 0
-    # Nothing is fetched: no script, no style sheet, no address but those that name XML's vocabularies.
-    assert not html.all("script") + html.all("link")
-    fetched = [value for _, attributes in html.tags for key, value in attributes.items() if key in ("src", "href")]
-    assert all(value and value.startswith("data:") for value in fetched)
-
-
-def test_plots_take_the_color_of_the_page(small_report: Report) -> None:
-    plots = report.draw_plots(small_report)
-    text = page(small_report, plots)
-    assert "currentColor" in text
-    assert report._INK not in text
-    assert all("#d55e00" in svg for svg in plots.values())  # the second model
-    assert text.count("#d55e00") == sum(svg.count("#d55e00") for svg in plots.values())
-
-
-def test_one_seed_has_no_error_bars(small_report: Report) -> None:
-    values = {"fid_lite": [3.0], "seconds": [0.1]}
-    results = [dataclasses.replace(each, values=values) for each in small_report.results]
-    alone = report.draw_plots(dataclasses.replace(small_report, results=results))
-    assert "LineCollection" in report.draw_plots(small_report)["fid_lite-steps"]
-    assert "LineCollection" not in alone["fid_lite-steps"]
-
-
-def test_names_are_plotted_as_they_are(small_report: Report) -> None:
-    """Nothing in them is a formula, or hides them."""
-    names = ["$x^$", "5$", "a$b$", "_hidden", "\\alpha"]
-    results = [dataclasses.replace(small_report.results[0], model=name) for name in names]
-    for across in ("steps", "seconds"):
-        svg = report.draw_plots(dataclasses.replace(small_report, results=results))[f"fid_lite-{across}"]
-        texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
-        assert [text for text in texts if text in names] == names
-
-
-def test_the_numbers_are_written_before_anything_else(
-    small_report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(_: Report) -> None:
-        raise RuntimeError
-
-    monkeypatch.setattr(report, "draw_plots", fail)
-    nan = dataclasses.replace(small_report.results[0], values={"fid_lite": [float("nan"), 1.0]})
-    with pytest.raises(RuntimeError):
-        report.write_report(tmp_path, dataclasses.replace(small_report, results=[nan], command="a\udcff"))
-    (path,) = tmp_path.iterdir()
-    written = json.loads(path.read_text())
-    assert (path.name, written["command"]) == ("metrics.json", "a\udcff")
-    assert written["results"][0]["fid_lite"] == {"mean": None, "sd": None, "values": [None, 1.0]}
-
-
-def test_plots_are_the_same_every_time(small_report: Report) -> None:
-    assert report.draw_plots(small_report) == report.draw_plots(small_report)
-
-
-def test_training_is_plotted_with_what_is_not_trained_as_a_level(small_report: Report) -> None:
-    picture = np.zeros((1, 4, 4, 3), np.uint8)
-    training = [
-        Result("new", 1, "lcm", 1.0, {"fid_lite": [value, value], "seconds": [1.0, 1.0]}, picture, steps)
-        for steps, value in [(100, 9.0), (200, 4.5)]
-    ]
-    last = dataclasses.replace(training[-1], training_steps=None)
-    whole = dataclasses.replace(small_report, results=[*training, last, *small_report.results])
-    assert [line.split(" | ")[0] for line in markdown(whole).splitlines()[2:5]] == [
-        "| new after 100", "| new after 200", "| new",
-    ]  # fmt: skip
-    assert report.as_json(whole)["results"][0]["training_steps"] == 100
-    lines = report._lines(whole.results, "training_steps", "fid_lite")
-    assert {name: [result.training_steps for result in own] for name, own in lines.items()} == {
-        "new, 1 step": [100, 200], "a <b>, 1 step": [None], "a <b>, 4 steps": [None], "c|d, 4 steps": [None],
-    }  # fmt: skip
-    plots = report.draw_plots(whole)
-    assert "steps of training" in plots["fid_lite-training_steps"]
-    assert "against steps of training" in page(whole, plots)
-    assert "fid_lite-training_steps" not in report.draw_plots(small_report)

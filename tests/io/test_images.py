@@ -211,3 +211,18 @@ def test_rows_lower_than_their_names_do_not_overlap() -> None:
     laid_out = labeled_rows(rows)
     assert laid_out.shape[0] == 28
     assert [int((laid_out == value).all(-1)[:, -8:].sum()) for value in (10, 20)] == [32, 32]
+
+
+def test_texts_stand_above_their_columns() -> None:
+    pictures = np.full((3, 40, 40, 3), 200, np.uint8)
+    plain = labeled_rows({"a": pictures})
+    captioned = labeled_rows({"a": pictures}, ["short", "", "a text that is much longer than its column is wide " * 9])
+    top = captioned.shape[0] - plain.shape[0]
+    assert top == 14 * 8
+    np.testing.assert_array_equal(captioned[top:], plain)
+    columns = captioned[:top, -120:].reshape(top, 3, 40, 3)
+    ink = (columns < 128).any((2, 3))
+    assert ink[:, 0].any()
+    assert not ink[:-14, 0].any()  # above its picture, not at the top
+    assert not ink[:, 1].any()
+    assert ink[:, 2].sum() > 50
