@@ -1,7 +1,9 @@
 """Progress that is seen: a bar on a terminal, and a line every so often where the output goes to a file."""
 
+import contextlib
 import datetime
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from types import TracebackType
@@ -59,6 +61,33 @@ class Progress:
             return f"{self._what}: {self._done} {self._unit}"
         left = datetime.timedelta(seconds=round(seconds * max(self._total - self._done, 0) / max(self._done, 1)))
         return f"{self._what}: {self._done} of {self._total} {self._unit}, {left} left"
+
+
+@contextlib.contextmanager
+def heartbeat(what: str) -> Iterator[None]:
+    """Says every ten seconds that some work goes on whose end cannot be foreseen, such as a compilation.
+
+    Examples:
+      >>> with heartbeat("compiling the step"):
+      ...     program = lowered.compile()
+
+    Args:
+      what: the work.
+    """
+    ended = threading.Event()
+
+    def tell() -> None:
+        began = time.monotonic()
+        while not ended.wait(_EVERY):
+            tqdm.write(f"{what}: {time.monotonic() - began:.0f} s so far", file=sys.stderr)
+
+    teller = threading.Thread(target=tell, name="heartbeat", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
 
 
 def progress_over(items: Iterable[Item], what: str, total: int | None, unit: str = "images") -> Iterator[Item]:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from codi_jax.cli.progress import Progress
+from codi_jax.cli.progress import Progress, heartbeat
 from codi_jax.diffusion.timesteps import default_sampler
 from codi_jax.evaluation.arguments import SEED_STRIDE, Args
 from codi_jax.evaluation.candidates import Candidate, Checkpoint, read_candidates
@@ -219,8 +219,9 @@ def _evaluate(model: Candidate, benchmark: Benchmark, args: Args) -> list[Result
         for steps in model.steps:
             for seed in seeds:
                 found = _observed(model, checkpoint, load, steps, seed, benchmark, args)
-                measured = benchmark.measures.summarize(found) | {"seconds": float(found[_SECONDS].mean())}
-                for key, value in measured.items():
+                with heartbeat(f"computing the metrics of {model.name}"):
+                    measured = benchmark.measures.summarize(found)
+                for key, value in {**measured, "seconds": float(found[_SECONDS].mean())}.items():
                     values.setdefault(steps, {}).setdefault(key, []).append(value)
                 pictures.setdefault(steps, found[_SHOWN])
     return [

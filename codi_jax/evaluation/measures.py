@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Num, UInt8
 
+from codi_jax.cli.progress import Progress
 from codi_jax.evaluation.arguments import Args
 from codi_jax.evaluation.attributes import READER, Reader, shown_shares
 from codi_jax.evaluation.encoders import Clip, dino, lpips_distances
@@ -225,7 +226,13 @@ def _truth(name: str, observe: Observe, args: Args, data: Data) -> Truth:
     """The features of the reference, or of the data's own images."""
     if args.reference is not None and _has_only_moments(args):
         return Truth(None, read_moments(args.reference))
-    features = np.concatenate([np.asarray(observe(batch, Samples([]))) for batch in _real_images(args, data)])
+    batches, total = _real_images(args, data), data.count if args.reference is None else None
+    found = []
+    with Progress("measuring the real images", total) as progress:
+        for batch in batches:
+            found.append(np.asarray(observe(batch, Samples([]))))
+            progress.advance(len(batch))
+    features = np.concatenate(found)
     if name == "inception" and args.save_reference is not None:
         write_moments(args.save_reference, moments(features))
     return Truth(features)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from transformers import CLIPTokenizer
 
+from codi_jax.cli.progress import heartbeat
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.diffusion.scheduler_config import CONFIG_NAME
 from codi_jax.io.hub import ModelFolder
@@ -70,7 +71,8 @@ def load_parts(
         if name in without_params:
             loaded[name] = build_module(folder.part(name), of_part[name], attention=attention), None
         else:
-            loaded[name] = load_model(**sources[name], dtype=of_part[name], attention=attention, place=place)
+            with heartbeat(f"loading the {name} of {source}"):
+                loaded[name] = load_model(**sources[name], dtype=of_part[name], attention=attention, place=place)
     if controlnet is not None:
         where = {**hub, "revision": controlnet_revision, "config": None}
         given = [controlnet] if isinstance(controlnet, str | Path) else list(controlnet)
@@ -81,7 +83,8 @@ def load_parts(
                 place_of_it = ModelFolder(**{name: value for name, value in each.items() if name != "variant"})
                 network, params = build_module(place_of_it, dtype, attention=attention), None
             else:
-                network, params = load_model(**each, dtype=dtype, attention=attention, place=place)
+                with heartbeat(f"loading {each['source']}"):
+                    network, params = load_model(**each, dtype=dtype, attention=attention, place=place)
             nets.append((_require_controlnet(network, each["source"]), params))
         loaded["controlnet"] = nets[0] if len(nets) == 1 else _together(nets)
         sources["controlnet"] = found[0]

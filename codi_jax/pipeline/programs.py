@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from codi_jax.cli.progress import heartbeat
 from codi_jax.models import sharding
 from codi_jax.pipeline.generation import Program, generate
 
@@ -35,7 +36,7 @@ class Programs:
         key = (program, tree, *map(jax.typeof, leaves))
         start = time.perf_counter()
         if key not in self._compiled:
-            with sharding.context_of(arguments):
+            with sharding.context_of(arguments), heartbeat("compiling the sampler"):
                 self._compiled[key] = _jitted_generate.lower(*arguments, program).compile()
         compiled = time.perf_counter()
         images, finite = sharding.fetch(self._compiled[key](*arguments))

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from codi_jax.cli.progress import heartbeat
 from codi_jax.planning.flops import count_flops
 from codi_jax.planning.hlo import Census, census, parse
 from codi_jax.planning.targets import Target
@@ -75,13 +76,15 @@ def compile_for_target(
         return Program(given, needed, flops, accessed, found, seconds, is_whole=compiled is not None)
 
     try:
-        if target.platform != "tpu":
-            compiled = compile_lowered(lowered)
-        else:
-            report = _laid_out(compilation := ThreadPoolExecutor(1).submit(compile_lowered, lowered), target.reports)
-            if report is not None:
-                return made(*report)
-            compiled = compilation.result()
+        with heartbeat(f"compiling for {target.name}"):
+            if target.platform != "tpu":
+                compiled = compile_lowered(lowered)
+            else:
+                compilation = ThreadPoolExecutor(1).submit(compile_lowered, lowered)
+                report = _laid_out(compilation, target.reports)
+                if report is not None:
+                    return made(*report)
+                compiled = compilation.result()
     except jax.errors.JaxRuntimeError as error:
         return made(_refused(error, given), None)
     memory: Any = compiled.memory_analysis()

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from codi_jax.cli.flags import Scope
+from codi_jax.cli.progress import heartbeat
 from codi_jax.io import processes
 from codi_jax.models import sharding
 from codi_jax.training import publish, run_folder
@@ -162,7 +163,8 @@ def train(
         state = own_buffers(sharding.put(mesh, state), frozen.at(first))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(output_dir, flags.checkpoints_total_limit)))
         if checkpoint is not None:
-            state, position = checkpoints.restore(checkpoint, forget(state))
+            with heartbeat(f"reading {checkpoint}"):
+                state, position = checkpoints.restore(checkpoint, forget(state))
             loader.set_state(position)
             log(f"resuming from {checkpoint}")
         tracker = Tracker(flags, output_dir, flags.values_within(Scope.PROCESS), first)
@@ -174,7 +176,8 @@ def train(
             )  # fmt: skip
             state = _loop(train_step, state, frozen, loader, run)
     if export is not None:
-        export(state, output_dir)
+        with heartbeat("writing the model"):
+            export(state, output_dir)
     if jax.process_index() == 0:
         if flags.push_to_hub:
             publish.upload(flags, output_dir)
@@ -242,7 +245,7 @@ def _loop(train_step: TrainStep[State], state: State, frozen: Moving, loader: Lo
                 with monitor.pause():
                     check_replicas(run.mesh, state, step)
             if run.record is not None and step % run.record.every == 0:
-                with monitor.pause():
+                with monitor.pause(), heartbeat("writing the model"):
                     run.record.write(state, step)
             if run.saves_at(step) or (stop and run.flags.checkpointing_steps):
                 with monitor.pause():
@@ -270,7 +273,8 @@ def _compile(train_step: TrainStep[State], state: State, frozen: Any, batch: Any
     if run.flags.debug:
         return jitted
     began = time.perf_counter()
-    program = compile_for(run.mesh.devices.flat[0].platform, jitted.lower(state, frozen, batch))
+    with heartbeat("compiling the step"):
+        program = compile_for(run.mesh.devices.flat[0].platform, jitted.lower(state, frozen, batch))
     devices = f"{run.mesh.size} × {run.mesh.devices.flat[0].device_kind}"
     log(f"compiled the step in {time.perf_counter() - began:.1f} s for {devices}")
     return program
@@ -317,7 +321,7 @@ def _monitor(run: _Run, batch: Any) -> Monitor:
 
 def _validate(state: Any, step: int, run: _Run, monitor: Monitor, profiler: Profiler) -> None:
     assert run.validate is not None
-    with monitor.pause(), profiler.validation():
+    with monitor.pause(), profiler.validation(), heartbeat("making the validation images"):
         run.tracker.pictures(run.validate(state, step), step)
 
 

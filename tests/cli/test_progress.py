@@ -2,11 +2,13 @@
 
 import io
 import sys
+import threading
+import time
 
 import pytest
 
 from codi_jax.cli import progress
-from codi_jax.cli.progress import Progress, progress_over
+from codi_jax.cli.progress import Progress, heartbeat, progress_over
 
 
 @pytest.fixture
@@ -46,3 +48,16 @@ def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "slowly:" in shown.getvalue()
     assert "/3 [" in shown.getvalue()
     assert "left" not in shown.getvalue()
+
+
+def test_work_without_a_known_end_is_told_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(progress, "_EVERY", 0.2)
+    with heartbeat("compiling"):
+        time.sleep(0.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["compiling: 0 s so far"] * 2
+    with pytest.raises(ValueError, match="inside"), heartbeat("failing"):
+        raise ValueError("inside")
+    time.sleep(0.3)
+    assert capsys.readouterr().err == ""
+    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from codi_jax.cli.messages import listed
+from codi_jax.cli.progress import progress_over
 from codi_jax.io.atomic import write_json
 from codi_jax.io.hub import ModelFolder
 from codi_jax.io.lora_files import load_lora
@@ -145,7 +146,7 @@ def write_adapted(
     changed = set(delta.plan.adapted)
 
     def arrays() -> Iterator[Any]:
-        for name, tensor in editor.tensors.items():
+        for name, tensor in progress_over(editor.tensors.items(), "adapting", len(editor.tensors), "tensors"):
             array = np.asarray(tensor)
             if name in changed:
                 array = delta.adapt(name, array, weight)
