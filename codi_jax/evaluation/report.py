@@ -93,7 +93,7 @@ def _table(report: Report) -> str:
         how = f"{result.sampler}, guidance {result.guidance_scale:g}"
         name = f'{html.escape(result.name)} <span class="how">{html.escape(how)}</span>'
         first = "" if result.name == previous else ' class="first"'
-        shown = "" if result.name == previous else name
+        shown = f'<span class="unseen">{html.escape(result.name)}</span>' if result.name == previous else name
         body.append(f'<tr{first}><th scope="row">{shown}</th><td>{result.steps}</td>{cells}</tr>')
         previous = result.name
     return (

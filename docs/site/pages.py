@@ -24,6 +24,8 @@ PAGES = {
 _PICTURES = (".jpg", ".png", ".svg")
 _LINK = re.compile(r"(?P<image>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)\s]+)\)")
 _CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
+_BOOSTS = {"benchmarks.md": 0.3, "changelog.md": 0.3, "planning.md": 2, "troubleshooting.md": 2}  # of search
+_SEARCH = 'data-md-component="search" role="dialog"'
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -34,12 +36,20 @@ def on_files(files: Files, config: Any) -> Files:
     for picture in sorted((ROOT / "assets").iterdir()):
         if picture.suffix in _PICTURES:
             files.append(File.generated(config, f"assets/{picture.name}", abs_src_path=str(picture)))
+    files.append(File.generated(config, "site.css", abs_src_path=str(Path(__file__).with_name("site.css"))))
     return files
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """The page with a name for the search, which the theme lacks, for screen readers."""
+    return output.replace(_SEARCH, f'{_SEARCH} aria-label="Search"')
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """The page with its links as they are on the site."""
     here = page.file.src_uri
+    if here in _BOOSTS:
+        page.meta["search"] = {"boost": _BOOSTS[here]}
     source = next((source for source, target in PAGES.items() if target == here), f"docs/{here}")
     parts = _CODE.split(markdown)
     return "".join(part if _CODE.fullmatch(part) else _relinked(part, source, here) for part in parts)
