@@ -28,6 +28,7 @@ _STEPS = (1, 2, 4, 8, 20, 50)  # each is a program to compile
 _WAITING = 32  # users in the queue
 _CHOICES = {"left": "Left is better", "equal": "Equal", "right": "Right is better"}
 _CSS = """
+body:not(.dark) { --color-accent: var(--primary-700); }
 .picture img { width: 100% !important; height: 100% !important; object-fit: contain !important; }
 .picture .image-container { padding-top: 2rem; }
 .gradio-container { width: 100%; max-width: 76rem !important; margin: auto; }
@@ -291,7 +292,7 @@ def _compare_tab(gr: Any, make: _Maker, args: Args) -> None:
             blind = gr.Button("Two of them, blindly")
         with gr.Column(scale=2, min_width=280):
             gallery = gr.Gallery(label="All", columns=3, object_fit="contain", format="png")
-    gr.Markdown("### Blind vote\nTwo of the models and steps above, from new noise. The vote shows what they are.")
+    gr.Markdown("## Blind vote\nTwo of the models and steps above, from new noise. The vote shows what they are.")
     with gr.Row():
         left, right = _picture(gr, "Left"), _picture(gr, "Right")
     with gr.Row():
@@ -396,7 +397,7 @@ def run(args: Args) -> None:
       OSError: if there is no such model, or the port is taken.
     """
     args.check()
-    gr = _gradio()
+    _gradio()
     keep_compiled_programs(args.ccache)
     print("loading the models ...", flush=True)
     studio = load(args)
@@ -408,7 +409,7 @@ def run(args: Args) -> None:
         server_name=args.host,
         server_port=args.port,
         max_file_size=f"{args.max_upload_megabytes}mb",
-        theme=gr.themes.Default(),
+        theme=_theme(),
         css=_CSS,
         share=False,
         footer_links=[],
@@ -418,6 +419,21 @@ def run(args: Args) -> None:
     )
     print(f"open http://{args.host}:{args.port}", flush=True)
     page.block_thread()
+
+
+def _theme() -> Any:
+    """Gradio's own, with as much contrast as WCAG asks for."""
+    return (
+        _gradio()
+        .themes.Default()
+        .set(
+            body_text_color_subdued="*neutral_500",
+            button_primary_background_fill="*primary_700",
+            button_primary_background_fill_hover="*primary_800",
+            button_primary_background_fill_dark="*primary_700",
+            button_primary_background_fill_hover_dark="*primary_800",
+        )
+    )
 
 
 def main() -> None:
