@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from codi_jax.cli import command_line
-from codi_jax.cli.flags import LARGEST_SEED, LARGEST_SIDE, Flags
+from codi_jax.cli.flags import LARGEST_SEED, LARGEST_SIDE, Flags, Topic
 from codi_jax.diffusion.scheduler_config import SamplerName
 from codi_jax.io.compiled_programs import keep_compiled_programs
 from codi_jax.io.hub import find_file
@@ -30,26 +30,45 @@ from codi_jax.planning.targets import open_target
 _LONG_RUN = 10  # number of steps that makes a progress bar worthwhile
 
 
-@dataclass(frozen=True)
-class Args(Flags):
-    """Generates images. The model determines the task: text to image, edit (InstructPix2Pix) or inpaint.
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags(Flags):
+    """Which model, and what is added to it."""
 
-    Only --model and --prompt are required, and --image, --mask_image and --control_image if the model takes them. With
-    --image, a model of text to image starts from that image, and with --mask_image it paints into it.
-    """
-
-    essential: ClassVar[tuple[str, ...]] = (
-        "model", "prompt", "output", "image", "control_image", "lora", "steps", "guidance_scale", "seed", "num_images",
-    )  # fmt: skip
+    topic: ClassVar[Topic] = Topic.MODEL
 
     model: str
     """Folder of the model in diffusers' layout, its id (owner/name) on the Hugging Face Hub, or a single .safetensors
     or .ckpt file."""
+    controlnet: tuple[str, ...] = ()
+    """Folder or id of a ControlNet, or of several, whose outputs add up. Default: the one in the model's folder, if
+    any."""
+    unet: str | None = None
+    """File with other weights for the model's UNet, such as a published student's, or owner/name/file.safetensors."""
+    lora: tuple[str, ...] = ()
+    """LoRA files, folders or ids to merge into the model, each with a scale of its own if one follows:
+    style.safetensors:0.7 detail.safetensors:0.4. A file in a repository is owner/name/file.safetensors."""
+    lora_scale: float = 1.0
+    """Strength of every LoRA, besides its own scale."""
+    textual_inversion: tuple[str, ...] = ()
+    """Files, folders or ids with words that were learned by textual inversion, each with the word to use for it if one
+    follows: easynegative.safetensors:<bad>. Default: the file's own word, or its name."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+    variant: str | None = None
+    """Variant of the weight files, such as fp16, for every part of the model and the ControlNet that has it."""
+    single_file_config: str | None = None
+    """For a model in a single file: a folder or id in diffusers' layout, whose configurations and vocabulary it takes.
+    Default: a repository of its family."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputFlags(Flags):
+    """What the model is given."""
+
+    topic: ClassVar[Topic] = Topic.INPUT
+
     prompt: str
     """Description of the image, or for an InstructPix2Pix model the edit instruction."""
-    output: Path = Path("out.png")
-    """Image file to write. Several images are written as a grid, plus one by one next to it as out_0.png, out_1.png,
-    ..."""
     negative_prompt: str | None = None
     """Description of what to avoid."""
     long_prompts: bool = False
@@ -65,19 +84,20 @@ class Args(Flags):
     --mask_image."""
     control_image: tuple[str, ...] = ()
     """File or URL of the ControlNet's condition, such as an image of edges; one for each ControlNet."""
-    controlnet: tuple[str, ...] = ()
-    """Folder or id of a ControlNet, or of several, whose outputs add up. Default: the one in the model's folder, if
-    any."""
-    unet: str | None = None
-    """File with other weights for the model's UNet, such as a published student's, or owner/name/file.safetensors."""
-    lora: tuple[str, ...] = ()
-    """LoRA files, folders or ids to merge into the model, each with a scale of its own if one follows:
-    style.safetensors:0.7 detail.safetensors:0.4. A file in a repository is owner/name/file.safetensors."""
-    lora_scale: float = 1.0
-    """Strength of every LoRA, besides its own scale."""
-    textual_inversion: tuple[str, ...] = ()
-    """Files, folders or ids with words that were learned by textual inversion, each with the word to use for it if one
-    follows: easynegative.safetensors:<bad>. Default: the file's own word, or its name."""
+    controlnet_conditioning_scale: tuple[float, ...] = (1.0,)
+    """Strength of the ControlNet, or of each of several."""
+    control_guidance_start: tuple[float, ...] = (0.0,)
+    """Part of the steps after which the ControlNet takes part, from 0 to 1; one number, or one for each."""
+    control_guidance_end: tuple[float, ...] = (1.0,)
+    """Part of the steps after which the ControlNet no longer takes part; one number, or one for each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags(Flags):
+    """How the model is sampled."""
+
+    topic: ClassVar[Topic] = Topic.SAMPLING
+
     steps: int | None = None
     """Steps of the sampler. Default: 4 for students (samplers lcm, tcd and codi), as many as it was trained for for a
     one-step or few-step generator, 50 for other models."""
@@ -89,12 +109,6 @@ class Args(Flags):
     or 1 for a one-step or few-step generator."""
     guidance_rescale: float = 0.0
     """Takes back the contrast that a high --guidance_scale adds, from 0 (not at all) to 1 (Lin et al., 2024)."""
-    controlnet_conditioning_scale: tuple[float, ...] = (1.0,)
-    """Strength of the ControlNet, or of each of several."""
-    control_guidance_start: tuple[float, ...] = (0.0,)
-    """Part of the steps after which the ControlNet takes part, from 0 to 1; one number, or one for each."""
-    control_guidance_end: tuple[float, ...] = (1.0,)
-    """Part of the steps after which the ControlNet no longer takes part; one number, or one for each."""
     sampler: SamplerName | None = None
     """Sampler. Default: from the model's folder."""
     scheduler_config: tuple[str, ...] = ()
@@ -107,6 +121,17 @@ class Args(Flags):
     """Descending training timesteps to sample at instead of --steps, such as 399 for a one-step generator."""
     seed: int = 0
     """Seed of the first image; the others have the following seeds, regardless of the batch size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputFlags(Flags):
+    """How many images of which size, and where they go."""
+
+    topic: ClassVar[Topic] = Topic.OUTPUT
+
+    output: Path = Path("out.png")
+    """Image file to write. Several images are written as a grid, plus one by one next to it as out_0.png, out_1.png,
+    ..."""
     num_images: int = 1
     """Number of images to generate."""
     batch_size: int | None = None
@@ -115,25 +140,47 @@ class Args(Flags):
     """In pixels. Default: the size of --image or --control_image, or the model's native size."""
     width: int | None = None
     """In pixels. Default: the size of --image or --control_image, or the model's native size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineFlags(Flags):
+    """How images are computed."""
+
+    topic: ClassVar[Topic] = Topic.MACHINES
+
     dtype: DType = "auto"
     """Precision of weights and computation. auto: bfloat16 on GPU and TPU, float32 on CPU."""
     attention: Implementation = "auto"
     """Attention kernel. auto: the fastest one on the device."""
-    revision: str | None = None
-    """Branch, tag or commit of the model on the hub."""
-    single_file_config: str | None = None
-    """For a model in a single file: a folder or id in diffusers' layout, whose configurations and vocabulary it takes.
-    Default: a repository of its family."""
-    variant: str | None = None
-    """Variant of the weight files, such as fp16, for every part of the model and the ControlNet that has it."""
     ccache: Path = Path("~/.cache/codi_jax/xla")
     """Cache of compiled programs, which makes the next start faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanFlags(Flags):
+    """Planning instead of generating."""
+
+    topic: ClassVar[Topic] = Topic.PLAN
+
     plan: str | None = None
     """Plan instead of generating: compile for these devices, which need not be here, and say what memory and time a
     batch takes: cpu, cpu:8, gpu (the one that is here), h100, h200:8, or a TPU slice such as v5e:2x2. Reads no weights.
     The exit status is 3 if it does not fit."""
     plan_output: Path = Path("outputs/plan.json")
     """File for the plan, as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(PlanFlags, MachineFlags, OutputFlags, SamplingFlags, InputFlags, ModelFlags):
+    """Generates images. The model determines the task: text to image, edit (InstructPix2Pix) or inpaint.
+
+    Only --model and --prompt are required, and --image, --mask_image and --control_image if the model takes them. With
+    --image, a model of text to image starts from that image, and with --mask_image it paints into it.
+    """
+
+    essential: ClassVar[tuple[str, ...]] = (
+        "model", "prompt", "output", "image", "control_image", "lora", "steps", "guidance_scale", "seed", "num_images",
+    )  # fmt: skip
 
     def check(self) -> None:
         super().check()

@@ -39,6 +39,8 @@ class Topic(enum.StrEnum):
     INPUT = "input"
     DATA = "data"
     METHOD = "method"
+    SAMPLING = "sampling"
+    METRICS = "metrics"
     OPTIMIZER = "optimizer"
     RUN = "run"
     CHECKPOINTS = "checkpoints"

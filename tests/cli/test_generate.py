@@ -89,7 +89,7 @@ def test_edit(models: Models, tmp_path: Path) -> None:
 
 
 def test_help_names_the_flags(tmp_path: Path) -> None:
-    ran = command_line(tmp_path, "--help")
+    ran = command_line(tmp_path, "--help", "all")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert ran.stdout.startswith("usage: python3 -m codi_jax.generate")
     flags = set(re.findall(r"--\w+", ran.stdout))

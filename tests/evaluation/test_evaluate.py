@@ -142,7 +142,11 @@ def test_a_comparison(models: Models, data: Path, tmp_path: Path, monkeypatch, c
 
 def test_editing(models: Models, data: Path, tmp_path: Path) -> None:
     args = Args(
-        (f"editor={models('instruct-pix2pix')}",), str(data / "edits"), steps=(1,), seeds=(0,), output_dir=tmp_path
+        models=(f"editor={models('instruct-pix2pix')}",),
+        data=str(data / "edits"),
+        steps=(1,),
+        seeds=(0,),
+        output_dir=tmp_path,
     )
     (result,) = run(args).results
     assert set(result.values) == {"fid_lite", "kid_lite", "edit_success", "preservation", "psnr", "seconds"}
@@ -154,8 +158,8 @@ def test_editing(models: Models, data: Path, tmp_path: Path) -> None:
 def test_a_model_trained_several_times(models: Models, data: Path, tmp_path: Path) -> None:
     """Each training makes the pictures of its seed, and the table has them in one row."""
     first, second = models("text-to-image"), models("controlnet")
-    several = Args((f"both={first},{second}",), str(data), steps=(1,), seeds=(0, 3), output_dir=tmp_path)
-    alone = Args((f"a={first}", f"b={second}"), str(data), steps=(1,), seeds=(0, 3), output_dir=tmp_path)
+    several = Args(models=(f"both={first},{second}",), data=str(data), steps=(1,), seeds=(0, 3), output_dir=tmp_path)
+    alone = Args(models=(f"a={first}", f"b={second}"), data=str(data), steps=(1,), seeds=(0, 3), output_dir=tmp_path)
     (both,), (a, b) = run(several).results, run(alone).results
     assert both.values["psnr"] == [a.values["psnr"][0], b.values["psnr"][1]]
     np.testing.assert_array_equal(both.pictures, a.pictures)
@@ -187,7 +191,7 @@ def test_every_batch_has_one_shape_and_noise_of_its_own(data: Path) -> None:
 
 
 def test_steps_that_a_sampler_cannot_take_are_left_out(models: Models, data: Path, tmp_path: Path) -> None:
-    args = Args((f"student={models('lcm')}",), str(data), steps=(1, 500), seeds=(0,), output_dir=tmp_path)
+    args = Args(models=(f"student={models('lcm')}",), data=str(data), steps=(1, 500), seeds=(0,), output_dir=tmp_path)
     with pytest.warns(UserWarning, match="student is not run with 500 steps: "):
         done = run(args)
     assert [result.steps for result in done.results] == [1]
@@ -195,7 +199,7 @@ def test_steps_that_a_sampler_cannot_take_are_left_out(models: Models, data: Pat
         pytest.warns(UserWarning, match="500 steps"),
         pytest.raises(ValueError, match="no model can be run with any of --steps"),
     ):
-        run(Args(args.models, str(data), steps=(500,), seeds=(0,), output_dir=tmp_path))
+        run(Args(models=args.models, data=str(data), steps=(500,), seeds=(0,), output_dir=tmp_path))
 
 
 def test_max_samples_are_spread_over_the_folder(data: Path) -> None:
@@ -267,12 +271,12 @@ def test_bad_data_is_named(rows: list[dict[str, str]], message: str, tmp_path: P
 def test_a_model_for_another_task_is_refused(models: Models, data: Path, tmp_path: Path) -> None:
     editor = (f"editor={models('instruct-pix2pix')}",)
     with pytest.raises(ValueError, match=f"the model editor is for the task 'edit', but {data} is for another: "):
-        run(Args(editor, str(data), output_dir=tmp_path))
+        run(Args(models=editor, data=str(data), output_dir=tmp_path))
     write_rows(tmp_path / "plain", [{"file_name": f"{i}.png", "text": "a"} for i in range(2)])
     for i in range(2):
         shutil.copyfile(data / f"{i}.png", tmp_path / "plain" / f"{i}.png")
     with pytest.raises(ValueError, match=r"the model a has a ControlNet, but .*plain names no conditioning_image"):
-        run(Args((f"a={models('controlnet')}",), str(tmp_path / "plain"), output_dir=tmp_path))
+        run(Args(models=(f"a={models('controlnet')}",), data=str(tmp_path / "plain"), output_dir=tmp_path))
 
 
 def test_every_model_is_checked_before_weights_are_read(
@@ -282,20 +286,20 @@ def test_every_model_is_checked_before_weights_are_read(
     refuse_weights(monkeypatch)
     good, editor = f"a={models('text-to-image')}", f"b={models('instruct-pix2pix')}"
     with pytest.raises(ValueError, match="the model b is for the task 'edit'"):
-        run(Args((good, editor), str(data), output_dir=tmp_path / "out"))
+        run(Args(models=(good, editor), data=str(data), output_dir=tmp_path / "out"))
     with (
         pytest.warns(UserWarning, match="a is not run with 5000 steps"),
         pytest.raises(ValueError, match="no model can be run with any of --steps"),
     ):
-        run(Args((good,), str(data), steps=(5000,), output_dir=tmp_path / "out"))
+        run(Args(models=(good,), data=str(data), steps=(5000,), output_dir=tmp_path / "out"))
     write_rows(tmp_path / "odd", [{"file_name": "odd.png", "text": "a"}] * 2)
     Image.new("RGB", (30, 30)).save(tmp_path / "odd" / "odd.png")
     with pytest.raises(ValueError, match="the model a: height = 30, width = 30: this model makes images whose sides"):
-        run(Args((good,), str(tmp_path / "odd"), output_dir=tmp_path / "out"))
+        run(Args(models=(good,), data=str(tmp_path / "odd"), output_dir=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_missing_matplotlib_is_told_first(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r'the plots need matplotlib: pip install "codi_jax\[evaluation\]"'):
-        run(Args(("a=owner/repository",), str(data)))
+        run(Args(models=("a=owner/repository",), data=str(data)))

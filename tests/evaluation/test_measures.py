@@ -24,7 +24,7 @@ from codi_jax.evaluation.samples import Data, Samples, open_samples
 from codi_jax.io.images import canny
 from dataset_tools import avatars
 
-ARGS = Args((), "data")
+ARGS = Args(models=(), data="data")
 
 
 def pictures(count: int, size: int = 64, seed: int = 0) -> np.ndarray:
