@@ -56,12 +56,12 @@ stage_tasks() {
 }
 
 stage_evaluate() {
-  models=("teacher=$model" "ControlNet=$work/controlnet" "PE-CoDi=$work/student-0,$work/student-1,$work/student-2"
-          "full_CoDi=$work/full")
-  evaluate --models "${models[@]}" --data "$work/data/validation" --max_samples 500 --steps 1 2 4 50 \
-    --guidance_scales teacher:3 --output_dir "$work/evaluation"
-  evaluate --models "${models[@]:1}" --data "$work/data/validation" --max_samples 500 --steps 1 4 \
-    --training_steps $(seq "$every" "$every" "$steps") --output_dir "$work/curve"
+  models=("ControlNet@50,4,2,1=$work/controlnet" "PE-CoDi@4,2,1=$work/student-0,$work/student-1,$work/student-2"
+          "full CoDi@4,2,1=$work/full")
+  evaluate --models "${models[@]}" --data "$work/data/validation" --max_samples 300 --output_dir "$work/evaluation"
+  models=("ControlNet=$work/controlnet" "PE-CoDi=$work/student-0,$work/student-1,$work/student-2" "full CoDi=$work/full")
+  evaluate --models "${models[@]}" --data "$work/data/validation" --max_samples 300 --steps 1 4 \
+    --metrics fid_lite attributes --training_steps $(seq "$every" "$every" "$steps") --output_dir "$work/curve"
   for task in super_resolution inpainting; do
     evaluate --models "ControlNet@50,4=$work/$task-controlnet" "CoDi@4,1=$work/$task" --data "$work/data/$task" \
       --metrics attributes fid_lite psnr --output_dir "$work/evaluation-$task"
