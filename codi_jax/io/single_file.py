@@ -233,7 +233,7 @@ def _prediction_type(file: WeightFile, family: Family) -> str | None:
     if family is SD2 and "global_step" in file and file["global_step"].size == 1:
         # The base model of Stability AI was published at this step; all others predict v.
         return "epsilon" if int(np.asarray(file["global_step"])) == 875_000 else "v_prediction"
-    return "epsilon" if family is SD1 else None
+    return None
 
 
 # ---- Tensors

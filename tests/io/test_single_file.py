@@ -250,7 +250,7 @@ def test_parts_alone(folders: dict[str, Path], tmp_path: Path):
 @pytest.mark.parametrize(
     ("family", "tensors", "metadata", "expected"),
     [
-        ("sd-1.x", {}, {}, "epsilon"),
+        ("sd-1.x", {}, {}, None),
         ("sd-2.x", {"global_step": torch.tensor(875_000)}, {}, "epsilon"),
         ("sd-2.x", {"global_step": torch.tensor(110_000)}, {}, "v_prediction"),
         ("sd-2.x", {}, {}, None),
