@@ -3,9 +3,9 @@
     pip install "jax[tpu]" "jax[cuda12]"       # for their compilers
     python3 benchmarks/plans.py --work runs/plans --families sd-1.5 --targets v5e:2x2 v6e:4x4
 
-Each cell is a real command with ``--plan``: one sample per device of cached latents in bfloat16, 512 px for SD 1.5 and
-1024 px for SDXL, whose parameters are split among all devices, whose activations are recomputed, and whose equal blocks
-are a loop. Models are folders of configurations without weights. A plan takes minutes on 2 cores; finished ones stay in
+Each cell is a real command with ``--plan``: one sample per device of cached latents in bfloat16, parameters split
+among all devices, 512 px for SD 1.5 and 1024 px for SDXL, whose activations are recomputed and whose equal blocks are
+a loop. Models are folders of configurations without weights. A plan takes minutes on 2 cores; finished ones stay in
 --work, and the table is of all of them.
 """
 
@@ -27,20 +27,28 @@ from codi_jax.planning.report import DOES_NOT_FIT
 
 _HERE = Path(__file__).resolve().parent.parent
 _COMMON = (
-    "--train_data_dir . --mixed_precision bf16 --cache_latents --train_batch_size 1 --max_train_steps 10000 "
-    "--output_dir . --resolution {side} {large}"
+    "--train_data_dir . --mixed_precision bf16 --train_batch_size 1 --max_train_steps 10000 --output_dir . "
+    "--fsdp {devices} --resolution {side} {large}"
 )
 # By method: the script, its flags, and what is appended to the family's name for its teacher.
 METHODS = {
-    "CoDi": ("train_codi_flax", "--pretrained_model_name_or_path {model} --task canny", ""),
-    "LCM": ("train_lcm_flax", "--pretrained_teacher_model {model}", ""),
-    "LCM, editor": ("train_lcm_distil_instruct_pix2pix_sdxl", "--pretrained_teacher_model {model}", "-edit"),
-    "BK-SDM": ("train_bk_sdm_flax", "--pretrained_model_name_or_path {model} --distill_level {level}", ""),
+    "CoDi": ("train_codi_flax", "--pretrained_model_name_or_path {model} --cache_latents --task canny", ""),
+    "LCM": ("train_lcm_flax", "--pretrained_teacher_model {model} --cache_latents", ""),
+    "LCM, editor": (
+        "train_lcm_distil_instruct_pix2pix_sdxl",
+        "--pretrained_teacher_model {model} --cache_latents",
+        "-edit",
+    ),
+    "BK-SDM": (
+        "train_bk_sdm_flax",
+        "--pretrained_model_name_or_path {model} --cache_latents --distill_level {level}",
+        "",
+    ),
     "DisBack": ("train_disback_flax", "--pretrained_model_name_or_path {model}", ""),
 }
 FAMILIES = {
     "sd-1.5": {"side": "512", "level": "bk_small", "large": ""},
-    "sdxl": {"side": "1024", "level": "ssd_1b", "large": "--gradient_checkpointing --scan_layers --fsdp {devices}"},
+    "sdxl": {"side": "1024", "level": "ssd_1b", "large": "--gradient_checkpointing --scan_layers"},
 }
 TARGETS = ("v5e:2x2", "v5e:4x4", "v5p:2x2x2", "v6e:4x4", "h100", "h200")
 
@@ -78,8 +86,7 @@ def plan(args: Args, method: str, family: str, target: str) -> None:
         return
     script, flags, kind = METHODS[method]
     model = configurations(args.work / "models", family + kind)
-    large = FAMILIES[family]["large"].format(devices=_devices(target))
-    words = f"{flags} {_COMMON}".format(**{**FAMILIES[family], "large": large, "model": model}).split()
+    words = f"{flags} {_COMMON}".format(**FAMILIES[family], devices=_devices(target), model=model).split()
     command = [sys.executable, f"training_scripts/{script}.py", *words, "--plan", target, "--plan_output", str(made)]
     began = time.perf_counter()
     try:

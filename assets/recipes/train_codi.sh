@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Compares CoDi with what it starts from, the avatars in assets/ and their ControlNet: three PE-CoDi students of four steps and
-# one of full CoDi, the ControlNet trained on as many samples more, students for super-resolution and inpainting, and the
-# evaluation of all. Every run goes on where it was when the script is started again.
+# Compares CoDi with what it starts from, the avatars in assets/ and their ControlNet: three PE-CoDi students of four steps,
+# the ControlNet trained on as many samples more, one student of full CoDi, students for super-resolution and inpainting, and
+# the evaluation of those that there are. Every run goes on where it was when the script is started again.
 #
 #   bash assets/recipes/train_codi.sh [FOLDER] [STAGE ...]    (PYTHON=.venv/bin/python; all stages without STAGE)
 set -euo pipefail
@@ -13,7 +13,7 @@ controlnet=${CONTROLNET:-assets/avatars-controlnet}
 steps=${STEPS:-2000}
 every=$((steps / 5))
 stages=("${@:2}")
-[ ${#stages[@]} -gt 0 ] || stages=(data students tasks evaluate)
+[ ${#stages[@]} -gt 0 ] || stages=(data students full tasks evaluate)
 
 run=(--pretrained_model_name_or_path "$model" --train_data_dir "$work/data/train"
      --validation_data_dir "$work/data/validation" --resolution 64 --cache_latents --cache_dir "$work/cache"
@@ -43,8 +43,9 @@ stage_students() {
   train_controlnet "${from_controlnet[@]}" --output_dir "$work/controlnet"
   train_codi "${codi[@]}" --seed 1 --output_dir "$work/student-1"
   train_codi "${codi[@]}" --seed 2 --output_dir "$work/student-2"
-  train_codi "${codi[@]}" --train unet --output_dir "$work/full"
 }
+
+stage_full() { train_codi "${codi[@]}" --train unet --output_dir "$work/full"; }
 
 # New conditions, learned and distilled in one go, as the method was made for: from the text-to-image model alone.
 stage_tasks() {
@@ -56,15 +57,15 @@ stage_tasks() {
 }
 
 stage_evaluate() {
-  models=("ControlNet@50,4,2,1=$work/controlnet" "PE-CoDi@4,2,1=$work/student-0,$work/student-1,$work/student-2"
-          "full CoDi@4,2,1=$work/full")
+  few="PE-CoDi@4,2,1=$work/student-0,$work/student-1,$work/student-2"
+  models=("ControlNet@50,4,2,1=$work/controlnet" "$few")
+  [ ! -d "$work/full" ] || models+=("full CoDi@4,2,1=$work/full")
   evaluate --models "${models[@]}" --data "$work/data/validation" --max_samples 300 --output_dir "$work/evaluation"
-  models=("ControlNet=$work/controlnet" "PE-CoDi=$work/student-0,$work/student-1,$work/student-2" "full CoDi=$work/full")
-  evaluate --models "${models[@]}" --data "$work/data/validation" --max_samples 300 --steps 1 4 \
+  evaluate --models "ControlNet@1,4=$work/controlnet" "${few/4,2,1/1,4}" --data "$work/data/validation" --max_samples 300 \
     --metrics fid_lite attributes --training_steps $(seq "$every" "$every" "$steps") --output_dir "$work/curve"
   for task in super_resolution inpainting; do
-    evaluate --models "ControlNet@50,4=$work/$task-controlnet" "CoDi@4,1=$work/$task" --data "$work/data/$task" \
-      --metrics attributes fid_lite psnr --output_dir "$work/evaluation-$task"
+    [ ! -d "$work/$task" ] || evaluate --models "ControlNet@50,4=$work/$task-controlnet" "CoDi@4,1=$work/$task" \
+      --data "$work/data/$task" --metrics attributes fid_lite psnr --output_dir "$work/evaluation-$task"
   done
 }
 

@@ -96,6 +96,19 @@ def encoders_of(model: Model, caches_text: bool = True) -> Encoders:
     return Encoders(on_devices(_encoded_images), of_text, _digest(model, needed), conditions_too=conditions_too)
 
 
+def unread_networks(flags: RunFlags, networks: Networks) -> tuple[str, ...]:
+    """The networks whose outputs are cached and which no step reads, so that they need not be on the devices.
+
+    The VAE is read if it encodes conditions that are drawn anew for every sample, as masks are.
+    """
+    if not flags.cache_latents:
+        return ()
+    encoders = tuple(networks.text_encoders) if flags.caches_text else ()
+    is_drawn = flags.condition not in (None, "column")
+    encodes = networks.task == "inpaint" or (networks.is_instruct_pix2pix and is_drawn)
+    return encoders if encodes else ("vae", *encoders)
+
+
 def blank_encoders_of(model: Model, params: Mapping[str, Any], caches_text: bool = True) -> Encoders:
     """Encoders that return zeros of the right shapes, for plans.
 

@@ -1,6 +1,6 @@
 """A model and a method that fit each other, before and after weights are read: what runs and plans have in common."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,17 +54,18 @@ def without_unused(model: Model, setup: Setup) -> Model:
     return model if setup.networks.controlnet is not None else model.with_network("controlnet", None)
 
 
-def frozen_of(setup: Setup, model: Model, schedule: NoiseSchedule | Any) -> Frozen:
+def frozen_of(setup: Setup, model: Model, schedule: NoiseSchedule | Any, unread: Collection[str] = ()) -> Frozen:
     """What the step reads of the teacher, but does not change.
 
     Args:
       setup: the method's setup.
       model: the teacher, with its parameters.
       schedule: the schedule to train with.
+      unread: networks whose outputs are cached.
     """
     params = model.params
     return Frozen(
-        params={name: params[name] for name in setup.frozen},
+        params={name: params[name] for name in setup.frozen if name not in unread},
         schedule=schedule,
         teacher_schedule=None if model.schedule is schedule else model.schedule,
         null_text=null_text_of(model) if setup.needs_null_text else None,

@@ -243,7 +243,8 @@ def _begin(
 
     key = jax.random.key(args.seed)
     state = method.init(configured.setup, load, optimizer, key, mixed_precision=args.mixed_precision)
-    return state, frozen_of(configured.setup, model.replace(params=params), configured.schedule)
+    unread = batches.unread_networks(args, model.networks)
+    return state, frozen_of(configured.setup, model.replace(params=params), configured.schedule, unread)
 
 
 def _random(args: Any) -> tuple[str, ...]:

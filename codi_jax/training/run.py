@@ -1,7 +1,7 @@
 """A training run with any method: data, model, state, loop, validation images and exports."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -47,6 +47,7 @@ class Run(Generic[Args]):
       mesh: the mesh that everything is on.
       num_steps: the number of steps of the complete run.
       load: reads the teacher's parameters.
+      resting: in host memory, the parameters that only sampling reads.
     """
 
     args: Args
@@ -59,12 +60,18 @@ class Run(Generic[Args]):
     mesh: Mesh
     num_steps: int
     load: Load
+    resting: Mapping[str, Params] = field(default_factory=dict)
 
     @functools.cached_property
     def by_teacher(self) -> np.ndarray:
         """The teacher's images for the samples."""
-        model, scales = teacher.load_missing(self.model, self.mesh), self.args.shown.teacher_scales or {}
+        scales = self.args.shown.teacher_scales or {}
+        model = teacher.load_missing(self.model.with_params(self.awakened()), self.mesh)
         return generate_with(model, {}, self.samples, steps=self.teacher_steps, **scales)
+
+    def awakened(self) -> dict[str, Params]:
+        """The parameters that only sampling reads, on the mesh."""
+        return {name: sharding.put(self.mesh, tree) for name, tree in self.resting.items()}
 
     @property
     def teacher_steps(self) -> int:
@@ -78,7 +85,7 @@ def show_samples(run: Run, state: Any) -> loop.Pictures:
     rows = {given: samples.conditions}
     if shown.teacher_scales is not None:
         rows[f"teacher, {run.teacher_steps} steps"] = run.by_teacher
-    params = run.method.result(state, run.setup, run.load)
+    params = {**run.awakened(), **run.method.result(state, run.setup, run.load)}
     for steps in shown.steps:
         made = generate_with(run.student, params, samples, steps=steps, **shown.scales)
         number = run.student.sampling.default_steps(default_sampler(run.student.schedule)) if steps is None else steps
@@ -180,9 +187,9 @@ def run(
     model = without_unused(hooks.load_model(configured.model, args, mesh), setup)
     loader = batches.load_batches(args, model, source)
     num_steps = starting.num_steps(args, loader.samples_per_epoch)
-    student = _student_of(model, setup, schedule)
     this = Run(
-        args=args, method=method, flags=configured.flags, setup=setup, model=model, student=student, samples=samples,
+        args=args, method=method, flags=configured.flags, setup=setup, model=model,
+        student=_student_of(model, setup, schedule), samples=samples,
         mesh=mesh, num_steps=num_steps, load=teacher.loader_of(model, mesh, hooks.load),
     )  # fmt: skip
     del model  # otherwise `_release` could not free its parameters
@@ -190,8 +197,9 @@ def run(
     batch_size = starting.global_batch_size(args, mesh.size)
     optimizer = method.optimizer(configured.flags, optim.maker(args, batch_size), num_steps)
     state = method.init(setup, this.load, optimizer, jax.random.key(args.seed), mixed_precision=args.mixed_precision)
-    frozen = hooks.frozen(this, frozen_of(setup, this.model, schedule))
-    _release(this)
+    unread = batches.unread_networks(args, setup.networks)
+    frozen = hooks.frozen(this, frozen_of(setup, this.model, schedule, unread))
+    _release(this, unread)
     loop.train(
         method.step(setup, optimizer, args.gradient_accumulation_steps),
         state,
@@ -234,9 +242,14 @@ def _student_of(model: Model, setup: Setup, schedule: NoiseSchedule | Any) -> Mo
     return model.without_params(*setup.trained).replace(networks=networks, schedule=schedule)
 
 
-def _release(run: Run) -> None:
-    """Frees parameters that would duplicate the state's in memory; `Run.by_teacher` reads them again."""
-    setup = run.setup
+def _release(run: Run, unread: Collection[str]) -> None:
+    """Frees parameters on the devices.
+
+    Those that would duplicate the state's `Run.by_teacher` reads again; those that no step reads rest in host memory.
+    """
+    setup, params = run.setup, run.model.params
     unused = [name for name in setup.trained if name not in setup.frozen]
-    run.model = run.model.without_params(*unused)
+    run.resting = {name: sharding.fetch(params[name]) for name in unread if name in params and name not in unused}
+    run.model = run.model.without_params(*unused, *run.resting)
+    run.student = run.student.without_params(*run.resting)
     run.load = teacher.loader_of(run.model, run.mesh)

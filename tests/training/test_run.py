@@ -230,10 +230,14 @@ def test_what_a_run_is_beyond_its_flags_must_stay_the_same(
         run(SET, resumed, identity={"blocks": "two"})
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_no_second_copy_of_what_is_trained_is_in_memory_when_the_loop_starts(
-    mixed_precision: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("mixed_precision", "cached", "stay"),
+    [("no", False, {"vae", "text_encoder"}), ("bf16", False, {"vae", "text_encoder"}), ("no", True, set())],
+)
+def test_only_what_the_step_reads_is_on_the_devices_when_the_loop_starts(
+    mixed_precision: str, cached: bool, stay: set[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """There is no second copy of what is trained, and nothing of networks whose outputs are cached."""
     loaded: dict[str, list[Any]] = {}
 
     def load(*given: Any) -> Model:
@@ -247,9 +251,29 @@ def test_no_second_copy_of_what_is_trained_is_in_memory_when_the_loop_starts(
 
     left: list[set[str]] = []
     handed = handed_over(monkeypatch, lambda: left.append(alive()))
-    run(SET, args_of(folder, tmp_path, mixed_precision=mixed_precision), hooks=Hooks(load_model=load))
-    assert left == [{"vae", "text_encoder"}]
+    # On a CPU, an array in host memory is the one on the device.
+    monkeypatch.setattr(sharding, "fetch", lambda tree: jax.tree.map(np.array, tree))
+    flags = {"mixed_precision": mixed_precision, "cache_latents": cached, "cache_dir": str(tmp_path / "cache")}
+    run(SET, args_of(folder, tmp_path, **flags), hooks=Hooks(load_model=load))
+    assert left == [stay]
     assert handed[0]["state"].bias.dtype == jnp.float32
+    assert handed[0]["frozen"].params.keys() == {"vae"} & stay
+
+
+def test_networks_whose_outputs_are_cached_return_to_draw(
+    folder: Path, tmp_path: Path, called: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed = handed_over(monkeypatch)
+    for cached in (False, True):
+        flags = {"cache_latents": cached, "cache_dir": str(tmp_path / "cache")}
+        run(SET, args_of(folder, tmp_path / str(cached), **flags))
+        handed[-1]["validate"](handed[-1]["state"], 1)
+    plain, cached = called[: len(called) // 2], called[len(called) // 2 :]
+    assert len(plain) == len(cached) > 1
+    for (_, expected, *_), (_, params, *_) in zip(plain, cached, strict=True):
+        assert params.keys() == expected.keys() >= {"vae", "text_encoder"}
+        assert_same(params["vae"], expected["vae"])
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
 
 
 def test_the_teacher_is_read_again_to_be_shown_and_once(
