@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from codi_jax.cli.progress import heartbeat
 from codi_jax.data import Encoders, Loader, Source, load_data, open_data
 from codi_jax.io import processes
 from codi_jax.io.checksums import update_with_values
@@ -32,14 +33,15 @@ def open_training_data(flags: RunFlags, *, has_text: bool = True, batch_size: in
     Raises:
       ValueError: as in `codi_jax.data.open_data`, or if the processes of the run do not see the same data.
     """
-    source = open_data(
-        flags,
-        batch_size=batch_size or global_batch_size(flags),
-        condition=flags.condition,
-        has_text=has_text,
-        has_images=flags.reads_images,
-    )
-    seen = {"number of samples": len(source), "content": source.content_digest()}
+    with heartbeat("opening the data"):
+        source = open_data(
+            flags,
+            batch_size=batch_size or global_batch_size(flags),
+            condition=flags.condition,
+            has_text=has_text,
+            has_images=flags.reads_images,
+        )
+        seen = {"number of samples": len(source), "content": source.content_digest()}
     processes.agree("data", seen, f"give all machines the same {source.name}")
     return source
 

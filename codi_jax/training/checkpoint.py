@@ -23,6 +23,7 @@ from orbax.checkpoint.path import step as step_lib
 
 from codi_jax.cli.flags import Flags, Operational, Topic
 from codi_jax.cli.messages import first_line
+from codi_jax.cli.progress import heartbeat
 from codi_jax.io import processes
 from codi_jax.io.checksums import DamagedError, verify_checksums, write_checksums
 from codi_jax.io.json_files import read_object
@@ -267,7 +268,7 @@ class Checkpoints:
         Raises:
           OSError: if it could not be written; the one before still exists.
         """
-        with self._explained(None):
+        with self._explained(None), heartbeat("writing the last checkpoint"):
             self._manager.wait_until_finished()
 
     def check(self) -> None:
@@ -277,7 +278,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits like `wait`, and ends Orbax's threads."""
-        with self._explained(None):
+        with self._explained(None), heartbeat("writing the last checkpoint"):
             self._manager.close()
 
     def _seal(self) -> None:
