@@ -100,9 +100,7 @@ def _plot(results: Sequence[Result], across: str, key: str) -> str:
 
 def _tip(result: Result, key: str) -> str:
     """What a point says of itself."""
-    time = 1000 * result.mean("seconds")
-    time_shown = f", {time:.3g} ms" if time < 1000 else f", {time / 1000:.3g} s" if time == time else ""
-    return f"{result.name}, {result.when}: {METRICS[key].label} {number(result, key)}{time_shown}"
+    return f"{result.name}, {result.when}: {METRICS[key].label} {number(result, key)}, {result.time}"
 
 
 def _lines(results: Sequence[Result], across: str, key: str) -> dict[str, list[Result]]:

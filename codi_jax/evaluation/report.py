@@ -48,7 +48,7 @@ def _pictures_alone(report: Report) -> UInt8[np.ndarray, "height width 3"]:
     if all(example.condition is not None for example in report.examples):
         rows["given"] = [example.condition for example in report.examples]
     for result in report.results:
-        rows[f"{result.name}, {result.when}"] = result.pictures
+        rows[f"{result.name}, {result.when}\n{result.time} per image"] = result.pictures
     if all(example.truth is not None for example in report.examples):
         rows["real"] = [example.truth for example in report.examples]
     return labeled_rows(rows, [example.prompt for example in report.examples])

@@ -94,6 +94,12 @@ class Result:
         """The number of steps, in words."""
         return f"{self.steps} step{'s' * (self.steps != 1)}"
 
+    @property
+    def time(self) -> str:
+        """The time that an image takes, in words."""
+        seconds = self.mean("seconds")
+        return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
+
     def mean(self, key: str) -> float:
         """The mean of a metric over the seeds; NaN if it was not measured."""
         return float(np.mean(self.values[key])) if key in self.values else float("nan")

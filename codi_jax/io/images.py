@@ -201,12 +201,12 @@ def labeled_rows(
     """Batches of images as one picture: one row each, preceded by its name; ``None`` gives no row.
 
     Args:
-      rows: the batches, by name; each has as many images of the same width as the others.
+      rows: the batches, by name, which may have several lines; each has as many images of one width as the others.
       captions: the texts above the columns. Default: none.
     """
     shown = {name: np.concatenate(list(images), axis=1) for name, images in rows.items() if images is not None}
     font = ImageFont.load_default(11)
-    left = max(_LABEL_WIDTH, *(math.ceil(font.getlength(name)) + 8 for name in shown))
+    left = max(_LABEL_WIDTH, *(math.ceil(font.getlength(line)) + 8 for name in shown for line in name.split("\n")))
     width = max(row.shape[1] for row in shown.values())
     letters = max(1, width // max(1, len(captions)) // _LETTER_WIDTH)
     texts = [textwrap.wrap(caption, letters, max_lines=_CAPTION_LINES, placeholder="…") for caption in captions]

@@ -231,6 +231,13 @@ def test_points_say_what_they_are(small_report: Report) -> None:
     assert all(label == title for label, title in tips)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.0102, "10.2 ms"), (0.511, "511 ms"), (0.9996, "1 s"), (12.34, "12.3 s")]
+)
+def test_times_are_in_words(seconds: float, shown: str) -> None:
+    assert result("a", 1, seconds, 1.0).time == shown
+
+
 def test_the_page_has_its_verdict_and_a_button_for_each_row(small_report: Report) -> None:
     text = page(small_report, {})
     (shown,) = re.findall(r'<p class="verdict">(.*)</p>', text)
