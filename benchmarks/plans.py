@@ -30,8 +30,10 @@ _COMMON = (
     "--train_data_dir . --mixed_precision bf16 --train_batch_size 1 --max_train_steps 10000 --output_dir . "
     "--fsdp {devices} --resolution {side} {large}"
 )
+Method = Literal["CoDi", "LCM", "LCM, editor", "BK-SDM", "DisBack"]
+Family = Literal["sd-1.5", "sdxl"]
 # By method: the script, its flags, and what is appended to the family's name for its teacher.
-METHODS = {
+METHODS: dict[Method, tuple[str, str, str]] = {
     "CoDi": ("train_codi_flax", "--pretrained_model_name_or_path {model} --cache_latents --task canny", ""),
     "LCM": ("train_lcm_flax", "--pretrained_teacher_model {model} --cache_latents", ""),
     "LCM, editor": (
@@ -46,7 +48,7 @@ METHODS = {
     ),
     "DisBack": ("train_disback_flax", "--pretrained_model_name_or_path {model}", ""),
 }
-FAMILIES = {
+FAMILIES: dict[Family, dict[str, str]] = {
     "sd-1.5": {"side": "512", "level": "bk_small", "large": ""},
     "sdxl": {"side": "1024", "level": "ssd_1b", "large": "--gradient_checkpointing --scan_layers"},
 }
@@ -59,9 +61,9 @@ class Args:
 
     work: Path
     """Folder for configurations and plans."""
-    methods: tuple[Literal["CoDi", "LCM", "LCM, editor", "BK-SDM", "DisBack"], ...] = tuple(METHODS)
+    methods: tuple[Method, ...] = tuple(METHODS)
     """The methods to plan."""
-    families: tuple[Literal["sd-1.5", "sdxl"], ...] = tuple(FAMILIES)
+    families: tuple[Family, ...] = tuple(FAMILIES)
     """The families of teachers."""
     targets: tuple[str, ...] = TARGETS
     """The devices."""
@@ -78,7 +80,7 @@ def main() -> None:
     print(table([json.loads(path.read_text()) for path in sorted(args.work.glob("*.json"))]))
 
 
-def plan(args: Args, method: str, family: str, target: str) -> None:
+def plan(args: Args, method: Method, family: Family, target: str) -> None:
     """Plans one cell, unless that has been done."""
     name = "-".join(f"{family} {target} {method}".replace(",", "").replace(":", "-").split())
     done, made = args.work / f"{name}.json", args.work / f"{name}.plan"

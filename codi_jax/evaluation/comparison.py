@@ -280,7 +280,7 @@ def _observed(
         return {**found, _SHOWN: made.pictures[shown], _SECONDS: np.full(len(numbers), made.seconds)}
 
     own = shards.numbers(jax.process_index(), jax.process_count())
-    with Progress(f"{model.name}, {steps} steps, seed {seed}", sum(map(len, own))) as progress:
+    with Progress(f"{model.name}, {steps} step{'s' * (steps != 1)}, seed {seed}", sum(map(len, own))) as progress:
         for numbers in own:
             shards.ensure(numbers, functools.partial(make, numbers, progress.advance), progress.advance)
     processes.wait_for_all(f"the images of {name}")
