@@ -206,6 +206,13 @@ def test_results_differ_by_welchs_test(gap: float) -> None:
     assert differ(result("a", 1, 1, *first), result("b", 1, 1, *second), "fid_lite") == expected
 
 
+def test_unequal_spreads_have_fewer_degrees_of_freedom() -> None:
+    """Nearly two, of which t = 3.5 is not rare; with four, as of equal spreads, it would be."""
+    narrow, wide = [1.99, 2.0, 2.01], [3.02, 4.02, 5.02]
+    assert 2 * students_t.sf(3.5, df=2) > 0.05 > 2 * students_t.sf(3.5, df=4)
+    assert not differ(result("a", 1, 1, *narrow), result("b", 1, 1, *wide), "fid_lite")
+
+
 def test_without_spread_the_shown_digits_decide() -> None:
     assert not differ(result("a", 1, 1, 2.001), result("b", 1, 1, 2.002), "fid_lite")
     assert differ(result("a", 1, 1, 2.01), result("b", 1, 1, 2.02), "fid_lite")
