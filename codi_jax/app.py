@@ -397,7 +397,7 @@ def run(args: Args) -> None:
       OSError: if there is no such model, or the port is taken.
     """
     args.check()
-    _gradio()
+    gr = _gradio()
     keep_compiled_programs(args.ccache)
     print("loading the models ...", flush=True)
     studio = load(args)
@@ -409,7 +409,7 @@ def run(args: Args) -> None:
         server_name=args.host,
         server_port=args.port,
         max_file_size=f"{args.max_upload_megabytes}mb",
-        theme=_theme(),
+        theme=_theme(gr),
         css=_CSS,
         share=False,
         footer_links=[],
@@ -421,18 +421,14 @@ def run(args: Args) -> None:
     page.block_thread()
 
 
-def _theme() -> Any:
+def _theme(gr: Any) -> Any:
     """Gradio's own, with as much contrast as WCAG asks for."""
-    return (
-        _gradio()
-        .themes.Default()
-        .set(
-            body_text_color_subdued="*neutral_500",
-            button_primary_background_fill="*primary_700",
-            button_primary_background_fill_hover="*primary_800",
-            button_primary_background_fill_dark="*primary_700",
-            button_primary_background_fill_hover_dark="*primary_800",
-        )
+    return gr.themes.Default().set(
+        body_text_color_subdued="*neutral_500",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
     )
 
 

@@ -20,8 +20,8 @@ from codi_jax.io.compiled_programs import keep_compiled_programs
 from codi_jax.io.hub import find_file
 from codi_jax.io.images import check_output, open_image, save_images
 from codi_jax.models import sharding
-from codi_jax.models.kernels.attention import Implementation
-from codi_jax.pipeline.loading import DType, resolve_dtype
+from codi_jax.pipeline.loading import resolve_dtype
+from codi_jax.pipeline.machine_flags import MachineFlags
 from codi_jax.pipeline.model import Model
 from codi_jax.pipeline.planned import plan_sampling
 from codi_jax.planning.report import report
@@ -140,20 +140,6 @@ class OutputFlags(Flags):
     """In pixels. Default: the size of --image or --control_image, or the model's native size."""
     width: int | None = None
     """In pixels. Default: the size of --image or --control_image, or the model's native size."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MachineFlags(Flags):
-    """How images are computed."""
-
-    topic: ClassVar[Topic] = Topic.MACHINES
-
-    dtype: DType = "auto"
-    """Precision of weights and computation. auto: bfloat16 on GPU and TPU, float32 on CPU."""
-    attention: Implementation = "auto"
-    """Attention kernel. auto: the fastest one on the device."""
-    ccache: Path = Path("~/.cache/codi_jax/xla")
-    """Cache of compiled programs, which makes the next start faster."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,11 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+def counted(number: int, what: str) -> str:
+    """So many of something: "1 step", "4 steps"."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def listed(entries: list[str]) -> str:
     """The first entries of a list and the number of remaining ones, for messages."""
     rest = f" and {len(entries) - _LISTED} more" if len(entries) > _LISTED else ""

@@ -6,8 +6,7 @@ from typing import ClassVar, Literal
 
 from codi_jax.cli.flags import LARGEST_SEED, Flags, Topic
 from codi_jax.evaluation.features import Resizing
-from codi_jax.models.kernels.attention import Implementation
-from codi_jax.pipeline.loading import DType
+from codi_jax.pipeline.machine_flags import MachineFlags
 
 MetricName = Literal[
     "attributes", "fid", "kid", "precision_recall", "fid_lite", "kid_lite", "clip_score", "clip_image",
@@ -99,6 +98,8 @@ class SamplingFlags(Flags):
     """NAME:SCALE for models with another --image_guidance_scale."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Every image is generated once per seed; the table shows mean and standard deviation."""
+    batch_size: int = 32
+    """Images generated at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,22 +116,6 @@ class OutputFlags(Flags):
     """Keep all generated images, as shards of a WebDataset."""
     shard_size: int = 500
     """Images whose measurements are kept together. An interrupted evaluation goes on after the last whole shard."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MachineFlags(Flags):
-    """How images are computed."""
-
-    topic: ClassVar[Topic] = Topic.MACHINES
-
-    batch_size: int = 32
-    """Images generated at a time."""
-    dtype: DType = "auto"
-    """Precision of weights and computation. auto: bfloat16 on GPU and TPU, float32 on CPU."""
-    attention: Implementation = "auto"
-    """Attention kernel. auto: the fastest one on the device."""
-    ccache: Path = Path("~/.cache/codi_jax/xla")
-    """Cache of compiled programs, which makes the next start faster."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from codi_jax.cli.messages import counted
 from codi_jax.cli.progress import Progress, heartbeat
 from codi_jax.diffusion.timesteps import default_sampler
 from codi_jax.evaluation.arguments import SEED_STRIDE, Args
@@ -280,7 +281,7 @@ def _observed(
         return {**found, _SHOWN: made.pictures[shown], _SECONDS: np.full(len(numbers), made.seconds)}
 
     own = shards.numbers(jax.process_index(), jax.process_count())
-    with Progress(f"{model.name}, {steps} step{'s' * (steps != 1)}, seed {seed}", sum(map(len, own))) as progress:
+    with Progress(f"{model.name}, {counted(steps, 'step')}, seed {seed}", sum(map(len, own))) as progress:
         for numbers in own:
             shards.ensure(numbers, functools.partial(make, numbers, progress.advance), progress.advance)
     processes.wait_for_all(f"the images of {name}")

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from codi_jax.cli.messages import counted
+
 _SIGNIFICANCE = 0.05
 _JUDGED = ("edit_accuracy", "attribute_accuracy", "fid", "edit_success", "fid_lite", "edge_f1", "clip_score")
 _CLOSE = 0.95  # of the reference's quality, as of which the faster model is preferred
@@ -92,7 +94,7 @@ class Result:
     @property
     def when(self) -> str:
         """The number of steps, in words."""
-        return f"{self.steps} step{'s' * (self.steps != 1)}"
+        return counted(self.steps, "step")
 
     @property
     def time(self) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from codi_jax.cli.messages import counted
 from codi_jax.io.images import canny
 from codi_jax.pipeline.call_inputs import image_size
 from codi_jax.pipeline.model import Model
@@ -38,7 +39,7 @@ class Made(NamedTuple):
     @property
     def caption(self) -> str:
         """What it is, for people."""
-        return f"{self.name}, {self.steps} step{'s' if self.steps > 1 else ''}, {self.seconds:.2f} s"
+        return f"{self.name}, {counted(self.steps, 'step')}, {self.seconds:.2f} s"
 
 
 class Studio:

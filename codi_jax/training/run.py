@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from codi_jax.cli.flags import Flags
+from codi_jax.cli.messages import counted
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.diffusion.timesteps import default_sampler
 from codi_jax.io.images import labeled_rows
@@ -89,7 +90,7 @@ def show_samples(run: Run, state: Any) -> loop.Pictures:
     for steps in shown.steps:
         made = generate_with(run.student, params, samples, steps=steps, **shown.scales)
         number = run.student.sampling.default_steps(default_sampler(run.student.schedule)) if steps is None else steps
-        rows[f"student, {number} step" + ("" if number == 1 else "s")] = made
+        rows[f"student, {counted(number, 'step')}"] = made
     return {"samples": labeled_rows({**rows, "data": samples.pictures})}
 
 

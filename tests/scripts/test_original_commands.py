@@ -33,17 +33,17 @@ SMALL = (
     "--validation_sampling_steps 2 --dataloader_num_workers=0"
 )
 
-CODI_ON_THE_HUBS_DATA = r"""
+CODI = r"""
 export HF_HOME="/data/huggingface/"
 export DISK_DIR="/data/huggingface/cache"
 export MODEL_DIR="runwayml/stable-diffusion-v1-5"
 export OUTPUT_DIR="/data/canny_model"
-export DATASET_NAME="jax-diffusers-event/canny_diffusiondb"
+{export}
 
 python3 training_scripts/train_codi_flax.py \
  --pretrained_model_name_or_path=$MODEL_DIR \
  --output_dir=$OUTPUT_DIR \
- --dataset_name=$DATASET_NAME \
+ {data} \
  --load_from_disk \
  --cache_dir=$DISK_DIR \
  --resolution=512 \
@@ -58,8 +58,14 @@ python3 training_scripts/train_codi_flax.py \
  --onestepode control \
  --onestepode_control_params target \
  --onestepode_sample_eps v_prediction \
- --distill_loss consistency_x \
- --image_column original_image --caption_column prompt --conditioning_image transformed_image"""
+ --distill_loss consistency_x"""  # in both places where the document has it
+CODI_ON_THE_HUBS_DATA = (
+    CODI.format(
+        export='export DATASET_NAME="jax-diffusers-event/canny_diffusiondb"', data="--dataset_name=$DATASET_NAME"
+    )
+    + " --image_column original_image --caption_column prompt --conditioning_image transformed_image"
+)
+CODI_ON_ONES_OWN_DATA = CODI.format(export='export DATASET_DIR="/data/dataset"', data="--train_data_dir=$DATASET_DIR")
 
 COYO = r"""
 python3 dataset_tools/coyo_1m_dataset_preprocess.py \
@@ -67,33 +73,6 @@ python3 dataset_tools/coyo_1m_dataset_preprocess.py \
  --cache_dir="/data" \
  --max_train_samples=1000000 \
  --num_proc=32"""
-
-CODI_ON_ONES_OWN_DATA = r"""
-export HF_HOME="/data/huggingface/"
-export DISK_DIR="/data/huggingface/cache"
-export MODEL_DIR="runwayml/stable-diffusion-v1-5"
-export OUTPUT_DIR="/data/own_canny_model"
-export DATASET_DIR="/data/dataset"
-
-python3 training_scripts/train_codi_flax.py \
- --pretrained_model_name_or_path=$MODEL_DIR \
- --output_dir=$OUTPUT_DIR \
- --train_data_dir=$DATASET_DIR \
- --load_from_disk \
- --cache_dir=$DISK_DIR \
- --resolution=512 \
- --learning_rate=1e-5 \
- --train_batch_size=2 \
- --revision="non-ema" \
- --from_pt \
- --max_train_steps=500000 \
- --checkpointing_steps=10000 \
- --dataloader_num_workers=16 \
- --distill_learning_steps 50 \
- --onestepode control \
- --onestepode_control_params target \
- --onestepode_sample_eps v_prediction \
- --distill_loss consistency_x"""
 
 BK_SDM = r"""
 export MODEL_NAME="SG161222/Realistic_Vision_V4.0"
@@ -236,7 +215,7 @@ def test_codi_on_ones_own_data(hub: SimpleNamespace, tmp_path: Path) -> None:
     """The pictures come from COYO."""
     typed(COYO, f" --num_proc=1 --resolution={SIZE} --allow_private_addresses", tmp_path, hub)
     typed(CODI_ON_ONES_OWN_DATA, SMALL, tmp_path, hub)
-    pipe = diffusers.StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "data/own_canny_model")
+    pipe = diffusers.StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "data/canny_model")
     drawn(pipe, "a cat", image=numbered(50, (SIZE, SIZE)), num_inference_steps=4, guidance_scale=0.0)
 
 
