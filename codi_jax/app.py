@@ -29,6 +29,7 @@ _WAITING = 32  # users in the queue
 _CHOICES = {"left": "Left is better", "equal": "Equal", "right": "Right is better"}
 _CSS = """
 body:not(.dark) { --color-accent: var(--primary-700); }
+.gradio-container :focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 2px; }
 .picture img { width: 100% !important; height: 100% !important; object-fit: contain !important; }
 .picture .image-container { padding-top: 2rem; }
 .gradio-container { width: 100%; max-width: 76rem !important; margin: auto; }

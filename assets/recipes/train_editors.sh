@@ -11,6 +11,7 @@ work=${1:-runs/editors}
 teacher=${TEACHER:-assets/avatars-edit}
 model=${MODEL:-assets/avatars}
 steps=${STEPS:-1500}
+samples=${SAMPLES:-50000}
 stages=("${@:2}")
 [ ${#stages[@]} -gt 0 ] || stages=(data students guidances adapted evaluate scales)
 
@@ -37,9 +38,9 @@ evaluate() {
 }
 
 stage_data() {
-  draw --train_data_dir "$work/data/edits/train" --max_train_samples 50000 --task edit
+  draw --train_data_dir "$work/data/edits/train" --max_train_samples "$samples" --task edit
   draw --train_data_dir "$work/data/edits/validation" --max_train_samples 1000 --task edit --split validation
-  draw --train_data_dir "$work/data/text/train" --max_train_samples 50000
+  draw --train_data_dir "$work/data/text/train" --max_train_samples "$samples"
   draw --train_data_dir "$work/data/text/validation" --max_train_samples 1000 --split validation
 }
 

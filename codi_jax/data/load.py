@@ -173,8 +173,8 @@ class PromptFlags(DataFlags):
     topic: ClassVar[Topic] = Topic.DATA
 
     train_prompt_path: Adjustable[str | None] = None
-    """File of prompts to train on: one per line, or parquet with --caption_column. Any of the data sets above may be
-    given instead; only their captions are read, unless images are needed."""
+    """File of prompts to train on: one per line, parquet with --caption_column, or a pickled list. Any of the data sets
+    above may be given instead; only their captions are read, unless images are needed."""
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from codi_jax.cli.messages import first_line, listed
 from codi_jax.data.columns import Columns
 from codi_jax.data.files import Folder, is_url
+from codi_jax.io import torch_pickle
 
 Rows = Dataset | IterableDataset
 
@@ -99,7 +100,7 @@ def text_options(ending: str) -> dict[str, Any]:
 
 
 def load_prompts(file: Path, wanted: Columns, flag: str = "--train_prompt_path") -> Dataset:
-    """The texts of a file: its non-empty lines, or the columns of parquet.
+    """The texts of a file: its non-empty lines, the columns of parquet, or a list that was pickled.
 
     Raises:
       ValueError: if the file does not exist, cannot be read, or is empty.
@@ -111,6 +112,8 @@ def load_prompts(file: Path, wanted: Columns, flag: str = "--train_prompt_path")
             return Dataset.from_parquet(str(file))  # pyright: ignore[reportReturnType]
         except Exception as error:
             raise ValueError(f"{flag} {file} could not be read as parquet: {error}.") from error
+    if file.suffix in (".pkl", ".pickle"):
+        return Dataset.from_dict({wanted.caption or "text": _pickled_texts(file, flag)})
     try:
         # Not str.splitlines, which also splits at U+2028, U+0085 and vertical tabs: web captions contain them.
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
@@ -122,6 +125,21 @@ def load_prompts(file: Path, wanted: Columns, flag: str = "--train_prompt_path")
     if not prompts:
         raise ValueError(f"{flag} {file} is empty: write one prompt per line.")
     return Dataset.from_dict({wanted.caption or "text": prompts})
+
+
+def _pickled_texts(file: Path, flag: str) -> list[str]:
+    """The texts of a pickled list, as DMD2's files of prompts are; nothing in the pickle is executed."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            content, _ = torch_pickle.load(opened, size, limit=size)
+    except Exception as error:  # a damaged file can make the interpreter fail in any way
+        raise ValueError(f"{flag} {file} is no pickled list of texts: {first_line(error)}.") from error
+    if not isinstance(content, list) or not all(text is None or isinstance(text, str) for text in content):
+        raise ValueError(f"{flag} {file} holds something other than a list of texts.")
+    if not content:
+        raise ValueError(f"{flag} {file} is empty.")
+    return [text or "" for text in content]
 
 
 def _remote_files(folder: Folder) -> tuple[str, dict[str, list[str]]]:

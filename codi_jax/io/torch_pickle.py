@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 MAX_BYTES = 1 << 25
-"""The limit for one pickle: a hundred thousand tensors take no more."""
+"""The limit for one pickle of tensors: a hundred thousand take no more."""
 MAX_DIMENSIONS = 32
 """The limit for one tensor. Networks' tensors have four."""
 _MAX_ARGUMENTS = 16  # of one call, which may be repeated with the same ones
@@ -49,12 +49,13 @@ class PickledTensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-def load(file: io.BufferedIOBase, size: int) -> tuple[Any, dict[str, str]]:
+def load(file: io.BufferedIOBase, size: int, limit: int = MAX_BYTES) -> tuple[Any, dict[str, str]]:
     """Reads the pickle at the position of a file and moves behind it.
 
     Args:
       file: a file open for reading.
       size: the file size in bytes; no opcode's argument is longer than the rest of the file.
+      limit: the number of bytes after which a pickle is too long.
 
     Returns:
       The contents, dictionaries with `PickledTensor` at their leaves, and the dtype of every storage by its key.
@@ -64,7 +65,7 @@ def load(file: io.BufferedIOBase, size: int) -> tuple[Any, dict[str, str]]:
       ValueError: if it is damaged, or holds something other than tensors.
     """
     machine = _Machine()
-    for opcode, argument, _ in pickletools.genops(_Bounded(file, size)):  # pyright: ignore[reportArgumentType]
+    for opcode, argument, _ in pickletools.genops(_Bounded(file, size, limit)):  # pyright: ignore[reportArgumentType]
         if opcode.name == "STOP":
             (content,) = machine.stack
             return content, machine.storages
@@ -88,9 +89,9 @@ def checked_shape(shape: Any) -> tuple[int, ...]:
 class _Bounded:
     """A file that is read no further than a pickle's limit and the end of the file."""
 
-    def __init__(self, file: io.BufferedIOBase, size: int) -> None:
+    def __init__(self, file: io.BufferedIOBase, size: int, limit: int) -> None:
         self._file = file
-        self._left = min(size - file.tell(), MAX_BYTES)
+        self._left = min(size - file.tell(), limit)
 
     def read(self, count: int) -> bytes:
         if not 0 <= count <= self._left:

@@ -48,6 +48,8 @@ class DisbackFlags(DmdFlags):
     """Updates of the generator per target node in stage 2; then the next node is the target, and finally the
     teacher."""
 
+    generator_ckpt_path: str | None = None
+    """Where the generator starts: a UNet of the teacher's architecture, as a file or a folder. Default: the teacher."""
     generator_lr: Adjustable[float | None] = None
     """The learning rate of the generator. Default: --learning_rate."""
     guidance_lr: Adjustable[float | None] = None
@@ -57,6 +59,8 @@ class DisbackFlags(DmdFlags):
         super().check()
         self.require_at_least(1, "num_nodes", "degradation_interval", "interval")
         self.require_at_least(0, "generator_lr", "guidance_lr")
+        if self.generator_ckpt_path is not None and self.generator_lora:
+            raise ValueError("--generator_lora starts as the teacher: give it, or --generator_ckpt_path.")
 
 
 def target_index(step: int, flags: DisbackFlags, num_nodes: int) -> int:
@@ -163,14 +167,15 @@ def init(
 ) -> DisbackState:
     """The state before the first step of stage 2: G starts as the teacher, φ as the end of the path, ``path_end``.
 
-    In plain DMD, φ starts as the teacher too.
+    In plain DMD, φ starts as the teacher too. With ``generator_ckpt_path``, G starts as ``generator``.
     """
     flags, unet = setup.flags, load("unet")
     generator_key, fake_key, lora_key, head_key = jax.random.split(key, 4)
     fake: Params = {"unet": load("path_end") if setup.has_path else unet}
     if flags.cls_on_clean_image:
         fake["head"] = setup.head.random_params(head_key)
-    generator = init_generator(flags, unet, lora_key)
+    start = unet if flags.generator_ckpt_path is None else load("generator")
+    generator = init_generator(flags, start, lora_key)
     return DisbackState(
         optim.init_state(generator, optimizer[0], generator_key, ema=flags.use_ema, mixed_precision=mixed_precision),
         optim.init_state(fake, optimizer[1], fake_key, mixed_precision=mixed_precision),
@@ -318,7 +323,10 @@ def degradation_step(
     optimizer: optax.GradientTransformation,
     accumulation: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """Stage 1: one update of φ on samples of the untrained generator, which is the frozen teacher."""
+    """Stage 1: one update of φ on samples of the untrained generator.
+
+    It is the frozen ``unet``: the teacher, unless G starts elsewhere.
+    """
     generator = {"unet": frozen.params["unet"]}
     return fake_step(state, generator, frozen, batch, setup=setup, optimizer=optimizer, accumulation=accumulation)
 

@@ -36,7 +36,9 @@ class DiscriminatorHead(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, " b"]:
         """One logit per sample, float32: positive for real."""
         for halve, norm in zip(self.convs, self.norms, strict=True):
-            x = nn.silu(norm(halve(x)))
+            # A window of four pixels, one of them a border on each side, does not fit over a single pixel.
+            missing = [(0, max(0, 2 - size)) for size in x.shape[1:3]]
+            x = nn.silu(norm(halve(jnp.pad(x, ((0, 0), *missing, (0, 0))))))
         return self.logit(x.astype(jnp.float32).mean(axis=(1, 2)))[:, 0]
 
     def random_params(self, key: PRNGKeyArray) -> Params:

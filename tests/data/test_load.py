@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from codi_jax.data.columns import Columns
 from codi_jax.data.images import canny
 from codi_jax.data.loader import Loader
 from codi_jax.data.sources import Source
+from codi_jax.data.table_files import load_prompts
 
 COUNT = 30
 
@@ -363,16 +365,18 @@ def prompts_of(flags: PromptFlags, **options) -> Loader:
     return load_data(flags, count_tokens, batch_size=2, seed=0, source=source, **options)
 
 
-@pytest.mark.parametrize("kind", ["lines", "parquet", "folder"])
+@pytest.mark.parametrize("kind", ["lines", "parquet", "pickle", "folder"])
 def test_prompts_need_no_images(tmp_path, folder, kind):
-    """Lines of a file, a column of parquet, or the captions of a data set whose pictures are not even opened."""
+    """Lines, a column of parquet, a pickled list, or captions of a data set whose pictures are not even opened."""
     texts = [str(i) for i in range(6)]
     (tmp_path / "prompts.txt").write_text("\n".join(["", *texts, "  "]) + "\n")
     datasets.Dataset.from_dict({"text": texts}).to_parquet(str(tmp_path / "prompts.parquet"))
+    (tmp_path / "prompts.pkl").write_bytes(pickle.dumps(texts))
     shutil.copy(folder / "meta.jsonl", tmp_path)
     given = {
         "lines": {"train_prompt_path": str(tmp_path / "prompts.txt")},
         "parquet": {"train_prompt_path": str(tmp_path / "prompts.parquet")},
+        "pickle": {"train_prompt_path": str(tmp_path / "prompts.pkl")},
         "folder": {"train_data_dir": str(tmp_path), "max_train_samples": 6},
     }[kind]
     loader = prompts_of(PromptFlags(resolution=32, **given), time_ids=True)
@@ -412,6 +416,30 @@ def test_prompts_that_cannot_be_used_are_refused_in_one_sentence(tmp_path, conte
     with pytest.raises(ValueError, match=message) as error:
         prompts_of(PromptFlags(train_prompt_path=str(path), **changes))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pickle.dumps(Path("x")), "is no pickled list of texts: pathlib"),
+        (pickle.dumps({"a": "b"}), "holds something other than a list of texts"),
+        (pickle.dumps(["a", 1]), "holds something other than a list of texts"),
+        (pickle.dumps(["a" * 100])[:-50], "is no pickled list of texts: "),
+        (pickle.dumps([]), "is empty"),
+    ],
+)
+def test_pickles_are_read_and_not_executed(tmp_path, content, message):
+    (tmp_path / "prompts.pkl").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        prompts_of(PromptFlags(train_prompt_path=str(tmp_path / "prompts.pkl")))
+    assert "\n" not in str(error.value)
+
+
+def test_pickled_prompts_may_be_many(tmp_path):
+    """More than the limit for the pickles of tensors; ``None`` stands for no text, as in DMD2."""
+    texts = [None, *(f"{i:0100}" for i in range(400_000))]
+    (tmp_path / "prompts.pkl").write_bytes(pickle.dumps(texts))
+    assert load_prompts(tmp_path / "prompts.pkl", Columns(None, "text"))["text"][:2] == ["", f"{0:0100}"]
 
 
 def test_images_where_there_are_none_are_refused(tmp_path):

@@ -363,13 +363,37 @@ def test_flags_of_the_reference_are_accepted():
         "--guidance_cls_loss_weight 1e-2 --diffusion_gan --diffusion_gan_max_timestep 1000 --gan_alone --denoising "
         "--denoising_timestep 1000 --num_denoising_step 4 --denoising_loss_weight 1 --dm_loss_weight 1 "
         "--backward_simulation --generator_lora --lora_rank 64 --lora_alpha 8 --lora_dropout 0 --real_image_path r "
-        "--train_prompt_path p --trajectory_dir t --interval 1000 --warmup_step 500 --max_grad_norm 10 --fsdp 1 --sdxl"
+        "--train_prompt_path p --trajectory_dir t --interval 1000 --warmup_step 500 --max_grad_norm 10 --fsdp 1 --sdxl "
+        "--output_path o --log_path l --log_iters 50 --wandb_iters 20 --wandb_name n --wandb_entity e --log_loss "
+        "--use_fp16 --grid_size 1 --latent_resolution 128 --initialie_generator --start_target_num 24600 --cache_dir c"
     )
     args = tyro.cli(script.Args, args=line.split(), use_underscores=True)
     assert (args.pretrained_model_name_or_path, args.max_train_steps, args.train_batch_size) == ("m", 7, 3)
     assert (args.path, args.real_image_path, args.lr_warmup_steps) == ("t", "r", 500)
+    assert (args.output_dir, args.logging_dir, args.checkpointing_steps, args.logging_steps) == ("o", "l", 50, 20)
     assert args.generator_lora
     args.check()
+
+
+def test_the_generator_may_start_elsewhere(scratch: Path, tmp_path: Path, whole: Path):
+    """In both stages: the path leads to its score, and it is what stage 2 trains. Its file is as DMD2's, of PyTorch."""
+    start = weights_of(whole / "unet")
+    scaled = {name: torch.from_numpy(1.5 * value) for name, value in start.items()}
+    (tmp_path / "dmd2").mkdir()
+    torch.save(scaled, tmp_path / "dmd2" / "pytorch_model.bin")
+    flags = {"generator_ckpt_path": str(tmp_path / "dmd2")}
+    run(scratch, tmp_path / "run", **flags, generator_lr=0.0)
+    result = weights_of(tmp_path / "run" / "unet")
+    for name, value in scaled.items():
+        np.testing.assert_array_equal(result[name], value, err_msg=name)  # a learning rate of 0 leaves it where it was
+    ours, theirs = (weights_of(folder / "path" / "node_00") for folder in (tmp_path / "run", whole))
+    assert any(np.any(ours[name] != theirs[name]) for name in ours)  # φ has seen other samples
+    with pytest.raises(ValueError, match="was recorded with generator = "):
+        run(scratch, tmp_path / "b", stage="backtracking", path=str(tmp_path / "run" / "path"))
+    with pytest.raises(ValueError, match="--generator_lora starts as the teacher"):
+        run(scratch, tmp_path / "c", **flags, generator_lora=True)
+    with pytest.raises(ValueError, match=r"--generator_ckpt_path .*has none of pytorch_model\.bin, "):
+        run(scratch, tmp_path / "d", generator_ckpt_path=str(tmp_path))
 
 
 @pytest.mark.slow

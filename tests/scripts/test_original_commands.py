@@ -5,6 +5,7 @@ few channels. What each trains is sampled by stock diffusers as the document say
 """
 
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import pytest
 import torch
 from folders import SIZE, make_pipeline
 from oracle import make_torch
-from picture_folders import numbered
+from picture_folders import numbered, write_folder
 from PIL import Image
 from published import TINY_UNETS
 from served_hub import serve_hub
@@ -140,6 +141,57 @@ python3 training_scripts/train_lcm_distil_instruct_pix2pix_sdxl.py \
   --hub_model_id="your-username/lcm-sdxl-instruct" \
   --report_to="wandb" """
 
+# The document runs two shell scripts, with these commands.
+DISBACK = r"""
+export CHECKPOINT_PATH="/data/dmd2"
+export WANDB_ENTITY="entity"
+export WORKDIR="/data/disback"
+export PATH_DIR="$WORKDIR/output/path"
+export TARGET_NUM=24600
+
+python3 training_scripts/train_disback_flax.py {stage} \
+    --generator_lr 5e-7  \
+    --guidance_lr 5e-7 \
+    --output_path $WORKDIR/output \
+    --cache_dir $WORKDIR/cache \
+    --log_path $WORKDIR/log \
+    --batch_size 1 \
+    --grid_size 1 \
+    --initialie_generator {iterations} \
+    --resolution 1024 \
+    --latent_resolution 128 \
+    --seed 10 \
+    --real_guidance_scale 8 \
+    --fake_guidance_scale 1.0 \
+    --max_grad_norm 10.0 \
+    --model_id "stabilityai/stable-diffusion-xl-base-1.0" \
+    --wandb_iters 100 \
+    --wandb_entity $WANDB_ENTITY \
+    --wandb_name "sdxl_cond399_8node_lr5e-7_1step_diffusion1000_gan5e-3_guidance8_noinit_noode"  \
+    --log_loss \
+    --dfake_gen_update_ratio 5 \
+    --sdxl \
+    --use_fp16 \
+    --max_step_percent 0.98 \
+    --cls_on_clean_image \
+    --gen_cls_loss \
+    --gen_cls_loss_weight 5e-3 \
+    --guidance_cls_loss_weight 1e-2 \
+    --diffusion_gan \
+    --diffusion_gan_max_timestep 1000 \
+    --conditioning_timestep 399 \
+    --train_prompt_path $CHECKPOINT_PATH/captions_laion_score6.25.pkl \
+    --real_image_path $CHECKPOINT_PATH/sdxl_vae_latents_laion_500k_lmdb/ \
+    --ckpt_only_path $CHECKPOINT_PATH/{checkpoint} {path}"""
+DMD2_CHECKPOINT = "sdxl_cond399_8node_lr5e-7_1step_diffusion1000_gan5e-3_guidance8_noinit_noode_checkpoint_model_024000"
+DEGRADATION = DISBACK.format(
+    stage="--stage degradation", iterations="--train_iters 25000 --log_iters 100", checkpoint=DMD2_CHECKPOINT, path=""
+)
+BACKTRACKING = DISBACK.format(
+    stage="--stage backtracking", iterations="--train_iters 124000 --log_iters 5000", checkpoint=DMD2_CHECKPOINT,
+    path="--trajectory_dir $PATH_DIR --start_target_num $TARGET_NUM --interval 1000",
+)  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
@@ -162,6 +214,7 @@ def fill(hub: SimpleNamespace, scratch: Path) -> None:
     sd.register_modules(unet=make_torch("unet", TINY_UNETS["four-blocks"], 3))
     sd.save_pretrained(at("models", "SG161222/Realistic_Vision_V4.0/main"))
     make_pipeline("sdxl-instruct-pix2pix", scratch).save_pretrained(at("models", "diffusers/sdxl-instructpix2pix/main"))
+    make_pipeline("sdxl", scratch).save_pretrained(at("models", "stabilityai/stable-diffusion-xl-base-1.0/main"))
     pictures = [numbered(10 * i, (SIZE, SIZE)) for i in range(PICTURES)]
     texts = [f"picture {i}" for i in range(PICTURES)]
     for name, columns in {
@@ -247,3 +300,26 @@ def test_lcm_for_editors(command: str, hub: SimpleNamespace, tmp_path: Path) -> 
         uploaded = hub.root / "your-username/lcm-sdxl-instruct/main"
         assert (uploaded / "unet/config.json").read_bytes() == (folder / "unet/config.json").read_bytes()
         assert (uploaded / "README.md").is_file()
+
+
+def test_disback(hub: SimpleNamespace, tmp_path: Path) -> None:
+    """From DMD2's generator; its images are a folder of pictures, and not a database of latents."""
+    base = hub.root.parent / "models/stabilityai/stable-diffusion-xl-base-1.0/main"
+    unet = diffusers.UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    checkpoints = tmp_path / "data/dmd2"
+    (checkpoints / DMD2_CHECKPOINT).mkdir(parents=True)
+    torch.save(unet.state_dict(), checkpoints / DMD2_CHECKPOINT / "pytorch_model.bin")
+    (checkpoints / "captions_laion_score6.25.pkl").write_bytes(pickle.dumps(["a", None, "b c"]))
+    write_folder(checkpoints / "sdxl_vae_latents_laion_500k_lmdb", PICTURES, size=(SIZE, SIZE))
+    small = (
+        f" --resolution={SIZE} --max_train_steps=2 --num_nodes=2 --degradation_interval=1 --interval=1 "
+        "--dfake_gen_update_ratio=1 --dataloader_num_workers=0 --num_validation_images=1"
+    )
+    typed(DEGRADATION, small, tmp_path, hub)
+    typed(BACKTRACKING, small, tmp_path, hub)
+    output = tmp_path / "data/disback/output"
+    assert len([path for path in (output / "path").iterdir() if path.is_dir()]) == 2
+    trained = diffusers.UNet2DConditionModel.from_pretrained(output / "unet")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(base, unet=trained, use_safetensors=True)
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    drawn(pipe, "A photo of a dog.", num_inference_steps=1, guidance_scale=0, timesteps=[399])

@@ -1,18 +1,22 @@
 """The two stages of DisBack as runs: recording the degradation path, and walking it back."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import numpy as np
 import tyro
 
-from codi_jax.cli.flags import Adjustable, ForValidation, Operational
+from codi_jax.cli.flags import Adjustable, Flags, ForValidation, Operational
 from codi_jax.cli.outputs import file_in_place_of
 from codi_jax.data import ConditionOf, PromptFlags
 from codi_jax.io.checksums import digest_of
+from codi_jax.io.weights import load_model
 from codi_jax.methods import disback
+from codi_jax.models.config import Params
 from codi_jax.pipeline.conditions import Frozen
 from codi_jax.training import optim, teacher
 from codi_jax.training.degradation_path import (
@@ -30,10 +34,35 @@ from codi_jax.training.run import Hooks, Run, run
 
 NO_PATH = "none"
 """The value of ``--path`` for plain distribution matching."""
+_WEIGHTS = ("pytorch_model.bin", "unet/diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DisbackRunFlags(ConditionFlags, PromptFlags, disback.DisbackFlags, TrainingFlags):
+class ReferenceFlags(Flags):
+    """Flags of the reference code that are not needed here, so that its commands can be typed."""
+
+    use_fp16: bool = False
+    """The same as --mixed_precision bf16: the reference computes in bfloat16 with it."""
+    sdxl: Operational[bool] = False
+    """Has no effect: the model's family is read from its folder."""
+    latent_resolution: Operational[int | None] = None
+    """Has no effect: it follows from --resolution and the autoencoder."""
+    initialie_generator: Operational[bool] = False
+    """Has no effect: the generator starts as the teacher, or as --generator_ckpt_path says."""
+    start_target_num: Operational[int | None] = None
+    """Has no effect: a path is walked from its last node."""
+    denoising_loss_weight: Operational[float] = 1.0
+    """Has no effect, nor is it used in the reference code."""
+    grid_size: Operational[int | None] = None
+    """Has no effect: --num_validation_images says how many images are shown."""
+    log_loss: Operational[bool] = False
+    """Has no effect: losses are always logged."""
+    wandb_name: Operational[str | None] = None
+    """Has no effect: runs are named by Weights & Biases."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DisbackRunFlags(ConditionFlags, PromptFlags, ReferenceFlags, disback.DisbackFlags, TrainingFlags):
     """The flags of a run of DisBack."""
 
     pretrained_model_name_or_path: Annotated[str, tyro.conf.arg(aliases=["--model_id"])]
@@ -61,16 +90,21 @@ class DisbackRunFlags(ConditionFlags, PromptFlags, disback.DisbackFlags, Trainin
     """Number of updates of each network over which its learning rate rises from 0; constant has no warm-up."""
     max_grad_norm: float = 10.0
     """Gradients of each network are scaled down to this norm; inf for no limit."""
-    checkpointing_steps: int = 500
+    checkpointing_steps: Annotated[int, tyro.conf.arg(aliases=["--log_iters"])] = 500
     """Steps between checkpoints, in both stages; 0 for none."""
+    generator_ckpt_path: Annotated[str | None, tyro.conf.arg(aliases=["--ckpt_only_path"])] = None
+    """Where the generator starts: a UNet of the teacher's architecture, as a file of any format or a folder, such as
+    DMD2's checkpoint or the --output_dir of another run. Default: the teacher."""
+    output_dir: Annotated[str, tyro.conf.arg(aliases=["--output_path"])] = "runs/{timestamp}"
+    """Folder for checkpoints, logs and the trained model; {timestamp} is replaced by the time."""
+    logging_dir: Annotated[str, tyro.conf.arg(aliases=["--log_path"])] = "logs"
+    """Folder for TensorBoard's files, in --output_dir."""
+    logging_steps: Annotated[int, tyro.conf.arg(aliases=["--wandb_iters"])] = 100
+    """Steps between reports of the metrics."""
     teacher_guidance_scale: ForValidation[float] = 7.5
     """Guidance scale of the teacher in validation images."""
     lora_dropout: float = 0.0
     """Must be 0: a LoRA is trained without dropout here."""
-    denoising_loss_weight: Operational[float] = 1.0
-    """Has no effect, nor is it used in the reference code."""
-    sdxl: Operational[bool] = False
-    """Has no effect: the model's family is read from its folder."""
 
     def check(self) -> None:
         super().check()
@@ -107,6 +141,8 @@ def distill(args: DisbackRunFlags) -> None:
     Raises:
       ValueError: if flags, model, data and path do not fit each other.
     """
+    if args.use_fp16:
+        args = replace(args, mixed_precision="bf16")
     if args.plan is None:
         args.check()  # a plan needs no data
     elif args.stage == "both":
@@ -140,7 +176,7 @@ def record_path(args: DisbackRunFlags) -> DisbackRunFlags:
         resume_from_checkpoint=resume,
         push_to_hub=False,
     )
-    stage = run(disback.degradation(args.resolution), stage, hooks=_recording(), identity={"stage": "degradation"})
+    stage = run(disback.degradation(args.resolution), stage, hooks=_recording(args), identity={"stage": "degradation"})
     return replace(args, output_dir=str(Path(stage.output_dir).parent))
 
 
@@ -156,7 +192,7 @@ def backtrack(args: DisbackRunFlags) -> None:
     if args.path == NO_PATH:
         method, hooks, identity = (
             disback.backtracking(args.resolution, False),
-            Hooks(check=_check_teacher),
+            Hooks(check=_check_teacher, load=_start(args)),
             {"path": NO_PATH},
         )
     elif args.plan is not None:  # the path need not be there yet
@@ -168,11 +204,34 @@ def backtrack(args: DisbackRunFlags) -> None:
     run(method, args, hooks=hooks, identity=identity)
 
 
-def _identity(args: DisbackRunFlags, teacher_digest: str) -> dict[str, Any]:
-    """A path's identity: the teacher, by the digest of its float32 UNet, and the generator."""
+def _start(args: DisbackRunFlags) -> dict[str, Callable[[], Params]]:
+    """What reads the generator's start into host memory, if it is not the teacher.
+
+    Raises:
+      ValueError: if there is none at the place that the flag names.
+    """
+    if args.generator_ckpt_path is None:
+        return {}
+    given, folder = args.generator_ckpt_path, Path(args.generator_ckpt_path).expanduser()
+    if folder.is_dir():
+        found = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
+        if not found:
+            raise ValueError(f"--generator_ckpt_path {folder} has none of {', '.join(_WEIGHTS)}: name a file.")
+        given = str(found[0])
+
+    def read() -> Params:
+        source = teacher.open_teacher(args).sources["unet"] | {"weights": given}
+        return load_model(**source, dtype=np.float32, place=lambda _, array: array)[1]
+
+    return {"generator": read}
+
+
+def _identity(args: DisbackRunFlags, this: Run, teacher_digest: str) -> dict[str, Any]:
+    """A path's identity: the teacher and the generator, by the digests of their float32 UNets."""
     return {
         "model": args.pretrained_model_name_or_path,
         "teacher": teacher_digest,
+        "generator": None if args.generator_ckpt_path is None else digest_of(this.load("generator")),
         "controlnet": args.controlnet_model_name_or_path,
         "timesteps": list(args.timesteps),
     }
@@ -199,9 +258,9 @@ def _check_arrival(num_steps: int, args: DisbackRunFlags, num_nodes: int) -> Non
         )
 
 
-def _recording() -> Hooks:
+def _recording(args: DisbackRunFlags) -> Hooks:
     """A run that writes its state as a node of the path every few steps, and whose result is the path."""
-    teachers: dict[str, str] = {}
+    identity: dict[str, Any] = {}
 
     def folder(this: Run) -> Path:
         return _path_folder(replace(this.args, output_dir=str(Path(this.args.output_dir).parent)))
@@ -209,7 +268,15 @@ def _recording() -> Hooks:
     def check(this: Run) -> None:
         _check_teacher(this)
         # Now, because the teacher's float32 parameters are not kept.
-        teachers["teacher"] = digest_of(this.load("unet"))
+        identity.update(_identity(args, this, digest_of(this.load("unet"))))
+
+    def frozen(this: Run, constant: Frozen) -> Frozen:
+        if args.generator_ckpt_path is None:
+            return constant
+        this.model = this.model.without_params("unet")  # the generator takes its place
+        dtype = optim.compute_dtype(args.mixed_precision)
+        start = jax.tree.map(lambda leaf: leaf.astype(dtype), this.load("generator"))
+        return replace(constant, params={**constant.params, "unet": start})
 
     def record(this: Run) -> Recorder:
         interval = this.args.degradation_interval
@@ -222,10 +289,9 @@ def _recording() -> Hooks:
 
     def finish(this: Run, state: Any, output_dir: Path) -> None:
         del state, output_dir
-        identity = _identity(this.args, teachers["teacher"]) | {"interval": this.args.degradation_interval}
-        finish_path(folder(this), this.args.num_nodes, identity)
+        finish_path(folder(this), args.num_nodes, {**identity, "interval": args.degradation_interval})
 
-    return Hooks(check=check, record=record, show=None, write=finish)
+    return Hooks(load=_start(args), check=check, frozen=frozen, record=record, show=None, write=finish)
 
 
 def _walking(path: DegradationPath, args: DisbackRunFlags) -> Hooks:
@@ -233,7 +299,7 @@ def _walking(path: DegradationPath, args: DisbackRunFlags) -> Hooks:
 
     def check(this: Run) -> None:
         _check_teacher(this)
-        check_identity(path, _identity(args, digest_of(this.load("unet"))))
+        check_identity(path, _identity(args, this, digest_of(this.load("unet"))))
         _check_arrival(this.num_steps, args, len(path.nodes))
 
     def frozen(this: Run, constant: Frozen) -> MovingTarget:
@@ -251,4 +317,4 @@ def _walking(path: DegradationPath, args: DisbackRunFlags) -> Hooks:
         return MovingTarget(constant, [*nodes, last], index_at, this.mesh)
 
     end = functools.partial(path.load, -1, np.float32)
-    return Hooks(load={"path_end": end}, check=check, frozen=frozen)
+    return Hooks(load={"path_end": end, **_start(args)}, check=check, frozen=frozen)
