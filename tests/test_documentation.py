@@ -12,18 +12,14 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from documented import CODE, DOCS, README, ROOT, SCRIPT_FOLDERS, blocks, commands, module_of, planned, prose
 
 from codi_jax.cli import command_line
-from codi_jax.cli import commands as command_names
 from codi_jax.cli.help_text import flags_of
 
-ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [
     README,
     ROOT / "BENCHMARKS.md",
@@ -34,15 +30,9 @@ PAGES = [
 ]
 MANUAL = [page for page in PAGES if page.name not in ("CHANGELOG.md", "CONTRIBUTING.md")]
 
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_CODE = re.compile(r"`([^`\n]+)`")
 _LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")
 _FLAG = re.compile(r"--[a-z][a-z0-9_]*")
 _FOLDERS = ("codi_jax", "training_scripts", "dataset_tools", "benchmarks", "assets", "tests", "docs")
-_SCRIPT_FOLDERS = ("training_scripts", "dataset_tools")
-_OTHERS = re.compile(
-    r"python3 (benchmarks/|-m pip )|codi-jax (completion\b|#|$| )"
-)  # not parsed here; of benchmarks the flags are looked up
 # Flags of XLA and of launchers, and the ones that all command lines have.
 _FOREIGN_FLAGS = {"--help", "--config", "--xla_force_host_platform_device_count"}
 _FOREIGN_FLAGS |= {"--zone", "--worker", "--command"}  # gcloud
@@ -57,51 +47,11 @@ def each(pages: list[Path]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("page", pages, ids=identify)
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    """The fenced code of a page in this language."""
-    return [code for kind, code in _FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
-
-
-def prose(page: Path) -> str:
-    """A page without its fenced code."""
-    return _FENCE.sub("", page.read_text(encoding="utf-8"))
-
-
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives the headings of a page; of equal ones the first."""
     headings = re.findall(r"^#{1,6} +(.+?) *$", prose(page), re.MULTILINE)
     plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings)
     return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain}
-
-
-def commands(page: Path) -> Iterator[list[str]]:
-    """The words of every command of a page, in fenced code and inline; not those that end in "…"."""
-    lines = [line for code in blocks(page, "bash") for line in code.replace("\\\n", " ").splitlines()]
-    lines += _CODE.findall(prose(page))
-    for line in lines:
-        if line.startswith(("python3 ", "codi-jax ")) and not _OTHERS.match(line) and not line.endswith("…"):
-            yield shlex.split(line, comments=True)
-
-
-def module_of(words: list[str]) -> tuple[str, list[str]]:
-    """The module that a command runs, and the command's arguments."""
-    if words[0] == "codi-jax":
-        command, rest = command_names.find(words[1:])
-        words = ["python3", *command.as_arguments, *rest]
-    if words[1] == "-m":
-        return words[2], words[3:]
-    path = Path(words[1]).resolve()
-    path = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(words[1])
-    assert path.parts[0] in _SCRIPT_FOLDERS, words
-    return ".".join(path.with_suffix("").parts), words[2:]
-
-
-def _planned(words: list[str]) -> list[list[str]]:
-    """A command, and the one that it plans, if any, which follows behind ``--``."""
-    if "--" not in words:
-        return [words]
-    behind = words.index("--")
-    return [words[:behind], ["python3", *words[behind + 1 :], "--plan", words[3]]]
 
 
 def resolves(name: str) -> bool:
@@ -115,7 +65,7 @@ def resolves(name: str) -> bool:
 @functools.cache
 def known_flags() -> frozenset[str]:
     """All flags of all scripts; of benchmarks and the Makefile, from their source."""
-    scripts = [f"{folder}.{path.stem}" for folder in _SCRIPT_FOLDERS for path in (ROOT / folder).glob("[a-z]*.py")]
+    scripts = [f"{folder}.{path.stem}" for folder in SCRIPT_FOLDERS for path in (ROOT / folder).glob("[a-z]*.py")]
     commands = (*scripts, "codi_jax.generate", "codi_jax.evaluate", "codi_jax.plan", "codi_jax.app")
     fields = [name for each in commands for flag in flags_of(importlib.import_module(each).Args) for name in flag.names]
     for path in (ROOT / "benchmarks").glob("*.py"):
@@ -160,7 +110,7 @@ def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     (tmp_path / "runs/lcm").mkdir(parents=True)
     (tmp_path / "runs/lcm/config.yaml").write_text("pretrained_model_name_or_path: m\ntrain_data_dir: data\n")
-    for words in [part for each in commands(page) for part in _planned(each)]:
+    for words in [part for each in commands(page) for part in planned(each)]:
         module, arguments = module_of(words)
         if "--help" in arguments:
             continue
@@ -175,7 +125,7 @@ def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @each([*MANUAL, ROOT / "CONTRIBUTING.md"])
 def test_paths_targets_and_modules_exist(page: Path) -> None:
-    code = "\n".join([*blocks(page, "bash"), *_CODE.findall(prose(page))])
+    code = "\n".join([*blocks(page, "bash"), *CODE.findall(prose(page))])
     for path in re.findall(rf"(?<![\w/.])((?:{'|'.join(_FOLDERS)})/[\w/.-]*\w)(?![\w/.<])", code):
         assert (ROOT / path).exists(), path
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -187,7 +137,7 @@ def test_paths_targets_and_modules_exist(page: Path) -> None:
 
 @each(MANUAL)
 def test_flags_exist(page: Path) -> None:
-    code = "\n".join([*blocks(page, "bash"), *_CODE.findall(prose(page))])
+    code = "\n".join([*blocks(page, "bash"), *CODE.findall(prose(page))])
     assert set(_FLAG.findall(code)) <= known_flags()
 
 

@@ -7,9 +7,10 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from clip_folders import write_clip
 from PIL import Image
 from quick_features import quarters
-from test_encoders import write_clip, write_lpips
+from test_encoders import write_lpips
 from torch.nn.functional import cosine_similarity
 from transformers import CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil

@@ -1,7 +1,7 @@
 """Records what reference implementations of metrics compute, for tests that cannot install them.
 
     pip install torch==2.13.0 torchvision==0.28.0 pytorch-fid==0.3.0 lpips==0.1.4
-    python3 tests/evaluation/records.py
+    python3 tests/records.py
 
 torchvision from PyPI does not fit every build of torch, so it is not among the packages of the tests. The weights are
 random: they follow from their names (`weights_of`), and only their shapes are recorded.
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent / "evaluation"
 
 
 def weights_of(shapes: Mapping[str, list[int]]) -> dict[str, np.ndarray]:
