@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from codi_jax.cli import command_line
-from codi_jax.cli.flags import Flags
+from codi_jax.cli.flags import Topic
 from codi_jax.io.compiled_programs import keep_compiled_programs
 from codi_jax.io.images import open_image
 from codi_jax.models import sharding
-from codi_jax.pipeline.loading import DType, resolve_dtype
+from codi_jax.pipeline.loading import resolve_dtype
+from codi_jax.pipeline.machine_flags import MachineFlags
 from codi_jax.pipeline.model import Model
 from codi_jax.pipeline.studio import Made, Studio
 
@@ -37,11 +38,13 @@ body:not(.dark) { --color-accent: var(--primary-700); }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(Flags):
+class Args(MachineFlags):
     """Serves a page to try models in: draw, edit, control and compare a teacher and its student.
 
     Without flags it shows the embedded models. It can be reached from this machine only, unless --host says otherwise.
     """
+
+    topic: ClassVar[Topic] = Topic.PAGE
 
     essential: ClassVar[tuple[str, ...]] = ("model", "student", "editor", "controlnet", "host", "port")
 
@@ -77,10 +80,6 @@ class Args(Flags):
     """Size limit of uploaded files."""
     warm_up: bool = True
     """Compile what the page starts with before it can be used."""
-    dtype: DType = "auto"
-    """Precision of the computation. auto: bfloat16 where the device is fast with it."""
-    ccache: Path = Path("~/.cache/codi_jax/xla")
-    """Folder for caching compiled programs, which makes the next start faster."""
 
     def check(self) -> None:
         super().check()
@@ -104,7 +103,8 @@ def load(args: Args) -> Studio:
     teacher = args.model or _embedded("avatars")
     if teacher is None:
         raise ValueError("the embedded models are not installed: name a model with --model.")
-    open_model = functools.partial(Model.from_pretrained, dtype=resolve_dtype(args.dtype), place=sharding.place_here())
+    options = {"dtype": resolve_dtype(args.dtype), "attention": args.attention, "place": sharding.place_here()}
+    open_model = functools.partial(Model.from_pretrained, **options)
     models = {"teacher": open_model(teacher)}
     of_demo = str(_OF_DEMO) if embedded and not args.student_lora and _OF_DEMO.is_dir() else None
     if student := args.student or of_demo:

@@ -51,6 +51,7 @@ class Topic(enum.StrEnum):
     PICTURES = "pictures"
     DOWNLOADS = "downloads"
     OUTPUT = "output"
+    PAGE = "page"
     MACHINES = "machines"
 
 

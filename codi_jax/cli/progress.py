@@ -14,6 +14,13 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 _EVERY = 10.0  # seconds between two lines in a file
+_is_silent = False
+
+
+def silence() -> None:
+    """From here on, this process shows no progress: another one does the same work, and shows it."""
+    global _is_silent  # noqa: PLW0603
+    _is_silent = True
 
 
 class Progress:
@@ -32,10 +39,8 @@ class Progress:
 
     def __init__(self, what: str, total: int | None, unit: str = "images") -> None:
         self._what, self._total, self._unit = what, total, unit
-        is_terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total, desc=what, unit=f" {unit}", leave=False, dynamic_ncols=True, disable=not is_terminal
-        )
+        has_bar = sys.stderr.isatty() and not _is_silent
+        self._bar = tqdm(total=total, desc=what, unit=f" {unit}", leave=False, dynamic_ncols=True, disable=not has_bar)
         self._done, self._began, self._told = 0, time.monotonic(), time.monotonic()
 
     def __enter__(self) -> "Progress":
@@ -51,7 +56,7 @@ class Progress:
         self._done += count
         if not self._bar.disable:
             self._bar.update(count)
-        elif (now := time.monotonic()) - self._told >= _EVERY:
+        elif (now := time.monotonic()) - self._told >= _EVERY and not _is_silent:
             self._told = now
             sys.stderr.write(f"{self._line(now - self._began)}\n")
             sys.stderr.flush()
@@ -74,6 +79,9 @@ def heartbeat(what: str) -> Iterator[None]:
     Args:
       what: the work.
     """
+    if _is_silent:
+        yield
+        return
     ended = threading.Event()
 
     def tell() -> None:

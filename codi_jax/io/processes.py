@@ -26,6 +26,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from codi_jax.cli import progress
+
 _JOIN_SECONDS = "CODI_JAX_JOIN_TIMEOUT"
 _JOIN_DEFAULT = 300
 _FIRST_WORD, _NEXT_WORD = 10, 30  # seconds of waiting after which the missing processes are named
@@ -45,7 +47,8 @@ def initialize(silence: float | int = _SILENT) -> None:
     Reads the variables that the launchers of TPU pods, Slurm, Open MPI and Kubernetes set, and
     ``JAX_COORDINATOR_ADDRESS`` (with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``). On a single host it does nothing.
     While it waits it names the missing processes, and it ends the process after ``CODI_JAX_JOIN_TIMEOUT`` seconds
-    (default: 300). From then on an uncaught error in one process ends the others too.
+    (default: 300). From then on an uncaught error in one process ends the others too, and only the first shows
+    progress.
 
     Args:
       silence: seconds without a sign of life after which another process counts as lost, and this one ends.
@@ -62,6 +65,8 @@ def initialize(silence: float | int = _SILENT) -> None:
         with _reporting_missing_processes(given, limit):
             # JAX aborts at its own limit. Ours comes earlier, and ends the process with an explanation.
             jax.distributed.initialize(**given, initialization_timeout=limit + 60)
+    if jax.process_index() != 0:
+        progress.silence()
     _watch.start(silence)
 
 

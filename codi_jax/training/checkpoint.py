@@ -274,7 +274,8 @@ class Checkpoints:
     def check(self) -> None:
         """Raises `wait`'s error if the last checkpoint has already failed, without waiting."""
         if not self._manager.is_saving_in_progress():
-            self.wait()
+            with self._explained(None):
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits like `wait`, and ends Orbax's threads."""

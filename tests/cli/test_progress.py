@@ -61,3 +61,16 @@ def test_work_without_a_known_end_is_told_of(monkeypatch: pytest.MonkeyPatch, ca
     time.sleep(0.3)
     assert capsys.readouterr().err == ""
     assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
+
+
+def test_of_several_processes_only_the_first_shows_it(
+    monkeypatch: pytest.MonkeyPatch, clock: list[float], capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "_is_silent", False)  # and again after the test
+    progress.silence()
+    before = threading.active_count()
+    with Progress("drawing", 100) as shown, heartbeat("compiling"):
+        assert threading.active_count() == before
+        clock[0] += 20
+        shown.advance(2)
+    assert capsys.readouterr().err == ""
