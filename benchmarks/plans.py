@@ -6,7 +6,11 @@
 Each cell is a real command with ``--plan``: one sample per device of cached latents in bfloat16, parameters split
 among all devices, 512 px for SD 1.5 and 1024 px for SDXL, whose activations are recomputed and whose equal blocks are
 a loop. Models are folders of configurations without weights. A plan takes minutes on 2 cores; finished ones stay in
---work, and the table is of all of them.
+--work, and the tables are of all of them. The second one has what a step sends over the network, for plans that differ
+only in the size of a slice: weak scaling.
+
+    python3 benchmarks/plans.py --work runs/scaling --methods CoDi --families sd-1.5 --fsdp 1 \
+        --targets v5e:2x2 v5e:4x4 v5e:8x8 v5e:16x16
 """
 
 import json
@@ -28,7 +32,7 @@ from codi_jax.planning.report import DOES_NOT_FIT
 _HERE = Path(__file__).resolve().parent.parent
 _COMMON = (
     "--train_data_dir . --mixed_precision bf16 --train_batch_size 1 --max_train_steps 10000 --output_dir . "
-    "--fsdp {devices} --resolution {side} {large}"
+    "--fsdp {fsdp} --resolution {side} {large}"
 )
 Method = Literal["CoDi", "LCM", "LCM, editor", "BK-SDM", "DisBack"]
 Family = Literal["sd-1.5", "sdxl"]
@@ -67,6 +71,8 @@ class Args:
     """The families of teachers."""
     targets: tuple[str, ...] = TARGETS
     """The devices."""
+    fsdp: int | None = None
+    """Number of devices to split parameters over. Default: all."""
     minutes: float = 30
     """The time after which a plan is given up."""
 
@@ -77,18 +83,21 @@ def main() -> None:
         for target in args.targets:
             for method in args.methods:
                 plan(args, method, family, target)
-    print(table([json.loads(path.read_text()) for path in sorted(args.work.glob("*.json"))]))
+    cells = [json.loads(path.read_text()) for path in sorted(args.work.glob("*.json"))]
+    print(table(cells))
+    print(f"\n{scaling(cells)}")
 
 
 def plan(args: Args, method: Method, family: Family, target: str) -> None:
     """Plans one cell, unless that has been done."""
-    name = "-".join(f"{family} {target} {method}".replace(",", "").replace(":", "-").split())
+    fsdp = args.fsdp or _devices(target)
+    name = "-".join(f"{family} {target} {method} fsdp {fsdp}".replace(",", "").replace(":", "-").split())
     done, made = args.work / f"{name}.json", args.work / f"{name}.plan"
     if done.is_file():
         return
     script, flags, kind = METHODS[method]
     model = configurations(args.work / "models", family + kind)
-    words = f"{flags} {_COMMON}".format(**FAMILIES[family], devices=_devices(target), model=model).split()
+    words = f"{flags} {_COMMON}".format(**FAMILIES[family], fsdp=fsdp, model=model).split()
     command = [sys.executable, f"training_scripts/{script}.py", *words, "--plan", target, "--plan_output", str(made)]
     began = time.perf_counter()
     try:
@@ -97,7 +106,8 @@ def plan(args: Args, method: Method, family: Family, target: str) -> None:
     except subprocess.TimeoutExpired:
         said = f"no plan within {args.minutes:g} minutes"
     found = json.loads(made.read_text()) if made.is_file() else None
-    write_json(done, {"method": method, "family": family, "target": target, "plan": found, "said": said})
+    cell = {"method": method, "family": family, "target": target, "fsdp": fsdp, "plan": found, "said": said}
+    write_json(done, cell)
     print(f"{name}: {said or 'planned'} in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
 
 
@@ -152,6 +162,30 @@ def table(cells: Sequence[Mapping[str, Any]]) -> str:
         fits = f"{batch} | {estimate['samples_per_second']:.3g} | {estimate['share_of_peak']:.0%}"
         size = f"{bytes_['total'] / 2**30:.1f} | {found['bytes_usable'] / 2**30:.1f}"
         lines.append(f"{start} | {size} | {fits if found['fits'] else 'does not fit | | '} |")
+    return "\n".join(lines)
+
+
+def scaling(cells: Sequence[Mapping[str, Any]]) -> str:
+    """What a step sends, and its time on the smallest slice as a share of the time here, with nothing hidden."""
+    head = ("teacher", "method", "devices", "FSDP", "sent per device, GB", "network, ms", "the rest, ms", "efficiency")
+    lines = [f"| {' | '.join(head)} |", "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    smallest: dict[tuple[str, ...], float] = {}
+    for cell in sorted(
+        cells, key=lambda cell: (cell["family"], cell["method"], cell["target"][:3], _devices(cell["target"]))
+    ):
+        census = (cell["plan"] or {}).get("program", {}).get("census")
+        if census is None or cell["plan"]["devices"] == 1:
+            continue
+        causes = cell["plan"]["estimate"]["seconds_by_cause"]
+        sent = sum(each["bytes"] for each in census["collectives"].values())
+        network = causes.get("network", 0.0)
+        other = max(seconds for cause, seconds in causes.items() if cause != "network")
+        kind = (cell["family"], cell["method"], cell["target"].partition(":")[0], str(cell["fsdp"] == 1))
+        first = smallest.setdefault(kind, other + network)
+        lines.append(
+            f"| {cell['family']} | {cell['method']} | {cell['target']} | {cell['fsdp']} | {sent / 1e9:.2f} | "
+            f"{network * 1e3:.0f} | {other * 1e3:.0f} | {first / (other + network):.0%} |"
+        )
     return "\n".join(lines)
 
 

@@ -40,6 +40,16 @@ def write_folder(
     return folder
 
 
+def write_edits(folder: Path, count: int, size: tuple[int, int]) -> Path:
+    """Pictures before and after an edit, which are the same, and instructions, which are numbers."""
+    write_folder(folder, count, size=size, condition_size=size)
+    names = {"conditioning_image": "input_image", "image": "edited_image", "text": "edit_prompt"}
+    rows = [json.loads(line) for line in (folder / "meta.jsonl").read_text().splitlines()]
+    renamed = [{names[column]: value for column, value in row.items()} for row in rows]
+    (folder / "meta.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in renamed))
+    return folder
+
+
 def count_tokens(texts: list[str]) -> dict[str, np.ndarray]:
     """A tokenizer for captions that are numbers, after an n or not; the empty one is -1."""
     return {"text_encoder": np.array([[int(text.removeprefix("n")) if text else -1] for text in texts])}

@@ -5,10 +5,13 @@ from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import datasets
 import hub_standin
 import huggingface_hub
 import pytest
+from PIL import Image
 
 
 def serve_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
@@ -31,3 +34,19 @@ def serve_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleN
     monkeypatch.delenv("HF_TOKEN", raising=False)
     yield SimpleNamespace(root=folder / "hub/models", url=url, token_file=folder / "token")
     server.shutdown()
+
+
+def folder_of_model(hub: SimpleNamespace, name: str) -> Path:
+    """The folder for a model's files, of its main branch unless the name goes on with another."""
+    path = hub.root / name
+    return path if name.count("/") > 1 else path / "main"
+
+
+def serve_data_set(hub: SimpleNamespace, name: str, columns: dict[str, list[Any]]) -> None:
+    """A data set in one file of parquet; pictures are inside of it."""
+    rows = datasets.Dataset.from_dict(columns)
+    for column, values in columns.items():
+        if isinstance(values[0], Image.Image):
+            rows = rows.cast_column(column, datasets.Image())
+    (folder := hub.root.parent / "datasets" / name / "main/data").mkdir(parents=True)
+    rows.to_parquet(folder / "train-00000-of-00001.parquet")

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import jax
 import numpy as np
 import pyarrow as pa
@@ -23,10 +22,10 @@ from clip_folders import write_clip
 from documented import README, ROOT, blocks, commands_of, module_of
 from folders import SD_UNET, SIZE, XL_UNET, make_controlnet, make_pipeline
 from oracle import make_torch
-from picture_folders import numbered, write_folder
+from picture_folders import numbered, write_edits, write_folder
 from published import TINY_UNETS
 from records import read, weights_of
-from served_hub import serve_hub
+from served_hub import folder_of_model, serve_data_set, serve_hub
 from web import Web
 
 import codi_jax
@@ -46,6 +45,7 @@ PAGES = (
 )
 PICTURES = 4
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+XL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 SMALL_RUN = {
     "resolution": SIZE, "max_train_steps": 1, "train_batch_size": 2, "gradient_accumulation_steps": 1,
@@ -97,41 +97,29 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
 
 
 def fill(hub: SimpleNamespace, scratch: Path) -> None:
-    def at(name: str, kind: str = "models") -> Path:
-        return hub.root.parent / kind / name / "main"
-
-    sd = make_pipeline("text-to-image", scratch)
-    sd.save_pretrained(at(SD))
     for name, family in {
+        SD: "text-to-image",
         "timbrooks/instruct-pix2pix": "instruct-pix2pix",
         "stable-diffusion-v1-5/stable-diffusion-inpainting": "inpainting",
         "diffusers/sdxl-instructpix2pix-768": "sdxl-instruct-pix2pix",
+        XL: "sdxl",
     }.items():
-        make_pipeline(family, scratch).save_pretrained(at(name))
-    xl = make_pipeline("sdxl", scratch)
-    xl.save_pretrained(at("stabilityai/stable-diffusion-xl-base-1.0"))
-    xl.save_pretrained(at("stabilityai/stable-diffusion-xl-base-1.0"), variant="fp16")
-    make_torch("unet", XL_UNET, 8).save_pretrained(at("latent-consistency/lcm-sdxl"))
-    make_controlnet(is_sdxl=False).save_pretrained(at("lllyasviel/sd-controlnet-canny"))
+        make_pipeline(family, scratch).save_pretrained(folder_of_model(hub, name))
+    make_pipeline("sdxl", scratch).save_pretrained(folder_of_model(hub, XL), variant="fp16")
+    make_torch("unet", XL_UNET, 8).save_pretrained(folder_of_model(hub, "latent-consistency/lcm-sdxl"))
+    make_controlnet(is_sdxl=False).save_pretrained(folder_of_model(hub, "lllyasviel/sd-controlnet-canny"))
     for name, config in {"lcm-lora-sdxl": XL_UNET, "lcm-lora-sdv1-5": SD_UNET}.items():
-        (folder := at(f"latent-consistency/{name}")).mkdir(parents=True)
+        (folder := folder_of_model(hub, f"latent-consistency/{name}")).mkdir(parents=True)
         write_lora(folder, config)
-    write_clip(at("openai/clip-vit-large-patch14"))
+    write_clip(folder_of_model(hub, "openai/clip-vit-large-patch14"))
     pictures = [numbered(10 * i, (SIZE, SIZE)) for i in range(PICTURES)]
     texts = [f"picture {i}" for i in range(PICTURES)]
-    for name, before in {
-        "timbrooks/instructpix2pix-clip-filtered": "original_image",
-        "your/edits": "input_image",
-    }.items():
-        made = datasets.Dataset.from_dict({before: pictures, "edit_prompt": texts, "edited_image": pictures})
-        for column in (before, "edited_image"):
-            made = made.cast_column(column, datasets.Image())
-        (file := at(name, "datasets") / "data/train-00000-of-00001.parquet").parent.mkdir(parents=True)
-        made.to_parquet(file)
+    befores = {"timbrooks/instructpix2pix-clip-filtered": "original_image", "your/edits": "input_image"}
+    for name, before in befores.items():
+        serve_data_set(hub, name, {before: pictures, "edit_prompt": texts, "edited_image": pictures})
     urls = [f"{hub.web.url}/good/{i}.jpg" for i in range(PICTURES)]
     for name in ("kakaobrain/coyo-700m", "recastai/LAION-art-EN-improved-captions"):
-        (file := at(name, "datasets") / "data/part-00000.parquet").parent.mkdir(parents=True)
-        pq.write_table(pa.table({"id": list(range(PICTURES)), "url": urls, "text": texts}), file)
+        serve_data_set(hub, name, {"id": list(range(PICTURES)), "url": urls, "text": texts})
 
 
 def write_lora(folder: Path, config: dict) -> None:
@@ -144,15 +132,14 @@ def write_lora(folder: Path, config: dict) -> None:
 def prepared(tmp_path_factory: pytest.TempPathFactory, hub: SimpleNamespace) -> Path:
     """A folder with all that the pages take for granted: models, data and results of other pages."""
     folder = tmp_path_factory.mktemp("user")
-    models = hub.root
-    sd = models / SD / "main"
+    sd = folder_of_model(hub, SD)
     for name in ("MODEL", "TEACHER", "my-model", "runs/small", "runs/small-lcm"):
         shutil.copytree(sd, folder / name)
     large = make_pipeline("text-to-image", folder / "made")
     large.register_modules(unet=make_torch("unet", TINY_UNETS["four-blocks"], 3))
     large.save_pretrained(folder / "FOUR-BLOCKS")
-    shutil.copytree(models / "timbrooks/instruct-pix2pix/main", folder / "EDITOR")
-    shutil.copytree(models / "lllyasviel/sd-controlnet-canny/main", folder / "CONTROLNET")
+    shutil.copytree(folder_of_model(hub, "timbrooks/instruct-pix2pix"), folder / "EDITOR")
+    shutil.copytree(folder_of_model(hub, "lllyasviel/sd-controlnet-canny"), folder / "CONTROLNET")
     make_pipeline("controlnet", folder / "made").save_pretrained(folder / "runs/codi")
     make_pipeline("lcm", folder / "made").save_pretrained(folder / "runs/lcm")
     (folder / "runs/lcm-lora").mkdir()
@@ -162,7 +149,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, hub: SimpleNamespace) -> 
     codi_jax.Model.from_pretrained(sd).save_single_file(folder / "dreamshaper.safetensors")
     for name in ("DATA", "data/mine", "data/edges", "data/coyo", "data/avatars/train"):
         write_folder(folder / name, PICTURES, size=(SIZE, SIZE), condition_size=(SIZE, SIZE))
-    write_edits(folder / "EDITS")
+    write_edits(folder / "EDITS", PICTURES, (SIZE, SIZE))
     for name in ("edges", "in", "sketch", "mask"):
         numbered(100, (SIZE, SIZE)).save(folder / f"{name}.png")
     (folder / "prompts.txt").write_text("\n".join(f"prompt {i}" for i in range(PICTURES)))
@@ -176,15 +163,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, hub: SimpleNamespace) -> 
     rng = np.random.default_rng(0)
     np.savez(folder / "coco-val2014.npz", mu=rng.standard_normal(2048), sigma=np.eye(2048))
     return folder
-
-
-def write_edits(folder: Path) -> None:
-    """A data set with the columns of edits."""
-    write_folder(folder, PICTURES, size=(SIZE, SIZE), condition_size=(SIZE, SIZE))
-    lines = [json.loads(line) for line in (folder / "meta.jsonl").read_text().splitlines()]
-    names = {"conditioning_image": "input_image", "image": "edited_image", "text": "edit_prompt"}
-    rows = [{names[column]: value for column, value in line.items()} for line in lines]
-    (folder / "meta.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def write_pairs(folder: Path) -> None:

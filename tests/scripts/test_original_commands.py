@@ -12,11 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import diffusers
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from folders import SIZE, make_pipeline
@@ -24,7 +21,7 @@ from oracle import make_torch
 from picture_folders import numbered, write_folder
 from PIL import Image
 from published import TINY_UNETS
-from served_hub import serve_hub
+from served_hub import folder_of_model, serve_data_set, serve_hub
 from web import Web, jpeg
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,32 +203,25 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
 
 
 def fill(hub: SimpleNamespace, scratch: Path) -> None:
-    def at(kind: str, name: str) -> Path:
-        return hub.root.parent / kind / name
-
     sd = make_pipeline("text-to-image", scratch)
-    sd.save_pretrained(at("models", "runwayml/stable-diffusion-v1-5/non-ema"), safe_serialization=False)
+    sd.save_pretrained(folder_of_model(hub, "runwayml/stable-diffusion-v1-5/non-ema"), safe_serialization=False)
     sd.register_modules(unet=make_torch("unet", TINY_UNETS["four-blocks"], 3))
-    sd.save_pretrained(at("models", "SG161222/Realistic_Vision_V4.0/main"))
-    make_pipeline("sdxl-instruct-pix2pix", scratch).save_pretrained(at("models", "diffusers/sdxl-instructpix2pix/main"))
-    make_pipeline("sdxl", scratch).save_pretrained(at("models", "stabilityai/stable-diffusion-xl-base-1.0/main"))
+    sd.save_pretrained(folder_of_model(hub, "SG161222/Realistic_Vision_V4.0"))
+    for name, family in {
+        "diffusers/sdxl-instructpix2pix": "sdxl-instruct-pix2pix",
+        "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    }.items():
+        make_pipeline(family, scratch).save_pretrained(folder_of_model(hub, name))
     pictures = [numbered(10 * i, (SIZE, SIZE)) for i in range(PICTURES)]
     texts = [f"picture {i}" for i in range(PICTURES)]
     for name, columns in {
         "jax-diffusers-event/canny_diffusiondb": ("original_image", "prompt", "transformed_image"),
-        "lambdalabs/pokemon-blip-captions": ("image", "text", None),
+        "lambdalabs/pokemon-blip-captions": ("image", "text"),
         "your/instruct-pix2pix-dataset": ("input_image", "edit_prompt", "edited_image"),
     }.items():
-        rows = dict(zip(columns, (pictures, texts, pictures), strict=True))
-        rows.pop(None, None)
-        made = datasets.Dataset.from_dict(rows)
-        for column in set(rows) & {"image", "original_image", "transformed_image", "input_image", "edited_image"}:
-            made = made.cast_column(column, datasets.Image())
-        (file := at("datasets", f"{name}/main/data/train-00000-of-00001.parquet")).parent.mkdir(parents=True)
-        made.to_parquet(file)
+        serve_data_set(hub, name, dict(zip(columns, (pictures, texts, pictures), strict=False)))
     urls = [f"{hub.web.url}/good/{i}.jpg" for i in range(PICTURES)]
-    (file := at("datasets", "kakaobrain/coyo-700m/main/data/part-00000.parquet")).parent.mkdir(parents=True)
-    pq.write_table(pa.table({"id": list(range(PICTURES)), "url": urls, "text": texts}), file)
+    serve_data_set(hub, "kakaobrain/coyo-700m", {"id": list(range(PICTURES)), "url": urls, "text": texts})
 
 
 def typed(command: str, appended: str, folder: Path, hub: SimpleNamespace) -> None:
@@ -304,7 +294,7 @@ def test_lcm_for_editors(command: str, hub: SimpleNamespace, tmp_path: Path) -> 
 
 def test_disback(hub: SimpleNamespace, tmp_path: Path) -> None:
     """From DMD2's generator; its images are a folder of pictures, and not a database of latents."""
-    base = hub.root.parent / "models/stabilityai/stable-diffusion-xl-base-1.0/main"
+    base = folder_of_model(hub, "stabilityai/stable-diffusion-xl-base-1.0")
     unet = diffusers.UNet2DConditionModel.from_pretrained(base, subfolder="unet")
     checkpoints = tmp_path / "data/dmd2"
     (checkpoints / DMD2_CHECKPOINT).mkdir(parents=True)

@@ -2,12 +2,8 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -295,62 +291,6 @@ def test_text_to_image_takes_data_without_conditions_and_the_others_do_not(input
             run(script, inputs._replace(data=data), tmp_path / script.__name__)
     with pytest.raises(AssertionError, match="before anything is compiled"):
         run(text_to_image, inputs._replace(data=data), tmp_path / "t2i")
-
-
-# ---- Several processes
-
-
-# Networks of a few channels are split as large ones are.
-CHILD = """
-import sys
-from codi_jax.cli import command_line
-from codi_jax.models import sharding
-from training_scripts import train_codi_flax, train_text_to_image_flax
-
-sharding.MIN_SHARDED_SIZE = 256
-script = {"codi": train_codi_flax, "text_to_image": train_text_to_image_flax}[sys.argv.pop(1)]
-command_line.run(script.Args, script.main)
-"""
-
-
-def children(count: int, name: str, args: Any) -> None:
-    """Runs a script in some processes, which have two devices together."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    given = {"JAX_NUM_CPU_DEVICES": str(2 // count), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    given["PYTHONPATH"] = str(Path(codi.__file__).parent.parent)
-    if count > 1:
-        given |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
-    command = [sys.executable, "-c", CHILD, name, *as_command(args)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    environments = [os.environ | given | {"JAX_PROCESS_ID": str(i)} for i in range(count)]
-    started = [subprocess.Popen(command, env=environment, **pipes) for environment in environments]
-    texts = [process.communicate(timeout=1200)[0] for process in started]
-    assert all(process.returncode == 0 for process in started), texts
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["text_to_image", "codi"])
-def test_processes_do_not_matter(inputs: Inputs, tmp_path: Path, name: str):
-    """Two of one device each, with the parameters split between them, against one of two devices: data, cached latents,
-    steps, pictures and the model that is written. Sums are taken in other orders, which is what tolerances are for."""
-    script, part = {"codi": (codi, "controlnet"), "text_to_image": (text_to_image, "unet")}[name]
-    sampling = {"codi": (1,), "text_to_image": 2}[name]
-    for count in (1, 2):
-        flags = {"cache_latents": True, "cache_latents_dir": str(tmp_path / f"latents-{count}"), "fsdp": 2}
-        flags |= {"train_batch_size": 1, "max_train_steps": 3, "validation_sampling_steps": sampling}
-        children(count, name, flags_of(script, inputs, tmp_path / str(count), **flags))
-        assert_reports(tmp_path / str(count), 3)
-    one, two = (tmp_path / count for count in "12")
-    losses = [[json.loads(line)["loss"] for line in (each / "metrics.jsonl").open()] for each in (one, two)]
-    np.testing.assert_allclose(*losses, rtol=1e-3)
-    ours, theirs = weights_of(two / part), weights_of(one / part)
-    assert ours.keys() == theirs.keys()
-    different = [np.abs(value - theirs[key]).mean() for key, value in ours.items()]
-    assert max(different) < 1e-5, "a step changes each of them by 1e-3"
-    pictures = [picture_of(each).astype(int) for each in (one, two)]
-    assert np.abs(pictures[0] - pictures[1]).mean() < 1
 
 
 @pytest.mark.parametrize("script", [controlnet, text_to_image])
