@@ -64,11 +64,8 @@ def main(args: Args) -> None:
     args.check()
     source = open_data(args, batch_size=1, condition=args.condition)
     model = _load_model(args)
-    encoders = dataclasses.replace(
-        encoders_of(model, not args.train_text_encoder),
-        conditions_too=args.task == "edit",
-        batch_size=args.encode_batch_size,
-    )
+    encoders = encoders_of(model, not args.train_text_encoder, conditions_too=args.task == "edit")
+    encoders = dataclasses.replace(encoders, batch_size=args.encode_batch_size)
     part = Part(args.part, args.num_parts)
     folder = cache_data(
         args, model.tokenize, source=source, encoders=encoders, condition=args.condition,

@@ -12,6 +12,7 @@ teacher=${TEACHER:-assets/avatars-edit}
 model=${MODEL:-assets/avatars}
 steps=${STEPS:-1500}
 samples=${SAMPLES:-50000}
+evaluated=${EVALUATED:-300}
 stages=("${@:2}")
 [ ${#stages[@]} -gt 0 ] || stages=(data students guidances adapted evaluate scales)
 
@@ -65,12 +66,12 @@ stage_evaluate() {
   images=(--image_guidance_scales)
   for kind in adapted adapted-lora; do
     for weight in "${weights[@]}"; do
-      models+=("$kind $weight@4,5=$work/$kind/weight-$weight")
+      models+=("$kind $weight@5=$work/$kind/weight-$weight")
       scales+=("$kind $weight:2")
       images+=("$kind $weight:1")
     done
   done
-  evaluate --models "${models[@]}" "${scales[@]}" "${images[@]}" --max_samples 300 --output_dir "$work/evaluation"
+  evaluate --models "${models[@]}" "${scales[@]}" "${images[@]}" --max_samples "$evaluated" --output_dir "$work/evaluation"
 }
 
 # Success and preservation as functions of both scales, of the teacher in 50 steps and the student in 4.
@@ -83,7 +84,8 @@ stage_scales() {
       images+=("teacher $scale $image:$image" "student $scale $image:$image")
     done
   done
-  evaluate --models "${models[@]}" "${scales[@]}" "${images[@]}" --seeds 0 --max_samples 100 --output_dir "$work/scales"
+  evaluate --models "${models[@]}" "${scales[@]}" "${images[@]}" --seeds 0 --max_samples $((evaluated / 3)) \
+    --output_dir "$work/scales"
 }
 
 for stage in "${stages[@]}"; do "stage_$stage"; done

@@ -47,7 +47,13 @@ def open_training_data(flags: RunFlags, *, has_text: bool = True, batch_size: in
 
 
 def load_batches(
-    flags: RunFlags, model: Model, source: Source, *, batch_size: int | None = None, encoders: Encoders | None = None
+    flags: RunFlags,
+    model: Model,
+    source: Source,
+    *,
+    trains_edits: bool = False,
+    batch_size: int | None = None,
+    encoders: Encoders | None = None,
 ) -> Loader:
     """This process's share of the batches, with latents and text features cached if ``--cache_latents`` says so.
 
@@ -55,6 +61,7 @@ def load_batches(
       flags: the run's flags.
       model: the model, for its tokenizers, VAE and text encoders.
       source: from `open_training_data`.
+      trains_edits: whether the step reads the images before an edit, which the model alone may not.
       batch_size: samples per step, over all devices. Default: what the flags say.
       encoders: what caches images and captions. Default: the model's networks.
 
@@ -63,7 +70,8 @@ def load_batches(
     """
     without_params = model.replace(params={})  # the loader lives as long as the run
     if flags.cache_latents and encoders is None:
-        encoders = encoders_of(model, flags.caches_text)
+        edits = trains_edits or model.networks.is_instruct_pix2pix
+        encoders = encoders_of(model, flags.caches_text, conditions_too=edits)
     return load_data(
         flags,
         without_params.tokenize if model.tokenizers else None,
@@ -78,8 +86,14 @@ def load_batches(
     )
 
 
-def encoders_of(model: Model, caches_text: bool = True) -> Encoders:
-    """The networks whose outputs are cached: the VAE and, unless they are trained, the text encoders."""
+def encoders_of(model: Model, caches_text: bool = True, *, conditions_too: bool) -> Encoders:
+    """The networks whose outputs are cached: the VAE and, unless they are trained, the text encoders.
+
+    Args:
+      model: the model.
+      caches_text: whether captions are encoded.
+      conditions_too: whether conditions are encoded like images, as those before an edit are.
+    """
     names = ["vae", *(model.networks.text_encoders if caches_text else ())]
     # Each process encodes its own part of the data.
     needed = {name: jax.tree.map(_own_copy, model.params[name]) for name in names}
@@ -94,7 +108,6 @@ def encoders_of(model: Model, caches_text: bool = True) -> Encoders:
         return run
 
     of_text = on_devices(_encoded_text) if caches_text else None
-    conditions_too = model.networks.is_instruct_pix2pix
     return Encoders(on_devices(_encoded_images), of_text, _digest(model, needed), conditions_too=conditions_too)
 
 
@@ -111,13 +124,16 @@ def unread_networks(flags: RunFlags, networks: Networks) -> tuple[str, ...]:
     return encoders if encodes else ("vae", *encoders)
 
 
-def blank_encoders_of(model: Model, params: Mapping[str, Any], caches_text: bool = True) -> Encoders:
+def blank_encoders_of(
+    model: Model, params: Mapping[str, Any], caches_text: bool = True, *, conditions_too: bool
+) -> Encoders:
     """Encoders that return zeros of the right shapes, for plans.
 
     Args:
       model: the model without its weights.
       params: the shapes of its parameters.
-      caches_text: whether captions are encoded.
+      caches_text: as in `encoders_of`.
+      conditions_too: as in `encoders_of`.
     """
 
     def blank(program: Callable[..., Any]) -> Callable[[Any], Any]:
@@ -128,7 +144,7 @@ def blank_encoders_of(model: Model, params: Mapping[str, Any], caches_text: bool
         return run
 
     of_text = blank(_encoded_text) if caches_text else None
-    return Encoders(blank(_encoded_images), of_text, "blank", conditions_too=model.networks.is_instruct_pix2pix)
+    return Encoders(blank(_encoded_images), of_text, "blank", conditions_too=conditions_too)
 
 
 def _encoded_images(networks: Networks, params: Any, pixels: Any) -> Any:

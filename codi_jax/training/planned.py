@@ -223,7 +223,7 @@ def abstract_step(
     setup, model = configured.setup, without_unused(configured.model, configured.setup)
     networks, random = model.networks.by_name(), _random(args)
     params = {name: each.abstract_params(None if name in random else each.dtype) for name, each in networks.items()}
-    batch = _batch(args, model, params, has_text, mesh)
+    batch = _batch(args, model, params, has_text, setup.networks.is_instruct_pix2pix, mesh)
     batch_size = starting.global_batch_size(args, mesh.size)
     optimizer = method.optimizer(configured.flags, optim.maker(args, batch_size), args.max_train_steps or _STEPS)
     state, frozen = jax.eval_shape(functools.partial(_begin, method, args, configured, model, optimizer), params)
@@ -243,7 +243,7 @@ def _begin(
 
     key = jax.random.key(args.seed)
     state = method.init(configured.setup, load, optimizer, key, mixed_precision=args.mixed_precision)
-    unread = batches.unread_networks(args, model.networks)
+    unread = batches.unread_networks(args, configured.setup.networks)
     return state, frozen_of(configured.setup, model.replace(params=params), configured.schedule, unread)
 
 
@@ -252,10 +252,12 @@ def _random(args: Any) -> tuple[str, ...]:
     return getattr(args, "starts_random", ("vae",))
 
 
-def _batch(args: Any, model: Model, params: Mapping[str, Any], has_text: bool, mesh: Mesh) -> Any:
+def _batch(args: Any, model: Model, params: Mapping[str, Any], has_text: bool, edits: bool, mesh: Mesh) -> Any:
     """The shapes of a batch: two blank samples, read as a run reads its data, tell all but their number."""
     source = batches.open_training_data(args, has_text=has_text, batch_size=_BLANKS)
-    encoders = batches.blank_encoders_of(model, params, args.caches_text) if args.cache_latents else None
+    encoders = None
+    if args.cache_latents:
+        encoders = batches.blank_encoders_of(model, params, args.caches_text, conditions_too=edits)
     loader = batches.load_batches(args, model, source, batch_size=_BLANKS, encoders=encoders)
     try:
         blanks = next(loader)

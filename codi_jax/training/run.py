@@ -186,7 +186,7 @@ def run(
     setup, schedule = configured.setup, configured.schedule
     mesh = sharding.make_mesh(args.fsdp)
     model = without_unused(hooks.load_model(configured.model, args, mesh), setup)
-    loader = batches.load_batches(args, model, source)
+    loader = batches.load_batches(args, model, source, trains_edits=setup.networks.is_instruct_pix2pix)
     num_steps = starting.num_steps(args, loader.samples_per_epoch)
     this = Run(
         args=args, method=method, flags=configured.flags, setup=setup, model=model,

@@ -252,12 +252,21 @@ def test_a_resumed_run_is_the_same_run(models: Models, students: Callable[[str],
         assert_same_weights(again / name, out / name)
 
 
-@pytest.mark.slow
-def test_cached_latents_train_the_same(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, losses = models("instruct-pix2pix"), []
+@pytest.mark.parametrize(
+    ("script", "family", "flags"),
+    [
+        pytest.param(lcm_edit, "instruct-pix2pix", OF_LCM, marks=pytest.mark.slow),
+        (edit, "text-to-image", {}),  # which becomes an editor, and reads the images before edits
+    ],
+)
+def test_cached_latents_train_the_same(
+    script: Any, family: str, flags: dict[str, Any], models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, losses = models(family), []
     for cached in (False, True):
-        flags = {"cache_latents": cached, "cache_dir": str(tmp_path / "cache"), **OF_DATA, **OF_LCM}
-        prepared = prepare(lcm_edit, inputs, tmp_path / f"run-{cached}", monkeypatch, **flags)
+        given = {"cache_latents": cached, "cache_dir": str(tmp_path / "cache"), **OF_DATA, **flags}
+        prepared = prepare(script, inputs, tmp_path / f"run-{cached}", monkeypatch, **given)
+        assert ("vae" in prepared.frozen.params) != cached
         batch = jax.tree.map(jnp.asarray, next(prepared.loader))
         assert ("conditioning_moments" in batch) == cached
         assert ("conditioning" in batch) != cached

@@ -101,6 +101,7 @@ def shapes(tree: Any) -> Any:
         (text_to_image, "text-to-image", {"train_text_encoder": True, "use_ema": True, "mixed_precision": "fp16"}),
         (text_to_image, "text-to-image", {"from_scratch": ("unet",), "cache_latents": True}),
         (instruct_pix2pix, "instruct-pix2pix", EDIT),
+        (instruct_pix2pix, "text-to-image", {**EDIT, "cache_latents": True}),
         (lcm, "text-to-image", {"use_lora": True, "lora_rank": 4, **FEW}),
         (lcm, "sdxl", {"mixed_precision": "bf16", **FEW}),
         (lcm_edit, "sdxl-instruct-pix2pix", {**EDIT, "cache_latents": True, **TWO_GUIDANCES, **FEW}),

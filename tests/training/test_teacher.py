@@ -184,7 +184,7 @@ def test_programs_are_traced_on_the_mesh_of_their_parameters(
     picture = np.zeros((SIZE, SIZE, 3), np.uint8)
     calls: dict[str, Callable[[], Any]] = {
         "generate": lambda: loaded(["a house"], control_image=picture, steps=1),
-        "encode": lambda: batches.encoders_of(loaded, True).images(picture[None]),
+        "encode": lambda: batches.encoders_of(loaded, conditions_too=False).images(picture[None]),
     }
     with pytest.raises(KeyboardInterrupt):
         calls[program]()
