@@ -218,12 +218,14 @@ def draw_in_diffusers(args: Args) -> None:
         print("PyTorch is not installed: diffusers draws nothing")
         return
     is_codi = args.method == "codi"
-    kind = diffusers.StableDiffusionControlNetPipeline if is_codi else diffusers.StableDiffusionPipeline
-    pipe = kind.from_pretrained(output_of(args), safety_checker=None, requires_safety_checker=False)
-    side = {"height": args.resolution, "width": args.resolution}
-    given = {"image": Image.new("RGB", (args.resolution, args.resolution))} if is_codi else {}
+    kind = getattr(diffusers, "StableDiffusionControlNetPipeline" if is_codi else "StableDiffusionPipeline")
+    no_checker = {"safety_checker": None, "requires_safety_checker": False}
+    pipe = kind.from_pretrained(output_of(args), torch_dtype=torch.float32, **no_checker)
+    given: dict[str, Any] = {"height": args.resolution, "width": args.resolution}
+    if is_codi:
+        given["image"] = Image.new("RGB", (args.resolution, args.resolution))
     with torch.no_grad():
-        made = pipe("a fox", num_inference_steps=2, **given, **side).images[0]
+        made = pipe("a fox", num_inference_steps=2, **given).images[0]
     made.save(args.work / f"{args.method}-diffusers.png")
 
 

@@ -5,6 +5,7 @@ import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,7 +22,8 @@ Picture = Image.Image | np.ndarray
 FAST_PNG = (cv2.IMWRITE_PNG_COMPRESSION, 1)
 """OpenCV's options for PNG files that are written quickly, and are a little larger."""
 _LABEL_WIDTH, _LABEL_HEIGHT = 96, 14  # pixels
-_LETTER_WIDTH = 7  # pixels of the mean letter, and a little more
+_LETTER_WIDTH = 7  # pixels of the mean letter in the first of the sizes, and a little more
+_CAPTION_SIZES = (11, 10, 9, 8)
 _CAPTION_LINES = 8
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -205,10 +207,12 @@ def labeled_rows(
       captions: the texts above the columns. Default: none.
     """
     shown = {name: np.concatenate(list(images), axis=1) for name, images in rows.items() if images is not None}
-    font = ImageFont.load_default(11)
+    font = ImageFont.load_default(_CAPTION_SIZES[0])
     left = max(_LABEL_WIDTH, *(math.ceil(font.getlength(line)) + 8 for name in shown for line in name.split("\n")))
     width = max(row.shape[1] for row in shown.values())
-    letters = max(1, width // max(1, len(captions)) // _LETTER_WIDTH)
+    column = width // max(1, len(captions))
+    of_captions, longest = _font_for(captions, column)
+    letters = max(1, longest, int(column / _LETTER_WIDTH * font.size / of_captions.size))
     texts = [textwrap.wrap(caption, letters, max_lines=_CAPTION_LINES, placeholder="…") for caption in captions]
     top = max((_LABEL_HEIGHT * len(lines) for lines in texts), default=0)
     height = top + sum(max(row.shape[0], _LABEL_HEIGHT) for row in shown.values())
@@ -216,9 +220,19 @@ def labeled_rows(
     draw = ImageDraw.Draw(canvas)
     for i, lines in enumerate(texts):
         at = (left + i * width // len(texts) + 2, top - 2)
-        draw.multiline_text(at, "\n".join(lines), fill="black", font=font, spacing=2, anchor="ld")
+        draw.multiline_text(at, "\n".join(lines), fill="black", font=of_captions, spacing=2, anchor="ld")
     for name, row in shown.items():
         draw.text((4, top + row.shape[0] // 2), name, fill="black", anchor="lm", font=font)
         canvas.paste(Image.fromarray(row), (left, top))
         top += max(row.shape[0], _LABEL_HEIGHT)
     return np.asarray(canvas)
+
+
+def _font_for(texts: Sequence[str], width: int) -> tuple[Any, int]:
+    """The largest font with which no word is too wide, and the longest word's letters; 0 if there is no such font."""
+    words = [word for text in texts for word in text.split()]
+    for size in _CAPTION_SIZES:
+        font = ImageFont.load_default(size)
+        if all(font.getlength(word) <= width - 4 for word in words):
+            return font, max(map(len, words), default=0)
+    return ImageFont.load_default(_CAPTION_SIZES[0]), 0

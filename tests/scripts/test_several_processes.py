@@ -92,6 +92,7 @@ def start(command: list[str], count: int, devices: int) -> list[subprocess.Popen
     shared = {"JAX_NUM_CPU_DEVICES": str(devices // count), "PYTHONPATH": str(ROOT)}
     if count > 1:
         shared |= {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": str(count)}
+        shared |= {"CODI_JAX_JOIN_TIMEOUT": "60"}  # for one that is killed before it joins
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environments = [os.environ | shared | {"JAX_PROCESS_ID": str(i)} for i in range(count)]
     return [subprocess.Popen(command, env=environment, **pipes) for environment in environments]
@@ -149,13 +150,13 @@ def test_four_processes_that_share_the_parameters(given: Path, tmp_path: Path, n
 
 
 def test_a_run_goes_on_with_fewer_and_more_processes(given: Path, tmp_path: Path) -> None:
-    """Four, one, two, with the parameters split among all of them; the global batch stays the same."""
+    """Four, one, two, which have four devices together and split the parameters among them."""
     name = "text-to-image"
-    flags = {"gradient_accumulation_steps": 1, "checkpointing_steps": 2, "validation_steps": 0}
-    finish(command_of(given, name, tmp_path / "whole", fsdp=4, max_train_steps=6, **flags), 4, 4)
+    flags = {"checkpointing_steps": 2, "fsdp": 4, "lr_scheduler": "constant"}
+    finish(command_of(given, name, tmp_path / "whole", max_train_steps=6, **flags), 4, 4)
     for count, steps in ((4, 2), (1, 4), (2, 6)):
-        resumed = {"resume_from_checkpoint": "latest", "fsdp": count, "max_train_steps": steps}
-        finish(command_of(given, name, tmp_path / "moved", **flags, **resumed), count, count)
+        resumed = {"resume_from_checkpoint": "latest", "max_train_steps": steps}
+        finish(command_of(given, name, tmp_path / "moved", **flags, **resumed), count, 4)
     np.testing.assert_allclose(losses_of(tmp_path / "moved"), losses_of(tmp_path / "whole"), rtol=1e-5)
     ours, theirs = trained(name, tmp_path / "moved"), trained(name, tmp_path / "whole")
     for key, value in ours.items():
@@ -177,7 +178,7 @@ def test_processes_are_killed_at_random(given: Path, tmp_path: Path) -> None:
         wait_for(output_dir, wanted, rng.uniform(2, 15))
         victim = int(rng.integers(2))
         started[victim].send_signal(signal.SIGKILL)
-        ends = ends_of(started, seconds=90)
+        ends = ends_of(started, seconds=150)
         assert ends[victim][0] == -signal.SIGKILL
         assert ends[1 - victim][0] != 0, ends[1 - victim][1]
     finish(command, 2, 2)

@@ -220,7 +220,7 @@ def _start(args: DisbackRunFlags) -> dict[str, Callable[[], Params]]:
         given = str(found[0])
 
     def read() -> Params:
-        source = teacher.open_teacher(args).sources["unet"] | {"weights": given}
+        source = {**teacher.open_teacher(args).sources["unet"], "weights": given}
         return load_model(**source, dtype=np.float32, place=lambda _, array: array)[1]
 
     return {"generator": read}
