@@ -178,7 +178,8 @@ MAY_CHANGE = {
     "save_dtype", "export_steps", "push_to_hub", "hub_token", "hub_model_id",
     # What has no effect
     "from_pt", "controlnet_from_pt", "enable_xformers_memory_efficient_attention", "local_rank", "cast_teacher_unet",
-    "sdxl", "denoising_loss_weight",
+    "sdxl", "denoising_loss_weight", "latent_resolution", "initialie_generator", "start_target_num", "grid_size",
+    "log_loss", "wandb_name",
 }  # fmt: skip
 
 

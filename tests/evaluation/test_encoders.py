@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clip_folders import LAYERS, randomized, write_clip
+from clip_folders import ASSETS, LAYERS, randomized, write_clip
 from records import images, read, weights_of
 from transformers import (
     CLIPTokenizer,

@@ -60,6 +60,11 @@ class ReferenceFlags(Flags):
     wandb_name: Operational[str | None] = None
     """Has no effect: runs are named by Weights & Biases."""
 
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(1, "latent_resolution", "grid_size")
+        self.require_at_least(0, "start_target_num", "denoising_loss_weight")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DisbackRunFlags(ConditionFlags, PromptFlags, ReferenceFlags, disback.DisbackFlags, TrainingFlags):
@@ -108,7 +113,7 @@ class DisbackRunFlags(ConditionFlags, PromptFlags, ReferenceFlags, disback.Disba
 
     def check(self) -> None:
         super().check()
-        self.require_at_least(0, "teacher_guidance_scale", "denoising_loss_weight")
+        self.require_at_least(0, "teacher_guidance_scale")
         self.require("lora_dropout", self.lora_dropout == 0, "0")
         if self.path not in (None, NO_PATH) and (file := file_in_place_of(Path(self.path or ""))):
             raise ValueError(f"--path {self.path} is not possible: {file} is a file, but must be a folder.")
