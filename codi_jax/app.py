@@ -339,7 +339,8 @@ def _compare_tab(gr: Any, make: _Maker, args: Args) -> None:
 
 
 def _prompt(gr: Any, label: str = "Prompt", placeholder: str = "A person with glasses and a green hat") -> Any:
-    return gr.Textbox(label=label, placeholder=placeholder, lines=2, max_lines=4)
+    # With several lines, Enter begins a new one.
+    return gr.Textbox(label=label, placeholder=placeholder, lines=2, max_lines=4, info="Shift + Enter starts.")
 
 
 def _seed(gr: Any) -> Any:
