@@ -186,12 +186,8 @@ def watch(phases: Phases) -> None:
 
         phases.timed("checkpoint", finished)()
 
-    teacher._load, loop.compile_for, loop._compile, Checkpoints.save = (
-        load_network,
-        compile_step,
-        trace_and_compile,
-        save_all,
-    )
+    teacher._load, loop.compile_for = load_network, compile_step
+    loop._compile, Checkpoints.save = trace_and_compile, save_all
     loop._validate = phases.timed("validation images", loop._validate)
     run._finish = phases.timed("export", run._finish)
 

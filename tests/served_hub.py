@@ -1,7 +1,8 @@
 """A hub on this machine that huggingface_hub takes for the real one."""
 
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,9 @@ import hub_standin
 import huggingface_hub
 import pytest
 from PIL import Image
+from web import Web
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def serve_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
@@ -36,6 +40,24 @@ def serve_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleN
     server.shutdown()
 
 
+def serve_hub_and_web(folder: Path, fill: Callable[[SimpleNamespace, Path], None]) -> Iterator[SimpleNamespace]:
+    """The same, filled, and with ``web``, a server of pictures; a fixture of any scope yields from it."""
+    with pytest.MonkeyPatch.context() as patched:
+        for served in serve_hub(folder, patched):
+            served.web = Web()
+            fill(served, folder)
+            yield served
+            served.web.close()
+
+
+def environment_of(hub: SimpleNamespace, home: Path) -> dict[str, str]:
+    """The environment of processes that take the hub for the real one, and ``home`` for its cache."""
+    return {
+        **os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home),
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+
+
 def folder_of_model(hub: SimpleNamespace, name: str) -> Path:
     """The folder for a model's files, of its main branch unless the name goes on with another."""
     path = hub.root / name
@@ -50,3 +72,9 @@ def serve_data_set(hub: SimpleNamespace, name: str, columns: dict[str, list[Any]
             rows = rows.cast_column(column, datasets.Image())
     (folder := hub.root.parent / "datasets" / name / "main/data").mkdir(parents=True)
     rows.to_parquet(folder / "train-00000-of-00001.parquet")
+
+
+def serve_addresses(hub: SimpleNamespace, name: str, texts: list[str]) -> None:
+    """A data set of addresses of the web's pictures, and texts for them."""
+    urls = [f"{hub.web.url}/good/{i}.jpg" for i in range(len(texts))]
+    serve_data_set(hub, name, {"id": list(range(len(texts))), "url": urls, "text": texts})

@@ -4,7 +4,6 @@ What is appended to a command makes it small: sizes and steps. Left out is what 
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -25,8 +24,7 @@ from oracle import make_torch
 from picture_folders import numbered, write_edits, write_folder
 from published import TINY_UNETS
 from records import read, weights_of
-from served_hub import folder_of_model, serve_data_set, serve_hub
-from web import Web
+from served_hub import environment_of, folder_of_model, serve_addresses, serve_data_set, serve_hub_and_web
 
 import codi_jax
 from codi_jax.io.lora_files import save_lora
@@ -87,13 +85,7 @@ NOT_HERE = ("import os, socket, subprocess\nimport ray",)  # starts workers on o
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """A hub with the models and data sets that the pages name, and a web with their pictures."""
-    folder = tmp_path_factory.mktemp("hub")
-    with pytest.MonkeyPatch.context() as patched:
-        for served in serve_hub(folder, patched):
-            served.web = Web()
-            fill(served, folder)
-            yield served
-            served.web.close()
+    yield from serve_hub_and_web(tmp_path_factory.mktemp("hub"), fill)
 
 
 def fill(hub: SimpleNamespace, scratch: Path) -> None:
@@ -117,9 +109,8 @@ def fill(hub: SimpleNamespace, scratch: Path) -> None:
     befores = {"timbrooks/instructpix2pix-clip-filtered": "original_image", "your/edits": "input_image"}
     for name, before in befores.items():
         serve_data_set(hub, name, {before: pictures, "edit_prompt": texts, "edited_image": pictures})
-    urls = [f"{hub.web.url}/good/{i}.jpg" for i in range(PICTURES)]
     for name in ("kakaobrain/coyo-700m", "recastai/LAION-art-EN-improved-captions"):
-        serve_data_set(hub, name, {"id": list(range(PICTURES)), "url": urls, "text": texts})
+        serve_addresses(hub, name, texts)
 
 
 def write_lora(folder: Path, config: dict) -> None:
@@ -206,16 +197,13 @@ def test_the_code_of_a_page_runs(page: Path, prepared: Path, hub: SimpleNamespac
     assert code
     folder = tmp_path / "user"
     shutil.copytree(prepared, folder, symlinks=True)
-    if page.stem == "preparing-data":
-        shutil.rmtree(folder / "data")  # it makes what others take for granted
+    if page.stem in ("installation", "preparing-data"):
+        shutil.rmtree(folder / "data")  # they make what others take for granted
     elif page.stem == "training":  # it begins with the flags of another run
         flags = {"pretrained_teacher_model": "MODEL", "train_data_dir": "data/mine", **SMALL_RUN}
         (folder / "runs/lcm/config.yaml").write_text("".join(f"{flag}: {value}\n" for flag, value in flags.items()))
     (tmp_path / "code.json").write_text(json.dumps(code))
-    environment = {
-        **os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT),
-        "HF_HOME": str(tmp_path / "huggingface"), "HOME": str(tmp_path),
-    }  # fmt: skip
+    environment = environment_of(hub, tmp_path / "huggingface") | {"HOME": str(tmp_path)}
     runner = ROOT / "tests/documented_code.py"
     done = subprocess.run(
         [sys.executable, runner, tmp_path / "code.json"],

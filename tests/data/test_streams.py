@@ -4,15 +4,13 @@ import json
 import logging
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 from picture_folders import count_tokens, write_folder
+from several import start_all
 from test_load import assert_same, contents, numbers, take
 
 from codi_jax.data import DataFlags, load_data, streams
@@ -166,14 +164,9 @@ def test_every_process_goes_on_where_it_was(parquet, tmp_path):
     rows = rows.cast_column("image", datasets.Image(decode=False))
     rows = rows.map(lambda row, i: {"image": {"bytes": b"broken"} if i == 0 else row["image"]}, with_indices=True)
     rows.to_parquet(folder / "train-0.parquet")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    given = {"JAX_NUM_CPU_DEVICES": "1", "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    given["PYTHONPATH"] = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parent.parent)))
-    command = [sys.executable, "-c", IN_TWO_PROCESSES, str(folder), str(tmp_path / "out")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen(command, env=os.environ | given | {"JAX_PROCESS_ID": i}, **pipes) for i in "01"]
+    found = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parent.parent)))
+    code = ["-c", IN_TWO_PROCESSES, str(folder), str(tmp_path / "out")]
+    started = start_all(code, 2, PYTHONPATH=found)
     texts = [process.communicate(timeout=300) for process in started]
     assert all(process.returncode == 0 for process in started), texts
     (first, *_), (second, *_) = results = [json.loads(out.splitlines()[-1]) for out, _ in texts]

@@ -4,7 +4,6 @@ Only names of programs differ (``python3`` and our scripts), and what is appende
 few channels. What each trains is sampled by stock diffusers as the document says.
 """
 
-import os
 import pickle
 import subprocess
 import sys
@@ -21,8 +20,8 @@ from oracle import make_torch
 from picture_folders import numbered, write_folder
 from PIL import Image
 from published import TINY_UNETS
-from served_hub import folder_of_model, serve_data_set, serve_hub
-from web import Web, jpeg
+from served_hub import environment_of, folder_of_model, serve_addresses, serve_data_set, serve_hub_and_web
+from web import jpeg
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = 4
@@ -193,13 +192,7 @@ BACKTRACKING = DISBACK.format(
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """A hub with the models and data sets that the documents name, and a web with the pictures of COYO."""
-    folder = tmp_path_factory.mktemp("hub")
-    with pytest.MonkeyPatch.context() as patched:
-        for served in serve_hub(folder, patched):
-            served.web = Web()
-            fill(served, folder)
-            yield served
-            served.web.close()
+    yield from serve_hub_and_web(tmp_path_factory.mktemp("hub"), fill)
 
 
 def fill(hub: SimpleNamespace, scratch: Path) -> None:
@@ -220,8 +213,7 @@ def fill(hub: SimpleNamespace, scratch: Path) -> None:
         "your/instruct-pix2pix-dataset": ("input_image", "edit_prompt", "edited_image"),
     }.items():
         serve_data_set(hub, name, dict(zip(columns, (pictures, texts, pictures), strict=False)))
-    urls = [f"{hub.web.url}/good/{i}.jpg" for i in range(PICTURES)]
-    serve_data_set(hub, "kakaobrain/coyo-700m", {"id": list(range(PICTURES)), "url": urls, "text": texts})
+    serve_addresses(hub, "kakaobrain/coyo-700m", texts)
 
 
 def typed(command: str, appended: str, folder: Path, hub: SimpleNamespace) -> None:
@@ -230,11 +222,8 @@ def typed(command: str, appended: str, folder: Path, hub: SimpleNamespace) -> No
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
     script = command.replace('"/data', f'"{folder}/data') + appended
-    environment = {
-        **os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_write", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }  # fmt: skip
+    environment = environment_of(hub, folder / "home") | {"HF_TOKEN": "hf_write", "JAX_PLATFORMS": "cpu"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     done = subprocess.run(
         ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

@@ -2,10 +2,8 @@
 
 import itertools
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from oracle import make_torch
 from picture_folders import write_edits, write_folder
 from published import TINY_UNETS
 from script_runs import PICTURES, Inputs, as_command, flags_of, picture_of, weights_of
-from several import free_address
+from several import end_of, start_all
 
 from codi_jax.training.checkpoint import list_checkpoints
 from training_scripts import (
@@ -84,32 +82,17 @@ def command_of(given: Path, name: str, output_dir: Path, **changes: Any) -> list
     inputs = Inputs(given / model, data)
     wanted = {"train_batch_size": 1, "max_train_steps": 3, "peer_timeout": 5, **cached, **flags, **changes}
     args = flags_of(script, inputs, output_dir, **wanted)
-    return [sys.executable, "-c", CHILD, script.__name__, *as_command(args)]
+    return ["-c", CHILD, script.__name__, *as_command(args)]
 
 
-def start(command: list[str], count: int, devices: int) -> list[subprocess.Popen]:
+def start(code: list[str], count: int, devices: int) -> list[subprocess.Popen]:
     """Some processes, which have that many devices together."""
-    shared = {"JAX_NUM_CPU_DEVICES": str(devices // count), "PYTHONPATH": str(ROOT)}
-    if count > 1:
-        shared |= {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": str(count)}
-        shared |= {"CODI_JAX_JOIN_TIMEOUT": "60"}  # for one that is killed before it joins
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    environments = [os.environ | shared | {"JAX_PROCESS_ID": str(i)} for i in range(count)]
-    return [subprocess.Popen(command, env=environment, **pipes) for environment in environments]
-
-
-def ends_of(started: list[subprocess.Popen], seconds: float = 1200) -> list[tuple[int, str]]:
-    """Their statuses, and what they said."""
-    try:
-        texts = [process.communicate(timeout=seconds)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [(process.returncode, text) for process, text in zip(started, texts, strict=True)]
+    given = {"JAX_NUM_CPU_DEVICES": str(devices // count), "PYTHONPATH": str(ROOT)}
+    return start_all(code, count, CODI_JAX_JOIN_TIMEOUT="60", **given)  # for one that is killed before it joins
 
 
 def finish(command: list[str], count: int, devices: int) -> None:
-    ends = ends_of(start(command, count, devices))
+    ends = end_of(start(command, count, devices), timeout=1200)
     assert all(status == 0 for status, _ in ends), ends
 
 
@@ -178,7 +161,7 @@ def test_processes_are_killed_at_random(given: Path, tmp_path: Path) -> None:
         wait_for(output_dir, wanted, rng.uniform(2, 15))
         victim = int(rng.integers(2))
         started[victim].send_signal(signal.SIGKILL)
-        ends = ends_of(started, seconds=150)
+        ends = end_of(started, timeout=150)
         assert ends[victim][0] == -signal.SIGKILL
         assert ends[1 - victim][0] != 0, ends[1 - victim][1]
     finish(command, 2, 2)

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import stand_in
+from several import start_all
 from stand_in import EXAMPLES, Loader, fingerprint, frozen_trees, init_state, make_train_step, metrics_of, run
 
 from codi_jax.models import sharding
@@ -349,13 +349,7 @@ def test_devices_do_not_matter(tmp_path, fsdp):
 
 def children(folder: Path, **flags) -> list[tuple[int, str, str]]:
     """Trains in two processes with two devices each: their statuses, the bits of their states, and what they say."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    given = {"JAX_NUM_CPU_DEVICES": "2", "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    command = [sys.executable, str(SCRIPT), str(folder), json.dumps(flags)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen(command, env=os.environ | given | {"JAX_PROCESS_ID": i}, **pipes) for i in "01"]
+    started = start_all([str(SCRIPT), str(folder), json.dumps(flags)], 2, JAX_NUM_CPU_DEVICES="2")
     texts = [process.communicate(timeout=120) for process in started]
     return [(of.returncode, out.strip().rpartition("\n")[2], err) for of, (out, err) in zip(started, texts)]
 

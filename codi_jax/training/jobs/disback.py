@@ -14,7 +14,6 @@ from codi_jax.cli.flags import Adjustable, Flags, ForValidation, Operational
 from codi_jax.cli.outputs import file_in_place_of
 from codi_jax.data import ConditionOf, PromptFlags
 from codi_jax.io.checksums import digest_of
-from codi_jax.io.weights import load_model
 from codi_jax.methods import disback
 from codi_jax.models.config import Params
 from codi_jax.pipeline.conditions import Frozen
@@ -225,8 +224,9 @@ def _start(args: DisbackRunFlags) -> dict[str, Callable[[], Params]]:
         given = str(found[0])
 
     def read() -> Params:
-        source = {**teacher.open_teacher(args).sources["unet"], "weights": given}
-        return load_model(**source, dtype=np.float32, place=lambda _, array: array)[1]
+        opened = teacher.open_teacher(args)
+        source = {**opened.sources["unet"], "weights": given}
+        return teacher.load_on_host(opened.with_network("unet", opened.networks.unet, source=source), "unet")
 
     return {"generator": read}
 
