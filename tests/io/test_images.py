@@ -236,6 +236,7 @@ def test_captions_are_as_small_as_their_longest_word_needs(monkeypatch: pytest.M
     for caption, lines, size in (
         ("make the sky blue", ["make the", "sky blue"], 11),
         ("make the background blue", ["make the", "background", "blue"], 10),
+        ("make ilililililil", ["make", "ilililililil"], 11),  # many letters, and narrow
         ("n" * 30, ["n" * 9] * 3 + ["nnn"], 11),
     ):
         drawn.clear()
