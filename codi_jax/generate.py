@@ -17,7 +17,6 @@ from codi_jax.cli import command_line
 from codi_jax.cli.flags import LARGEST_SEED, LARGEST_SIDE, Flags, Topic
 from codi_jax.diffusion.scheduler_config import SamplerName
 from codi_jax.io.compiled_programs import keep_compiled_programs
-from codi_jax.io.hub import find_file
 from codi_jax.io.images import check_output, open_image, save_images
 from codi_jax.models import sharding
 from codi_jax.pipeline.loading import resolve_dtype
@@ -43,7 +42,8 @@ class ModelFlags(Flags):
     """Folder or id of a ControlNet, or of several, whose outputs add up. Default: the one in the model's folder, if
     any."""
     unet: str | None = None
-    """File with other weights for the model's UNet, such as a published student's, or owner/name/file.safetensors."""
+    """Another UNet for the model, such as a published student's: a file with its weights, also as
+    owner/name/file.safetensors, or the folder or id of a UNet or model with a configuration of its own."""
     lora: tuple[str, ...] = ()
     """LoRA files, folders or ids to merge into the model, each with a scale of its own if one follows:
     style.safetensors:0.7 detail.safetensors:0.4. A file in a repository is owner/name/file.safetensors."""
@@ -208,8 +208,6 @@ def run(args: Args) -> list[Path]:
         height=args.height,
         width=args.width,
     )
-    if args.unet is not None:
-        find_file(args.unet)
     for lora, _ in map(_with_scale, args.lora):
         model.check_lora(lora)
     keep_compiled_programs(args.ccache)
@@ -286,7 +284,7 @@ def _with_word(source: str) -> tuple[str, str | None]:
 
 def _source(args: Args) -> dict[str, Any]:
     """Where the model is, besides its name."""
-    return {"revision": args.revision, "config": args.single_file_config}
+    return {"revision": args.revision, "config": args.single_file_config, "unet": args.unet}
 
 
 def _entries(texts: Sequence[str]) -> dict[str, Any]:
@@ -323,7 +321,6 @@ def _load(args: Args) -> Model:
         attention=args.attention,
         variant=args.variant,
         **_source(args),
-        unet=args.unet,
         place=sharding.place_here(),
     )
     return _changed(model, args)

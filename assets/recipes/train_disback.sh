@@ -11,6 +11,8 @@ python=${PYTHON:-.venv/bin/python}
 work=${1:-runs/disback}
 model=${MODEL:-assets/avatars}
 steps=${STEPS:-720}
+samples=${SAMPLES:-50000}
+evaluated=${EVALUATED:-300}
 every=$((steps / 12))
 stages=("${@:2}")
 [ ${#stages[@]} -gt 0 ] || stages=(data generators evaluate)
@@ -29,7 +31,7 @@ path=(--num_nodes 4 --degradation_interval 10 --interval 4)
 draw() { "$python" dataset_tools/avatars.py "$@"; }
 
 stage_data() {
-  draw --train_data_dir "$work/data/train" --max_train_samples 50000
+  draw --train_data_dir "$work/data/train" --max_train_samples "$samples"
   draw --train_data_dir "$work/data/validation" --max_train_samples 1000 --split validation
 }
 
@@ -45,7 +47,7 @@ stage_generators() {
 stage_evaluate() {
   "$python" -m codi_jax.evaluate --models "teacher=$model" "DisBack=$work/disback-0,$work/disback-1,$work/disback-2" \
     "DMD=$work/dmd-0,$work/dmd-1,$work/dmd-2" --data "$work/data/validation" --steps 1 50 \
-    --training_steps $(seq "$every" "$every" "$steps") --guidance_scale 1 --guidance_scales teacher:3 --max_samples 300 \
+    --training_steps $(seq "$every" "$every" "$steps") --guidance_scale 1 --guidance_scales teacher:3 --max_samples "$evaluated" \
     --output_dir "$work/evaluation"
 }
 

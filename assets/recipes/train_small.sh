@@ -9,6 +9,9 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 work=${1:-runs/small}
 model=${MODEL:-assets/avatars}
+samples=${SAMPLES:-50000}
+evaluated=${EVALUATED:-300}
+short_steps=${SHORT_STEPS:-500}
 stages=("${@:2}")
 [ ${#stages[@]} -gt 0 ] || stages=(data students features steps evaluate)
 
@@ -31,7 +34,7 @@ lcm() {
 all() { echo "$work/$1-0,$work/$1-1,$work/$1-2"; }
 
 stage_data() {
-  draw --train_data_dir "$work/data/train" --max_train_samples 50000
+  draw --train_data_dir "$work/data/train" --max_train_samples "$samples"
   draw --train_data_dir "$work/data/validation" --max_train_samples 1000 --split validation
 }
 
@@ -43,7 +46,7 @@ stage_students() {
 }
 
 stage_features() {
-  short=(--distill_level small --learning_rate 4e-4 --max_train_steps 500)
+  short=(--distill_level small --learning_rate 4e-4 --max_train_steps "$short_steps")
   for seed in 0 1 2; do
     student "${short[@]}" --feature_normalize --seed "$seed" --output_dir "$work/features-$seed"
     student "${short[@]}" --output_weight 0 --feature_weight 0 --seed "$seed" --output_dir "$work/task-$seed"
@@ -57,10 +60,10 @@ stage_steps() {
 
 stage_evaluate() {
   "$python" -m codi_jax.evaluate --models "full@50,4,1=$model" "full, LCM@4,1=$work/full-lcm" \
-    "base@50=$work/base" "base@4,1=$work/base-lcm" "small@50=$work/small" "small@4,1=$work/small-lcm" \
-    "tiny@50=$work/tiny" "tiny@4,1=$work/tiny-lcm" "small, 500 steps@50=$(all features)" \
-    "small, 500 steps, task loss alone@50=$(all task)" \
-    --data "$work/data/validation" --guidance_scale 3 --max_samples 300 --output_dir "$work/evaluation"
+    "base@50,4,1=$work/base" "base, LCM@4,1=$work/base-lcm" "small@50,4,1=$work/small" "small, LCM@4,1=$work/small-lcm" \
+    "tiny@50,4,1=$work/tiny" "tiny, LCM@4,1=$work/tiny-lcm" "small, $short_steps steps@50=$(all features)" \
+    "small, $short_steps steps, task loss alone@50=$(all task)" \
+    --data "$work/data/validation" --guidance_scale 3 --max_samples "$evaluated" --output_dir "$work/evaluation"
 }
 
 for stage in "${stages[@]}"; do "stage_$stage"; done

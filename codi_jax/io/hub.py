@@ -20,6 +20,9 @@ from codi_jax.io.json_files import JsonError, read_object
 from codi_jax.io.single_file import recognize
 from codi_jax.models.config import WeightsError
 
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack")
+"""How the names of weight files end."""
+
 
 @dataclass(frozen=True)
 class ModelFolder:
@@ -166,6 +169,12 @@ class ModelFolder:
         if isinstance(error, HFValidationError):
             return WeightsError(f"There is no folder {self.source}, and it is not an id such as owner/name on the hub.")
         return WeightsError(f"Downloading {name} of {self} failed: {error}")
+
+
+def is_file(source: str | Path) -> bool:
+    """Whether a text names a file, of this machine or in a repository, and not a folder or a repository."""
+    path = Path(source).expanduser()
+    return path.is_file() or (path.suffix in WEIGHT_ENDINGS and not path.is_dir())
 
 
 def named_file(source: str) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from jaxtyping import Float, Shaped
 from codi_jax.cli.messages import listed
 from codi_jax.io import lycoris
 from codi_jax.io.atomic import write_bytes
-from codi_jax.io.hub import ModelFolder, named_file
+from codi_jax.io.hub import ModelFolder, is_file, named_file
 from codi_jax.io.json_files import JsonError, parse_object
 from codi_jax.io.state_dict import to_flax_layout, to_state_dict
 from codi_jax.io.weight_files import StoredTensor, WeightFile, open_weights
@@ -44,7 +44,6 @@ from codi_jax.models.original_names import unet_originals
 Naming = Literal["diffusers", "kohya"]
 _FILE_NAME = "pytorch_lora_weights.safetensors"
 _USUAL_NAMES = (_FILE_NAME, "pytorch_lora_weights.bin", "adapter_model.safetensors")
-_ENDINGS = (".safetensors", ".bin", ".pt")
 _METADATA_KEY = "lora_adapter_metadata"
 _PEFT_PREFIX = "base_model.model."
 _KOHYA_PREFIXES = {
@@ -199,7 +198,7 @@ def _find_file(source: str, weight_name: str | None, subfolder: str | None, *hub
     path = Path(source).expanduser()
     if path.is_file():
         return ModelFolder(str(path.parent)), path
-    if path.suffix in _ENDINGS:
+    if is_file(source):
         source, weight_name = named_file(source)
         path = Path(source)
     folder = ModelFolder(str(path) if path.is_dir() else source, subfolder, *hub)
@@ -209,7 +208,7 @@ def _find_file(source: str, weight_name: str | None, subfolder: str | None, *hub
     for name in _USUAL_NAMES:
         if (found := folder.find(name)) is not None:
             return folder.pinned(found), found
-    names = [name for name in folder.names() or () if name.endswith(_ENDINGS[0])]
+    names = [name for name in folder.names() or () if name.endswith(".safetensors")]
     if len(names) != 1:
         example = f", such as {folder}/{names[0]}" if names else ""
         raise WeightsError(

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from codi_jax.io.hub import ModelFolder, find_file
+from codi_jax.io.hub import ModelFolder, find_file, is_file
 from codi_jax.io.weight_files import WeightFile, open_weights
 from codi_jax.models.config import WeightsError
 
 _NAMES = ("learned_embeds.safetensors", "learned_embeds.bin")
-_ENDINGS = (".safetensors", ".bin", ".pt")
 _NAMELESS = ("emb_params", "*")  # in files of A1111's web UI, whose word is the file's name
 _OF_ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # in files for SDXL
 _FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
@@ -51,10 +50,9 @@ def load_words(
 
 
 def _find(source: str | Path, hub: Mapping[str, Any]) -> Path:
-    path = Path(source).expanduser()
-    if path.is_file() or path.suffix in _ENDINGS:
+    if is_file(source):
         return find_file(source, **hub)
-    folder = ModelFolder(str(path), **hub)
+    folder = ModelFolder(str(Path(source).expanduser()), **hub)
     path = next((path for path in map(folder.find, _NAMES) if path is not None), None)
     if path is None:
         raise WeightsError(f"There is no {' or '.join(_NAMES)} in {folder}: {folder.describe_contents()}.")

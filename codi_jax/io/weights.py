@@ -164,6 +164,8 @@ def _open_network(
 def _open_weights(folder: ModelFolder, module: Network, variant: str | None, other: str | Path | None) -> WeightFile:
     """A network's tensors, in the folder, in the single file, or in another file."""
     if other is not None:
+        if (place := Path(other).expanduser()).is_dir():
+            return open_weights(_file_of_part(place, folder.subfolder or "", module.config, variant))
         path = find_file(other, cache_dir=folder.cache_dir, local_files_only=folder.local_files_only)
         found = open_weights(path)
         return recognize(path).part(folder.subfolder, module.abstract_params()) if has_original_unet(found) else found
@@ -350,6 +352,18 @@ def choose_file(folder: ModelFolder, config: ModelConfig, variant: str | None) -
         f"{folder} has no weights{f' of variant {variant!r}' if variant else ''}, none of {', '.join(names)}: "
         f"{folder.describe_contents()}.{hint}"
     )
+
+
+def _file_of_part(place: Path, name: str, config: ModelConfig, variant: str | None) -> Path:
+    """The weight file of a network in a folder without its configuration: a model's, its own or Accelerate's.
+
+    Raises:
+      WeightsError: if there is none.
+    """
+    for plain in ("model.safetensors", "pytorch_model.bin"):  # Accelerate names every network's file so
+        if (place / plain).is_file():
+            return place / plain
+    return choose_file(ModelFolder(str(place), name if name and (place / name).is_dir() else None), config, variant)
 
 
 def _file_names(config: ModelConfig, variant: str | None) -> list[str]:

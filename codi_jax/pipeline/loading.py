@@ -12,16 +12,19 @@ from transformers import CLIPTokenizer
 from codi_jax.cli.progress import heartbeat
 from codi_jax.diffusion.schedule import NoiseSchedule
 from codi_jax.diffusion.scheduler_config import CONFIG_NAME
-from codi_jax.io.hub import ModelFolder
+from codi_jax.io.hub import ModelFolder, find_file, is_file
 from codi_jax.io.state_dict import PlaceFn
 from codi_jax.io.weights import build_module, load_model
-from codi_jax.models.config import ConfigError, Params, WeightsError
+from codi_jax.models.config import ConfigError, ModelConfig, Params, WeightsError
 from codi_jax.models.controlnet import ControlNet, ControlNetConfig, ControlNets
 from codi_jax.models.kernels.attention import Implementation
 from codi_jax.models.network import Network
+from codi_jax.models.unet import UNet2DCondition
+from codi_jax.models.unet_config import UNetConfig
 from codi_jax.pipeline.networks import Networks
 from codi_jax.pipeline.text import find_tokenizer
 
+_OF_CONDITIONS = ("cross_attention_dim", "addition_embed_type")
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 """Precision of weights and computation, as given by a flag."""
 
@@ -62,14 +65,14 @@ def load_parts(
     names = [name for name in ("unet", "vae", "text_encoder", "text_encoder_2") if _is_present(index, name)]
     if controlnet is None and _is_present(index, "controlnet"):
         names.append("controlnet")
-    sources = {name: {"source": str(source), "subfolder": name, "variant": variant, **hub} for name in names}
+    sources = {name: {"source": folder.source, "subfolder": name, "variant": variant, **hub} for name in names}
     if unet is not None:
-        sources["unet"]["weights"] = unet
+        sources["unet"] = _unet_source(unet, sources["unet"])
     of_part = dict.fromkeys(names, dtype) | {"vae": _vae_dtype(folder, dtype)}
     loaded: dict[str, tuple[Network | ControlNets, Params | None]] = {}
     for name in names:
         if name in without_params:
-            loaded[name] = build_module(folder.part(name), of_part[name], attention=attention), None
+            loaded[name] = build_module(_folder_of(sources[name]), of_part[name], attention=attention), None
         else:
             with heartbeat(f"loading the {name} of {source}"):
                 loaded[name] = load_model(**sources[name], dtype=of_part[name], attention=attention, place=place)
@@ -80,8 +83,7 @@ def load_parts(
         nets = []
         for each in found:
             if "controlnet" in without_params:
-                place_of_it = ModelFolder(**{name: value for name, value in each.items() if name != "variant"})
-                network, params = build_module(place_of_it, dtype, attention=attention), None
+                network, params = build_module(_folder_of(each), dtype, attention=attention), None
             else:
                 with heartbeat(f"loading {each['source']}"):
                     network, params = load_model(**each, dtype=dtype, attention=attention, place=place)
@@ -125,11 +127,15 @@ def _check_controlnet(networks: Networks, controlnet: ControlNetConfig) -> None:
             f"the ControlNet has in_channels = {controlnet.in_channels}, but it only gets the noisy latents, "
             f"{networks.vae.config.latent_channels} channels."
         )
-    for key in ("block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type"):
-        values = [getattr(config, key) for config in (controlnet, unet)]
+    _check_family(controlnet, unet, "ControlNet", ("block_out_channels", "layers_per_block", *_OF_CONDITIONS))
+
+
+def _check_family(given: ModelConfig, unet: UNetConfig, what: str, keys: Sequence[str]) -> None:
+    for key in keys:
+        values = [getattr(config, key) for config in (given, unet)]
         if len({value if isinstance(value, tuple) else (value,) * unet.num_blocks for value in values}) > 1:
             raise ConfigError(
-                f"the ControlNet has {key} = {values[0]} and the UNet {values[1]}: take a ControlNet that was made for "
+                f"the {what} has {key} = {values[0]} and the model's UNet {values[1]}: take a {what} that was made for "
                 "this model's family."
             )
 
@@ -197,6 +203,33 @@ def _controlnet_source(source: str | Path, hub: Mapping[str, Any], variant: str 
     folder = ModelFolder(str(Path(source).expanduser()), **hub)
     subfolder = "controlnet" if folder.find("config.json") is None else None
     return {"source": folder.source, "subfolder": subfolder, "variant": variant, **hub}
+
+
+def _folder_of(source: Mapping[str, Any]) -> ModelFolder:
+    """The folder of a network whose `load_model` arguments are given."""
+    return ModelFolder(**{name: value for name, value in source.items() if name not in ("variant", "weights")})
+
+
+def _unet_source(given: str | Path, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Where `load_model` finds another UNet: a folder or repository with a configuration of its own, or weights alone.
+
+    Raises:
+      WeightsError: if there is no UNet.
+      ConfigError: if it is of another family than the model's own.
+    """
+    places = {name: own[name] for name in ("cache_dir", "local_files_only")}
+    if is_file(given):
+        return {**own, "weights": find_file(given, **places)}
+    path = Path(given).expanduser()
+    folders = [ModelFolder(str(path), subfolder, **places) for subfolder in (None, "unet")]
+    found = next((folder for folder in folders if folder.find("config.json")), None)
+    if found is None and path.is_dir():  # such as a checkpoint of Accelerate
+        return {**own, "weights": given}
+    module = build_module(found or folders[0])
+    if not isinstance(module, UNet2DCondition):
+        raise WeightsError(f"{given} is a {type(module).__name__}, not a UNet.")
+    _check_family(module.config, build_module(_folder_of(own)).config, "UNet", _OF_CONDITIONS)
+    return {"source": str(path), "subfolder": (found or folders[0]).subfolder, "variant": own["variant"], **places}
 
 
 def _together(nets: Sequence[tuple[ControlNet, Params | None]]) -> tuple[ControlNets, Params | None]:

@@ -116,7 +116,8 @@ class Model:
           tokenizer: a folder or repository whose tokenizer replaces the (first) one in ``source``.
           config: for a single file, a diffusers folder or repository with its configurations and vocabulary. Default: a
             repository of the file's family.
-          unet: a file with other parameters for the UNet, such as a published student's.
+          unet: another UNet, such as a published student's: a file with parameters for ``source``'s own, or the folder
+            or repository of a UNet or model with a configuration of its own.
           without_params: names of networks whose weights are not read: only their ``config.json`` has to exist.
           place: puts each loaded parameter on devices; ``None`` is the default device.
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from folders import SD_UNET
-from oracle import make_torch
+from oracle import make_torch, to_params
 from pairs import Pairs, edit_json, run_ours
 
 from codi_jax.models.config import ConfigError, WeightsError
@@ -145,3 +145,34 @@ def test_bad_controlnets(pairs: Pairs, tmp_path: Path) -> None:
     widened.save_pretrained(tmp_path / "widened")
     with pytest.raises(ConfigError, match=r"the ControlNet has in_channels = 8, but .* noisy latents, 4 channels"):
         Model.from_pretrained(model, tmp_path / "widened")
+
+
+@pytest.mark.parametrize("layout", ["its own folder", "a model", "shards", "accelerate"])
+def test_the_unet_of_another_folder(pairs: Pairs, tmp_path: Path, layout: str) -> None:
+    pair = pairs("text-to-image")
+    other = make_torch("unet", dict(pair.theirs.unet.config), 11)
+    if layout == "accelerate":
+        (tmp_path / "other").mkdir()
+        torch.save(other.state_dict(), tmp_path / "other" / "pytorch_model.bin")
+    else:
+        place = tmp_path / "other" / ("unet" if layout == "a model" else "")
+        other.save_pretrained(place, max_shard_size="100KB" if layout == "shards" else "1GB")
+        if layout == "shards":  # and without a configuration: the model's own is meant
+            assert len(list(place.glob("*.safetensors"))) > 2
+            (place / "config.json").unlink()
+    ours = Model.from_pretrained(pair.folder, unet=tmp_path / "other")
+    wanted = pair.ours.with_params({"unet": to_params(pair.ours.networks.unet, other)})
+    jax.tree.map(np.testing.assert_array_equal, ours.params, dict(wanted.params))
+    assert Model.open(pair.folder, unet=tmp_path / "other").networks == ours.networks
+
+
+def test_unets_that_do_not_fit(pairs: Pairs, tmp_path: Path) -> None:
+    folder = pairs("text-to-image").folder
+    with pytest.raises(ConfigError, match=r"the UNet has cross_attention_dim = .* made for this model's family"):
+        Model.open(folder, unet=pairs("sdxl").folder)
+    with pytest.raises(WeightsError, match="is a ControlNet, not a UNet"):
+        Model.open(folder, unet=pairs("controlnet").folder / "controlnet")
+    with pytest.raises(WeightsError, match=r"has no weights, none of diffusion_pytorch_model.safetensors"):
+        Model.from_pretrained(folder, unet=tmp_path)
+    with pytest.raises(WeightsError, match=r"There is no weight file"):
+        Model.open(folder, unet="student.safetensors")

@@ -1,13 +1,17 @@
 """The settings of docs/published.md against stock diffusers with what the models' pages prescribe, on a small SDXL."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from oracle import make_torch
 from pairs import PROMPTS, Pairs, assert_same_picture, latents, run_theirs
+
+from codi_jax.pipeline.model import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
@@ -55,6 +59,23 @@ def test_settings_equal_diffusers(pairs: Pairs, name: str, monkeypatch: pytest.M
     given = noise[: steps - 1] if is_stochastic else None
     made = model(PROMPTS, latents=latents(), noise=given, guidance_scale=1.0, **our_call)
     assert_same_picture(made, wanted)
+
+
+def test_lcm_sdxl_equals_diffusers(pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository with a UNet alone, which takes guidance as an input: the rest is SDXL's, and so is its scheduler."""
+    _, theirs, ours, folder = pairs("sdxl")
+    unet = make_torch("unet", {**dict(theirs.unet.config), "time_cond_proj_dim": 16}, 5)
+    unet.save_pretrained(tmp_path / "lcm-sdxl")
+    student = diffusers.StableDiffusionXLPipeline(**{**theirs.components, "unet": unet})
+    student.scheduler = diffusers.LCMScheduler.from_config(ours.schedule.to_config())
+    noise = np.random.default_rng(8).standard_normal((3, 2, 8, 8, 4), dtype=np.float32)
+    draws = itertools.cycle(torch.from_numpy(noise).permute(0, 1, 4, 2, 3))
+    monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: next(draws))
+    wanted = run_theirs("sdxl", student, latents(), num_inference_steps=4, guidance_scale=8.0)
+    model = Model.from_pretrained(folder, unet=tmp_path / "lcm-sdxl")
+    call = {"latents": latents(), "noise": noise, "sampler": "lcm", "steps": 4}
+    assert_same_picture(model(PROMPTS, guidance_scale=8.0, **call), wanted)
+    assert np.abs(model(PROMPTS, guidance_scale=1.0, **call).astype(int) - wanted).max() > 2  # the scale is heard
 
 
 def test_guidance_rescale_equals_diffusers(pairs: Pairs) -> None:

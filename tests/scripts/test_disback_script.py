@@ -392,7 +392,7 @@ def test_the_generator_may_start_elsewhere(scratch: Path, tmp_path: Path, whole:
         run(scratch, tmp_path / "b", stage="backtracking", path=str(tmp_path / "run" / "path"))
     with pytest.raises(ValueError, match="--generator_lora starts as the teacher"):
         run(scratch, tmp_path / "c", **flags, generator_lora=True)
-    with pytest.raises(ValueError, match=r"--generator_ckpt_path .*has none of pytorch_model\.bin, "):
+    with pytest.raises(ValueError, match=r"has no weights, none of diffusion_pytorch_model\.safetensors, "):
         run(scratch, tmp_path / "d", generator_ckpt_path=str(tmp_path))
 
 

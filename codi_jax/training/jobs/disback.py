@@ -33,7 +33,6 @@ from codi_jax.training.run import Hooks, Run, run
 
 NO_PATH = "none"
 """The value of ``--path`` for plain distribution matching."""
-_WEIGHTS = ("pytorch_model.bin", "unet/diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,23 +208,13 @@ def backtrack(args: DisbackRunFlags) -> None:
 
 
 def _start(args: DisbackRunFlags) -> dict[str, Callable[[], Params]]:
-    """What reads the generator's start into host memory, if it is not the teacher.
-
-    Raises:
-      ValueError: if there is none at the place that the flag names.
-    """
+    """What reads the generator's start into host memory, if it is not the teacher."""
     if args.generator_ckpt_path is None:
         return {}
-    given, folder = args.generator_ckpt_path, Path(args.generator_ckpt_path).expanduser()
-    if folder.is_dir():
-        found = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
-        if not found:
-            raise ValueError(f"--generator_ckpt_path {folder} has none of {', '.join(_WEIGHTS)}: name a file.")
-        given = str(found[0])
 
     def read() -> Params:
         opened = teacher.open_teacher(args)
-        source = {**opened.sources["unet"], "weights": given}
+        source = {**opened.sources["unet"], "weights": args.generator_ckpt_path}
         return teacher.load_on_host(opened.with_network("unet", opened.networks.unet, source=source), "unet")
 
     return {"generator": read}
