@@ -93,6 +93,14 @@ def test_every_page_can_be_found(page: Path) -> None:
 
 
 @each(PAGES)
+def test_no_line_reads_as_another_block(page: Path) -> None:
+    """The site takes ``#4`` at the start of a line for a heading, and a list right behind a paragraph for its text."""
+    text = prose(page)
+    assert not re.findall(r"^#{1,6}[^#\s].*", text, re.MULTILINE)
+    assert not re.findall(r"^(?![-*\d>|#\s]).+\n(?:[-*]|\d+\.) .*", text, re.MULTILINE)
+
+
+@each(PAGES)
 def test_links_resolve(page: Path) -> None:
     for link in _LINK.findall(prose(page)):
         if re.match(r"[a-z]+:", link):

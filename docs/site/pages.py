@@ -36,13 +36,19 @@ def on_files(files: Files, config: Any) -> Files:
     for picture in sorted((ROOT / "assets").iterdir()):
         if picture.suffix in _PICTURES:
             files.append(File.generated(config, f"assets/{picture.name}", abs_src_path=str(picture)))
-    files.append(File.generated(config, "site.css", abs_src_path=str(Path(__file__).with_name("site.css"))))
+    for name in ("site.css", "site.js"):
+        files.append(File.generated(config, name, abs_src_path=str(Path(__file__).with_name(name))))
     return files
 
 
 def on_post_page(output: str, **_: Any) -> str:
     """The page with a name for the search, which the theme lacks, for screen readers."""
     return output.replace(_SEARCH, f'{_SEARCH} aria-label="Search"')
+
+
+def on_post_template(output_content: str, **_: Any) -> str:
+    """The page that says that there is no such page, likewise."""
+    return on_post_page(output_content)
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

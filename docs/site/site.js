@@ -1,0 +1,15 @@
+// What the theme's own script makes without names, or out of the keyboard's reach.
+const complete = () => {
+  document.querySelectorAll(".md-code__nav").forEach((nav, number) => {
+    nav.setAttribute("aria-label", `Code ${number + 1}`);
+  });
+  document.querySelectorAll(".highlight code, .doc-signature code, .md-typeset__scrollwrap").forEach((part) => {
+    // Only what scrolls is worth a stop of the tab key.
+    part.toggleAttribute("tabindex", false);
+    if (part.scrollWidth > part.clientWidth) part.tabIndex = 0;
+  });
+};
+
+new MutationObserver(complete).observe(document.body, { childList: true, subtree: true });
+addEventListener("resize", complete);
+complete();
