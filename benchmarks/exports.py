@@ -100,6 +100,12 @@ RUNS: dict[str, tuple[str, str, bool]] = {
         "--conditioning_dropout_prob 0.05 --validation_sampling_steps 1",
         True,
     ),
+    "tcd_instruct_pix2pix": (
+        "train_tcd_instruct_pix2pix_flax",
+        "--pretrained_teacher_model {assets}/avatars-edit --train_data_dir {data} --original_image_column "
+        "conditioning_image --edit_prompt_column text --edited_image_column image --validation_sampling_steps 1",
+        True,
+    ),
     "bk_sdm": (
         "train_bk_sdm_flax",
         "--pretrained_model_name_or_path {assets}/avatars --train_data_dir {data} --distill_level tiny "

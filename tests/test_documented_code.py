@@ -76,6 +76,7 @@ DRAWN = {
 EDITING = {"MODEL": "EDITOR", "TEACHER": "EDITOR", "DATA": "EDITS"}
 MEANT = {
     "training_scripts.train_lcm_distil_instruct_pix2pix_sdxl": EDITING,
+    "training_scripts.train_tcd_instruct_pix2pix_flax": EDITING,
     "training_scripts.adapt_instruct_pix2pix": EDITING,
     "training_scripts.train_bk_sdm_flax": {"MODEL": "FOUR-BLOCKS", SD: "FOUR-BLOCKS"},
 }

@@ -23,7 +23,7 @@ class Args(LcmTextRunFlags):
 
 
 def main(args: Args) -> None:
-    run(tcd.METHOD, args)
+    run(tcd.TEXT, args)
 
 
 if __name__ == "__main__":

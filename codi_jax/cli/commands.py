@@ -30,6 +30,7 @@ _SCRIPTS = {
         "lcm": "train_lcm_flax",
         "lcm-instruct-pix2pix": "train_lcm_distil_instruct_pix2pix_sdxl",
         "tcd": "train_tcd_flax",
+        "tcd-instruct-pix2pix": "train_tcd_instruct_pix2pix_flax",
         "bk-sdm": "train_bk_sdm_flax",
         "disback": "train_disback_flax",
         "fast-instruct-pix2pix": "adapt_instruct_pix2pix",

@@ -80,5 +80,7 @@ def loss(
     return jnp.mean(lcm.distance(f(params, step.z_t, step.t), target, setup.flags)), {}
 
 
-METHOD = replace(lcm.TEXT, sampling=sampling, loss=loss)
+TEXT = replace(lcm.TEXT, sampling=sampling, loss=loss)
 """For text-to-image models, with or without a ControlNet."""
+EDIT = replace(lcm.EDIT, sampling=sampling, loss=loss)
+"""For InstructPix2Pix models."""

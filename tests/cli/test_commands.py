@@ -18,7 +18,7 @@ from codi_jax.cli.flags import Flags
 SCRIPTS = (
     "adapt_instruct_pix2pix", "train_autoencoder_flax", "train_bk_sdm_flax", "train_codi_flax", "train_controlnet_flax",
     "train_disback_flax", "train_instruct_pix2pix_flax", "train_lcm_distil_instruct_pix2pix_sdxl", "train_lcm_flax",
-    "train_tcd_flax", "train_text_to_image_flax",
+    "train_tcd_flax", "train_tcd_instruct_pix2pix_flax", "train_text_to_image_flax",
 )  # fmt: skip
 TOOLS = (
     "avatars", "cache_latents", "coyo_1m_dataset_preprocess", "emoji", "laion_subset", "make_edit_dataset",

@@ -21,7 +21,8 @@ from codi_jax.methods.lcm import LcmTextFlags
 from codi_jax.pipeline.conditions import Frozen, NullText
 from codi_jax.pipeline.saving import save_schedule
 
-COMBINATIONS = list(itertools.product(["text", "controlnet"], ["epsilon", "v_prediction"], ["l2", "huber"]))
+METHODS = {"text": tcd.TEXT, "controlnet": tcd.TEXT, "edit": tcd.EDIT, "edit, two guidances": tcd.EDIT}
+COMBINATIONS = list(itertools.product(METHODS, ["epsilon", "v_prediction"], ["l2", "huber"]))
 
 
 def numpy_loss(problem: Problem) -> Any:
@@ -44,13 +45,13 @@ def numpy_loss(problem: Problem) -> Any:
 
 @pytest.mark.parametrize(("task", "prediction_type", "loss_type"), COMBINATIONS)
 def test_loss_and_gradient_equal_the_equations(task: str, prediction_type: str, loss_type: str) -> None:
-    problem = make_problem(task, prediction_type, loss_type, method=tcd.METHOD)
+    problem = make_problem(task, prediction_type, loss_type, method=METHODS[task])
     problem.key = jax.random.key(16)  # r = s for one of the samples, and 0 and another time for the others
     assert_equals(problem, numpy_loss(problem))
 
 
 def test_without_an_average_the_target_is_the_student_as_a_constant() -> None:
-    problem = make_problem("text", "epsilon", "l2", method=tcd.METHOD)
+    problem = make_problem("text", "epsilon", "l2", method=tcd.TEXT)
     problem.key = jax.random.key(16)
     problem.state = dataclasses.replace(problem.state, ema=problem.state.params)
     wanted = numpy_loss(problem)
@@ -71,7 +72,7 @@ def test_the_end_is_any_time_of_the_grid_up_to_the_teachers() -> None:
 
 def test_the_end_is_drawn_apart_from_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its key is none of those of latents, dropout, times, noise and weights: ``split`` is ``fold_in`` of an index."""
-    problem, seen, real = make_problem("text", "epsilon", "l2", method=tcd.METHOD), [], tcd.end_times
+    problem, seen, real = make_problem("text", "epsilon", "l2", method=tcd.TEXT), [], tcd.end_times
     monkeypatch.setattr(tcd, "end_times", lambda key, *rest: seen.append(key) or real(key, *rest))
     problem.loss()
     (key,) = (jax.random.key_data(key).tolist() for key in seen)
@@ -88,39 +89,36 @@ def test_where_the_teacher_ends_the_target_is_its_own() -> None:
 
 def test_it_is_sampled_by_its_own_sampler(tmp_path: Path) -> None:
     teacher = NoiseSchedule.from_config(SCHEDULER)
-    schedule = tcd.METHOD.sampling(teacher, LcmTextFlags(num_ddim_timesteps=20))
+    schedule = tcd.TEXT.sampling(teacher, LcmTextFlags(num_ddim_timesteps=20))
     assert schedule.sampling.sampler == "tcd"
     save_schedule(schedule, tmp_path)
     scheduler = diffusers.TCDScheduler.from_pretrained(tmp_path, subfolder="scheduler")
     assert scheduler.config.original_inference_steps == 20
     assert NoiseSchedule.from_pretrained(tmp_path).sampling == schedule.sampling
     with pytest.raises(ValueError, match="grid of 1001 steps is impossible"):
-        tcd.METHOD.sampling(teacher, LcmTextFlags(num_ddim_timesteps=1001))
+        tcd.TEXT.sampling(teacher, LcmTextFlags(num_ddim_timesteps=1001))
 
 
 def test_all_else_is_as_in_lcm() -> None:
-    different = {
-        field.name
-        for field in dataclasses.fields(tcd.METHOD)
-        if getattr(tcd.METHOD, field.name) is not getattr(lcm.TEXT, field.name)
-    }
-    assert different == {"sampling", "loss"}
+    for ours, theirs in ((tcd.TEXT, lcm.TEXT), (tcd.EDIT, lcm.EDIT)):
+        names = [field.name for field in dataclasses.fields(ours)]
+        assert {name for name in names if getattr(ours, name) is not getattr(theirs, name)} == {"sampling", "loss"}
     with pytest.raises(ValueError, match="the teacher is an InstructPix2Pix model"):
-        tcd.METHOD.configure(EDITING, LcmTextFlags())
+        tcd.TEXT.configure(EDITING, LcmTextFlags())
 
 
 def test_a_lora_can_be_trained() -> None:
     """In shapes: it has no average, so that its target is its own, a constant."""
     networks, _ = real_networks(edits=False)
-    setup = tcd.METHOD.configure(networks, LcmTextFlags(use_lora=True, lora_rank=2))
-    schedule = tcd.METHOD.sampling(NoiseSchedule.from_config(SCHEDULER), setup.flags)
+    setup = tcd.TEXT.configure(networks, LcmTextFlags(use_lora=True, lora_rank=2))
+    schedule = tcd.TEXT.sampling(NoiseSchedule.from_config(SCHEDULER), setup.flags)
 
     def loss(unet: Any, key: jax.Array) -> Any:
-        state = tcd.METHOD.init(setup, {"unet": unet}.__getitem__, optax.identity(), key)
+        state = tcd.TEXT.init(setup, {"unet": unet}.__getitem__, optax.identity(), key)
         assert state.ema is None
         frozen = Frozen({"unet": unet}, schedule, null_text=NullText(jnp.zeros((1, 5, 24))))
         batch = {"moments": jnp.zeros((2, 8, 8, 8)), "context": jnp.zeros((2, 5, 24))}
-        return tcd.METHOD.loss(state.params, state, frozen, batch, key, setup)
+        return tcd.TEXT.loss(state.params, state, frozen, batch, key, setup)
 
     value, _ = jax.eval_shape(loss, networks.unet.abstract_params(), jax.random.key(0))
     assert value.shape == ()

@@ -27,6 +27,7 @@ from training_scripts import (
     train_lcm_distil_instruct_pix2pix_sdxl,
     train_lcm_flax,
     train_tcd_flax,
+    train_tcd_instruct_pix2pix_flax,
     train_text_to_image_flax,
 )
 
@@ -51,13 +52,14 @@ SCRIPTS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
     "lcm": (train_lcm_flax, "text-to-image", "unet", {}),
     "lcm-lora": (train_lcm_flax, "text-to-image", "", {"use_lora": True, "lora_rank": 4}),
     "tcd": (train_tcd_flax, "text-to-image", "unet", {}),
+    "tcd-editor": (train_tcd_instruct_pix2pix_flax, "instruct-pix2pix", "unet", {}),
     "editor": (train_lcm_distil_instruct_pix2pix_sdxl, "instruct-pix2pix", "unet", {}),
     "bk-sdm": (train_bk_sdm_flax, "four-blocks", "unet", {"distill_level": "bk_small", "use_ema": True}),
     "disback": (train_disback_flax, "text-to-image", "unet", PATH),
     "text-to-image": (train_text_to_image_flax, "text-to-image", "unet", {}),
     "instruct-pix2pix": (train_instruct_pix2pix_flax, "text-to-image", "unet", {}),
 }
-EDITS = ("editor", "instruct-pix2pix")
+EDITS = ("editor", "tcd-editor", "instruct-pix2pix")
 
 
 @pytest.fixture(scope="module")

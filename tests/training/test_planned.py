@@ -45,6 +45,9 @@ from training_scripts import (
     train_tcd_flax as tcd,
 )
 from training_scripts import (
+    train_tcd_instruct_pix2pix_flax as tcd_edit,
+)
+from training_scripts import (
     train_text_to_image_flax as text_to_image,
 )
 
@@ -106,6 +109,7 @@ def shapes(tree: Any) -> Any:
         (lcm, "sdxl", {"mixed_precision": "bf16", **FEW}),
         (lcm_edit, "sdxl-instruct-pix2pix", {**EDIT, "cache_latents": True, **TWO_GUIDANCES, **FEW}),
         (tcd, "text-to-image", FEW),
+        (tcd_edit, "instruct-pix2pix", {**EDIT, "cache_latents": True, **FEW}),
         (bk_sdm, "text-to-image", {"distill_level": "mine", "distill_table": "levels.yaml", "mixed_precision": "bf16"}),
         (disback, "text-to-image", {"stage": "degradation", "num_nodes": 2, "degradation_interval": 1}),
         (disback, "text-to-image", {"stage": "backtracking", "path": "none", "gen_cls_loss": True,
