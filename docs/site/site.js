@@ -1,4 +1,4 @@
-// What the theme's own script makes without names, or out of the keyboard's reach.
+// What the theme leaves without names, out of the keyboard's reach, or broken into "--" and the rest of a flag.
 const complete = () => {
   document.querySelectorAll(".md-code__nav").forEach((nav, number) => {
     nav.setAttribute("aria-label", `Code ${number + 1}`);
@@ -7,6 +7,9 @@ const complete = () => {
     // Only what scrolls is worth a stop of the tab key.
     part.toggleAttribute("tabindex", false);
     if (part.scrollWidth > part.clientWidth) part.tabIndex = 0;
+  });
+  document.querySelectorAll(".md-typeset :not(pre) > code").forEach((code) => {
+    if (code.textContent.length <= 30) code.style.whiteSpace = "nowrap";
   });
 };
 
