@@ -36,6 +36,8 @@ _REQUIRED = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 _SUPPORTED = "text-to-image, InstructPix2Pix, inpainting and ControlNet pipelines of Stable Diffusion 1.x, 2.x and XL"
+MULTI_CONTROLNET = "MultiControlNetModel"
+"""How ``model_index.json`` names several ControlNets."""
 ALL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet")
 """The names of the networks that a model may have."""
 
@@ -63,8 +65,6 @@ def load_parts(
     index = read_index(folder)
     tokenizers, files = _load_tokenizers(folder, index, tokenizer, cache_dir)
     names = [name for name in ("unet", "vae", "text_encoder", "text_encoder_2") if _is_present(index, name)]
-    if controlnet is None and _is_present(index, "controlnet"):
-        names.append("controlnet")
     sources = {name: {"source": folder.source, "subfolder": name, "variant": variant, **hub} for name in names}
     if unet is not None:
         sources["unet"] = _unet_source(unet, sources["unet"])
@@ -76,20 +76,23 @@ def load_parts(
         else:
             with heartbeat(f"loading the {name} of {source}"):
                 loaded[name] = load_model(**sources[name], dtype=of_part[name], attention=attention, place=place)
-    if controlnet is not None:
+    if controlnet is None:
+        found = _own_controlnets(folder, index, {"variant": variant, **hub})
+    else:
         where = {**hub, "revision": controlnet_revision, "config": None}
         given = [controlnet] if isinstance(controlnet, str | Path) else list(controlnet)
         found = [_controlnet_source(each, where, variant) for each in given]
-        nets = []
-        for each in found:
-            if "controlnet" in without_params:
-                network, params = build_module(_folder_of(each), dtype, attention=attention), None
-            else:
-                with heartbeat(f"loading {each['source']}"):
-                    network, params = load_model(**each, dtype=dtype, attention=attention, place=place)
-            nets.append((_require_controlnet(network, each["source"]), params))
+    nets = []
+    for each in found:
+        if "controlnet" in without_params:
+            network, params = build_module(_folder_of(each), dtype, attention=attention), None
+        else:
+            with heartbeat(f"loading the ControlNet of {each['source']}"):
+                network, params = load_model(**each, dtype=dtype, attention=attention, place=place)
+        nets.append((_require_controlnet(network, each["source"]), params))
+    if nets:
         loaded["controlnet"] = nets[0] if len(nets) == 1 else _together(nets)
-        sources["controlnet"] = found[0]
+        sources |= {controlnet_part(number): each for number, each in enumerate(found)}
     networks: dict[str, Any] = {name: network for name, (network, _) in loaded.items()}
     return {
         "networks": Networks(**networks),
@@ -196,6 +199,22 @@ def _load_tokenizers(
 
 def _is_present(index: Mapping[str, Any], name: str) -> bool:
     return bool(index.get(name)) and index[name][0] is not None
+
+
+def controlnet_part(number: int) -> str:
+    """The folder of a model's ControlNet with this number, from 0, as diffusers names it."""
+    return f"controlnet_{number}" if number else "controlnet"
+
+
+def _own_controlnets(folder: ModelFolder, index: Mapping[str, Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Where `load_model` finds the ControlNets that are part of a model."""
+    if not _is_present(index, "controlnet"):
+        return []
+    names = [controlnet_part(0)]
+    if index["controlnet"][-1] == MULTI_CONTROLNET:
+        while folder.part(following := controlnet_part(len(names))).find("config.json"):
+            names.append(following)
+    return [{"source": folder.source, "subfolder": name, **options} for name in names]
 
 
 def _controlnet_source(source: str | Path, hub: Mapping[str, Any], variant: str | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from codi_jax.io.weights import copy_model, save_model
 from codi_jax.models.config import Params, WeightsError
 from codi_jax.models.controlnet import ControlNets
 from codi_jax.models.network import Network
+from codi_jax.pipeline.loading import MULTI_CONTROLNET, controlnet_part
 
 if TYPE_CHECKING:
     from codi_jax.pipeline.model import Model
@@ -51,11 +52,13 @@ def save(
       WeightsError: as in `codi_jax.pipeline.model.Model.save_pretrained`.
     """
     networks = model.networks.by_name()
-    if isinstance(networks.get("controlnet"), ControlNets):
-        raise WeightsError("several ControlNets cannot be saved with a model: save it with one, or without.")
     for name, params in model.params.items():
-        of_file = dtype.get(name) if isinstance(dtype, Mapping) else dtype
-        save_model(folder, name, networks[name], params, dtype=of_file)
+        of_file, network = dtype.get(name) if isinstance(dtype, Mapping) else dtype, networks[name]
+        if isinstance(network, ControlNets):
+            for number, net in enumerate(network.nets):
+                save_model(folder, controlnet_part(number), net, params[str(number)], dtype=of_file)
+        else:
+            save_model(folder, name, network, params, dtype=of_file)
     for name, source in (copied or {}).items():
         copy_model(folder, name, source)
     if jax.process_index() != 0:
@@ -167,7 +170,8 @@ def _index(model: "Model") -> dict[str, Any]:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     if networks.controlnet is not None:
-        index["controlnet"] = ["diffusers", "ControlNetModel"]
+        several = isinstance(networks.controlnet, ControlNets)
+        index["controlnet"] = ["diffusers", MULTI_CONTROLNET if several else "ControlNetModel"]
     if networks.is_sdxl:
         return {**index, "force_zeros_for_empty_prompt": model.zeros_for_empty_prompt}
     absent = {"feature_extractor": [None, None], "safety_checker": [None, None]}

@@ -15,6 +15,8 @@ from codi_jax.io.hub import ModelFolder
 from codi_jax.io.weights import build_module, load_model
 from codi_jax.models import sharding
 from codi_jax.models.config import Params
+from codi_jax.models.controlnet import ControlNets
+from codi_jax.pipeline.loading import controlnet_part
 from codi_jax.pipeline.model import Model
 from codi_jax.training import optim
 from codi_jax.training.flags import Replacement, TrainingFlags
@@ -39,6 +41,12 @@ def open_teacher(flags: TrainingFlags) -> Model:
     for name, replacement in flags.replacements.items():
         model = _with_replacement(model, name, replacement)
     networks = model.networks
+    if isinstance(networks.controlnet, ControlNets):
+        name = flags.pretrained_model_name_or_path
+        raise ValueError(
+            f"the model {name} has {len(networks.controlnet.nets)} ControlNets, and training takes one: name it with "
+            f"--controlnet_model_name_or_path {name}/{controlnet_part(0)}."
+        )
     multiple = networks.vae.config.downscale * 2 ** (networks.unet.config.num_blocks - 1)
     flags.check_resolution(multiple, f"the model {flags.pretrained_model_name_or_path}")
     _check_validation(flags, model)

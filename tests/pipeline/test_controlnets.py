@@ -6,12 +6,14 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import torch
 from folders import SIZE, make_controlnet
-from pairs import PROMPTS, Pair, Pairs, assert_same_picture, latents, run_theirs
+from pairs import PROMPTS, Pair, Pairs, assert_same_picture, latents, run_theirs, same_tree
 from PIL import Image
 
-from codi_jax.models.config import WeightsError
 from codi_jax.pipeline.model import Model
+from codi_jax.training.teacher import open_teacher
+from training_scripts import train_codi_flax
 
 
 def noisy(seed: int) -> Image.Image:
@@ -75,7 +77,7 @@ def test_each_has_a_part_of_its_own(pairs: Pairs, folder: Path) -> None:
     assert_same_picture(ours(PROMPTS, control_image=CONDITIONS, steps=4, latents=latents(), **parts), wanted)
 
 
-def test_what_is_not_given_once_or_for_each(pairs: Pairs, folder: Path, tmp_path: Path) -> None:
+def test_what_is_not_given_once_or_for_each(pairs: Pairs, folder: Path) -> None:
     pair = pairs("controlnet")
     ours = Model.open(pair.folder, [pair.folder, folder])
     with pytest.raises(ValueError, match="the model has 2 ControlNets: give control_image as a list"):
@@ -86,5 +88,23 @@ def test_what_is_not_given_once_or_for_each(pairs: Pairs, folder: Path, tmp_path
     ):
         with pytest.raises(ValueError, match=message):
             ours(PROMPTS, control_image=CONDITIONS, steps=2, **{name: value})
-    with pytest.raises(WeightsError, match="several ControlNets cannot be saved with a model"):
-        ours.save_pretrained(tmp_path)
+
+
+def test_several_are_saved_as_diffusers_saves_them(pairs: Pairs, folder: Path, tmp_path: Path) -> None:
+    theirs, ours = with_both(pairs("controlnet"), folder)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    for place in ("theirs", "ours"):
+        assert same_tree(Model.from_pretrained(tmp_path / place).params, ours.params)
+        assert Model.open(tmp_path / place).networks == ours.networks
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours").controlnet
+    assert isinstance(loaded, diffusers.MultiControlNetModel)
+    for net, wanted in zip(loaded.nets, theirs.controlnet.nets, strict=True):
+        assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in net.state_dict().items())
+
+
+def test_training_takes_one(pairs: Pairs, folder: Path, tmp_path: Path) -> None:
+    with_both(pairs("controlnet"), folder)[1].save_pretrained(tmp_path / "model")
+    flags = train_codi_flax.Args(pretrained_model_name_or_path=str(tmp_path / "model"), train_data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"has 2 ControlNets, and training takes one: name it with .*model/controlnet"):
+        open_teacher(flags)
