@@ -35,6 +35,8 @@ _REQUIRED = {
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
+_READ = (*_REQUIRED, "text_encoder_2", "tokenizer_2", "controlnet", "scheduler")
+_NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 _SUPPORTED = "text-to-image, InstructPix2Pix, inpainting and ControlNet pipelines of Stable Diffusion 1.x, 2.x and XL"
 MULTI_CONTROLNET = "MultiControlNetModel"
 """How ``model_index.json`` names several ControlNets."""
@@ -170,6 +172,12 @@ def read_index(folder: ModelFolder) -> dict[str, Any]:
                 f"{folder}/model_index.json describes a {what} whose {name} is {found}, not {' or '.join(classes)}; "
                 f"supported are {_SUPPORTED}."
             )
+    parts = {name: value for name, value in index.items() if isinstance(value, list) and _is_present(index, name)}
+    if unread := [f"{name} ({value[-1]})" for name, value in parts.items() if name not in (*_READ, *_NOT_NEEDED)]:
+        raise WeightsError(
+            f"{folder}/model_index.json describes a {what} with {' and '.join(unread)}, which codi_jax does not read; "
+            f"supported are {_SUPPORTED}."
+        )
     return index
 
 

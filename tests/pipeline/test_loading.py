@@ -109,6 +109,15 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         "describes a KolorsPipeline whose text_encoder is ChatGLMModel, not CLIPTextModel or .*; supported are",
     ),
+    "t2i-adapter": (
+        lambda f: edit_json(
+            f / "model_index.json",
+            _class_name="StableDiffusionAdapterPipeline",
+            adapter=["diffusers", "T2IAdapter"],
+            image_encoder=["transformers", "CLIPVisionModelWithProjection"],
+        ),
+        r"describes a StableDiffusionAdapterPipeline with adapter \(T2IAdapter\), which codi_jax does not read",
+    ),
     "refiner": (
         lambda f: edit_json(f / "model_index.json", text_encoder=[None, None], tokenizer=[None, None]),
         "without text_encoder and tokenizer",
