@@ -88,6 +88,10 @@ class SamplingFlags(Flags):
     """Steps of the samplers. Numbers that a model's sampler does not support are skipped for that model."""
     samplers: tuple[str, ...] = ()
     """NAME:SAMPLER for models that use a different sampler than their folder's."""
+    gamma: float = 0.3
+    """Randomness of the sampler tcd, from 0 (none) to 1 (as in lcm)."""
+    gammas: tuple[str, ...] = ()
+    """NAME:GAMMA for models with another --gamma."""
     guidance_scale: float = 7.5
     """Classifier-free guidance on the text; 1 disables it."""
     guidance_scales: tuple[str, ...] = ()
@@ -147,4 +151,5 @@ class Args(MachineFlags, OutputFlags, SamplingFlags, MetricFlags, DataFlags, Mod
             self.require_at_least(8, "resolution")
         self.require_at_least(1, "shard_size")
         self.require_at_least(0, "guidance_scale", "image_guidance_scale")
+        self.require("gamma", 0 <= self.gamma <= 1, "from 0 to 1")
         self.require_at_least(1, "training_steps")

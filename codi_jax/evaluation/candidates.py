@@ -28,6 +28,7 @@ class Candidate:
       guidance_scale: how strongly to follow the text.
       image_guidance_scale: how strongly to preserve the image.
       steps: the sampler's steps.
+      gamma: randomness of the sampler tcd.
       training_steps: the training steps after which the model was exported; ``None`` for the finished model.
     """
 
@@ -37,6 +38,7 @@ class Candidate:
     guidance_scale: float | int = 7.5
     image_guidance_scale: float | int = 1.5
     steps: tuple[int, ...] = (1, 2, 4, 8, 50)
+    gamma: float | int = 0.3
     training_steps: int | None = None
 
 
@@ -48,13 +50,14 @@ def read_candidates(args: Args) -> list[Candidate]:
     """
     models = _read_models(args)
     samplers = _overrides("--samplers", args.samplers, models)
-    scales = _scales("--guidance_scales", args.guidance_scales, args.guidance_scale, models)
-    image_scales = _scales("--image_guidance_scales", args.image_guidance_scales, args.image_guidance_scale, models)
+    scales = _numbers("--guidance_scales", args.guidance_scales, args.guidance_scale, models)
+    image_scales = _numbers("--image_guidance_scales", args.image_guidance_scales, args.image_guidance_scale, models)
+    gammas = _numbers("--gammas", args.gammas, args.gamma, models, most=1)
     found = []
     for entry, checkpoints in models.items():
         name, steps = _read_steps(entry, args)
         sampler = _sampler(samplers.get(entry))
-        found.append(Candidate(name, checkpoints, sampler, scales[entry], image_scales[entry], steps))
+        found.append(Candidate(name, checkpoints, sampler, scales[entry], image_scales[entry], steps, gammas[entry]))
     named = [(candidate.name, steps) for candidate in found for steps in candidate.steps]
     if twice := next((each for each in named if named.count(each) > 1), None):
         raise ValueError(f"--models names {twice[0]} with {twice[1]} steps twice: rename one of them.")
@@ -144,13 +147,16 @@ def _sampler(value: str | None) -> SamplerName | None:
     return value  # pyright: ignore[reportReturnType]
 
 
-def _scales(flag: str, texts: Sequence[str], default: float | int, names: Mapping[str, Any]) -> dict[str, float | int]:
-    scales = dict.fromkeys(names, default)
+def _numbers(
+    flag: str, texts: Sequence[str], default: float | int, names: Mapping[str, Any], most: float | int = math.inf
+) -> dict[str, float | int]:
+    numbers = dict.fromkeys(names, default)
     for name, value in _overrides(flag, texts, names).items():
         try:
-            scales[name] = float(value)
+            numbers[name] = float(value)
         except ValueError:
             raise ValueError(f"{flag}: {value} is not a number.") from None
-        if not 0 <= scales[name] < math.inf:
-            raise ValueError(f"{flag}: {value} is not possible: it must be a finite number of at least 0.")
-    return scales
+        if not 0 <= numbers[name] <= most or math.isinf(numbers[name]):
+            what = "a finite number of at least 0" if math.isinf(most) else f"from 0 to {most}"
+            raise ValueError(f"{flag}: {value} is not possible: it must be {what}.")
+    return numbers

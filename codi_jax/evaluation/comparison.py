@@ -96,6 +96,7 @@ def make_pictures(
                 guidance_scale=model.guidance_scale,
                 image_guidance_scale=model.image_guidance_scale,
                 sampler=model.sampler,
+                gamma=model.gamma,
                 height=size[0],
                 width=size[1],
                 seed=first_seed + start,
@@ -254,7 +255,7 @@ def _observed(
     """
     data = benchmark.data
     name = f"{model.name}-{steps}-{seed}"
-    sampling = (model.sampler, model.guidance_scale, model.image_guidance_scale, steps, seed)
+    sampling = (model.sampler, model.guidance_scale, model.image_guidance_scale, model.gamma, steps, seed)
     identity = {**benchmark.identity, "files": [files_of(part) for part in checkpoint], "sampling": sampling}
     shards = shards_of(args.output_dir / _FOLDER, name, identity, data.count, args.shard_size)
     remedy = "give all the same command, and the same files in a folder that they share"

@@ -21,10 +21,12 @@ def test_what_a_model_was_in_training_is_found(tmp_path: Path) -> None:
 def test_models_are_read() -> None:
     models = ("a=x/y+z/w", "b=x/y,x/z,x/w+y/z")
     scales: dict[str, Any] = {"guidance_scale": 4.0, "guidance_scales": ("b:2.5",), "image_guidance_scales": ("a:1",)}
-    args = Args(models=models, samplers=("a:lcm",), **scales)
+    args = Args(models=models, samplers=("a:lcm",), gammas=("a:0",), **scales)
     assert read_candidates(args) == [
-        Candidate("a", (Checkpoint("x/y", "z/w"),), "lcm", 4, 1.0),
-        Candidate("b", (Checkpoint("x/y", None), Checkpoint("x/z", None), Checkpoint("x/w", "y/z")), None, 2.5, 1.5),
+        Candidate("a", (Checkpoint("x/y", "z/w"),), "lcm", 4, 1.0, gamma=0.0),
+        Candidate(
+            "b", (Checkpoint("x/y", None), Checkpoint("x/z", None), Checkpoint("x/w", "y/z")), None, 2.5, 1.5, gamma=0.3
+        ),
     ]
 
 

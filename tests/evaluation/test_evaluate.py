@@ -190,6 +190,32 @@ def test_every_batch_has_one_shape_and_noise_of_its_own(data: Path) -> None:
     assert made.seconds == pytest.approx(3 * 1.5 / 6)
 
 
+def test_the_noise_of_tcd_is_that_of_the_flag(models: Models, data: Path, tmp_path: Path) -> None:
+    """Of one model by three γ, 0 and 1 by name and 0.3 by default, each as the model draws by itself."""
+    names = {"none": 0.0, "some": 0.3, "all": 1.0}
+    folder = models("text-to-image")
+    flags = Args(
+        models=tuple(f"{name}={folder}" for name in names),
+        samplers=tuple(f"{name}:tcd" for name in names),
+        gammas=("none:0", "all:1"),
+        data=str(data),
+        steps=(2,),
+        seeds=(0,),
+        batch_size=5,
+        guidance_scale=1.0,
+        output_dir=tmp_path,
+    )
+    drawn = [result.pictures[:5] for result in run(flags).results]
+    model, prompts = Model.from_pretrained(folder), read_samples(data).prompts
+    for made, gamma in zip(drawn, names.values(), strict=True):
+        wanted = model(
+            prompts, steps=2, sampler="tcd", gamma=gamma, guidance_scale=1.0, height=SIZE, width=SIZE, seed=0
+        )
+        np.testing.assert_array_equal(made, wanted)
+    assert not np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[1], drawn[2])
+
+
 def test_steps_that_a_sampler_cannot_take_are_left_out(models: Models, data: Path, tmp_path: Path) -> None:
     args = Args(models=(f"student={models('lcm')}",), data=str(data), steps=(1, 500), seeds=(0,), output_dir=tmp_path)
     with pytest.warns(UserWarning, match="student is not run with 500 steps: "):
@@ -227,6 +253,7 @@ def test_max_samples_are_spread_over_the_folder(data: Path) -> None:
         ({"guidance_scales": ("a:high",)}, "--guidance_scales: high is not a number"),
         ({"guidance_scales": ("a:nan",)}, "--guidance_scales: nan is not possible: it must be a finite number of at"),
         ({"image_guidance_scales": ("a:-1",)}, "--image_guidance_scales: -1 is not possible"),
+        ({"gammas": ("a:1.5",)}, "--gammas: 1.5 is not possible: it must be from 0 to 1"),
         ({"models": ("a\udcff=o/r",)}, "the name must consist of printable characters"),
         ({"steps": (0, 1)}, "--steps must be at least 1"),
         ({"seeds": (1, 1)}, "--seeds must be different numbers"),
