@@ -35,6 +35,13 @@ body:not(.dark) { --color-accent: var(--primary-700); }
 .picture .image-container { padding-top: 2rem; }
 .gradio-container { width: 100%; max-width: 76rem !important; margin: auto; }
 """
+# For screen readers: an empty picture has a role that may have a name, and a button's name is what it shows.
+_HEAD = """<script>
+new MutationObserver(() => {
+  for (const each of document.querySelectorAll(".empty[aria-label]:not([role])")) each.setAttribute("role", "img");
+  for (const each of document.querySelectorAll(".upload-container[aria-label]")) each.removeAttribute("aria-label");
+}).observe(document, { childList: true, subtree: true });
+</script>"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,6 +420,7 @@ def run(args: Args) -> None:
         max_file_size=f"{args.max_upload_megabytes}mb",
         theme=_theme(gr),
         css=_CSS,
+        head=_HEAD,
         share=False,
         footer_links=[],
         show_error=True,
