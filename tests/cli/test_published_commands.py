@@ -47,6 +47,7 @@ LORAS = [
     "segmind/Segmind-VegaRT/pytorch_lora_weights.safetensors",
     "ByteDance/SDXL-Lightning/sdxl_lightning_4step_lora.safetensors",
     "ByteDance/Hyper-SD/Hyper-SDXL-4steps-lora.safetensors",
+    "ByteDance/Hyper-SD/Hyper-SDXL-1step-lora.safetensors",
     "wangfuyun/PCM_Weights/sdxl/pcm_sdxl_smallcfg_4step_converted.safetensors",
 ]
 UNETS = [
@@ -95,7 +96,7 @@ def fill(hub: SimpleNamespace, scratch: Path) -> None:
 
 def test_every_command_of_the_page(hub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each finds what it names, has weights of its own, and draws a picture that no other does."""
-    assert len(ROWS) == 14
+    assert len(ROWS) == 15
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(generate, "keep_compiled_programs", lambda folder: None)
     kernels, pictures = [], []

@@ -31,6 +31,10 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any], d
         diffusers.DDIMScheduler, TRAILING, {"num_inference_steps": 4},
         TRAILING, {"sampler": "ddim", "steps": 4},
     ),
+    "Hyper-SD, one LoRA": (
+        diffusers.TCDScheduler, {}, {"num_inference_steps": 4, "eta": 1.0},
+        {}, {"sampler": "tcd", "gamma": 1.0, "steps": 4},
+    ),
     "Hyper-SD, 1 step": (
         diffusers.LCMScheduler, {}, {"num_inference_steps": 1, "timesteps": [800]},
         {}, {"sampler": "lcm", "timesteps": [800]},
@@ -51,11 +55,11 @@ def test_settings_equal_diffusers(pairs: Pairs, name: str, monkeypatch: pytest.M
     steps = their_call["num_inference_steps"]
     noise = np.random.default_rng(8).standard_normal((max(steps - 1, 1), 2, 8, 8, 4), dtype=np.float32)
     draws = itertools.cycle(torch.from_numpy(noise).permute(0, 1, 4, 2, 3))
-    for module in ("scheduling_lcm", "scheduling_euler_ancestral_discrete"):
+    for module in ("scheduling_lcm", "scheduling_tcd", "scheduling_euler_ancestral_discrete"):
         monkeypatch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda *_, **__: next(draws))
     wanted = run_theirs("sdxl", theirs, latents(), guidance_scale=0.0, **their_call)
     model = ours.replace(schedule=ours.schedule.with_config(**entries))
-    is_stochastic = our_call["sampler"] in ("lcm", "euler-ancestral")
+    is_stochastic = our_call["sampler"] in ("lcm", "tcd", "euler-ancestral")
     given = noise[: steps - 1] if is_stochastic else None
     made = model(PROMPTS, latents=latents(), noise=given, guidance_scale=1.0, **our_call)
     assert_same_picture(made, wanted)
