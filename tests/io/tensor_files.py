@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from peak_memory import PEAK
 
 from codi_jax.io.weight_files import WeightFile
 
@@ -16,13 +17,15 @@ TORCH_FORMATS = pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "le
 
 
 # What takes more than ten seconds of CPU time is killed.
-LIMITED = """
+LIMITED = (
+    PEAK
+    + """
 import resource, sys
 from codi_jax.io.weight_files import open_weights
 from codi_jax.models.config import WeightsError
 
 resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 for path in sys.argv[1:]:
     try:
         list(open_weights(path).arrays())
@@ -30,9 +33,10 @@ for path in sys.argv[1:]:
         assert path in str(error) and str(error).isprintable() and len(str(error)) < 1000, str(error)[:2000]
     else:
         raise SystemExit(f"{path} was read")
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    grown = peak() - before
     assert grown < 100_000, f"{path} took {grown} KB"
 """
+)
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from peak_memory import PEAK
 from PIL import EpsImagePlugin, Image
 from web import Web, bomb
 
@@ -136,16 +137,19 @@ def test_a_stereo_photograph_is_its_first_picture():
     assert np.asarray(decode(data))[8, 8, 0] > 250
 
 
-CROP = """
+CROP = (
+    PEAK
+    + """
 import resource, sys
 import numpy as np
 from PIL import Image
 from codi_jax.data.images import crop, place
 resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 crop(Image.new("RGB", (1500, 1)), place((1, 1500), 512, center_crop=False, where=(0, 0.9)))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
+)
 
 
 def test_only_the_crop_of_a_long_picture_is_resized():

@@ -18,6 +18,7 @@ from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers
 from folders import SD_UNET, SIZE, XL_UNET, saved_pipeline
 from oracle import make_torch
+from peak_memory import PEAK
 from picture_folders import numbered
 from safetensors.numpy import load_file, save_file
 
@@ -253,16 +254,15 @@ def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
     for name, channels, seed in (("editor", 8, 1), ("base", 4, 2), ("student", 4, 3)):
         torch.manual_seed(seed)
         diffusers.UNet2DConditionModel(cross_attention_dim=768, in_channels=channels).save_pretrained(tmp_path / name)
-    code = f"""
-import resource
+    code = f"""{PEAK}
 from pathlib import Path
 from codi_jax.training.jobs import adaptation
 from codi_jax.io.weights import open_model
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 editor = adaptation.Editor(*open_model({str(tmp_path / "editor")!r}))
 delta = adaptation.delta_of_models(editor, {str(tmp_path / "base")!r}, {str(tmp_path / "student")!r})
 adaptation.write_adapted(Path({str(tmp_path / "out")!r}), editor, delta, 0.5)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
     grown = 1024 * int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     size = sum(path.stat().st_size for path in (tmp_path / "out" / "unet").glob("*.safetensors"))
