@@ -27,6 +27,7 @@ from codi_jax.models.unet import UNet2DCondition
 from codi_jax.models.unet_config import UNetConfig
 from codi_jax.models.vae import AutoencoderKL, VAEConfig
 from codi_jax.pipeline.networks import Networks
+from codi_jax.training.monitor import peak_memory
 
 _HERE = Path(__file__).resolve().parent.parent
 _ENCODERS = {
@@ -85,19 +86,14 @@ def _read(source: Path) -> None:
 
 def load(source: str, config: Path, dtype: str) -> dict[str, float]:
     """Loads a model; its seconds, its bytes, and the bytes of memory that this took at most."""
-    before = _peak()
+    before = peak_memory()
     began = time.perf_counter()
     given: dict[str, Any] = {} if Path(source).is_dir() else {"config": config}
     model = Model.from_pretrained(source, dtype=dtype, **given)
     jax.block_until_ready(model.params)
     seconds = time.perf_counter() - began
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-    return {"seconds": seconds, "size": size, "peak": _peak() - before}
-
-
-def _peak() -> int:
-    # Not getrusage's, which begins with the peak of the process that started this one.
-    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    return {"seconds": seconds, "size": size, "peak": peak_memory() - before}
 
 
 def write(folder: Path, family: str) -> None:

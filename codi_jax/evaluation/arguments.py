@@ -151,5 +151,5 @@ class Args(MachineFlags, OutputFlags, SamplingFlags, MetricFlags, DataFlags, Mod
             self.require_at_least(8, "resolution")
         self.require_at_least(1, "shard_size")
         self.require_at_least(0, "guidance_scale", "image_guidance_scale")
-        self.require("gamma", 0 <= self.gamma <= 1, "from 0 to 1")
+        self.require_in(0, 1, "gamma")
         self.require_at_least(1, "training_steps")

@@ -156,7 +156,7 @@ def _numbers(
             numbers[name] = float(value)
         except ValueError:
             raise ValueError(f"{flag}: {value} is not a number.") from None
-        if not 0 <= numbers[name] <= most or math.isinf(numbers[name]):
+        if not (math.isfinite(numbers[name]) and 0 <= numbers[name] <= most):
             what = "a finite number of at least 0" if math.isinf(most) else f"from 0 to {most}"
             raise ValueError(f"{flag}: {value} is not possible: it must be {what}.")
     return numbers

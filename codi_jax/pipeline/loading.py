@@ -227,9 +227,14 @@ def _own_controlnets(folder: ModelFolder, index: Mapping[str, Any], options: Map
 
 def _controlnet_source(source: str | Path, hub: Mapping[str, Any], variant: str | None) -> dict[str, Any]:
     """Where `load_model` finds it: published ControlNets stand alone; a training run's output has other parts too."""
+    folder = _alone_or_in_a_model(source, controlnet_part(0), hub)
+    return {"source": folder.source, "subfolder": folder.subfolder, "variant": variant, **hub}
+
+
+def _alone_or_in_a_model(source: str | Path, name: str, hub: Mapping[str, Any]) -> ModelFolder:
+    """The folder of a network that has one of its own, or that is part of a model."""
     folder = ModelFolder(str(Path(source).expanduser()), **hub)
-    subfolder = "controlnet" if folder.find("config.json") is None else None
-    return {"source": folder.source, "subfolder": subfolder, "variant": variant, **hub}
+    return folder.part(name) if folder.find("config.json") is None else folder
 
 
 def _folder_of(source: Mapping[str, Any]) -> ModelFolder:
@@ -247,16 +252,14 @@ def _unet_source(given: str | Path, own: Mapping[str, Any]) -> dict[str, Any]:
     places = {name: own[name] for name in ("cache_dir", "local_files_only")}
     if is_file(given):
         return {**own, "weights": find_file(given, **places)}
-    path = Path(given).expanduser()
-    folders = [ModelFolder(str(path), subfolder, **places) for subfolder in (None, "unet")]
-    found = next((folder for folder in folders if folder.find("config.json")), None)
-    if found is None and path.is_dir():  # such as a checkpoint of Accelerate
+    folder = _alone_or_in_a_model(given, "unet", places)
+    if Path(folder.source).is_dir() and folder.find("config.json") is None:  # such as a checkpoint of Accelerate
         return {**own, "weights": given}
-    module = build_module(found or folders[0])
+    module = build_module(folder)
     if not isinstance(module, UNet2DCondition):
         raise WeightsError(f"{given} is a {type(module).__name__}, not a UNet.")
     _check_family(module.config, build_module(_folder_of(own)).config, "UNet", _OF_CONDITIONS)
-    return {"source": str(path), "subfolder": (found or folders[0]).subfolder, "variant": own["variant"], **places}
+    return {"source": folder.source, "subfolder": folder.subfolder, "variant": own["variant"], **places}
 
 
 def _together(nets: Sequence[tuple[ControlNet, Params | None]]) -> tuple[ControlNets, Params | None]:

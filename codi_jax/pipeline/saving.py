@@ -53,7 +53,8 @@ def save(
     """
     networks = model.networks.by_name()
     for name, params in model.params.items():
-        of_file, network = dtype.get(name) if isinstance(dtype, Mapping) else dtype, networks[name]
+        network = networks[name]
+        of_file = dtype.get(name) if isinstance(dtype, Mapping) else dtype
         if isinstance(network, ControlNets):
             for number, net in enumerate(network.nets):
                 save_model(folder, controlnet_part(number), net, params[str(number)], dtype=of_file)

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -136,4 +137,12 @@ def _summary(metrics: list[Metrics]) -> dict[str, float]:
 def _memory_in_use() -> int:
     """The peak memory in bytes: of the first device, or of the process on a CPU."""
     statistics = jax.local_devices()[0].memory_stats() or {}
-    return statistics.get("peak_bytes_in_use") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return statistics.get("peak_bytes_in_use") or peak_memory()
+
+
+def peak_memory() -> int:
+    """The peak of this process's resident memory in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux, where getrusage's peak begins as that of the process that started this one
+        return 1024 * int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

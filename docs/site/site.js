@@ -5,7 +5,7 @@ const complete = () => {
   });
   document.querySelectorAll(".highlight code, .doc-signature code, .md-typeset__scrollwrap").forEach((part) => {
     // Only what scrolls is worth a stop of the tab key.
-    part.toggleAttribute("tabindex", false);
+    part.removeAttribute("tabindex");
     if (part.scrollWidth > part.clientWidth) part.tabIndex = 0;
   });
   document.querySelectorAll(".md-typeset :not(pre) > code").forEach((code) => {

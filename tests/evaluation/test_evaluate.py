@@ -1,6 +1,7 @@
 """The comparison of models, as a user runs it, on tiny models with random weights."""
 
 import base64
+import dataclasses
 import functools
 import io
 import json
@@ -214,6 +215,8 @@ def test_the_noise_of_tcd_is_that_of_the_flag(models: Models, data: Path, tmp_pa
         np.testing.assert_array_equal(made, wanted)
     assert not np.array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[1], drawn[2])
+    swapped = run(dataclasses.replace(flags, gammas=("none:1", "all:0"))).results  # into the same folder
+    np.testing.assert_array_equal([swapped[i].pictures[:5] for i in (2, 1, 0)], drawn)
 
 
 def test_steps_that_a_sampler_cannot_take_are_left_out(models: Models, data: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """What the loop reports of its steps, without waiting for them."""
 
 import dataclasses
+import subprocess
+import sys
 import time
 
 import jax
@@ -77,3 +79,17 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     assert [line.partition(":")[0] for line in lines if line.startswith("step")] == ["step 5/10", "step 10/10"]
     assert "samples/s, 0:00:0" in lines[-1]
     assert any(line.startswith("compiled the step in ") for line in lines)
+
+
+MEMORY = """
+import subprocess, sys
+filled = bytearray(2 * 2**30)
+code = "from codi_jax.training.monitor import peak_memory; print(peak_memory())"
+subprocess.run([sys.executable, "-c", code], check=True)
+"""
+
+
+def test_the_peak_is_that_of_the_process_alone():
+    """And not, as getrusage has it, of the larger one that started it."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert 50e6 < int(done.stdout) < 1.5e9
