@@ -158,15 +158,18 @@ def hang_at_batch(number: int) -> Callable[[int], None]:
 
 
 def kill_in_save(number: int) -> None:
-    """Ends the process while Orbax writes a checkpoint: all is written but its last step, the new name."""
-    finalize = atomicity.AtomicRenameTemporaryPath.finalize
+    """Ends the process while Orbax writes a checkpoint: all is written but its last step.
 
-    async def kill(self, *args, **kwargs):
-        if self.get_final().name == f"checkpoint-{number}":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return await finalize(self, *args, **kwargs)
+    That is the new name on a disk, and the file that says so on an object store.
+    """
+    for kind in (atomicity.AtomicRenameTemporaryPath, atomicity.CommitFileTemporaryPath):
 
-    atomicity.AtomicRenameTemporaryPath.finalize = kill
+        async def kill(self, *args, finalize=kind.finalize, **kwargs):
+            if self.get_final().name == f"checkpoint-{number}":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return await finalize(self, *args, **kwargs)
+
+        kind.finalize = kill
 
 
 def main() -> None:

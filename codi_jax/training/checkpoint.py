@@ -3,11 +3,17 @@
 A checkpoint is a folder ``checkpoint-<step>`` that Orbax writes: the training state, the position in the data, and the
 settings that the next run must share. It is written in the background and appears atomically when it is complete, with
 the checksums of its files. It does not contain frozen networks.
+
+The folder of checkpoints may be on Google Cloud Storage, where Orbax writes each array directly. Nothing can be renamed
+there: a checkpoint is complete when it contains ``commit_success.txt``. It has no checksums, which would take reading
+all of it again; the store has its own.
 """
 
 import contextlib
+import importlib.util
 import itertools
 import json
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,7 +32,7 @@ from codi_jax.cli.messages import first_line
 from codi_jax.cli.progress import heartbeat
 from codi_jax.io import processes
 from codi_jax.io.checksums import DamagedError, verify_checksums, write_checksums
-from codi_jax.io.json_files import read_object
+from codi_jax.io.json_files import parse_object
 
 State = TypeVar("State")
 
@@ -34,6 +40,7 @@ _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _STATE, _DATA, _RUN = "state", "data", "run_config"
 _POSITIONS = "of_processes"
 _ORBAX_TIMES = "_CHECKPOINT_METADATA"  # written last, and not needed for restoring
+_COMMITTED = "commit_success.txt"  # written last by Orbax where a folder cannot be renamed
 _ASIDE = ".damaged"  # suffix of the folder that a damaged checkpoint is renamed to
 
 
@@ -47,79 +54,118 @@ class CheckpointFlags(Flags):
 
     topic: ClassVar[Topic] = Topic.CHECKPOINTS
 
+    checkpoint_dir: Operational[str | None] = None
+    """Folder for checkpoints, also on Google Cloud Storage (gs://bucket/folder). Default: --output_dir."""
     checkpointing_steps: Operational[int] = 5000
     """Steps between checkpoints; 0 writes none, not even at the end."""
     checkpoints_total_limit: Operational[int | None] = None
     """How many checkpoints to keep; an old one is deleted when a new one is complete. Default: all."""
     resume_from_checkpoint: Operational[str | None] = None
     """Resume from a checkpoint: "latest" (the newest intact one; from the start if there is none), the name of one in
-    --output_dir, or a folder."""
+    --checkpoint_dir, or a folder."""
 
     def check(self) -> None:
         super().check()
         self.require_at_least(0, "checkpointing_steps")
         self.require_at_least(1, "checkpoints_total_limit")
+        _require_store(self.checkpoint_dir, "--checkpoint_dir")
+        _require_store(self.resume_from_checkpoint, "--resume_from_checkpoint")
+
+    def checkpoint_folder(self, output_dir: epath.PathLike) -> epath.Path:
+        """The folder that the checkpoints of a run are in, given its ``--output_dir``."""
+        return epath.Path(self.checkpoint_dir or output_dir).expanduser()
 
 
-def list_checkpoints(output_dir: Path) -> list[int]:
+def is_remote(folder: epath.PathLike) -> bool:
+    """Whether a folder is on an object store."""
+    return "://" in os.fspath(folder)
+
+
+def list_checkpoints(folder: epath.PathLike) -> list[int]:
     """The steps of the complete checkpoints in a folder, ascending."""
-    names = (_NAME.fullmatch(path.name) for path in (output_dir.iterdir() if output_dir.is_dir() else ()))
-    return sorted(int(name[1]) for name in names if name)
+    folder = epath.Path(folder)
+    names = (_NAME.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ()))
+    # On a disk they get their name when they are complete.
+    return sorted(int(name[1]) for name in names if name and (not is_remote(folder) or _is_committed(folder / name[0])))
 
 
-def step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: epath.Path) -> int:
     """The number of steps done when a checkpoint was made, from its folder's name."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
-    """The folder of the checkpoint that ``--resume_from_checkpoint`` means; ``None`` to start from scratch.
+def find_checkpoint(resume: str | None, folder: epath.PathLike) -> epath.Path | None:
+    """The checkpoint that ``--resume_from_checkpoint`` means; ``None`` to start from scratch.
+
+    Args:
+      resume: the flag.
+      folder: the folder of the run's checkpoints.
 
     Raises:
-      CheckpointError: if it does not exist, or if ``output_dir`` holds checkpoints that the run would overwrite.
+      CheckpointError: if it does not exist, or if ``folder`` holds checkpoints that the run would overwrite.
     """
-    steps = list_checkpoints(output_dir)
-    latest = output_dir / f"checkpoint-{steps[-1]}" if steps else None
+    folder = epath.Path(folder)
+    steps = list_checkpoints(folder)
+    latest = folder / f"checkpoint-{steps[-1]}" if steps else None
     if resume is None:
         if latest is not None:
             raise CheckpointError(
-                f"{output_dir} holds {latest.name} of an earlier run: resume from it with --resume_from_checkpoint "
-                "latest, or choose another --output_dir."
+                f"{folder} holds {latest.name} of an earlier run: resume from it with --resume_from_checkpoint "
+                "latest, or choose another folder."
             )
         return None
     if resume == "latest":
         return latest
-    named = output_dir / resume
-    folder = named if _NAME.fullmatch(resume) and named.is_dir() else Path(resume).expanduser()
-    if not folder.is_dir() or not _NAME.fullmatch(folder.name):
+    named = folder / resume
+    checkpoint = named if _NAME.fullmatch(resume) and named.is_dir() else epath.Path(resume).expanduser()
+    if not checkpoint.is_dir() or not _NAME.fullmatch(checkpoint.name):
         known = ", ".join(f"checkpoint-{step}" for step in steps) or "no checkpoints"
         raise CheckpointError(
             f"--resume_from_checkpoint {resume} is not a checkpoint: give latest, or a folder checkpoint-<step>; "
-            f"{output_dir} holds {known}."
+            f"{folder} holds {known}."
         )
-    if latest is not None and latest.resolve() != folder.resolve():
+    if latest is not None and not _are_same(latest, checkpoint):
         raise CheckpointError(
             f"--resume_from_checkpoint {resume} would write over {latest}: move the later checkpoints away, or choose "
-            "another --output_dir and give the full path of the checkpoint."
+            "another folder and give the full path of the checkpoint."
         )
-    return folder
+    return checkpoint
 
 
-def require_whole(checkpoint: Path) -> None:
+@contextlib.contextmanager
+def store_errors(folder: epath.Path) -> Iterator[None]:
+    """Turns what an object store answers, or that it does not, into one sentence.
+
+    Raises:
+      OSError: naming the folder and the reason.
+    """
+    try:
+        yield
+    except Exception as error:
+        # What the libraries of a store raise is of their own classes, or plain OSErrors.
+        if not is_remote(folder) or isinstance(error, CheckpointError):
+            raise
+        raise OSError(
+            f"{folder} cannot be used ({first_line(error)}): check the name of the bucket, and that this machine may "
+            "read and write it."
+        ) from error
+
+
+def require_whole(checkpoint: epath.PathLike) -> None:
     """Compares the files of a checkpoint with their checksums; a checkpoint without checksums passes.
 
     Raises:
       CheckpointError: naming the missing or differing file.
     """
     try:
-        verify_checksums(checkpoint)
+        _verify(epath.Path(checkpoint))
     except DamagedError as error:
         raise CheckpointError(
             f"{checkpoint} is damaged ({error}): --resume_from_checkpoint latest resumes from the newest intact one."
         ) from None
 
 
-def set_damaged_aside(output_dir: Path) -> list[str]:
+def set_damaged_aside(folder: epath.PathLike) -> list[str]:
     """Renames the newest checkpoints of a folder as long as they are damaged, so that the newest left is intact.
 
     Returns:
@@ -129,11 +175,12 @@ def set_damaged_aside(output_dir: Path) -> list[str]:
       CheckpointError: if all checkpoints are damaged; none is renamed then.
       OSError: if one cannot be renamed.
     """
-    damaged: dict[Path, DamagedError] = {}
-    for step in reversed(list_checkpoints(output_dir)):
-        checkpoint = output_dir / f"checkpoint-{step}"
+    folder = epath.Path(folder)
+    damaged: dict[epath.Path, DamagedError] = {}
+    for step in reversed(list_checkpoints(folder)):
+        checkpoint = folder / f"checkpoint-{step}"
         try:
-            verify_checksums(checkpoint)
+            _verify(checkpoint)
         except DamagedError as error:
             damaged[checkpoint] = error
         else:
@@ -142,7 +189,7 @@ def set_damaged_aside(output_dir: Path) -> list[str]:
         if damaged:
             reasons = "; ".join(f"{checkpoint.name}: {error}" for checkpoint, error in damaged.items())
             raise CheckpointError(
-                f"every checkpoint in {output_dir} is damaged ({reasons}): restore one from a copy, or move them away "
+                f"every checkpoint in {folder} is damaged ({reasons}): restore one from a copy, or move them away "
                 "to train from the start."
             )
     for checkpoint in damaged:
@@ -150,7 +197,7 @@ def set_damaged_aside(output_dir: Path) -> list[str]:
     return [f"{checkpoint} is damaged and was set aside: {error}" for checkpoint, error in damaged.items()]
 
 
-def check_run_config(checkpoint: Path, run_config: Mapping[str, Any], if_both: Collection[str] = ()) -> None:
+def check_run_config(checkpoint: epath.PathLike, run_config: Mapping[str, Any], if_both: Collection[str] = ()) -> None:
     """Compares a run's settings with a checkpoint's.
 
     Args:
@@ -173,14 +220,15 @@ def check_run_config(checkpoint: Path, run_config: Mapping[str, Any], if_both: C
             )
 
 
-def saved_run_config(checkpoint: Path) -> dict[str, Any]:
+def saved_run_config(checkpoint: epath.PathLike) -> dict[str, Any]:
     """The settings of the run that a checkpoint is from.
 
     Raises:
       CheckpointError: if they cannot be read.
     """
     try:
-        return read_object(checkpoint / _RUN / "metadata", "resume from another")
+        path = epath.Path(checkpoint) / _RUN / "metadata"
+        return parse_object(path.read_bytes(), str(path), "resume from another")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint} is not a checkpoint of codi_jax, or incomplete: {error}") from None
 
@@ -189,12 +237,12 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-      output_dir: the run's folder; leftovers of an unfinished checkpoint are removed.
+      folder: their folder, on a disk or ``gs://``; leftovers of an unfinished checkpoint are removed.
       total_limit: how many to keep.
     """
 
-    def __init__(self, output_dir: Path, total_limit: int | None = None) -> None:
-        self._folder = output_dir.absolute()
+    def __init__(self, folder: epath.PathLike, total_limit: int | None = None) -> None:
+        self._folder = _absolute(folder)
         self._saving = 0
         self._manager = ocp.CheckpointManager(
             self._folder,
@@ -204,7 +252,9 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
                 save_root_metadata=False,
                 # Called by the first process, when all files exist but the folder does not have its final name yet.
-                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+                async_options=ocp.options.AsyncOptions(
+                    post_finalization_callback=None if is_remote(self._folder) else self._seal
+                ),
             ),
         )
 
@@ -235,7 +285,7 @@ class Checkpoints:
                 force=True,
             )
 
-    def restore(self, checkpoint: Path, like: State) -> tuple[State, dict[str, Any]]:
+    def restore(self, checkpoint: epath.PathLike, like: State) -> tuple[State, dict[str, Any]]:
         """Reads a checkpoint.
 
         Args:
@@ -248,11 +298,11 @@ class Checkpoints:
         Raises:
           CheckpointError: if the state's arrays differ from ``like``, or cannot be read.
         """
+        checkpoint = _absolute(checkpoint)
         args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(like), _DATA: ocp.args.JsonRestore()})
         try:
             _check_arrays(checkpoint, like)
-            directory = checkpoint.absolute().parent
-            restored = self._manager.restore(step_of(checkpoint), args=args, directory=directory)
+            restored = self._manager.restore(step_of(checkpoint), args=args, directory=checkpoint.parent)
             positions = restored[_DATA][_POSITIONS]
         except (CheckpointError, jax.errors.JaxRuntimeError):
             raise
@@ -284,7 +334,7 @@ class Checkpoints:
 
     def _seal(self) -> None:
         names = (f"checkpoint-{self._saving}.orbax-checkpoint-tmp*", f"checkpoint-{self._saving}")
-        folder = next(folder for name in names for folder in self._folder.glob(name))
+        folder = next(folder for name in names for folder in Path(self._folder).glob(name))
         write_checksums(folder, leave_out=(_ORBAX_TIMES,))
 
     @contextlib.contextmanager
@@ -294,9 +344,14 @@ class Checkpoints:
         except Exception as error:
             steps = list_checkpoints(self._folder)
             whole = f"checkpoint-{steps[-1]} is complete" if steps else "there is no earlier one"
+            remedy = (
+                "See that this machine may write there"
+                if is_remote(self._folder)
+                else "Make room, or choose fewer with --checkpoints_total_limit"
+            )
             raise OSError(
-                f"Writing a checkpoint in {self._folder} failed ({_reason(error)}); {whole}. Make room, or choose "
-                "fewer with --checkpoints_total_limit, then resume with --resume_from_checkpoint latest."
+                f"Writing a checkpoint in {self._folder} failed ({_reason(error)}); {whole}. {remedy}, then resume "
+                "with --resume_from_checkpoint latest."
             ) from error
 
 
@@ -307,7 +362,7 @@ class _Names(step_lib.NameFormat[step_lib.Metadata]):
         return f"checkpoint-{step}"
 
     def find_all(self, base_path: epath.PathLike) -> Iterator[step_lib.Metadata]:
-        return iter([self.find_step(base_path, step) for step in list_checkpoints(Path(base_path))])
+        return iter([self.find_step(base_path, step) for step in list_checkpoints(base_path)])
 
     def find_step(self, base_path: epath.PathLike, step: int) -> step_lib.Metadata:
         path = epath.Path(base_path) / self.build_name(step)
@@ -316,14 +371,47 @@ class _Names(step_lib.NameFormat[step_lib.Metadata]):
         return step_lib.Metadata(step=step, path=path)
 
 
-def _free_name(checkpoint: Path) -> Path:
+def _require_store(path: str | None, flag: str) -> None:
+    """Raises `ValueError` if a path is on an object store that Orbax does not write to, or needs a missing package."""
+    if path is None or not is_remote(path):
+        return
+    if not path.startswith("gs://"):
+        raise ValueError(
+            f"{flag} {path} has to be a folder or on Google Cloud Storage (gs://bucket/folder): mount other stores as "
+            "a folder."
+        )
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ValueError(f"{flag} {path} needs the package gcsfs: python3 -m pip install 'codi_jax[gcs]'.")
+
+
+def _is_committed(checkpoint: epath.Path) -> bool:
+    return (checkpoint / _COMMITTED).exists()
+
+
+def _verify(checkpoint: epath.Path) -> None:
+    if not is_remote(checkpoint):
+        verify_checksums(Path(checkpoint))
+
+
+def _absolute(folder: epath.PathLike) -> epath.Path:
+    """Orbax needs absolute paths."""
+    return epath.Path(folder) if is_remote(folder) else epath.Path(Path(folder).absolute())
+
+
+def _are_same(one: epath.Path, other: epath.Path) -> bool:
+    if is_remote(one) or is_remote(other):
+        return one == other
+    return Path(one).resolve() == Path(other).resolve()  # follows links, which that of `epath` does not
+
+
+def _free_name(checkpoint: epath.Path) -> epath.Path:
     names = (checkpoint.with_name(f"{checkpoint.name}{_ASIDE}{number or ''}") for number in itertools.count())
     return next(name for name in names if not name.exists())
 
 
-def _check_arrays(checkpoint: Path, like: Any) -> None:
+def _check_arrays(checkpoint: epath.Path, like: Any) -> None:
     """Compares the names and shapes of the arrays in a checkpoint with a state's."""
-    saved = _shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(checkpoint.absolute() / _STATE)).tree)
+    saved = _shapes(ocp.StandardCheckpointHandler().metadata(checkpoint / _STATE).tree)
     # A key is stored as its numbers.
     wanted = _shapes(jax.eval_shape(partial(jax.tree.map, _numbers), like))
     for name in sorted(saved.keys() | wanted.keys()):

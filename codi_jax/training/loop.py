@@ -154,14 +154,15 @@ def train(
     """
     output_dir, run_config = Path(flags.output_dir), run_config or {}
     total = num_steps(flags, loader.samples_per_epoch)
-    checkpoint = find_checkpoint(flags.resume_from_checkpoint, output_dir)
+    folder = flags.checkpoint_folder(output_dir)
+    checkpoint = find_checkpoint(flags.resume_from_checkpoint, folder)
     if checkpoint is not None:
         check_resumed(checkpoint, run_config, flags)
     first = 0 if checkpoint is None else step_of(checkpoint)
     frozen = frozen if isinstance(frozen, Moving) else _Constant(sharding.put(mesh, frozen))
     with contextlib.closing(loader), contextlib.closing(frozen), contextlib.ExitStack() as stack:
         state = own_buffers(sharding.put(mesh, state), frozen.at(first))
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(output_dir, flags.checkpoints_total_limit)))
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, flags.checkpoints_total_limit)))
         if checkpoint is not None:
             with heartbeat(f"reading {checkpoint}"):
                 state, position = checkpoints.restore(checkpoint, forget(state))
@@ -182,6 +183,7 @@ def train(
         if flags.push_to_hub:
             publish.upload(flags, output_dir)
         run_folder.unlock(output_dir)
+        run_folder.unlock(Path(folder))
     processes.wait_for_all("the model is saved")
     return state
 

@@ -72,14 +72,19 @@ def unlock(output_dir: Path) -> None:
         os.close(file)
 
 
+def arguments(flags: Flags) -> str:
+    """The text of ``config.yaml``: the flags, without secrets, as ``--config`` reads them."""
+    return config_file.dump(flags.values_within(Scope.PROCESS))
+
+
 def write_arguments(flags: Flags, output_dir: Path) -> None:
-    """Writes ``config.yaml``, without secrets; ``--config`` reads it.
+    """Writes ``config.yaml``.
 
     Raises:
       OSError: if the folder cannot be written.
     """
     try:
-        write_text(output_dir / CONFIG_NAME, config_file.dump(flags.values_within(Scope.PROCESS)))
+        write_text(output_dir / CONFIG_NAME, arguments(flags))
     except OSError as error:
         raise _unwritable(output_dir, error) from error
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import jax
+from etils import epath
 
 from codi_jax.cli.flags import Adjustable, ForValidation, Local, Operational, Scope, Topic
 from codi_jax.io import processes
@@ -19,9 +20,11 @@ from codi_jax.training.checkpoint import (
     CheckpointFlags,
     check_run_config,
     find_checkpoint,
+    is_remote,
     require_whole,
     saved_run_config,
     set_damaged_aside,
+    store_errors,
 )
 from codi_jax.training.publish import HubFlags
 from codi_jax.training.tracking import TrackingFlags, log
@@ -36,7 +39,8 @@ class LoopFlags(CheckpointFlags, TrackingFlags, HubFlags):
     topic: ClassVar[Topic] = Topic.RUN
 
     output_dir: Adjustable[str] = "runs/{timestamp}"
-    """Folder for checkpoints, logs and the trained model; {timestamp} is replaced by the time."""
+    """Folder for checkpoints, logs and the trained model; {timestamp} is replaced by the time. On this machine; for
+    checkpoints elsewhere see --checkpoint_dir."""
     seed: int = 0
     """Seed for all randomness."""
     train_batch_size: Adjustable[int] = 1
@@ -82,6 +86,11 @@ class LoopFlags(CheckpointFlags, TrackingFlags, HubFlags):
             1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "fsdp"
         )
         self.require_at_least(0, "validation_steps", "check_replicas", "hang_timeout")
+        if is_remote(self.output_dir):
+            raise ValueError(
+                f"--output_dir {self.output_dir} has to be on this machine: use --checkpoint_dir to keep checkpoints "
+                "on an object store."
+            )
         self.require_at_least(5, "peer_timeout")
 
 
@@ -149,21 +158,28 @@ def _open_folder(flags: LoopFlags, run_config: Mapping[str, Any]) -> None:
     """Locks the folder, unless it holds another run or cannot be resumed from."""
     output_dir = Path(flags.output_dir)
     run_folder.lock(output_dir)
-    if flags.resume_from_checkpoint == "latest":
-        for line in set_damaged_aside(output_dir):
-            log(line)
-    checkpoint = find_checkpoint(flags.resume_from_checkpoint, output_dir)
-    if checkpoint is not None:
-        if flags.resume_from_checkpoint != "latest":  # which is intact by now
-            require_whole(checkpoint)
-        check_resumed(checkpoint, run_config, _keeping_batch(flags))
-    else:
+    folder = flags.checkpoint_folder(output_dir)
+    if not is_remote(folder):
+        run_folder.lock(Path(folder))
+    with store_errors(folder):
+        if flags.resume_from_checkpoint == "latest":
+            for line in set_damaged_aside(folder):
+                log(line)
+        checkpoint = find_checkpoint(flags.resume_from_checkpoint, folder)
+        if checkpoint is not None:
+            if flags.resume_from_checkpoint != "latest":  # which is intact by now
+                require_whole(checkpoint)
+            check_resumed(checkpoint, run_config, _keeping_batch(flags))
+    if checkpoint is None:
         if flags.resume_from_checkpoint is not None:
-            log(f"{output_dir} has no checkpoint: starting from scratch")
+            log(f"{folder} has no checkpoint: starting from scratch")
         run_folder.check_arguments(flags, output_dir)
     if flags.push_to_hub:
         publish.create_repository(flags, output_dir)
     run_folder.write_arguments(flags, output_dir)
+    if is_remote(folder):
+        with store_errors(folder):  # a store that refuses to be written says so now, rather than hours later
+            (folder / run_folder.CONFIG_NAME).write_text(run_folder.arguments(flags))
 
 
 def complete_config(run_config: Mapping[str, Any], flags: LoopFlags) -> dict[str, Any]:
@@ -177,7 +193,7 @@ def _keeping_batch(flags: Args) -> Args:
     Unchanged if there is no such number of passes, or nothing to resume; or if no number of devices explains the global
     batch, since the flags are other ones then.
     """
-    checkpoint = find_checkpoint(flags.resume_from_checkpoint, Path(flags.output_dir))
+    checkpoint = find_checkpoint(flags.resume_from_checkpoint, flags.checkpoint_folder(flags.output_dir))
     batch = None if checkpoint is None else saved_run_config(checkpoint).get(_BATCH)
     pass_size, of_device = flags.train_batch_size * jax.device_count(), global_batch_size(flags, 1)
     if not isinstance(batch, int) or batch < 1 or batch % of_device or batch % pass_size:
@@ -187,7 +203,7 @@ def _keeping_batch(flags: Args) -> Args:
     return flags if unchanged else dataclasses.replace(flags, gradient_accumulation_steps=passes)
 
 
-def check_resumed(checkpoint: Path, run_config: Mapping[str, Any], flags: LoopFlags) -> None:
+def check_resumed(checkpoint: epath.Path, run_config: Mapping[str, Any], flags: LoopFlags) -> None:
     """Raises `CheckpointError` if a checkpoint is from a run with other settings."""
     batch, here = saved_run_config(checkpoint).get(_BATCH), global_batch_size(flags)
     if batch is not None and batch != here:

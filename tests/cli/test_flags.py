@@ -168,7 +168,7 @@ MAY_CHANGE = {
     # Where things are
     "output_dir", "dataset_name", "train_data_dir", "train_shards_path_or_url", "train_prompt_path", "real_image_path",
     "cache_dir", "cache_latents_dir", "ccache", "dataloader_num_workers", "max_unreadable_share", "path",
-    "distill_table", "model_config_name_or_path", "stage",
+    "distill_table", "model_config_name_or_path", "stage", "checkpoint_dir",
     # What is shown and saved
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "logging_dir", "logging_steps",
     "report_to", "tracker_project_name", "wandb_entity", "profile_steps", "profile_validation", "profile_memory",

@@ -175,6 +175,7 @@ def record_path(args: DisbackRunFlags) -> DisbackRunFlags:
     stage = replace(
         args,
         output_dir=str(Path(args.output_dir) / "degradation"),
+        checkpoint_dir=None,  # they are of no use without the path, which is in the output folder
         max_train_steps=args.num_nodes * args.degradation_interval,
         resume_from_checkpoint=resume,
         push_to_hub=False,
