@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -84,9 +85,9 @@ def is_remote(folder: epath.PathLike) -> bool:
 def list_checkpoints(folder: epath.PathLike) -> list[int]:
     """The steps of the complete checkpoints in a folder, ascending."""
     folder = epath.Path(folder)
-    names = (_NAME.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ()))
+    names = filter(None, map(_NAME.fullmatch, _names_in(folder)))
     # On a disk they get their name when they are complete.
-    return sorted(int(name[1]) for name in names if name and (not is_remote(folder) or _is_committed(folder / name[0])))
+    return sorted(int(name[1]) for name in names if not is_remote(folder) or _COMMITTED in _names_in(folder / name[0]))
 
 
 def step_of(checkpoint: epath.Path) -> int:
@@ -382,10 +383,19 @@ def _require_store(path: str | None, flag: str) -> None:
         )
     if importlib.util.find_spec("gcsfs") is None:
         raise ValueError(f"{flag} {path} needs the package gcsfs: python3 -m pip install 'codi_jax[gcs]'.")
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it raises what it logs, and that ends in one sentence
 
 
-def _is_committed(checkpoint: epath.Path) -> bool:
-    return (checkpoint / _COMMITTED).exists()
+def _names_in(folder: epath.Path) -> list[str]:
+    """The names of what is in a folder, which need not exist.
+
+    For fsspec, what cannot be asked for does not exist. A store that does not answer is not an empty one, from which a
+    run would start over: listing is the question whose errors are raised.
+    """
+    try:
+        return [path.name for path in folder.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _verify(checkpoint: epath.Path) -> None:
@@ -435,4 +445,4 @@ def _reason(error: Exception) -> str:
     """The innermost cause, in one line."""
     if any(words in str(error) for words in ("No space left", "ENOSPC")):
         return "no space left on the device"
-    return first_line(error)
+    return first_line(error).partition(" [tensorstore_spec=")[0]

@@ -11,6 +11,7 @@ import jax
 from etils import epath
 
 from codi_jax.cli.flags import Adjustable, ForValidation, Local, Operational, Scope, Topic
+from codi_jax.cli.progress import heartbeat
 from codi_jax.io import processes
 from codi_jax.io.compiled_programs import keep_compiled_programs
 from codi_jax.models import sharding
@@ -161,7 +162,7 @@ def _open_folder(flags: LoopFlags, run_config: Mapping[str, Any]) -> None:
     folder = flags.checkpoint_folder(output_dir)
     if not is_remote(folder):
         run_folder.lock(Path(folder))
-    with store_errors(folder):
+    with store_errors(folder), heartbeat(f"looking for checkpoints in {folder}"):
         if flags.resume_from_checkpoint == "latest":
             for line in set_damaged_aside(folder):
                 log(line)

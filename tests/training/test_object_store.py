@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from urllib.parse import parse_qs, urlsplit
 
 import fsspec
 import jax
@@ -178,6 +179,20 @@ def test_a_store_that_may_not_be_written_is_noticed_before_training(folder, tmp_
     monkeypatch.setattr(RequestHandler, "do_POST", refuse)
     with pytest.raises(OSError, match=r"run cannot be used .*Forbidden.*check the name of the bucket"):
         stand_in.run(tmp_path, checkpoint_dir=folder)
+
+
+@pytest.mark.parametrize("asked", ["/run/", "/checkpoint-4/"])
+def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(folder, tmp_path, monkeypatch, asked):
+    save(folder, 4)
+    answer = RequestHandler.do_GET
+
+    def fail(handler) -> None:
+        prefix = parse_qs(urlsplit(handler.path).query).get("prefix", [""])[0]
+        handler.send_error(403) if f"{prefix}/".endswith((asked, f"{asked}/")) else answer(handler)
+
+    monkeypatch.setattr(RequestHandler, "do_GET", fail)
+    with pytest.raises(OSError, match="cannot be used"):
+        stand_in.run(tmp_path, checkpoint_dir=folder, resume_from_checkpoint="latest")
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
