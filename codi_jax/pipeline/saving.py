@@ -65,6 +65,12 @@ def save(
     if jax.process_index() != 0:
         return
     try:
+        if isinstance(networks.get("controlnet"), ControlNets):
+            # How many there are is only to be seen by their folders: one left by an earlier model would be read.
+            number = len(networks["controlnet"].nets)
+            while (left := folder / controlnet_part(number)).is_dir():
+                shutil.rmtree(left)
+                number += 1
         for name in model.tokenizers.keys() - model.tokenizer_files.keys():  # with new words
             model.tokenizers[name].save_pretrained(folder / name)
         for name, files in model.tokenizer_files.items():

@@ -103,6 +103,14 @@ def test_several_are_saved_as_diffusers_saves_them(pairs: Pairs, folder: Path, t
         assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in net.state_dict().items())
 
 
+def test_fewer_are_saved_over_more(pairs: Pairs, folder: Path, tmp_path: Path) -> None:
+    pair = pairs("controlnet")
+    Model.from_pretrained(pair.folder, [pair.folder, folder, folder]).save_pretrained(tmp_path)
+    Model.from_pretrained(pair.folder, [folder, pair.folder]).save_pretrained(tmp_path)
+    assert len(diffusers.DiffusionPipeline.from_pretrained(tmp_path).controlnet.nets) == 2
+    assert len(Model.open(tmp_path).networks.controlnet.nets) == 2
+
+
 def test_training_takes_one(pairs: Pairs, folder: Path, tmp_path: Path) -> None:
     with_both(pairs("controlnet"), folder)[1].save_pretrained(tmp_path / "model")
     flags = train_codi_flax.Args(pretrained_model_name_or_path=str(tmp_path / "model"), train_data_dir=str(tmp_path))
