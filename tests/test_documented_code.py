@@ -3,6 +3,7 @@
 What is appended to a command makes it small: sizes and steps. Left out is what needs other machines, or installs.
 """
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ import torch
 from clip_folders import write_clip
 from documented import README, ROOT, blocks, commands_of, module_of
 from folders import SD_UNET, SIZE, XL_UNET, make_controlnet, make_pipeline
+from object_store import serve_store
 from oracle import make_torch
 from picture_folders import numbered, write_edits, write_folder
 from published import TINY_UNETS
@@ -37,8 +39,8 @@ pytestmark = pytest.mark.slow
 DOCS = ROOT / "docs"
 PAGES = (
     README,
-    *(DOCS / f"{name}.md" for name in ("app", "data", "evaluation", "exporting", "generating", "installation")),
-    *(DOCS / f"{name}.md" for name in ("networks", "planning", "preparing-data", "training")),
+    *(DOCS / f"{name}.md" for name in ("app", "checkpoints", "data", "evaluation", "exporting", "generating")),
+    *(DOCS / f"{name}.md" for name in ("installation", "networks", "planning", "preparing-data", "training")),
     *sorted((DOCS / "methods").glob("*.md")),
 )
 PICTURES = 4
@@ -204,12 +206,13 @@ def test_the_code_of_a_page_runs(page: Path, prepared: Path, hub: SimpleNamespac
         flags = {"pretrained_teacher_model": "MODEL", "train_data_dir": "data/mine", **SMALL_RUN}
         (folder / "runs/lcm/config.yaml").write_text("".join(f"{flag}: {value}\n" for flag, value in flags.items()))
     (tmp_path / "code.json").write_text(json.dumps(code))
-    environment = environment_of(hub, tmp_path / "huggingface") | {"HOME": str(tmp_path)}
     runner = ROOT / "tests/documented_code.py"
-    done = subprocess.run(
-        [sys.executable, runner, tmp_path / "code.json"],
-        cwd=folder, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    with serve_store() if page.stem == "checkpoints" else contextlib.nullcontext():
+        environment = environment_of(hub, tmp_path / "huggingface") | {"HOME": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, runner, tmp_path / "code.json"],
+            cwd=folder, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-import scipy.stats
+import scipy.special
 from jaxtyping import Float
 
 from codi_jax.diffusion.scheduler_config import NoiseLevels
@@ -38,4 +38,4 @@ def respaced_levels(first: Any, last: Any, count: int, levels: NoiseLevels) -> A
 
 
 def _quantiles(count: int) -> Float[np.ndarray, " n"]:
-    return scipy.stats.beta.ppf(1 - np.linspace(0, 1, count), _ALPHA, _BETA)
+    return scipy.special.betaincinv(_ALPHA, _BETA, 1 - np.linspace(0, 1, count))
