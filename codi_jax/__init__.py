@@ -5,6 +5,7 @@ convention and may change.
 """
 
 import importlib
+import logging
 import sys
 import types
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from codi_jax.training.run import Hooks, run
 
 __version__ = "0.1.0"
+
+# Tokenizers are all that is used of transformers, whose warning at its import that there is no PyTorch is of no concern.
+logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in str(record.msg))
 
 _EXPORTS = {
     "codi_jax.pipeline.model": ("Model",),

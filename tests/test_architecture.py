@@ -241,6 +241,12 @@ def test_the_interface_is_imported_when_it_is_used():
     assert set(codi_jax.__all__) <= set(dir(codi_jax))
 
 
+def test_a_machine_without_torch_is_told_of_nothing_that_is_missing():
+    code = "import sys; sys.modules['torch'] = None; from codi_jax import Model; Model.from_pretrained"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout + done.stderr == ""
+
+
 def test_imports_of_earlier_versions_work():
     program = (
         "from codi_jax.weights import load_model, save_model; from codi_jax.pipeline import DiffusionPipeline;"
