@@ -106,7 +106,7 @@ wheel: $(INSTALLED)  ## build the wheel in dist/, and try it in an environment o
 	cd $(BARE) && bin/codi-jax train lcm --pretrained_teacher_model $(CURDIR)/assets/avatars --train_data_dir data \
 	    --resolution 64 --train_batch_size 2 --max_train_steps 2 --validation_steps 0 --num_validation_images 1 \
 	    --output_dir student
-	cd $(BARE) && bin/codi-jax generate --model student --prompt "a green cactus" --steps 1 --output student.png
+	cd $(BARE) && bin/codi-jax generate --model student --prompt "a green pot with a cactus" --steps 1 --output student.png
 
 lock: | $(BIN)/python  ## resolve requirements.lock anew, for Python 3.11 and later
 	@test -x $(BIN)/uv || $(BIN)/python $(PIP) uv
