@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Tokenizers are all that is used of transformers, whose warning at its import that there is no PyTorch is of no concern.
+# Only tokenizers are used of transformers, whose warning at its import that there is no PyTorch is of no concern.
 logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in str(record.msg))
 
 _EXPORTS = {
